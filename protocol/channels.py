@@ -1,0 +1,344 @@
+"""ZeroMQ sockets with the two patterns that the system uses.
+
+- **Request and answer** (`Client` DEALER → `Server` ROUTER): chunks, reward queries, evaluations, status. A request is
+  resent until its answer comes; the server recognises a resent one by (sender, incarnation, sequence number) and
+  repeats the answer instead of the work. So a request takes effect exactly once per server start, over any cut.
+- **Broadcast** (`Broadcaster` XPUB → `Listener` SUB): policy weights. A late subscriber gets the newest at once.
+
+Whatever cannot be decoded is counted by cause, logged once per sender and cause, and dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import zmq
+
+from protocol.errors import InputError, ProtocolError
+from protocol.messages import MAX_ARRAYS, MAX_MESSAGE_BYTES, Message, Refusal, Schema, Sender, decode, encode
+
+log = logging.getLogger(__name__)
+
+ZERO_COPY_BYTES = 1 << 16
+ANSWERS_KEPT = 8
+CLIENTS_KEPT = 4096
+FIRST_RESEND_SECONDS = 1.0
+LAST_RESEND_SECONDS = 8.0
+
+CountDrop = Callable[[str], None]
+
+
+class Unanswered(TimeoutError):
+    """No answer within the deadline; the text says who was asked for what, and for how long."""
+
+
+class Refused(RuntimeError):
+    """The other side understood the request and refused it; `cause` is for programs."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.text)
+        self.cause = refusal.cause
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request at the server; give it back to `Server.answer`."""
+
+    message: Message
+    peer: bytes
+
+
+class Server:
+    """The answering end. Not thread-safe: one thread owns it."""
+
+    def __init__(self, endpoint: str, sender: Sender, schema: Schema, count_drop: CountDrop) -> None:
+        self._socket = _socket(zmq.ROUTER)
+        self._socket.router_handover = True
+        _bind(self._socket, endpoint)
+        self._sender, self._schema = sender, schema
+        self._drops = _Drops(count_drop)
+        self._clients: OrderedDict[tuple[str, str], OrderedDict[int, list[Any] | None]] = OrderedDict()
+
+    def poll(self, timeout_seconds: float) -> list[Request]:
+        """New requests, waiting up to `timeout_seconds` for the first."""
+        requests: list[Request] = []
+        if self._socket.poll(int(timeout_seconds * 1000)):
+            while (request := self._receive()) is not _NOTHING:
+                if request is not None:
+                    requests.append(request)
+        return requests
+
+    def answer(self, request: Request, body: Any, arrays: Mapping[str, np.ndarray] | None = None) -> None:
+        """Answer a request; kept for a while, in case the client did not get it and asks again."""
+        message = request.message
+        frames = encode(self._sender, message.sequence, body, arrays)
+        answers = self._answers_of(message.sender)
+        answers[message.sequence] = frames
+        while len(answers) > ANSWERS_KEPT:
+            answers.popitem(last=False)
+        self._send(request.peer, frames)
+
+    def close(self) -> None:
+        """Close at once; unsent answers are asked for again by their clients."""
+        self._socket.close(linger=0)
+
+    def _receive(self) -> Any:
+        try:
+            peer, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return _NOTHING
+        try:
+            message = _decode(frames, self._sender.run, self._schema)
+        except ProtocolError as error:
+            self._drops.add(peer.bytes.hex(), error)
+            if error.cause in ("version", "array_table", "body"):
+                # An honest peer of another release would otherwise wait for an answer for ever.
+                self._send(peer.bytes, encode(self._sender, -1, Refusal(error.cause, str(error))))
+            return None
+        answers = self._answers_of(message.sender)
+        if message.sequence not in answers:
+            answers[message.sequence] = None
+            return Request(message, peer.bytes)
+        if (frames_again := answers[message.sequence]) is not None:
+            self._send(peer.bytes, frames_again)
+        return None
+
+    def _answers_of(self, sender: Sender) -> OrderedDict[int, list[Any] | None]:
+        key = (sender.name, sender.incarnation)
+        answers = self._clients.setdefault(key, OrderedDict())
+        self._clients.move_to_end(key)
+        while len(self._clients) > CLIENTS_KEPT:
+            self._clients.popitem(last=False)
+        return answers
+
+    def _send(self, peer: bytes, frames: list[Any]) -> None:
+        try:
+            _send(self._socket, [peer, *frames])
+        except zmq.ZMQError:  # the peer is gone, or its queue is full: it will ask again
+            log.debug("an answer could not be sent", exc_info=True)
+
+
+class Client:
+    """The asking end. Several requests may be under way (`submit`, then `result`). Not thread-safe."""
+
+    def __init__(self, endpoint: str, sender: Sender, schema: Schema, count_drop: CountDrop) -> None:
+        self.endpoint = endpoint
+        self._socket = _socket(zmq.DEALER)
+        self._socket.connect(endpoint)
+        self._sender, self._schema = sender, schema
+        self._drops = _Drops(count_drop)
+        self._sequence = 0
+        self._pending: dict[int, _Pending] = {}
+        self._answers: dict[int, Message] = {}
+
+    @property
+    def pending(self) -> int:
+        """Requests without an answer yet."""
+        return len(self._pending)
+
+    def submit(self, body: Any, arrays: Mapping[str, np.ndarray] | None = None) -> int:
+        """Send a request; its arrays must not change until it is answered. Returns the ticket for `result`."""
+        self._sequence += 1
+        pending = _Pending(body.kind, encode(self._sender, self._sequence, body, arrays), time.monotonic())
+        self._pending[self._sequence] = pending
+        self._transmit(pending)
+        return self._sequence
+
+    def pump(self, timeout_seconds: float = 0.0) -> None:
+        """Take in answers, waiting up to `timeout_seconds` for the first, and resend what is overdue."""
+        if self._socket.poll(int(timeout_seconds * 1000)):
+            while self._receive():
+                pass
+        now = time.monotonic()
+        for pending in self._pending.values():
+            if now >= pending.resend_at:
+                self._transmit(pending)
+
+    def result(self, ticket: int, deadline_seconds: float, abort: Callable[[], None] = lambda: None) -> Message:
+        """The answer to a submitted request. `abort` is called while waiting and may raise.
+
+        Raises Unanswered after `deadline_seconds`, Refused if the server refused.
+        """
+        start = time.monotonic()
+        while ticket not in self._answers:
+            waited = time.monotonic() - start
+            if waited > deadline_seconds:
+                kind = self._pending.pop(ticket).kind
+                raise Unanswered(f"no answer to '{kind}' from {self.endpoint} within {waited:.0f} s")
+            abort()
+            self.pump(min(0.2, deadline_seconds))
+        message = self._answers.pop(ticket)
+        if isinstance(message.body, Refusal):
+            raise Refused(message.body)
+        return message
+
+    def take(self, ticket: int) -> Message | None:
+        """The answer if it has come."""
+        return self._answers.pop(ticket, None)
+
+    def request(
+        self,
+        body: Any,
+        arrays: Mapping[str, np.ndarray] | None = None,
+        deadline_seconds: float = 60.0,
+        abort: Callable[[], None] = lambda: None,
+    ) -> Message:
+        """`submit` and `result` in one."""
+        return self.result(self.submit(body, arrays), deadline_seconds, abort)
+
+    def forget(self) -> None:
+        """Drop all requests under way and answers not taken."""
+        self._pending.clear()
+        self._answers.clear()
+
+    def close(self, linger_seconds: float = 0.0) -> None:
+        """Close, waiting up to `linger_seconds` for unsent requests."""
+        self._socket.close(linger=int(linger_seconds * 1000))
+
+    def _transmit(self, pending: _Pending) -> None:
+        pending.resend_at = time.monotonic() + pending.resend_seconds
+        pending.resend_seconds = min(2 * pending.resend_seconds, LAST_RESEND_SECONDS)
+        try:
+            _send(self._socket, pending.frames)
+        except zmq.Again:  # the queue is full; it is overdue later
+            pass
+
+    def _receive(self) -> bool:
+        try:
+            frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return False
+        try:
+            message = _decode(frames, self._sender.run, self._schema)
+        except ProtocolError as error:
+            self._drops.add(self.endpoint, error)
+            return True
+        if message.sequence == -1 and isinstance(message.body, Refusal):
+            raise Refused(message.body)
+        if self._pending.pop(message.sequence, None) is not None:
+            self._answers[message.sequence] = message
+        return True
+
+
+class Broadcaster:
+    """The sending end of a broadcast: never blocks; a slow listener loses old messages, not the newest."""
+
+    def __init__(self, endpoint: str, sender: Sender) -> None:
+        self._socket = _socket(zmq.XPUB)
+        self._socket.setsockopt(zmq.XPUB_VERBOSE, 1)
+        _bind(self._socket, endpoint)
+        self._sender = sender
+        self._sequence = 0
+        self._newest: list[Any] | None = None
+
+    def publish(self, body: Any, arrays: Mapping[str, np.ndarray]) -> None:
+        """Send to all listeners; remembered for those who subscribe later. The arrays must not change afterwards."""
+        self._sequence += 1
+        self._newest = encode(self._sender, self._sequence, body, arrays)
+        _send(self._socket, self._newest)
+
+    def pump(self, repeat: bool = False) -> None:
+        """Send the newest message again if somebody subscribed since, or if `repeat`."""
+        subscribed = False
+        while self._socket.poll(0):
+            subscribed |= self._socket.recv().startswith(b"\x01")
+        if (subscribed or repeat) and self._newest is not None:
+            _send(self._socket, self._newest)
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+
+
+class Listener:
+    """The receiving end of a broadcast."""
+
+    def __init__(self, endpoint: str, sender: Sender, schema: Schema, count_drop: CountDrop) -> None:
+        self._socket = _socket(zmq.SUB)
+        self._socket.subscribe(b"")
+        self._socket.connect(endpoint)
+        self._sender, self._schema = sender, schema
+        self._drops = _Drops(count_drop)
+        self.endpoint = endpoint
+
+    def next(self, timeout_seconds: float) -> Message | None:
+        """The next message, or None after `timeout_seconds`."""
+        if not self._socket.poll(int(timeout_seconds * 1000)):
+            return None
+        try:
+            return _decode(self._socket.recv_multipart(copy=False), self._sender.run, self._schema)
+        except ProtocolError as error:
+            self._drops.add(self.endpoint, error)
+            return None
+
+    def newest(self, timeout_seconds: float) -> Message | None:
+        """The last message that has come; older ones are skipped."""
+        newest = message = self.next(timeout_seconds)
+        while message is not None:
+            newest, message = message, self.next(0)
+        return newest
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+
+
+@dataclass
+class _Pending:
+    kind: str
+    frames: list[Any]
+    resend_at: float
+    resend_seconds: float = FIRST_RESEND_SECONDS
+
+
+class _Drops:
+    """Counts every dropped message, and logs the first of each sender and cause."""
+
+    def __init__(self, count: CountDrop) -> None:
+        self._count = count
+        self._logged: set[tuple[str, str]] = set()
+
+    def add(self, sender: str, error: ProtocolError) -> None:
+        self._count(error.cause)
+        if (sender, error.cause) not in self._logged and len(self._logged) < CLIENTS_KEPT:
+            self._logged.add((sender, error.cause))
+            log.warning("dropped a message from %s (%s): %s", sender, error.cause, error)
+
+
+_NOTHING = object()
+
+
+def _socket(kind: int) -> zmq.Socket[bytes]:
+    socket = zmq.Context.instance().socket(kind)
+    socket.linger = 0
+    socket.maxmsgsize = MAX_MESSAGE_BYTES
+    socket.reconnect_ivl, socket.reconnect_ivl_max = 100, 1000
+    socket.handshake_ivl = 5000
+    socket.set_hwm(64)
+    # Only to notice a silent peer; what a disconnect loses is resent.
+    socket.heartbeat_ivl, socket.heartbeat_timeout = 5000, 30000
+    return socket
+
+
+def _bind(socket: zmq.Socket[bytes], endpoint: str) -> None:
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        socket.close(linger=0)
+        raise InputError(f"cannot listen on {endpoint}: {error.strerror}; is another run using it?") from error
+
+
+def _send(socket: zmq.Socket[bytes], frames: list[Any]) -> None:
+    for index, frame in enumerate(frames):
+        more = zmq.SNDMORE if index < len(frames) - 1 else 0
+        socket.send(frame, zmq.NOBLOCK | more, copy=len(frame) < ZERO_COPY_BYTES)
+
+
+def _decode(frames: list[zmq.Frame], run: str, schema: Schema) -> Message:
+    if len(frames) > MAX_ARRAYS + 1:
+        raise ProtocolError("frame", f"more than {MAX_ARRAYS} arrays in one message")
+    return decode([frame.buffer for frame in frames], run, schema)

@@ -1,0 +1,36 @@
+"""Errors that are addressed to a person."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The text is one line: what was expected, what came, what to do.
+
+    The command line prints it without a traceback and exits with 2.
+    """
+
+
+class ProtocolError(ValueError):
+    """A message that came over the wire cannot be accepted.
+
+    `cause` is the label under which the drop is counted (`bm3il_<role>_dropped_messages_total{cause}`).
+    """
+
+    def __init__(self, cause: str, text: str) -> None:
+        super().__init__(text)
+        self.cause = cause
+
+
+class NumericalError(ArithmeticError):
+    """A loss, a reward or a parameter is no longer finite. The text names the term and the iteration."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
+    """The error for a mistyped name: it lists the nearest known names, or all of them when none is near."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
+    return InputError(f"unknown {kind} '{name}'; {hint}")

@@ -1,0 +1,121 @@
+"""How agents are laid out for stacked networks: every process that holds parameters uses the same layout.
+
+Types whose observations and actions have equal widths form a *block*; their agents' networks have one shape and are
+stacked. Two forms of an array, per block:
+
+- **joint rows** `[B, N_b, …]`: B joint steps of the block's N_b agents, in the order of the spec. Replay and wire.
+- **grid** `[G, B, S, …]`: G parameter groups with S agent slots each. Computation; `[G, B·S, …]` feeds one batched
+  matrix product. With `parameter_sharing="agent"` G = N_b, S = 1, and the grid is a view of the joint rows. With
+  `"type"` G is the number of types and S the largest count; slots without an agent are inactive and hold zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from protocol.specs import EnvironmentSpec
+
+ParameterSharing = Literal["agent", "type"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The agents of one shape.
+
+    types: indices into `spec.types`.   num_agents: N_b.   groups, slots: G, S.
+    agent_of_slot: [G·S] index into the block's agents, -1 where the slot is empty.
+    type_of_agent: [N_b] index into `types`.
+    """
+
+    types: tuple[int, ...]
+    observation_dim: int
+    action_dim: int
+    discrete: bool
+    num_agents: int
+    groups: int
+    slots: int
+    agent_of_slot: torch.Tensor
+    type_of_agent: torch.Tensor
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every slot has an agent, in the order of the joint rows."""
+        return self.groups * self.slots == self.num_agents
+
+    def grid(self, rows: torch.Tensor) -> torch.Tensor:
+        """Joint rows [B, N_b, …] → grid [G, B, S, …]; a view where every slot has an agent."""
+        if not self.is_full:
+            padding = rows.new_zeros(rows.shape[0], 1, *rows.shape[2:])
+            rows = torch.cat([rows, padding], dim=1)[:, self.agent_of_slot.to(rows.device)]
+        return rows.unflatten(1, (self.groups, self.slots)).movedim(1, 0)
+
+    def rows(self, grid: torch.Tensor) -> torch.Tensor:
+        """Grid [G, B, S, …] → joint rows [B, N_b, …]: the inverse of `grid`."""
+        rows = grid.movedim(0, 1).flatten(1, 2)
+        if self.is_full:
+            return rows
+        return rows[:, (self.agent_of_slot >= 0).nonzero().squeeze(1).to(rows.device)]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The blocks of an environment under a parameter sharing."""
+
+    spec: EnvironmentSpec
+    parameter_sharing: ParameterSharing
+    blocks: tuple[Block, ...]
+
+    @classmethod
+    def of(cls, spec: EnvironmentSpec, parameter_sharing: ParameterSharing) -> Layout:
+        """Group the types of `spec` into blocks, in the order of their first appearance."""
+        shapes: dict[tuple[int, int, bool], list[int]] = {}
+        for m, t in enumerate(spec.types):
+            shapes.setdefault((t.observation_dim, t.action_dim, t.discrete), []).append(m)
+        blocks = tuple(_block(spec, tuple(types), parameter_sharing) for types in shapes.values())
+        return cls(spec, parameter_sharing, blocks)
+
+    def to_rows(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """Per type [B, X_m, …] → joint rows per block, [B, N_b, …], copied."""
+        return [
+            torch.cat([torch.as_tensor(arrays[m]) for m in block.types], dim=1)
+            if len(block.types) > 1
+            else torch.tensor(arrays[block.types[0]])
+            for block in self.blocks
+        ]
+
+    def by_type(self, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Joint rows per block → per type [B, X_m, …], in the order of the spec: the inverse of `to_rows`."""
+        parts: dict[int, torch.Tensor] = {}
+        for block, values in zip(self.blocks, rows, strict=True):
+            counts = [self.spec.types[m].count for m in block.types]
+            parts |= dict(zip(block.types, values.split(counts, dim=1), strict=True))
+        return [parts[m] for m in range(self.spec.num_types)]
+
+
+def _block(spec: EnvironmentSpec, types: tuple[int, ...], parameter_sharing: ParameterSharing) -> Block:
+    counts = [spec.types[m].count for m in types]
+    num_agents = sum(counts)
+    groups, slots = (num_agents, 1) if parameter_sharing == "agent" else (len(types), max(counts))
+    agent_of_slot = torch.full((groups, slots), -1)
+    if parameter_sharing == "agent":
+        agent_of_slot[:, 0] = torch.arange(num_agents)
+    else:
+        for group, (start, count) in enumerate(zip(np.cumsum([0, *counts]), counts, strict=False)):
+            agent_of_slot[group, :count] = torch.arange(start, start + count)
+    first = spec.types[types[0]]
+    return Block(
+        types=types,
+        observation_dim=first.observation_dim,
+        action_dim=first.action_dim,
+        discrete=first.discrete,
+        num_agents=num_agents,
+        groups=groups,
+        slots=slots,
+        agent_of_slot=agent_of_slot.flatten(),
+        type_of_agent=torch.repeat_interleave(torch.arange(len(types)), torch.tensor(counts)),
+    )

@@ -1,0 +1,315 @@
+"""Messages: a typed body, an envelope that says who sent it, and named arrays; and their form on the wire.
+
+One message is one ZeroMQ multipart message: frame 0 is the msgpack header
+
+    {"v": protocol version, "kind": str, "run": str, "sender": str, "incarnation": str, "seq": int,
+     "body": {field: value}, "arrays": [[name, dtype, [shape]], ...]}
+
+and one raw, C-contiguous, little-endian frame follows per array. Nothing is ever unpickled. `decode` checks header and
+array table against limits, and the receiver's schema, before it looks at a frame; arrays are views of the frames.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, Union, get_type_hints
+
+import msgpack
+import numpy as np
+
+from protocol.errors import ProtocolError
+from protocol.trajectories import ArrayTable
+
+PROTOCOL_VERSION = 1
+MAX_HEADER_BYTES = 1 << 20
+MAX_ARRAYS = 4096
+MAX_RANK = 8
+MAX_MESSAGE_BYTES = 1 << 31
+MAX_TEXT = 8192
+DTYPES = {name: np.dtype(name) for name in ("float32", "float64", "int64", "int32", "uint8", "bool")}
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Learner → actors and evaluators: the policy after `version` iterations. Arrays: its parameters."""
+
+    kind: ClassVar[str] = "weights"
+    session: str
+    version: int
+    evaluate: bool
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Actor → learner: whole episodes collected with policy `version`. Arrays: `Trajectories.to_arrays`."""
+
+    kind: ClassVar[str] = "chunk"
+    session: str
+    version: int
+    actor: int
+    steps: int
+    episodes: int
+    collect_seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Evaluator → learner: true returns of policy `version`. Arrays: `returns` [episodes, N] float32."""
+
+    kind: ClassVar[str] = "evaluation"
+    session: str
+    version: int
+    episodes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Learner → reward server: start a session, from the arrays given if `restore`, else from the seed."""
+
+    kind: ClassVar[str] = "begin"
+    session: str
+    restore: bool
+
+
+@dataclass(frozen=True)
+class Observe:
+    """Learner → reward server: fresh agent rows. Arrays per block b: `b.observations`, `b.actions`, `b.active`."""
+
+    kind: ClassVar[str] = "observe"
+    session: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Update:
+    """Learner → reward server: update the particles; the answer is `Statistics`."""
+
+    kind: ClassVar[str] = "update"
+    session: str
+
+
+@dataclass(frozen=True)
+class Query:
+    """Learner → reward server: rewards of rows, as in `Observe`; the answer is `Rewards`.
+
+    With `reward_source="environment"` the arrays `b.rewards` come along and are answered as they came.
+    deviation: also answer the standard deviation over particles.
+    alone: do not compute these rows together with others', so that rounding depends on nobody else (lockstep).
+    """
+
+    kind: ClassVar[str] = "query"
+    session: str
+    rows: int
+    deviation: bool = False
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class GetState:
+    """Learner → reward server: everything that a restart needs; the answer is `Begin`-ready arrays."""
+
+    kind: ClassVar[str] = "get_state"
+    session: str
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Reward server → learner. Arrays per block b: `b.rewards` [B, N_b] and, if asked for, `b.deviation`."""
+
+    kind: ClassVar[str] = "rewards"
+    rows: int
+    particles_version: int
+    queue_seconds: float
+    compute_seconds: float
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Reward server → learner: health of the discriminators after an update, and the particles' version."""
+
+    kind: ClassVar[str] = "statistics"
+    particles_version: int
+    values: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Done:
+    """The request was carried out; some requests are answered with arrays."""
+
+    kind: ClassVar[str] = "done"
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The request was understood and cannot be carried out. `cause` is for programs, `text` for people."""
+
+    kind: ClassVar[str] = "refusal"
+    cause: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """Any process → director: alive, in `stage`; the numbers that its live view shows."""
+
+    kind: ClassVar[str] = "status"
+    role: str
+    index: int
+    node: int
+    pid: int
+    stage: str
+    metrics_address: str
+    values: dict[str, float] = field(default_factory=dict)
+    text: str = ""
+
+
+Body = Union[  # noqa: UP007  (a runtime value on Python 3.10 too)
+    Weights, Chunk, Evaluation, Begin, Observe, Update, Query, GetState, Rewards, Statistics, Done, Refusal, Status
+]
+BODIES: dict[str, type[Any]] = {body.kind: body for body in Body.__args__}  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Sender:
+    """Who sends: the run, the name within it, and a random id of this start (a restart is a new incarnation)."""
+
+    run: str
+    name: str
+    incarnation: str = field(default_factory=lambda: secrets.token_hex(8))
+
+
+@dataclass(frozen=True)
+class Message:
+    """A decoded message. `arrays` are read-only views of the received frames."""
+
+    sender: Sender
+    sequence: int
+    body: Any
+    arrays: Arrays
+
+
+Schema = Callable[[Any], ArrayTable | None]
+"""From a body to the array table that must come with it (exactly), or None if the body is not welcome here."""
+
+
+def encode(sender: Sender, sequence: int, body: Any, arrays: Mapping[str, np.ndarray] | None = None) -> list[Any]:
+    """The frames of a message: header bytes, then one buffer per array (not copied if C-contiguous)."""
+    contiguous = {name: np.ascontiguousarray(array) for name, array in (arrays or {}).items()}
+    header = {
+        "v": PROTOCOL_VERSION,
+        "kind": body.kind,
+        "run": sender.run,
+        "sender": sender.name,
+        "incarnation": sender.incarnation,
+        "seq": sequence,
+        "body": asdict(body),
+        "arrays": [[name, array.dtype.name, list(array.shape)] for name, array in contiguous.items()],
+    }
+    return [msgpack.packb(header), *(_buffer(array) for array in contiguous.values())]
+
+
+def decode(frames: Sequence[Any], run: str, schema: Schema) -> Message:
+    """Check and read a message of the run `run`.
+
+    frames: bytes-like. `schema` gives the arrays that must come with the body.
+    Raises ProtocolError, whose `cause` is one of `header`, `version`, `foreign`, `kind`, `body`, `array_table`,
+    `frame`.
+    """
+    header = _header(frames)
+    if header["run"] != run:
+        raise ProtocolError("foreign", f"message of run '{header['run'][:64]}' came to run '{run}'")
+    body = _body(header["kind"], header["body"])
+    expected = schema(body)
+    if expected is None:
+        raise ProtocolError("kind", f"messages of kind '{header['kind']}' are not accepted here")
+    arrays = _arrays(header["arrays"], frames[1:], expected)
+    return Message(Sender(run, header["sender"], header["incarnation"]), header["seq"], body, arrays)
+
+
+def _buffer(array: np.ndarray) -> memoryview | bytes:
+    return memoryview(array).cast("B") if array.size else b""
+
+
+def _header(frames: Sequence[Any]) -> dict[str, Any]:
+    if not frames or len(frames[0]) > MAX_HEADER_BYTES:
+        raise ProtocolError("header", f"expected a header of 1..{MAX_HEADER_BYTES} bytes")
+    try:
+        header = msgpack.unpackb(
+            frames[0], max_str_len=MAX_TEXT, max_array_len=MAX_ARRAYS, max_map_len=MAX_ARRAYS, max_ext_len=0
+        )
+    except Exception as error:  # msgpack raises ValueError, its own exceptions, and UnicodeDecodeError alike
+        raise ProtocolError("header", f"the header is not msgpack: {type(error).__name__}") from error
+    if not isinstance(header, dict):
+        raise ProtocolError("header", f"expected a map, got {type(header).__name__}")
+    if header.get("v") != PROTOCOL_VERSION:
+        raise ProtocolError(
+            "version", f"this side speaks protocol version {PROTOCOL_VERSION}, the sender {header.get('v')!r}: "
+            "install the same release of bm3il on every node"
+        )
+    expected = {"kind": str, "run": str, "sender": str, "incarnation": str, "seq": int, "body": dict, "arrays": list}
+    for key, kind in expected.items():
+        if type(header.get(key)) is not kind:
+            raise ProtocolError("header", f"header field '{key}' must be {kind.__name__}")
+    return header
+
+
+def _body(kind: str, values: dict[str, Any]) -> Any:
+    if kind not in BODIES:
+        raise ProtocolError("kind", f"unknown kind '{kind[:64]}'")
+    body_type = BODIES[kind]
+    names = {f.name for f in fields(body_type)}
+    if set(values) != names:
+        raise ProtocolError("body", f"'{kind}' has the fields {sorted(names)}, got {sorted(map(str, values))}")
+    hints = get_type_hints(body_type)
+    for name, value in values.items():
+        if not _is(value, hints[name]):
+            raise ProtocolError("body", f"field '{name}' of '{kind}' must be {hints[name]}, got {type(value).__name__}")
+    return body_type(**values)
+
+
+def _is(value: Any, hint: Any) -> bool:
+    if hint == dict[str, float]:
+        return isinstance(value, dict) and all(
+            type(k) is str and type(v) in (int, float) for k, v in value.items()
+        )
+    return type(value) in ((int, float) if hint is float else (hint,))
+
+
+def _arrays(table: list[Any], frames: Sequence[Any], expected: ArrayTable) -> Arrays:
+    if len(table) != len(frames):
+        raise ProtocolError("frame", f"{len(table)} arrays announced, {len(frames)} frames came")
+    arrays: Arrays = {}
+    for entry, frame in zip(table, frames, strict=True):
+        match entry:
+            case [str(name), str(dtype), list(shape)] if len(shape) <= MAX_RANK and dtype in DTYPES:
+                pass
+            case _:
+                raise ProtocolError("array_table", "an entry of the array table is not [name, dtype, shape]")
+        if name in arrays or name not in expected:
+            raise ProtocolError("array_table", f"array '{name[:64]}' is not expected, or came twice")
+        if (dtype, tuple(shape)) != expected[name]:
+            raise ProtocolError(
+                "array_table", f"array '{name}': expected {expected[name]}, found {(dtype, tuple(shape))}"
+            )
+        size = DTYPES[dtype].itemsize * int(np.prod(shape, dtype=np.int64))
+        if len(frame) != size:
+            raise ProtocolError("frame", f"array '{name}' needs {size} bytes, its frame has {len(frame)}")
+        arrays[name] = _view(frame, dtype, shape)
+    if len(arrays) != len(expected):
+        raise ProtocolError("array_table", f"array '{min(set(expected) - set(arrays))}' is missing")
+    return arrays
+
+
+def _view(frame: Any, dtype: str, shape: list[int]) -> np.ndarray:
+    if dtype == "bool":
+        raw = np.frombuffer(frame, np.uint8)
+        if raw.size and raw.max() > 1:
+            raise ProtocolError("frame", "a boolean array holds bytes other than 0 and 1")
+        return raw.view(np.bool_).reshape(shape)
+    return np.frombuffer(frame, DTYPES[dtype]).reshape(shape)

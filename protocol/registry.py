@@ -1,0 +1,65 @@
+"""Environments by name: `rover_tower?pairs=4`, `pettingzoo:mpe2.simple_spread_v3`.
+
+A name is an entry point of the group `bm3il.environments`, so a user's package adds its own:
+
+    [project.entry-points."bm3il.environments"]
+    my_town = "my_package.town:Town"        # called as Town(num_envs=E, **options)
+
+What follows `:` is passed as the option `target`; options follow `?`, joined by `&`, and are converted to the types
+that the factory's signature names.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any, get_type_hints
+
+from protocol.environment import Environment
+from protocol.errors import InputError, unknown_name
+
+GROUP = "bm3il.environments"
+
+
+def known_environments() -> list[str]:
+    """The names that `make_environment` understands on this machine."""
+    return sorted({point.name for point in entry_points(group=GROUP)})
+
+
+def make_environment(name: str, num_envs: int) -> Environment:
+    """Build E = `num_envs` copies of the environment that `name` describes.
+
+    Raises InputError for an unknown name or option, or a value of the wrong kind.
+    """
+    path, _, query = name.partition("?")
+    key, _, target = path.partition(":")
+    points = {point.name: point for point in entry_points(group=GROUP)}
+    if key not in points:
+        raise unknown_name("environment", key, points)
+    factory = points[key].load()
+    options = dict(_parse_option(key, part, factory) for part in query.split("&") if part)
+    if target:
+        options["target"] = target
+    environment = factory(num_envs=num_envs, **options)
+    if not isinstance(environment, Environment):
+        raise InputError(f"environment '{key}': {factory!r} does not follow protocol.environment.Environment")
+    return environment
+
+
+def _parse_option(environment: str, part: str, factory: Callable[..., Any]) -> tuple[str, Any]:
+    option, _, text = part.partition("=")
+    target = factory.__init__ if inspect.isclass(factory) else factory
+    hints = {k: v for k, v in get_type_hints(target).items() if k not in ("num_envs", "return")}
+    if option not in hints:
+        raise unknown_name(f"option of environment {environment}", option, hints)
+    kind = hints[option]
+    if kind is bool and text in ("true", "false"):
+        return option, text == "true"
+    if kind in (int, float, str) and text:
+        try:
+            return option, kind(text)
+        except ValueError:
+            pass
+    expected = {bool: "true or false", int: "an integer", float: "a number"}.get(kind, "a value")
+    raise InputError(f"option {option} of environment {environment}: expected {expected}, got '{text}'")
