@@ -11,14 +11,16 @@ stacked. Two forms of an array, per block:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 
+from protocol.errors import ProtocolError
 from protocol.specs import EnvironmentSpec
+from protocol.trajectories import ArrayTable
 
 ParameterSharing = Literal["agent", "type"]
 
@@ -95,6 +97,64 @@ class Layout:
             counts = [self.spec.types[m].count for m in block.types]
             parts |= dict(zip(block.types, values.split(counts, dim=1), strict=True))
         return [parts[m] for m in range(self.spec.num_types)]
+
+
+@dataclass
+class JointRows:
+    """B joint steps as the reward server sees them: what was observed and done; one tensor per block in each list.
+
+    observations [B, N_b, O_b] float32.   actions [B, N_b] int64, or [B, N_b, A_b] float32.   active [B, N_b] bool.
+    """
+
+    observations: list[torch.Tensor]
+    actions: list[torch.Tensor]
+    active: list[torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.active[0])
+
+    def select(self, index: torch.Tensor) -> JointRows:
+        """The rows of these numbers, copied."""
+        return JointRows(
+            *([t.index_select(0, index) for t in part] for part in (self.observations, self.actions, self.active))
+        )
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Named arrays for a message, without copying."""
+        named: dict[str, np.ndarray] = {}
+        for name in ("observations", "actions", "active"):
+            named |= {f"{b}.{name}": t.numpy() for b, t in enumerate(getattr(self, name))}
+        return named
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], layout: Layout) -> JointRows:
+        """Copy out of a message whose arrays were checked against `array_table`.
+
+        Raises ProtocolError (cause `bad_value`) for actions out of range or observations that are not finite.
+        """
+        rows = cls(
+            *(
+                [torch.tensor(arrays[f"{b}.{name}"]) for b in range(len(layout.blocks))]
+                for name in ("observations", "actions", "active")
+            )
+        )
+        for block, observations, actions in zip(layout.blocks, rows.observations, rows.actions, strict=True):
+            if not torch.isfinite(observations).all():
+                raise ProtocolError("bad_value", "an observation is not finite")
+            if block.discrete and actions.numel() and not 0 <= int(actions.min()) <= int(actions.max()) < block.action_dim:
+                raise ProtocolError("bad_value", f"actions must lie in 0..{block.action_dim - 1}")
+        return rows
+
+    @staticmethod
+    def array_table(layout: Layout, rows: int) -> ArrayTable:
+        """Name → (dtype, shape) of `rows` joint rows."""
+        table: ArrayTable = {}
+        for b, block in enumerate(layout.blocks):
+            shape = (rows, block.num_agents)
+            table[f"{b}.observations"] = ("float32", (*shape, block.observation_dim))
+            table[f"{b}.actions"] = ("int64", shape) if block.discrete else ("float32", (*shape, block.action_dim))
+            table[f"{b}.active"] = ("bool", shape)
+        return table
 
 
 def _block(spec: EnvironmentSpec, types: tuple[int, ...], parameter_sharing: ParameterSharing) -> Block:

@@ -87,10 +87,14 @@ class Observe:
 
 @dataclass(frozen=True)
 class Update:
-    """Learner → reward server: update the particles; the answer is `Statistics`."""
+    """Learner → reward server: update the particles; the answer is `Statistics`.
+
+    progress: the part of the run that is done, 0..1, for the learning-rate schedule.
+    """
 
     kind: ClassVar[str] = "update"
     session: str
+    progress: float
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,31 @@
+"""Settings of the actors and of the evaluator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ActorSettings:
+    """Rollouts, and the policy network that they run."""
+
+    steps_per_iteration: int = 800
+    """Joint environment steps of one iteration, over all actors together (whole episodes: rounded up)."""
+    hidden: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers of a policy."""
+    agent_identity: bool = False
+    """With parameters per type: every network also sees which agent of the type it acts for."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How a policy is judged: true returns on fixed seeds."""
+
+    interval: int = 10
+    """Iterations between evaluations."""
+    episodes: int = 200
+    """Episodes of one evaluation (the same start states each time)."""
+    final_episodes: int = 1_000
+    """Episodes of the evaluation of the final policy."""
+    greedy: bool = False
+    """Take the likeliest action instead of drawing one."""

@@ -1,0 +1,56 @@
+"""Settings of the learner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class LearnerSettings:
+    """Mean-field actor-critic (Eq. 8, 10, 13)."""
+
+    hidden: int = 64
+    """Width of the critic's layers."""
+    heads: int = 4
+    """Attention heads; must divide `hidden`."""
+    attend_own_type: bool = True
+    """The attention of Eq. 11 runs over all types (the text); false leaves the agent's own out (the released code)."""
+    updates: int = 10
+    """Critic and policy updates per iteration."""
+    batch_size: int = 256
+    """Joint rows of one update."""
+    window_steps: int = 8_000
+    """Newest joint rows that updates draw from; their rewards are always the current particles'."""
+    discount: float = 0.95
+    """γ."""
+    target_rate: float = 0.01
+    """τ: the part by which target networks move towards the trained ones in an update."""
+    policy_learning_rate: float = 3e-3
+    """Step of Adam for the policies."""
+    critic_learning_rate: float = 3e-3
+    """Step of Adam for the critics."""
+    final_learning_rate: float = 1.0
+    """Learning rates at the end of the run, as a part of those at the start (linear in between)."""
+    temperature: float = 0.3
+    """Weight of the entropy (1/reward scale) at the start of the run."""
+    final_temperature: float = 0.06
+    """Weight of the entropy from `temperature_anneal` of the run on (geometric in between)."""
+    temperature_anneal: float = 0.75
+    """Part of the run over which the temperature falls."""
+    reward_offset: float = 0.0
+    """Subtracted from the reward of Eq. 9; log 2 makes the reward of an undecided discriminator 0."""
+    policy_gradient_norm: float = 0.5
+    """Largest norm of one policy network's gradient."""
+    critic_gradient_norm: float = 10.0
+    """Largest norm of one critic network's gradient."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the matrix products; parameters and optimisers stay float32."""
+    cloning_weight: float = 0.0
+    """Weight of a behaviour-cloning term on expert rows in the policy loss; 0 is the paper."""
+    checkpoint_interval: int = 25
+    """Iterations between checkpoints."""
+    checkpoints_kept: int = 3
+    """Newest checkpoints kept (the best by evaluation return is kept besides)."""
+    deadline_seconds: float = 120.0
+    """Longest wait for chunks or rewards before the run ends with the name of what it waited for."""

@@ -1,0 +1,43 @@
+"""What every process of a run must know, whichever its role."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from protocol.layout import ParameterSharing
+
+Mode = Literal["lockstep", "async", "serial"]
+Role = Literal["actor", "learner", "reward-server", "evaluator"]
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """Where each answering or broadcasting socket listens (`ipc://…` or `tcp://host:port`)."""
+
+    experience: str
+    """Learner, request and answer: chunks and evaluations."""
+    weights: str
+    """Learner, broadcast: policy weights."""
+    rewards: str
+    """Reward server, request and answer."""
+    control: str
+    """Director (the first node's supervisor), request and answer: status."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. `run_id` keeps the messages of two runs apart; `seed` determines everything in lockstep."""
+
+    run_id: str
+    run_folder: Path
+    environment: str
+    demonstrations: str
+    algorithm: str
+    seed: int
+    actors: int
+    parameter_sharing: ParameterSharing
+    device: str
+    threads: int
+    endpoints: Endpoints

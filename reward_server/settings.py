@@ -1,0 +1,46 @@
+"""Settings of the reward server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """Discriminators, their particles, and how queries are batched."""
+
+    source: Literal["learned", "environment"] = "learned"
+    """`environment` answers the true reward through the same path: to train experts and to debug."""
+    particles: int = 4
+    """L, SVGD particles per discriminator (algorithms without SVGD force 1)."""
+    hidden: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers of a discriminator."""
+    activation: Literal["relu", "sigmoid"] = "relu"
+    """Activation of the hidden layers."""
+    kernel_scope: Literal["function", "tensor", "network", "none"] = "function"
+    """What the SVGD kernel acts on: logits, each parameter tensor, the whole network; `none` is a plain ensemble."""
+    likelihood_scale: float = 0.0
+    """Rows that the likelihood of Eq. 3 counts as: its mean is multiplied by this. 0: the rows of the batch (a sum)."""
+    prior_stddev: float = 1.0
+    """Standard deviation of the Gaussian prior of the parameters; 0 leaves the prior out."""
+    learning_rate: float = 1e-3
+    """Step of Adam at the start of the run."""
+    final_learning_rate: float = 1.0
+    """Learning rate at the end of the run, as a part of that at the start (linear in between)."""
+    label_smoothing: float = 0.0
+    """Labels are smoothing and 1 − smoothing instead of 0 and 1."""
+    updates: int = 5
+    """Particle updates per iteration."""
+    batch_size: int = 256
+    """Agent rows, and as many expert rows, of one update."""
+    window_steps: int = 8_000
+    """Newest joint rows of the agents that updates draw from."""
+    max_batch_rows: int = 4_096
+    """Most joint rows of queries that are computed together."""
+    max_delay_seconds: float = 0.001
+    """Longest time that a query waits for others to be computed with."""
+    max_queue_rows: int = 262_144
+    """Joint rows that may wait; a query beyond is refused with `overloaded` and asked again by its client."""
+    deadline_seconds: float = 60.0
+    """Queries older than this are refused instead of computed: nobody waits for them any more."""
