@@ -54,3 +54,21 @@ class LearnerSettings:
     """Newest checkpoints kept (the best by evaluation return is kept besides)."""
     deadline_seconds: float = 120.0
     """Longest wait for chunks or rewards before the run ends with the name of what it waited for."""
+
+
+@dataclass(frozen=True)
+class CloningSettings:
+    """Behaviour cloning (`bc`)."""
+
+    updates: int = 50
+    """Gradient steps per iteration."""
+    iterations: int = 100
+    """Iterations of the run."""
+    batch_size: int = 256
+    """Joint expert rows of one step."""
+    learning_rate: float = 3e-3
+    """Step of Adam at the start; it falls linearly to a twentieth."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    held_out: float = 0.1
+    """Part of the independent episodes held out to choose the policy; 0 takes the last one."""

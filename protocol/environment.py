@@ -19,13 +19,15 @@ class TimeStep:
 
     observations: [E, X_m, O_m] float32.
     action_masks: [E, X_m, A_m] bool, the actions allowed *now* (all true for continuous actions).
-    active: [E, X_m] bool; false for an agent that died, has not spawned, or whose episode has ended.
+    active: [E, X_m] bool; false for an agent that died or has not spawned. On the step that ends an episode the agents
+        that lived to see its end are still active (a truncated episode is bootstrapped from there).
     rewards: [E, X_m] float32, true rewards of the step just taken (zero after `reset`); read only for evaluation
         and for training experts, never by imitation.
     terminated: [E] bool, the episode has ended and nothing follows (no bootstrap).
     truncated: [E] bool, the episode was cut off by a time limit (bootstrap through it).
 
-    An environment that has ended stays ended until `reset`: its agents are inactive, its rewards 0, its flags set.
+    Stepping an environment that has ended changes nothing until `reset`: its agents are inactive, its rewards 0, its
+    flags stay set.
     The arrays may be overwritten by the next call: copy what must stay.
     """
 

@@ -35,12 +35,15 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Weights:
-    """Learner → actors and evaluators: the policy after `version` iterations. Arrays: its parameters."""
+    """Learner → actors and evaluators: the policy after `version` iterations. Arrays: its parameters.
+
+    evaluate_episodes: episodes that the evaluator shall play with it; 0 for a version that is not evaluated.
+    """
 
     kind: ClassVar[str] = "weights"
     session: str
     version: int
-    evaluate: bool
+    evaluate_episodes: int
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,107 @@
+"""The policies of all agents: stacked networks from observation to action."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from protocol.errors import InputError
+from protocol.layout import Layout
+from protocol.stacked import StackedMLP
+from protocol.trajectories import ArrayTable
+
+FORBIDDEN_LOGIT = -1e9
+
+
+class Policy(nn.Module):
+    """π^i(a|s^i) of every agent; one network per parameter group of `layout`."""
+
+    def __init__(
+        self, layout: Layout, hidden: Sequence[int], generator: torch.Generator, agent_identity: bool = False
+    ) -> None:
+        super().__init__()
+        for t in layout.spec.types:
+            if not t.discrete:
+                raise InputError(f"type '{t.name}' has continuous actions; this release learns discrete ones only")
+        self.layout = layout
+        self.networks = nn.ModuleList(
+            StackedMLP(
+                block.groups,
+                (block.observation_dim, *hidden, block.action_dim),
+                generator,
+                identity_slots=block.slots if agent_identity else 1,
+            )
+            for block in layout.blocks
+        )
+
+    def logits(self, block_index: int, observations: torch.Tensor, action_masks: torch.Tensor) -> torch.Tensor:
+        """Masked logits of one block: observations [G, B, S, O], action_masks [G, B, S, A] → [G, B, S, A].
+
+        A forbidden action has the logit -1e9: its probability is exactly 0, and 0·log 0 stays finite.
+        """
+        groups, rows, slots, _ = observations.shape
+        logits = self.networks[block_index](observations.flatten(1, 2)).unflatten(1, (rows, slots))
+        return logits.masked_fill(~action_masks, FORBIDDEN_LOGIT)
+
+    @torch.no_grad()
+    def act(
+        self,
+        observations: Sequence[np.ndarray],
+        action_masks: Sequence[np.ndarray],
+        generator: torch.Generator,
+        greedy: bool = False,
+    ) -> list[np.ndarray]:
+        """Draw actions (or take the likeliest): per type [E, X_m, …] → [E, X_m] int64."""
+        actions = []
+        block_rows = zip(self.layout.to_rows(observations), self.layout.to_rows(action_masks), strict=True)
+        for b, (observation, mask) in enumerate(block_rows):
+            block = self.layout.blocks[b]
+            logits = block.rows(self.logits(b, block.grid(observation), block.grid(mask)))
+            actions.append(logits.argmax(-1) if greedy else sample(logits, generator))
+        return [action.numpy() for action in self.layout.by_type(actions)]
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Copies of the parameters by name: the payload of `Weights`."""
+        return {name: value.detach().cpu().numpy().copy() for name, value in self.state_dict().items()}
+
+    def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take over parameters that were checked against `array_table`."""
+        self.load_state_dict({name: torch.tensor(value) for name, value in arrays.items()})
+
+    def array_table(self) -> ArrayTable:
+        """Name → (dtype, shape) of the parameters."""
+        return {name: ("float32", tuple(value.shape)) for name, value in self.state_dict().items()}
+
+    def sha256(self) -> str:
+        """Fingerprint of the parameters, bit by bit."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.to_arrays().items()):
+            digest.update(name.encode() + value.tobytes())
+        return digest.hexdigest()
+
+
+class UniformPolicy:
+    """Draws every allowed action with the same probability: the zero of the normalised return."""
+
+    def act(
+        self,
+        observations: Sequence[np.ndarray],
+        action_masks: Sequence[np.ndarray],
+        generator: torch.Generator,
+        greedy: bool = False,
+    ) -> list[np.ndarray]:
+        """As `Policy.act`; `greedy` makes no difference."""
+        return [
+            sample(torch.zeros(mask.shape).masked_fill(~torch.as_tensor(mask), FORBIDDEN_LOGIT), generator).numpy()
+            for mask in action_masks
+        ]
+
+
+def sample(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw from softmax(logits) along the last axis by the exponential race: argmax_a p_a / e_a, e_a ~ Exp(1)."""
+    race = torch.empty_like(logits).exponential_(generator=generator)
+    return (torch.softmax(logits, -1) / race).argmax(-1)

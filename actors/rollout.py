@@ -1,0 +1,69 @@
+"""From `env.step` to a trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from protocol.environment import Environment, Starts, TimeStep
+from protocol.trajectories import Trajectories
+
+
+class Acts(Protocol):
+    """Whoever chooses actions: a policy, the uniform policy, a scripted expert."""
+
+    def act(
+        self,
+        observations: Sequence[np.ndarray],
+        action_masks: Sequence[np.ndarray],
+        generator: torch.Generator,
+        greedy: bool = False,
+    ) -> list[np.ndarray]: ...
+
+
+def rollout(
+    environment: Environment, policy: Acts, seed: int, greedy: bool = False, starts: Starts | None = None
+) -> Trajectories:
+    """Play one whole episode in each of the E environments.
+
+    A pure function of (policy, seed, starts): the environment and the action noise take their seeds from `seed`.
+    """
+    spec = environment.spec
+    steps, episodes = spec.episode_length, environment.num_envs
+    table = Trajectories.array_table(spec, steps, episodes)
+    arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in table.items()}
+    arrays["lengths"][:] = steps  # of an episode that no flag ends
+    trajectories = Trajectories.from_arrays(arrays, spec)
+    generator = torch.Generator().manual_seed(seed)
+    now = environment.reset(seed, starts)
+    _write_view(trajectories, 0, now)
+    ended = now.terminated | now.truncated
+    for t in range(steps):
+        actions = policy.act(
+            [array[t] for array in trajectories.observations],
+            [array[t] for array in trajectories.action_masks],
+            generator,
+            greedy,
+        )
+        now = environment.step(actions)
+        for m, action in enumerate(actions):
+            trajectories.actions[m][t] = action
+            trajectories.rewards[m][t] = now.rewards[m]
+        trajectories.terminated[t], trajectories.truncated[t] = now.terminated, now.truncated
+        _write_view(trajectories, t + 1, now)
+        ends_now = (now.terminated | now.truncated) & ~ended
+        trajectories.lengths[ends_now] = t + 1
+        ended |= ends_now
+        if ended.all():
+            break
+    return trajectories
+
+
+def _write_view(trajectories: Trajectories, t: int, now: TimeStep) -> None:
+    for m in range(len(now.observations)):
+        trajectories.observations[m][t] = now.observations[m]
+        trajectories.action_masks[m][t] = now.action_masks[m]
+        trajectories.active[m][t] = now.active[m]

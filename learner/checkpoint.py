@@ -1,0 +1,152 @@
+"""Checkpoints: one consistent set of arrays of the learner and the reward server, whole or not there at all.
+
+    checkpoints/00000025/learner.safetensors  rewards.safetensors  checkpoint.json
+
+`checkpoint.json` is written last and holds the SHA-256 of the other files; the folder gets its name by a rename after
+everything is on the disk. A folder that fails a check is skipped with a warning, and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from protocol.errors import InputError
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+ARRAY_FILES = ("learner", "rewards")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """iteration: how many are done. config: the run's config.yaml. facts: plain counters for the run record."""
+
+    iteration: int
+    config: str
+    facts: dict[str, Any]
+    learner: dict[str, np.ndarray]
+    rewards: dict[str, np.ndarray]
+
+
+class CheckpointFolder:
+    """The checkpoints of one run; keeps the newest `kept`, and the one marked best."""
+
+    def __init__(self, folder: Path, kept: int) -> None:
+        self._folder, self._kept = folder, kept
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Write atomically, then remove what is too old.
+
+        Raises OSError (with the path) if the disk is full or not writable; earlier checkpoints stay valid.
+        """
+        final = self._folder / f"{checkpoint.iteration:08d}"
+        temporary = self._folder / f".{final.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+            digests = {}
+            for name in ARRAY_FILES:
+                content = save({k: np.ascontiguousarray(v) for k, v in getattr(checkpoint, name).items()})
+                digests[name] = hashlib.sha256(content).hexdigest()
+                _write(temporary / f"{name}.safetensors", content)
+            header = {
+                "version": FORMAT_VERSION,
+                "iteration": checkpoint.iteration,
+                "config": checkpoint.config,
+                "facts": checkpoint.facts,
+                "sha256": digests,
+            }
+            _write(temporary / "checkpoint.json", json.dumps(header, indent=1).encode())
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            _sync_folder(self._folder)
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        self._prune()
+
+    def mark_best(self, iteration: int) -> None:
+        """Remember that the policy of this iteration had the highest evaluation return so far."""
+        if (self._folder / f"{iteration:08d}").is_dir():
+            temporary = self._folder / ".best.tmp"
+            _write(temporary, f"{iteration:08d}\n".encode())
+            temporary.rename(self._folder / "best")
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that passes all checks, or None if there is none at all.
+
+        Raises InputError if there are checkpoints and none of them can be used.
+        """
+        names = self._names()
+        for name in reversed(names):
+            try:
+                return read_checkpoint(self._folder / name)
+            except InputError as error:
+                log.warning("skipping a checkpoint: %s", error)
+        if names:
+            raise InputError(f"no checkpoint in {self._folder} can be used; start the run anew")
+        return None
+
+    def discard_after(self, iteration: int) -> None:
+        """Remove checkpoints of later iterations: they belong to a history that is being rewound."""
+        for name in self._names():
+            if int(name) > iteration:
+                shutil.rmtree(self._folder / name)
+
+    def _names(self) -> list[str]:
+        if not self._folder.is_dir():
+            return []
+        return sorted(path.name for path in self._folder.iterdir() if path.name.isdigit() and path.is_dir())
+
+    def _prune(self) -> None:
+        best = self._folder / "best"
+        keep = {best.read_text().strip()} if best.exists() else set()
+        for name in self._names()[: -self._kept]:
+            if name not in keep:
+                shutil.rmtree(self._folder / name)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read and check one checkpoint. Raises InputError, naming the file and what is wrong with it."""
+    try:
+        header = json.loads((folder / "checkpoint.json").read_bytes())
+        if header["version"] != FORMAT_VERSION:
+            raise InputError(f"{folder}: written in format {header['version']}, this release reads {FORMAT_VERSION}")
+        arrays = {}
+        for name in ARRAY_FILES:
+            content = (folder / f"{name}.safetensors").read_bytes()
+            if hashlib.sha256(content).hexdigest() != header["sha256"][name]:
+                raise InputError(f"{folder / name}.safetensors is truncated or corrupt (its SHA-256 differs)")
+            arrays[name] = load(content)
+        return Checkpoint(int(header["iteration"]), str(header["config"]), dict(header["facts"]), **arrays)
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder} is not a usable checkpoint: {error}") from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,119 @@
+"""Behaviour cloning: the likelihood of the experts' actions, as an algorithm (`bc`) and as a term of others' losses."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from actors.policy import Policy
+from learner import losses
+from learner.optimisation import adam_arrays, load_adam_arrays, part
+from learner.settings import CloningSettings
+from protocol.demonstrations import Demonstrations
+from protocol.layout import JointRows, Layout
+from protocol.seeds import derive_seed
+
+
+class Cloning:
+    """Expert rows with their action masks, and the cloning loss on random ones of them."""
+
+    def __init__(self, layout: Layout, demonstrations: Demonstrations, batch_size: int, seed: int) -> None:
+        self._layout, self._batch_size = layout, batch_size
+        self._rows = expert_rows(layout, demonstrations)
+        self._masks = layout.to_rows(demonstrations.action_masks)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def loss(self, policy: Policy, index: torch.Tensor | None = None) -> torch.Tensor:
+        """Mean over expert rows, summed over networks, of −log π(a|s); random rows unless `index` [B] names them."""
+        if index is None:
+            index = torch.randint(len(self._rows), (self._batch_size,), generator=self._generator)
+        rows = self._rows.select(index)
+        weights = losses.row_weights(self._layout, rows.active)
+        terms = []
+        for b, block in enumerate(self._layout.blocks):
+            masks = block.grid(self._masks[b].index_select(0, index))
+            log_policy = policy.logits(b, block.grid(rows.observations[b]), masks).float().log_softmax(-1)
+            terms.append(losses.cloning_loss(log_policy, block.grid(rows.actions[b]), weights[b]))
+        return torch.stack(terms).sum()
+
+    def state(self) -> np.ndarray:
+        """The random state."""
+        return self._generator.get_state().numpy()
+
+    def load_state(self, state: np.ndarray) -> None:
+        self._generator.set_state(torch.tensor(state))
+
+
+class BehaviourCloning:
+    """The algorithm `bc`: maximum likelihood on the expert rows, stopped where held-out episodes are likeliest.
+
+    A tenth of the independent groups of episodes (at least one, if there are ten) is held out; the policy that this
+    run ends with is the one that gave them the largest likelihood.
+    """
+
+    def __init__(
+        self, policy: Policy, demonstrations: Demonstrations, settings: CloningSettings, seed: int
+    ) -> None:
+        self.policy, self._settings = policy, settings
+        train, held_out = demonstrations.split(settings.held_out, derive_seed(seed, "held-out"))
+        self._train = Cloning(policy.layout, train, settings.batch_size, derive_seed(seed, "cloning"))
+        self._held_out = held_out and Cloning(policy.layout, held_out, settings.batch_size, 0)
+        self._optimiser = torch.optim.AdamW(
+            policy.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        )
+        self._best = (float("inf"), copy.deepcopy(policy.state_dict()))
+
+    def begin(self, session: str, learner: dict[str, np.ndarray] | None, rewards: object) -> None:
+        """Start, or go on from a checkpoint's arrays; there is no reward server."""
+        if learner is not None:
+            self._load_state(learner)
+
+    def iterate(self, progress: float, abort: Callable[[], None]) -> tuple[int, dict[str, float]]:
+        """`updates` steps without any environment step; returns losses (sums over networks of mean −log π)."""
+        self._optimiser.param_groups[0]["lr"] = self._settings.learning_rate * (1 - 0.95 * progress)
+        for _ in range(self._settings.updates):
+            self._optimiser.zero_grad()
+            loss = self._train.loss(self.policy)
+            loss.backward()
+            self._optimiser.step()
+        figures = {"cloning_loss": loss.item()}
+        if self._held_out:
+            with torch.no_grad():
+                figures["held_out_loss"] = self._held_out.loss(self.policy, torch.arange(len(self._held_out))).item()
+            if figures["held_out_loss"] < self._best[0]:
+                self._best = (figures["held_out_loss"], copy.deepcopy(self.policy.state_dict()))
+        return 0, figures
+
+    def finish(self) -> None:
+        """Take the policy that held-out episodes like best."""
+        if self._held_out:
+            self.policy.load_state_dict(self._best[1])
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Everything, for a checkpoint."""
+        arrays = {f"policy/{k}": v for k, v in self.policy.to_arrays().items()}
+        arrays |= {f"best/{k}": v.numpy() for k, v in self._best[1].items()}
+        arrays |= {f"adam/{k}": v for k, v in adam_arrays(self._optimiser)}
+        return arrays | {"best_loss": np.array([self._best[0]]), "generator": self._train.state()}, {}
+
+    def _load_state(self, arrays: dict[str, np.ndarray]) -> None:
+        self.policy.load_arrays(part(arrays, "policy"))
+        best = {name: torch.tensor(value) for name, value in part(arrays, "best").items()}
+        self._best = (float(arrays["best_loss"][0]), best)
+        load_adam_arrays(self._optimiser, part(arrays, "adam"))
+        self._train.load_state(arrays["generator"])
+
+
+def expert_rows(layout: Layout, demonstrations: Demonstrations) -> JointRows:
+    """The demonstrations' joint rows in the layout's blocks."""
+    return JointRows(
+        layout.to_rows(demonstrations.observations),
+        layout.to_rows(demonstrations.actions),
+        layout.to_rows(demonstrations.active),
+    )

@@ -1,0 +1,152 @@
+"""Where the learner's trajectories and evaluations come from: actors over the wire, or the same code in one process."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from actors.collector import Collector, episodes_per_chunk
+from actors.evaluation import evaluate
+from actors.policy import Policy
+from actors.settings import ActorSettings, EvaluationSettings
+from protocol.channels import Broadcaster, Request, Server
+from protocol.errors import ProtocolError
+from protocol.job import Job
+from protocol.messages import Chunk, Done, Evaluation, Weights
+from protocol.telemetry import Telemetry
+from protocol.trajectories import ArrayTable, Trajectories
+
+log = logging.getLogger(__name__)
+
+REPEAT_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """True returns [episodes, N] of the policy after `version` iterations."""
+
+    version: int
+    returns: np.ndarray
+
+
+class Experience(Protocol):
+    """The learner's side of the actors and the evaluator."""
+
+    def publish(self, session: str, version: int, policy: Policy, evaluate_episodes: int) -> None:
+        """Hand out new weights; with episodes > 0 they will be evaluated."""
+        ...
+
+    def collect(self, abort: Callable[[], None]) -> list[Trajectories]:
+        """The chunks of all actors played with the weights published last, in the order of the actors.
+
+        `abort` is called while waiting and may raise. Raises TimeoutError naming the actors that are missing.
+        """
+        ...
+
+    def evaluations(self, wait_seconds: float = 0.0) -> list[Evaluated]:
+        """Evaluations that have come since the last call, waiting up to `wait_seconds` for the first."""
+        ...
+
+
+class LocalExperience:
+    """All actors and the evaluator in this process, one after the other: the same bits as processes give."""
+
+    def __init__(self, job: Job, actor: ActorSettings, evaluation: EvaluationSettings) -> None:
+        self._job, self._evaluation = job, evaluation
+        self._collectors = [Collector(job, actor, index) for index in range(job.actors)]
+        self._evaluated: list[Evaluated] = []
+
+    def publish(self, session: str, version: int, policy: Policy, evaluate_episodes: int) -> None:
+        self._policy, self._version = policy, version
+        if evaluate_episodes:
+            returns = evaluate(
+                self._job.environment, policy, evaluate_episodes, self._job.seed, self._evaluation.greedy
+            )
+            self._evaluated.append(Evaluated(version, returns))
+
+    def collect(self, abort: Callable[[], None]) -> list[Trajectories]:
+        return [collector.collect(self._policy, self._version) for collector in self._collectors]
+
+    def evaluations(self, wait_seconds: float = 0.0) -> list[Evaluated]:
+        evaluated, self._evaluated = self._evaluated, []
+        return evaluated
+
+
+class RemoteExperience:
+    """Actors and evaluator behind sockets. Whoever joins late, or again, gets the newest weights at once."""
+
+    def __init__(self, job: Job, policy: Policy, actor: ActorSettings, deadline_seconds: float, telemetry: Telemetry):
+        self._spec = policy.layout.spec
+        self._actors, self._deadline_seconds = job.actors, deadline_seconds
+        self._steps = self._spec.episode_length
+        self._episodes = episodes_per_chunk(actor, self._spec, job.actors)
+        self._server = Server(job.endpoints.experience, telemetry.sender, self._schema, telemetry.count_drop)
+        self._weights = Broadcaster(job.endpoints.weights, telemetry.sender)
+        self._chunks: dict[int, Trajectories] = {}
+        self._evaluated: list[Evaluated] = []
+        self._current = ("", -1)
+        self._count_drop = telemetry.count_drop
+
+    def publish(self, session: str, version: int, policy: Policy, evaluate_episodes: int) -> None:
+        self._chunks.clear()
+        self._current = (session, version)
+        self._weights.publish(Weights(session, version, evaluate_episodes), policy.to_arrays())
+
+    def collect(self, abort: Callable[[], None]) -> list[Trajectories]:
+        start = repeated = time.monotonic()
+        while missing := [index for index in range(self._actors) if index not in self._chunks]:
+            abort()
+            now = time.monotonic()
+            if now - start > self._deadline_seconds:
+                raise TimeoutError(f"no chunk from actors {missing} within {self._deadline_seconds:.0f} s")
+            self._weights.pump(repeat=now - repeated > REPEAT_SECONDS)
+            if now - repeated > REPEAT_SECONDS:
+                log.info("waiting for actors %s since %.0f s", missing, now - start)
+                repeated = now
+            self._receive(0.05)
+        return [self._chunks[index] for index in range(self._actors)]
+
+    def evaluations(self, wait_seconds: float = 0.0) -> list[Evaluated]:
+        self._weights.pump(repeat=wait_seconds > 0)
+        self._receive(wait_seconds)
+        evaluated, self._evaluated = self._evaluated, []
+        return evaluated
+
+    def close(self) -> None:
+        self._server.close()
+        self._weights.close()
+
+    def _receive(self, timeout_seconds: float) -> None:
+        for request in self._server.poll(timeout_seconds):
+            self._server.answer(request, Done(self._accept(request)))
+
+    def _accept(self, request: Request) -> str:
+        body, arrays = request.message.body, request.message.arrays
+        if (body.session, body.version) != self._current and isinstance(body, Chunk):
+            return "stale"
+        if isinstance(body, Evaluation):
+            if body.session == self._current[0]:
+                self._evaluated.append(Evaluated(body.version, arrays["returns"]))
+            return "taken"
+        try:
+            self._chunks.setdefault(body.actor, Trajectories.from_arrays(arrays, self._spec))
+        except ProtocolError as error:
+            self._count_drop(error.cause)
+            log.warning("dropped a chunk of %s: %s", request.message.sender.name, error)
+            return "dropped"
+        return "taken"
+
+    def _schema(self, body: Any) -> ArrayTable | None:
+        if isinstance(body, Chunk):
+            expected = (self._steps, self._episodes)
+            if (body.steps, body.episodes) != expected or not 0 <= body.actor < self._actors:
+                raise ProtocolError("body", f"a chunk here has (steps, episodes) {expected}, actors < {self._actors}")
+            return Trajectories.array_table(self._spec, *expected)
+        if isinstance(body, Evaluation) and 1 <= body.episodes <= 1_000_000:
+            return {"returns": ("float32", (body.episodes, self._spec.num_agents))}
+        return None

@@ -1,0 +1,151 @@
+"""One iteration of Algorithm 1: collect, update the particles, query rewards, update critics and policies."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from actors.policy import Policy
+from actors.settings import ActorSettings
+from learner.actor_critic import ActorCritic
+from learner.algorithms import algorithm
+from learner.cloning import Cloning
+from learner.critics import Critic
+from learner.experience import Experience
+from learner.optimisation import part
+from learner.replay import Batch, Replay
+from learner.settings import LearnerSettings
+from protocol.demonstrations import Demonstrations
+from protocol.errors import NumericalError
+from protocol.job import Job
+from protocol.layout import JointRows
+from protocol.seeds import derive_seed
+from protocol.telemetry import Telemetry
+from reward_server.client import RewardService
+
+PREFETCHED_BATCHES = 2
+
+Arrays = dict[str, np.ndarray]
+
+
+class Imitation:
+    """Replay, critics and policies, fed by actors and rewarded by the reward server."""
+
+    def __init__(
+        self,
+        job: Job,
+        settings: LearnerSettings,
+        actor: ActorSettings,
+        policy: Policy,
+        demonstrations: Demonstrations | None,
+        experience: Experience,
+        rewards: RewardService,
+        telemetry: Telemetry,
+    ) -> None:
+        kind = algorithm(job.algorithm)
+        device = choose_device(job.device)
+        critic = Critic(
+            policy.layout,
+            kind.context,
+            settings.hidden,
+            settings.heads,
+            settings.attend_own_type,
+            torch.Generator().manual_seed(derive_seed(job.seed, "critic")),
+            actor.agent_identity,
+        )
+        self.policy = policy
+        self._settings = settings
+        self._imitates = kind.imitates
+        self._actor_critic = ActorCritic(policy, critic, settings, device, derive_seed(job.seed, "next-actions"))
+        self._replay = Replay(policy.layout, settings.window_steps)
+        self._generator = torch.Generator().manual_seed(derive_seed(job.seed, "replay"))
+        self._cloning: Cloning | None = None
+        if settings.cloning_weight and demonstrations is not None:
+            seed = derive_seed(job.seed, "cloning")
+            self._cloning = Cloning(policy.layout, demonstrations, settings.batch_size, seed)
+        self._experience, self._rewards, self._telemetry = experience, rewards, telemetry
+
+    def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None) -> None:
+        """Start a session on both sides, from a checkpoint's arrays or from the seed."""
+        self._rewards.begin(session, rewards)
+        if learner is None:
+            return
+        self._actor_critic.load_state(part(learner, "actor_critic"))
+        self._replay.load_state(part(learner, "replay"))
+        self._generator.set_state(torch.tensor(learner["generator"]))
+        if self._cloning is not None:
+            self._cloning.load_state(learner["cloning"])
+
+    def iterate(self, progress: float, abort: Callable[[], None]) -> tuple[int, dict[str, float]]:
+        """One iteration; returns the fresh joint steps and the figures of the iteration.
+
+        `abort` is called while nothing has changed yet, and may raise.
+        """
+        with self._telemetry.stage("collect"):
+            chunks = self._experience.collect(abort)
+        with self._telemetry.stage("observe"):
+            fresh = [self._replay.add(chunk) for chunk in chunks]
+            figures: dict[str, float] = {}
+            if self._imitates:
+                self._rewards.observe(_joined(fresh))
+                _, figures = self._rewards.update(progress)
+        totals: dict[str, float] = {}
+        for batch, rewards in self._batches():
+            with self._telemetry.stage("update"):
+                try:
+                    update = self._actor_critic.update(batch, rewards, progress, self._cloning)
+                except NumericalError as error:
+                    raise NumericalError(f"{error}; the iteration is not recorded") from error
+            for name, value in update.items():
+                totals[name] = totals.get(name, 0.0) + value / self._settings.updates
+            totals["reward"] = totals.get("reward", 0.0) + _mean(rewards) / self._settings.updates
+        return sum(chunk.num_steps for chunk in chunks), figures | totals
+
+    def state(self) -> tuple[Arrays, Arrays]:
+        """Everything that a resume needs: of the learner, of the reward server."""
+        arrays = {f"actor_critic/{k}": v for k, v in self._actor_critic.state().items()}
+        arrays |= {f"replay/{k}": v for k, v in self._replay.state().items()}
+        arrays["generator"] = self._generator.get_state().numpy()
+        if self._cloning is not None:
+            arrays["cloning"] = self._cloning.state()
+        return arrays, self._rewards.state()
+
+    def finish(self) -> None:
+        """Nothing: the policy of the last iteration is the result."""
+
+    def _batches(self) -> Iterator[tuple[Batch, list[torch.Tensor]]]:
+        """Batches with the rewards of the current particles; the next queries travel while one is trained on."""
+        waiting: deque[tuple[Batch, int]] = deque()
+        for number in range(self._settings.updates + PREFETCHED_BATCHES):
+            if number < self._settings.updates:
+                batch = self._replay.sample(self._settings.batch_size, self._generator)
+                true_rewards = None if self._imitates else batch.rewards
+                waiting.append((batch, self._rewards.submit(batch.rows, true_rewards)))
+            if waiting and number >= PREFETCHED_BATCHES:
+                batch, ticket = waiting.popleft()
+                with self._telemetry.stage("query"):
+                    rewards = self._rewards.rewards(ticket)
+                yield batch, rewards
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes the GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _joined(rows: list[JointRows]) -> JointRows:
+    blocks = range(len(rows[0].observations))
+    return JointRows(
+        [torch.cat([r.observations[b] for r in rows]) for b in blocks],
+        [torch.cat([r.actions[b] for r in rows]) for b in blocks],
+        [torch.cat([r.active[b] for r in rows]) for b in blocks],
+    )
+
+
+def _mean(rewards: list[torch.Tensor]) -> float:
+    return float(sum(r.sum() for r in rewards) / sum(r.numel() for r in rewards))

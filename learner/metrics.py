@@ -1,0 +1,35 @@
+"""What the learner tells Prometheus."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+
+class LearnerMetrics:
+    """`bm3il_learner_*`; the seconds of each stage are in `bm3il_learner_stage_seconds`."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"bm3il_learner_{name}", text, registry=registry)
+
+        self._env_steps = gauge("env_steps", "Joint environment steps trained on since the start of the run")
+        self._policy_version = gauge("policy_version", "Iterations done: the version of the newest weights")
+        self.episode_return = gauge(
+            "episode_return", "True return per agent and episode, mean of the last evaluation; never trained on"
+        )
+        self._figures = Gauge(
+            "bm3il_learner_figure",
+            "Means over the last iteration, by name: losses, entropy per agent (nats), reward per agent and step",
+            ["name"],
+            registry=registry,
+        )
+        self.rewinds = Counter(
+            "bm3il_learner_rewinds", "Times the run went back to a checkpoint (reward server lost)", registry=registry
+        )
+
+    def count_iteration(self, iteration: int, env_steps: int, figures: dict[str, float]) -> None:
+        """Publish the figures of an iteration."""
+        self._policy_version.set(iteration)
+        self._env_steps.set(env_steps)
+        for name, value in figures.items():
+            self._figures.labels(name).set(value)

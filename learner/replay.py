@@ -1,0 +1,120 @@
+"""The newest joint rows of all actors, in the form in which the critics eat them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from protocol.errors import InputError
+from protocol.layout import JointRows, Layout
+from protocol.trajectories import Trajectories
+
+
+@dataclass
+class Batch:
+    """B transitions; one tensor per block in each list, joint rows [B, N_b, …] (see `protocol.layout`).
+
+    `action_masks` belong to `observations`, `next_action_masks` to `next_observations`. `rewards` are true rewards,
+    which only runs with `source="environment"` look at. `terminated` [B] means that nothing follows; a truncated
+    row is an ordinary one whose next observation is bootstrapped from.
+    """
+
+    rows: JointRows
+    action_masks: list[torch.Tensor]
+    next_observations: list[torch.Tensor]
+    next_action_masks: list[torch.Tensor]
+    next_active: list[torch.Tensor]
+    rewards: list[torch.Tensor]
+    terminated: torch.Tensor
+
+
+class Replay:
+    """A ring of joint rows. An episode of n steps takes n + 1 rows: a row's successor is the next row of the ring."""
+
+    def __init__(self, layout: Layout, window_steps: int) -> None:
+        length = layout.spec.episode_length
+        self.layout = layout
+        self.capacity = max(1, math.ceil(window_steps / length)) * (length + 1)
+        self._cursor = 0
+        shapes = Trajectories.array_table(layout.spec, 1, 1)
+        per_type = {
+            field: [
+                np.zeros((self.capacity, *shapes[f"{m}.{field}"][1][2:]), shapes[f"{m}.{field}"][0])
+                for m in range(layout.spec.num_types)
+            ]
+            for field in ("observations", "action_masks", "active", "actions", "rewards")
+        }
+        self._columns = {field: layout.to_rows(arrays) for field, arrays in per_type.items()}
+        self._terminated = torch.zeros(self.capacity, dtype=torch.bool)
+        self._has_successor = torch.zeros(self.capacity, dtype=torch.bool)
+
+    def __len__(self) -> int:
+        """Transitions held."""
+        return int(self._has_successor.sum())
+
+    def add(self, trajectories: Trajectories) -> JointRows:
+        """Take in whole episodes, overwriting the oldest rows; returns the fresh transitions' rows, copied."""
+        lengths = torch.as_tensor(trajectories.lengths)
+        step = torch.arange(trajectories.terminated.shape[0] + 1)
+        kept = step <= lengths.unsqueeze(1)
+        index = (self._cursor + torch.arange(int(kept.sum()))) % self.capacity
+        if len(index) > self.capacity:
+            raise InputError(f"{len(index)} rows do not fit a window of {self.capacity}: raise learner.window-steps")
+        for field, stored in self._columns.items():
+            for column, values in zip(stored, self._episode_major(getattr(trajectories, field)), strict=True):
+                column[index] = values[kept]
+        self._terminated[index] = _with_last_row(torch.as_tensor(trajectories.terminated)).T[kept]
+        self._has_successor[index] = (step < lengths.unsqueeze(1))[kept]
+        self._cursor = (self._cursor + len(index)) % self.capacity
+        return self._rows(index[self._has_successor[index]])
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
+        """B transitions, uniformly and with replacement."""
+        held = self._has_successor.nonzero().squeeze(1)
+        index = held[torch.randint(len(held), (batch_size,), generator=generator)]
+        following = (index + 1) % self.capacity
+        return Batch(
+            rows=self._rows(index),
+            action_masks=self._take("action_masks", index),
+            next_observations=self._take("observations", following),
+            next_action_masks=self._take("action_masks", following),
+            next_active=self._take("active", following),
+            rewards=self._take("rewards", index),
+            terminated=self._terminated[index],
+        )
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything, for a checkpoint."""
+        arrays = {f"{field}.{b}": t.numpy() for field, blocks in self._columns.items() for b, t in enumerate(blocks)}
+        arrays |= {"terminated": self._terminated.numpy(), "has_successor": self._has_successor.numpy()}
+        return arrays | {"cursor": np.array([self._cursor])}
+
+    def load_state(self, arrays: dict[str, np.ndarray]) -> None:
+        """The inverse of `state`, for arrays that were checked against `state_table`."""
+        for field, blocks in self._columns.items():
+            for b, stored in enumerate(blocks):
+                stored.copy_(torch.tensor(arrays[f"{field}.{b}"]))
+        self._terminated.copy_(torch.tensor(arrays["terminated"]))
+        self._has_successor.copy_(torch.tensor(arrays["has_successor"]))
+        self._cursor = int(arrays["cursor"][0])
+
+    def _episode_major(self, arrays: list[np.ndarray]) -> list[torch.Tensor]:
+        """A field of the trajectories as joint rows per block, [E, T+1, N_b, …]."""
+        rows = self.layout.to_rows([array.reshape(-1, *array.shape[2:]) for array in arrays])
+        longest = self.layout.spec.episode_length + 1
+        per_step = [block_rows.unflatten(0, arrays[0].shape[:2]) for block_rows in rows]
+        return [(steps if len(steps) == longest else _with_last_row(steps)).transpose(0, 1) for steps in per_step]
+
+    def _take(self, field: str, index: torch.Tensor) -> list[torch.Tensor]:
+        return [stored.index_select(0, index) for stored in self._columns[field]]
+
+    def _rows(self, index: torch.Tensor) -> JointRows:
+        return JointRows(*(self._take(field, index) for field in ("observations", "actions", "active")))
+
+
+def _with_last_row(steps: torch.Tensor) -> torch.Tensor:
+    """[T, …] → [T+1, …]: actions and rewards have no entry for an episode's last observation; it is never read."""
+    return torch.cat([steps, steps.new_zeros(1, *steps.shape[1:])])

@@ -1,0 +1,260 @@
+"""A run from its first iteration to its result: sessions, evaluations, checkpoints, records.
+
+What an iteration does is the business of `Imitation` or `CloningRun`; the loop here is the same for both, in one
+process and in many.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from actors.collector import episodes_per_chunk
+from actors.evaluation import ReturnEstimate, evaluate
+from actors.policy import Policy, UniformPolicy
+from actors.settings import ActorSettings, EvaluationSettings
+from learner.checkpoint import Checkpoint, CheckpointFolder
+from learner.experience import Evaluated, Experience
+from learner.metrics import LearnerMetrics
+from learner.record import RunRecord
+from learner.settings import LearnerSettings
+from protocol.channels import Refused, Unanswered
+from protocol.errors import InputError
+from protocol.job import Job
+from protocol.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+Arrays = dict[str, np.ndarray]
+FINAL_EVALUATION_SECONDS = 600.0
+
+
+class Interrupted(Exception):
+    """The run was told to stop; everything is as it was after the last whole iteration."""
+
+
+class Algorithm(Protocol):
+    """What is iterated."""
+
+    policy: Policy
+
+    def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None) -> None: ...
+
+    def iterate(self, progress: float, abort: Callable[[], None]) -> tuple[int, dict[str, float]]: ...
+
+    def state(self) -> tuple[Arrays, Arrays]: ...
+
+    def finish(self) -> None: ...
+
+
+@dataclass
+class Facts:
+    """What a checkpoint must know besides arrays. Returns are true returns per agent and episode."""
+
+    iteration: int = 0
+    env_steps: int = 0
+    wall_seconds: float = 0.0
+    best_return: float = -math.inf
+
+
+class Training:
+    """One run. `run` returns its status and may be called once."""
+
+    def __init__(
+        self,
+        job: Job,
+        settings: LearnerSettings,
+        evaluation: EvaluationSettings,
+        iterations: int,
+        algorithm: Algorithm,
+        experience: Experience,
+        record: RunRecord,
+        config_yaml: str,
+        expert_return: float | None,
+        telemetry: Telemetry,
+    ) -> None:
+        self._job, self._settings, self._evaluation = job, settings, evaluation
+        self._iterations, self._algorithm, self._experience = iterations, algorithm, experience
+        self._record, self._config, self._telemetry = record, config_yaml, telemetry
+        self._checkpoints = CheckpointFolder(job.run_folder / "checkpoints", settings.checkpoints_kept)
+        self._metrics = LearnerMetrics(telemetry.registry)
+        self._facts = Facts()
+        self._figures: dict[int, dict[str, float]] = {}
+        with telemetry.stage("baseline"):
+            random_returns = evaluate(job.environment, UniformPolicy(), evaluation.final_episodes, job.seed)
+        self._random_return = float(random_returns.mean())
+        self._expert_return = expert_return
+
+    def run(self) -> str:
+        """Train to the end, or until told to stop: `finished` or `interrupted`.
+
+        If the reward server is lost, both sides go back to the last checkpoint and the run goes on from there.
+        Raises NumericalError, TimeoutError (a wait passed its deadline), OSError (the disk), InputError.
+        """
+        while True:
+            try:
+                self._session()
+                return self._finish()
+            except Interrupted:
+                self._checkpoint()
+                self._write_result("interrupted", None)
+                return "interrupted"
+            except (Refused, Unanswered) as error:
+                log.warning("going back to the last checkpoint: %s", error)
+                self._metrics.rewinds.inc()
+
+    def _session(self) -> None:
+        session = secrets.token_hex(8)
+        self._restore(session)
+        self._publish(session)
+        while self._facts.iteration < self._iterations:
+            start = time.monotonic()
+            self._abort()
+            fresh_steps, figures = self._algorithm.iterate(self._facts.iteration / self._iterations, self._abort)
+            self._facts.iteration += 1
+            self._facts.env_steps += fresh_steps
+            self._facts.wall_seconds += time.monotonic() - start
+            self._metrics.count_iteration(self._facts.iteration, self._facts.env_steps, figures)
+            if self._facts.iteration == self._iterations:
+                self._algorithm.finish()
+            self._publish(session)
+            self._note(figures)
+            if self._facts.iteration % self._settings.checkpoint_interval == 0:
+                self._checkpoint()
+        self._checkpoint()
+
+    def _abort(self) -> None:
+        if self._telemetry.stop.is_set():
+            raise Interrupted
+
+    def _restore(self, session: str) -> None:
+        """Begin from the newest checkpoint; without one, write the first, so that there is always one to go back to."""
+        with self._telemetry.stage("restore"):
+            checkpoint = self._checkpoints.newest()
+            if checkpoint is None:
+                self._algorithm.begin(session, None, None)
+                self._checkpoint()
+                return
+            if checkpoint.config != self._config:
+                raise InputError(f"the checkpoint was written by another configuration: {self._difference(checkpoint)}")
+            self._algorithm.begin(session, checkpoint.learner, checkpoint.rewards)
+            self._facts = Facts(**checkpoint.facts)
+            self._record.truncate_after(checkpoint.iteration - 1)  # this iteration's policy is evaluated again
+            self._figures = {checkpoint.iteration: self._position()}
+            log.info("going on from iteration %d", checkpoint.iteration)
+
+    def _difference(self, checkpoint: Checkpoint) -> str:
+        theirs, ours = checkpoint.config.splitlines(), self._config.splitlines()
+        lines = [f"{old.strip()} then, {new.strip()} now" for old, new in zip(theirs, ours, strict=False) if old != new]
+        return "; ".join(lines[:3]) or "one has more keys than the other"
+
+    def _publish(self, session: str) -> None:
+        iteration = self._facts.iteration
+        episodes = 0
+        if iteration == self._iterations:
+            episodes = self._evaluation.final_episodes
+        elif iteration % self._evaluation.interval == 0:
+            episodes = self._evaluation.episodes
+        with self._telemetry.stage("publish"):
+            self._experience.publish(session, iteration, self._algorithm.policy, episodes)
+
+    def _checkpoint(self) -> None:
+        with self._telemetry.stage("checkpoint"):
+            learner, rewards = self._algorithm.state()
+            facts = self._facts
+            self._checkpoints.write(Checkpoint(facts.iteration, self._config, asdict(facts), learner, rewards))
+
+    def _note(self, figures: dict[str, float]) -> None:
+        """Record the iteration's figures, and whatever evaluations have come meanwhile."""
+        facts = self._facts
+        self._figures[facts.iteration] = figures | self._position()
+        self._telemetry.numbers |= {
+            "iteration": facts.iteration,
+            "iterations": self._iterations,
+            "env_steps": facts.env_steps,
+            "steps": facts.env_steps / facts.iteration * self._iterations,
+            "random_return": self._random_return,
+            "policy_lag": 0.0,
+            "steps_per_second": facts.env_steps / max(facts.wall_seconds, 1e-9),
+        }
+        if self._expert_return is not None:
+            self._telemetry.numbers["expert_return"] = self._expert_return
+        self._record.log_iteration(facts.iteration, self._figures[facts.iteration])
+        for evaluated in self._experience.evaluations():
+            self._record_evaluation(evaluated)
+
+    def _position(self) -> dict[str, float]:
+        return {"env_steps": self._facts.env_steps, "wall_seconds": self._facts.wall_seconds}
+
+    def _record_evaluation(self, evaluated: Evaluated) -> ReturnEstimate:
+        estimate = ReturnEstimate.of(evaluated.returns)
+        figures = self._figures.pop(evaluated.version, {"env_steps": 0.0, "wall_seconds": 0.0})
+        self._record.add_evaluation(
+            evaluated.version,
+            int(figures.pop("env_steps")),
+            figures.pop("wall_seconds"),
+            estimate.mean,
+            estimate.stderr,
+            self._normalized(estimate.mean),
+            figures,
+        )
+        self._figures = {version: rest for version, rest in self._figures.items() if version > evaluated.version}
+        self._telemetry.numbers["return_mean"] = estimate.mean
+        self._metrics.episode_return.set(estimate.mean)
+        if estimate.mean > self._facts.best_return:
+            self._facts.best_return = estimate.mean
+            self._checkpoints.mark_best(evaluated.version)
+        return estimate
+
+    def _normalized(self, mean: float) -> float | None:
+        """0 = random, 1 = expert."""
+        if self._expert_return is None:
+            return None
+        return (mean - self._random_return) / (self._expert_return - self._random_return)
+
+    def _finish(self) -> str:
+        """Wait for the final policy's evaluation and write the result."""
+        deadline = time.monotonic() + FINAL_EVALUATION_SECONDS
+        with self._telemetry.stage("final_evaluation"):
+            while True:
+                for evaluated in self._experience.evaluations(wait_seconds=0.2):
+                    estimate = self._record_evaluation(evaluated)
+                    if evaluated.version == self._iterations:
+                        self._write_result("finished", estimate)
+                        return "finished"
+                self._abort()
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"no evaluation of the final policy within {FINAL_EVALUATION_SECONDS:.0f} s")
+
+    def _write_result(self, status: str, estimate: ReturnEstimate | None) -> None:
+        result: dict[str, Any] = {
+            "environment": self._job.environment,
+            "algorithm": self._job.algorithm,
+            "seed": self._job.seed,
+            "env_steps": self._facts.env_steps,
+            "iterations": self._facts.iteration,
+            "wall_seconds": self._facts.wall_seconds,
+            "return_mean": estimate and estimate.mean,
+            "return_stderr": estimate and estimate.stderr,
+            "random_return": self._random_return,
+            "expert_return": self._expert_return,
+            "normalized_return": estimate and self._normalized(estimate.mean),
+            "return_unit": "true return per agent and episode",
+            "policy_sha256": self._algorithm.policy.sha256(),
+            "status": status,
+        }
+        self._record.write_result(result)
+        self._record.draw()
+
+
+def iterations_for(steps: int, actor: ActorSettings, job: Job, policy: Policy) -> int:
+    """How many lockstep iterations an environment-step budget allows, rounded up."""
+    spec = policy.layout.spec
+    return math.ceil(steps / (job.actors * episodes_per_chunk(actor, spec, job.actors) * spec.episode_length))
