@@ -1,0 +1,57 @@
+"""Health of the discriminators: how well they tell agents from the expert, and how far the particles lie apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+
+from reward_server.svgd import squared_distances
+
+
+class Health:
+    """Sums over the batches of an update; all figures count active rows only and average over particles."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._distances: list[torch.Tensor] = []
+
+    def add_logits(self, logits: torch.Tensor, labels: torch.Tensor, active: torch.Tensor, agent_rows: int) -> None:
+        """logits [g, L, R], labels and active [g, 1, R]; the first `agent_rows` rows are the agents'."""
+        agent = active.clone()
+        agent[..., agent_rows:] = 0
+        right = torch.where(agent > 0, logits > 0, logits < 0).to(logits.dtype)
+        surprise, other = functional.softplus(-logits), functional.softplus(logits)
+        loss = labels * surprise + (1 - labels) * other
+        probability = torch.sigmoid(logits)
+        per_row = {
+            "agent": agent,
+            "expert": active - agent,
+            "accuracy_agent": right * agent,
+            "accuracy_expert": right * (active - agent),
+            "loss": loss * active,
+            "entropy": (probability * surprise + (1 - probability) * other) * active,
+            "particle_deviation": surprise.std(dim=1, keepdim=True, correction=0) * active,
+        }
+        for name, values in per_row.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(values.mean(dim=1).sum())
+
+    def add_layers(self, layers: Sequence[torch.Tensor]) -> None:
+        """Layers [G, L, …] of one block."""
+        squares = sum(squared_distances(layer.detach().flatten(2)) for layer in layers)
+        assert isinstance(squares, torch.Tensor)
+        self._distances.append(squares.sqrt().flatten(1))
+
+    def figures(self) -> dict[str, float]:
+        """Means: `loss` (−log-likelihood of a row), `accuracy_agent`, `accuracy_expert`, `entropy` (nats),
+        `particle_deviation` (standard deviation of the reward over particles), `particle_distance` (Euclidean, of the
+        parameters of two particles)."""
+        sums = self._sums
+        rows = {"accuracy_agent": sums["agent"], "accuracy_expert": sums["expert"]}
+        total = sums["agent"] + sums["expert"]
+        names = ("loss", "accuracy_agent", "accuracy_expert", "entropy", "particle_deviation")
+        figures = {name: sums[name] / max(1.0, rows.get(name, total)) for name in names}
+        distances = torch.cat(self._distances)
+        pairs = distances.shape[1] - round(distances.shape[1] ** 0.5)
+        return figures | {"particle_distance": float(distances.sum(dim=1).mean()) / max(1, pairs)}
