@@ -126,13 +126,14 @@ class GetState:
 
 @dataclass(frozen=True)
 class Rewards:
-    """Reward server → learner. Arrays per block b: `b.rewards` [B, N_b] and, if asked for, `b.deviation`."""
+    """Reward server → learner. Arrays per block b: `b.rewards` [B, N_b] and, if `deviation`, `b.deviation`."""
 
     kind: ClassVar[str] = "rewards"
     rows: int
     particles_version: int
     queue_seconds: float
     compute_seconds: float
+    deviation: bool = False
 
 
 @dataclass(frozen=True)

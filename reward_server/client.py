@@ -1,0 +1,232 @@
+"""How the learner asks for rewards: from a reward server, or from a model in its own process; the same bits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from protocol.channels import Client, CountDrop, Refused, Unanswered
+from protocol.errors import NumericalError, ProtocolError
+from protocol.layout import JointRows, Layout
+from protocol.messages import (
+    Arrays,
+    Begin,
+    Done,
+    GetState,
+    Observe,
+    Query,
+    Refusal,
+    Rewards,
+    Schema,
+    Sender,
+    Statistics,
+    Update,
+)
+from protocol.trajectories import ArrayTable
+from reward_server.particles import Model
+
+OVERLOAD_PAUSE_SECONDS = 0.05
+STATE = "state"
+"""The note of a `Done` that carries the arrays of a state."""
+
+
+class RewardService(Protocol):
+    """What the learner needs. `begin` comes first; a missing reward is an error, never a zero.
+
+    All methods but `submit` may raise NumericalError (a reward or a parameter is not finite).
+    """
+
+    def begin(self, session: str, state: Mapping[str, np.ndarray] | None = None) -> None:
+        """Start a session: from a `state`, or from the seed."""
+
+    def observe(self, rows: JointRows) -> None:
+        """Hand over fresh rows of the agents."""
+
+    def update(self, progress: float) -> tuple[int, dict[str, float]]:
+        """Update the particles: their version afterwards and health figures (`Health.figures`)."""
+
+    def submit(self, rows: JointRows, true_rewards: list[torch.Tensor] | None = None) -> int:
+        """Ask for rewards; several queries may be under way. Rows must stay as they are until they are answered.
+
+        true_rewards: [B, N_b] float32 per block, only for `source="environment"`, which answers them.
+        """
+
+    def rewards(self, ticket: int) -> list[torch.Tensor]:
+        """The rewards that were asked for, [B, N_b] float32 per block. Each ticket is answered once."""
+
+    def state(self) -> Arrays:
+        """Everything that `begin` needs to continue from here."""
+
+
+class LocalRewards:
+    """A reward model in this process (serial mode). `make_model` gives a model as the seed makes it."""
+
+    def __init__(self, make_model: Callable[[], Model]) -> None:
+        self._make_model = make_model
+        self._model = make_model()
+        self._answers: dict[int, list[torch.Tensor]] = {}
+        self._ticket = 0
+
+    def begin(self, session: str, state: Mapping[str, np.ndarray] | None = None) -> None:
+        self._model = self._make_model()
+        self._answers.clear()
+        if state is not None:
+            self._model.load_state(state)
+
+    def observe(self, rows: JointRows) -> None:
+        self._model.observe(rows)
+
+    def update(self, progress: float) -> tuple[int, dict[str, float]]:
+        values = self._model.update(progress)
+        return self._model.version, values
+
+    def submit(self, rows: JointRows, true_rewards: list[torch.Tensor] | None = None) -> int:
+        self._ticket += 1
+        self._answers[self._ticket] = self._model.query(rows, true_rewards=true_rewards)[0]
+        return self._ticket
+
+    def rewards(self, ticket: int) -> list[torch.Tensor]:
+        return self._answers.pop(ticket)
+
+    def state(self) -> Arrays:
+        return self._model.state()
+
+
+@dataclass
+class _Asked:
+    body: Query
+    arrays: Arrays
+    ticket: int
+
+
+class RemoteRewards:
+    """The client of a reward server.
+
+    alone: queries are never computed together with others', so that rounding depends on nobody else (lockstep).
+    deadline_seconds: longest wait for one answer, after which Unanswered is raised; `abort` is called while waiting
+        and may raise. Refused is raised with cause "no_session" when the server has forgotten the session (it was
+        restarted): the learner then goes back to its last checkpoint.
+    state_table: of `particles.state_table`.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        sender: Sender,
+        layout: Layout,
+        state_table: ArrayTable,
+        count_drop: CountDrop,
+        deadline_seconds: float = 120.0,
+        abort: Callable[[], None] = lambda: None,
+        alone: bool = True,
+    ) -> None:
+        self._client = Client(endpoint, sender, answer_schema(layout, state_table), count_drop)
+        self._blocks = range(len(layout.blocks))
+        self._session, self._alone = "", alone
+        self._deadline_seconds, self._abort = deadline_seconds, abort
+        self._asked: dict[int, _Asked] = {}
+        self.particles_version = 0
+        """Of the newest answer taken."""
+
+    def begin(self, session: str, state: Mapping[str, np.ndarray] | None = None) -> None:
+        self._client.forget()
+        self._asked.clear()
+        self._session = session
+        self._request(Begin(session, restore=state is not None), state)
+
+    def observe(self, rows: JointRows) -> None:
+        self._request(Observe(self._session, len(rows)), rows.to_arrays())
+
+    def update(self, progress: float) -> tuple[int, dict[str, float]]:
+        statistics = self._request(Update(self._session, progress)).body
+        self.particles_version = statistics.particles_version
+        return statistics.particles_version, dict(statistics.values)
+
+    def submit(self, rows: JointRows, true_rewards: list[torch.Tensor] | None = None, deviation: bool = False) -> int:
+        """As in `RewardService`; with `deviation`, `answer` also gives the standard deviation over particles."""
+        body = Query(self._session, len(rows), deviation, self._alone)
+        arrays = rows.to_arrays()
+        arrays |= {f"{b}.rewards": values.numpy() for b, values in enumerate(true_rewards or [])}
+        ticket = self._client.submit(body, arrays)
+        self._asked[ticket] = _Asked(body, arrays, ticket)
+        return ticket
+
+    def rewards(self, ticket: int) -> list[torch.Tensor]:
+        return self.answer(ticket)[0]
+
+    def answer(self, ticket: int) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+        """Rewards and, if asked for, their deviations."""
+        asked = self._asked.pop(ticket)
+        give_up = time.monotonic() + self._deadline_seconds
+        while True:
+            try:
+                message = self._result(asked.ticket, give_up - time.monotonic())
+                break
+            except Refused as refusal:
+                if refusal.cause != "overloaded":
+                    raise
+            if time.monotonic() > give_up:
+                raise Unanswered(f"the reward server {self._client.endpoint} was overloaded until the deadline")
+            time.sleep(OVERLOAD_PAUSE_SECONDS)
+            asked.ticket = self._client.submit(asked.body, asked.arrays)
+        self.particles_version = message.body.particles_version
+        arrays = message.arrays
+        rewards = [torch.tensor(arrays[f"{b}.rewards"]) for b in self._blocks]
+        if not all(bool(torch.isfinite(values).all()) for values in rewards):
+            raise NumericalError("a reward that the reward server answered is not finite")
+        if not asked.body.deviation:
+            return rewards, None
+        return rewards, [torch.tensor(arrays[f"{b}.deviation"]) for b in self._blocks]
+
+    def state(self) -> Arrays:
+        arrays = self._request(GetState(self._session)).arrays
+        return {name: array.copy() for name, array in arrays.items()}
+
+    def close(self) -> None:
+        """Close the socket; what is under way is lost."""
+        self._client.close()
+
+    def _request(self, body: Any, arrays: Mapping[str, np.ndarray] | None = None) -> Any:
+        return self._result(self._client.submit(body, arrays), self._deadline_seconds)
+
+    def _result(self, ticket: int, deadline_seconds: float) -> Any:
+        try:
+            return self._client.result(ticket, deadline_seconds, self._abort)
+        except Refused as refusal:
+            if refusal.cause == "numerical":
+                raise NumericalError(str(refusal)) from refusal
+            raise
+
+
+def answer_schema(layout: Layout, state_table: ArrayTable) -> Schema:
+    """What a client accepts from a reward server."""
+
+    def schema(body: Any) -> ArrayTable | None:
+        match body:
+            case Rewards(rows=rows, deviation=deviation):
+                return rewards_table(layout, rows, deviation)
+            case Done(note=note):
+                return state_table if note == STATE else {}
+            case Statistics() | Refusal():
+                return {}
+        return None
+
+    return schema
+
+
+def rewards_table(layout: Layout, rows: int, deviation: bool = False) -> ArrayTable:
+    """Name → (dtype, shape) of the rewards of `rows` joint rows, and of their deviations.
+
+    Raises ProtocolError (cause `body`) for fewer than one row.
+    """
+    if rows < 1:
+        raise ProtocolError("body", f"rows must be at least 1, got {rows}")
+    names = ("rewards", "deviation") if deviation else ("rewards",)
+    return {
+        f"{b}.{name}": ("float32", (rows, block.num_agents)) for b, block in enumerate(layout.blocks) for name in names
+    }
