@@ -28,14 +28,21 @@ class Endpoints:
 
 @dataclass(frozen=True)
 class Job:
-    """One run. `run_id` keeps the messages of two runs apart; `seed` determines everything in lockstep."""
+    """One run. `run_id` keeps the messages of two runs apart; `seed` determines everything in lockstep.
+
+    demonstrations: path of a demonstrations file, or empty.   demonstration_episodes: how many of them are used, 0 all.
+    steps: budget of joint environment steps.
+    """
 
     run_id: str
     run_folder: Path
     environment: str
     demonstrations: str
+    demonstration_episodes: int
     algorithm: str
+    mode: Mode
     seed: int
+    steps: int
     actors: int
     parameter_sharing: ParameterSharing
     device: str
