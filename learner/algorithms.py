@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from learner.critics import Context
 from protocol.errors import unknown_name
+from reward_server.settings import RewardSettings
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,11 @@ class Algorithm:
     bayesian: bool = False
     imitates: bool = True
     clones: bool = False
+
+    def reward_settings(self, settings: RewardSettings) -> RewardSettings:
+        """The settings with which the reward server runs this algorithm."""
+        particles = settings.particles if self.bayesian else 1
+        return replace(settings, particles=particles, source="learned" if self.imitates else "environment")
 
 
 ALGORITHMS = {

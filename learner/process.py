@@ -1,23 +1,96 @@
-"""The learner process, and the same run in one process (`serial`)."""
+"""The learner process, and the whole run in one process (`serial`)."""
 
 from __future__ import annotations
 
 import torch
 
+from actors.policy import Policy
 from actors.process import build_policy
 from actors.settings import ActorSettings, EvaluationSettings
-from learner.algorithms import Algorithm, algorithm
-from learner.cloning import BehaviourCloning, expert_rows
+from learner.algorithms import algorithm
+from learner.cloning import BehaviourCloning
 from learner.experience import Experience, LocalExperience, RemoteExperience
 from learner.imitation import Imitation
 from learner.record import RunRecord
 from learner.settings import CloningSettings, LearnerSettings
-from learner.training import Training, iterations_for
+from learner.training import Iterated, Training, iterations_for
 from protocol.demonstrations import Demonstrations
 from protocol.errors import InputError
 from protocol.job import Job
-from protocol.seeds import derive_seed
 from protocol.telemetry import Telemetry
 from reward_server.client import LocalRewards, RemoteRewards, RewardService
+from reward_server.particles import state_table
 from reward_server.process import build_model
 from reward_server.settings import RewardSettings
+
+
+def run_learner(
+    job: Job,
+    settings: LearnerSettings,
+    cloning: CloningSettings,
+    actor: ActorSettings,
+    reward: RewardSettings,
+    evaluation: EvaluationSettings,
+    config_yaml: str,
+    telemetry: Telemetry,
+) -> str:
+    """Train with actors and a reward server in other processes; returns the status, as `Training.run` does."""
+    torch.set_num_threads(job.threads)
+    policy = build_policy(job, actor)
+    experience = RemoteExperience(job, policy, actor, settings.deadline_seconds, telemetry)
+    rewards = RemoteRewards(
+        job.endpoints.rewards,
+        telemetry.sender,
+        policy.layout,
+        state_table(policy.layout, reward, actor.agent_identity),
+        telemetry.count_drop,
+        settings.deadline_seconds,
+    )
+    return _train(job, settings, cloning, actor, evaluation, config_yaml, experience, rewards, policy, telemetry)
+
+
+def run_serial(
+    job: Job,
+    settings: LearnerSettings,
+    cloning: CloningSettings,
+    actor: ActorSettings,
+    reward: RewardSettings,
+    evaluation: EvaluationSettings,
+    config_yaml: str,
+    telemetry: Telemetry,
+) -> str:
+    """The same run with the same components in this process, to debug and to test: it ends with the same bits."""
+    torch.set_num_threads(job.threads)
+    policy = build_policy(job, actor)
+    experience = LocalExperience(job, actor, evaluation)
+    rewards = LocalRewards(lambda: build_model(job, reward, actor.agent_identity))
+    return _train(job, settings, cloning, actor, evaluation, config_yaml, experience, rewards, policy, telemetry)
+
+
+def _train(
+    job: Job,
+    settings: LearnerSettings,
+    cloning: CloningSettings,
+    actor: ActorSettings,
+    evaluation: EvaluationSettings,
+    config_yaml: str,
+    experience: Experience,
+    rewards: RewardService,
+    policy: Policy,
+    telemetry: Telemetry,
+) -> str:
+    demonstrations = load_demonstrations(job, policy.layout.spec)
+    if algorithm(job.algorithm).clones:
+        if demonstrations is None:
+            raise InputError("behaviour cloning needs demonstrations; name a file with --demonstrations")
+        algorithm_run: Iterated = BehaviourCloning(policy, demonstrations, cloning, job.seed)
+        iterations = cloning.iterations
+    else:
+        algorithm_run = Imitation(job, settings, actor, policy, demonstrations, experience, rewards, telemetry)
+        iterations = iterations_for(job.steps, actor, job, policy)
+    record = RunRecord(job.run_folder)
+    expert_return = None if demonstrations is None else demonstrations.return_mean
+    training = Training(
+        job, settings, evaluation, iterations, algorithm_run, experience, record, config_yaml, expert_return, telemetry
+    )
+    return training.run()

@@ -40,7 +40,7 @@ class Interrupted(Exception):
     """The run was told to stop; everything is as it was after the last whole iteration."""
 
 
-class Algorithm(Protocol):
+class Iterated(Protocol):
     """What is iterated."""
 
     policy: Policy
@@ -73,7 +73,7 @@ class Training:
         settings: LearnerSettings,
         evaluation: EvaluationSettings,
         iterations: int,
-        algorithm: Algorithm,
+        algorithm: Iterated,
         experience: Experience,
         record: RunRecord,
         config_yaml: str,

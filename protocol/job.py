@@ -39,6 +39,7 @@ class Job:
     environment: str
     demonstrations: str
     demonstration_episodes: int
+    demonstration_episodes: int
     algorithm: str
     mode: Mode
     seed: int
