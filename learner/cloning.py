@@ -22,8 +22,9 @@ class Cloning:
 
     def __init__(self, layout: Layout, demonstrations: Demonstrations, batch_size: int, seed: int) -> None:
         self._layout, self._batch_size = layout, batch_size
-        self._rows = expert_rows(layout, demonstrations)
-        self._masks = layout.to_rows(demonstrations.action_masks)
+        rows = demonstrations.rows()
+        self._rows = JointRows(*(layout.to_rows(part) for part in (rows.observations, rows.actions, rows.active)))
+        self._masks = layout.to_rows(rows.action_masks)
         self._generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
@@ -53,8 +54,8 @@ class Cloning:
 class BehaviourCloning:
     """The algorithm `bc`: maximum likelihood on the expert rows, stopped where held-out episodes are likeliest.
 
-    A tenth of the independent groups of episodes (at least one, if there are ten) is held out; the policy that this
-    run ends with is the one that gave them the largest likelihood.
+    Some of the independent groups of episodes are held out; the policy that this run ends with is the one that gave them
+    the largest likelihood.
     """
 
     def __init__(
@@ -108,12 +109,3 @@ class BehaviourCloning:
         self._best = (float(arrays["best_loss"][0]), best)
         load_adam_arrays(self._optimiser, part(arrays, "adam"))
         self._train.load_state(arrays["generator"])
-
-
-def expert_rows(layout: Layout, demonstrations: Demonstrations) -> JointRows:
-    """The demonstrations' joint rows in the layout's blocks."""
-    return JointRows(
-        layout.to_rows(demonstrations.observations),
-        layout.to_rows(demonstrations.actions),
-        layout.to_rows(demonstrations.active),
-    )
