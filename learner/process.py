@@ -14,10 +14,9 @@ from learner.imitation import Imitation
 from learner.record import RunRecord
 from learner.settings import CloningSettings, LearnerSettings
 from learner.training import Iterated, Training, iterations_for
-from protocol.demonstrations import Demonstrations, resolve
+from protocol.demonstrations import load_demonstrations
 from protocol.errors import InputError
 from protocol.job import Job
-from protocol.specs import EnvironmentSpec
 from protocol.telemetry import Telemetry
 from reward_server.client import LocalRewards, RemoteRewards, RewardService
 from reward_server.particles import state_table
@@ -95,17 +94,3 @@ def _train(
         job, settings, evaluation, iterations, algorithm_run, experience, record, config_yaml, expert_return, telemetry
     )
     return training.run()
-
-
-def load_demonstrations(job: Job, spec: EnvironmentSpec) -> Demonstrations | None:
-    """The demonstrations of the job, checked against its environment; None if it names none.
-
-    Raises InputError if they cannot be used.
-    """
-    if not job.demonstrations:
-        return None
-    demonstrations = Demonstrations.load(resolve(job.demonstrations))
-    demonstrations.check_against(spec)
-    if job.demonstration_episodes:
-        return demonstrations.select(job.demonstration_episodes, seed=0)
-    return demonstrations

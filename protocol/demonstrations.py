@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from protocol.errors import InputError
+from protocol.job import Job
 from protocol.specs import EnvironmentSpec, TypeSpec
 from protocol.trajectories import Trajectories
 
@@ -274,6 +275,20 @@ def resolve(name_or_path: str | Path) -> Path:
             "record some with `bm3il demonstrations record`"
         )
     return Path(str(folder / (name + SUFFIX)))
+
+
+def load_demonstrations(job: Job, spec: EnvironmentSpec) -> Demonstrations | None:
+    """The demonstrations of the job, checked against its environment; None if it names none.
+
+    Raises InputError if they cannot be used.
+    """
+    if not job.demonstrations:
+        return None
+    demonstrations = Demonstrations.load(resolve(job.demonstrations))
+    demonstrations.check_against(spec)
+    if job.demonstration_episodes:
+        return demonstrations.select(job.demonstration_episodes, seed=0)
+    return demonstrations
 
 
 def _read(file: Any) -> Demonstrations:
