@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from protocol.layout import Block
+from protocol.layout import Block, JointRows
 
 Activation = Literal["relu", "sigmoid"]
 
@@ -58,6 +58,11 @@ class Architecture:
             for narrow, wide, bias in zip(widths[:-1], widths[1:], biases, strict=True)
         ]
 
+    @property
+    def activations(self) -> int:
+        """Hidden activations of one row of a group."""
+        return self.particles * sum(self.hidden)
+
     def split(self, layer: int) -> int:
         """The column of a layer where its biases begin."""
         return self.shapes[layer][-1] - (self.biases if layer == 0 else 1)
@@ -80,22 +85,50 @@ class Architecture:
             layers.append(torch.empty(shape).uniform_(-bound, bound, generator=generator))
         return layers
 
-    def encode(self, observations: torch.Tensor, actions: torch.Tensor, out: torch.Tensor) -> None:
-        """Write the input of the first layer.
+    def encode(self, rows: JointRows, b: int, index: torch.Tensor, groups: slice, x: torch.Tensor) -> torch.Tensor:
+        """Write the first layer's input for the joint rows `index` [B], of which this is block b.
 
-        observations [G, B, S, O] and actions [G, B, S] or [G, B, S, A] → out [G, B, S, O + A + biases].
+        x: [g, B, S, in + biases], to write to. Returns which of its rows are active agents, [g, B, S] bool.
         """
+        agents = self.block.agent_of_slot.view(-1, self.block.slots)[groups].unsqueeze(1)
+        place = (index[:, None] * self.block.num_agents + agents.clamp_min(0)).flatten()
+        shape = x.shape[:3]
+
+        def gathered(part: torch.Tensor) -> torch.Tensor:
+            found = part.flatten(0, 1).index_select(0, place)
+            return found.view(*shape, *found.shape[1:]).to(x.device)
+
         width, end = self.block.observation_dim, self.inputs
-        out[..., :width] = observations
+        x[..., :width] = gathered(rows.observations[b])
+        actions = gathered(rows.actions[b])
         if self.block.discrete:
-            out[..., width:end].zero_().scatter_(-1, actions.unsqueeze(-1), 1)
+            x[..., width:end].zero_().scatter_(-1, actions.unsqueeze(-1), 1)
         else:
-            out[..., width:end] = actions
-        out[..., end:] = torch.eye(self.block.slots, device=out.device) if self.agent_identity else 1
+            x[..., width:end] = actions
+        x[..., end:] = torch.eye(self.block.slots, device=x.device) if self.agent_identity else 1
+        return gathered(rows.active[b]) & (agents >= 0).to(x.device)
+
+
+class Workspace:
+    """Buffers that are used again and again: fresh memory costs more than the arithmetic on it.
+
+    What a function wrote to its workspace is overwritten by the next call.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+        self._dtype, self._device = dtype, device
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> torch.Tensor:
+        """An uninitialised tensor."""
+        size = math.prod(shape)
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = torch.empty(size, dtype=self._dtype, device=self._device)
+        return self._buffers[name][:size].view(shape)
 
 
 def forward(
-    layers: Sequence[torch.Tensor], x: torch.Tensor, activation: Activation
+    layers: Sequence[torch.Tensor], x: torch.Tensor, activation: Activation, work: Workspace
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logits of R rows, and the hidden activations that `backward` needs.
 
@@ -103,12 +136,15 @@ def forward(
     """
     groups, particles, width, _ = layers[0].shape
     rows = x.shape[1]
-    h = torch.bmm(layers[0].flatten(1, 2), x.mT).view(groups * particles, width, rows)
+    h = work.take("h0", groups, particles * width, rows)
+    torch.bmm(layers[0].flatten(1, 2), x.mT, out=h)
+    h = h.view(groups * particles, width, rows)
     activations = []
-    for layer in layers[1:]:
+    for number, layer in enumerate(layers[1:], start=1):
         activations.append(_ACTIVATE[activation](h))
         stacked = layer.flatten(0, 1)
-        h = torch.baddbmm(stacked[..., -1:], stacked[..., :-1], h)
+        out = work.take(f"h{number}", groups * particles, layer.shape[2], rows)
+        h = torch.baddbmm(stacked[..., -1:], stacked[..., :-1], h, out=out)
     return h.view(groups, particles, rows), activations
 
 
@@ -118,6 +154,7 @@ def backward(
     activations: Sequence[torch.Tensor],
     cotangent: torch.Tensor,
     activation: Activation,
+    work: Workspace,
 ) -> list[torch.Tensor]:
     """The gradients of Σ cotangent · logits with respect to the layers; cotangent [G, L, R]."""
     groups, particles, _, inputs = layers[0].shape
@@ -126,7 +163,10 @@ def backward(
     for layer, h in zip(reversed(layers[1:]), reversed(activations), strict=True):
         by_layer = torch.cat([torch.bmm(grad, h.mT), grad.sum(dim=-1, keepdim=True)], dim=-1)
         gradients.append(by_layer.view(layer.shape))
-        grad = torch.bmm(layer.flatten(0, 1)[..., :-1].mT, grad)
+        out = work.take(f"grad{len(gradients)}", *h.shape)
+        weight = layer.flatten(0, 1)[..., :-1].mT
+        # With one output the product is an outer one, for which a matrix product is the slow way.
+        grad = torch.mul(weight, grad, out=out) if layer.shape[2] == 1 else torch.bmm(weight, grad, out=out)
         _DIFFERENTIATE[activation](grad, h)
     first = torch.bmm(grad.view(groups, -1, grad.shape[-1]), x)
     gradients.append(first.view(groups, particles, -1, inputs))

@@ -13,7 +13,7 @@ from protocol.errors import InputError, NumericalError, ProtocolError
 from protocol.layout import JointRows, Layout
 from protocol.messages import Arrays
 from protocol.trajectories import ArrayTable
-from reward_server.discriminator import Architecture, backward, forward
+from reward_server.discriminator import Architecture, Workspace, backward, forward
 from reward_server.health import Health
 from reward_server.settings import RewardSettings
 from reward_server.svgd import network_direction, svgd_direction
@@ -21,6 +21,8 @@ from reward_server.window import Window
 
 TILE_ACTIVATIONS = 1_500_000
 """Hidden activations computed at a time: what the cache next to a core holds, and what bounds the memory."""
+TILE_PARAMETERS = 500_000
+"""Parameters that a kernel is applied to at a time."""
 QUERY_ROWS = 2_048
 """Rows per group of a query computed at a time."""
 
@@ -102,6 +104,7 @@ class RewardModel:
         self._generator = torch.Generator().manual_seed(seed)
         self._architectures = architectures(layout, settings, agent_identity)
         self._device = torch.device(device)
+        self._work = Workspace(device=self._device)
         self._layers = [
             [torch.nn.Parameter(layer.to(self._device)) for layer in architecture.initial(self._generator)]
             for architecture in self._architectures
@@ -182,39 +185,43 @@ class RewardModel:
 
     @torch.no_grad()
     def _step(self, health: Health | None) -> None:
-        agent = self._window.sample(self.settings.batch_size, self._generator)
-        index = torch.randint(len(self._expert), (self.settings.batch_size,), generator=self._generator)
-        expert = self._expert.select(index)
+        batch = self.settings.batch_size
+        agent = torch.randint(self._window.filled, (batch,), generator=self._generator)
+        expert = torch.randint(len(self._expert), (batch,), generator=self._generator)
         for b, layers in enumerate(self._layers):
             self._differentiate(b, agent, expert, health)
+            self._direct(b)
             if health:
                 health.add_layers(layers)
         self._adam.step()
 
-    def _differentiate(self, b: int, agent: JointRows, expert: JointRows, health: Health | None) -> None:
-        """Write the SVGD direction of a block into the gradients of its layers."""
-        architecture = self._architectures[b]
-        batches = [self._grids(b, rows) for rows in (agent, expert)]
-        half = batches[0][1].shape[1] * batches[0][1].shape[2]
-        labels = torch.empty(1, 1, 2 * half, device=self._device)
-        labels[..., :half] = 1 - self.settings.label_smoothing
-        labels[..., half:] = self.settings.label_smoothing
-        for tile in self._tiles(b, 2 * half):
+    def _differentiate(self, b: int, agent: torch.Tensor, expert: torch.Tensor, health: Health | None) -> None:
+        """Write the likelihood's gradients, for these rows of window and expert, into a block's layers.
+
+        With the kernel in function space the logits move in their SVGD direction instead, and the layers with them.
+        """
+        architecture, slots = self._architectures[b], self.layout.blocks[b].slots
+        half, smoothing = len(agent) * slots, self.settings.label_smoothing
+        labels = torch.tensor([1 - smoothing, smoothing], device=self._device).repeat_interleave(half)
+        sources = ((self._window.rows, agent), (self._expert, expert))
+        for tile in _tiles(self.layout.blocks[b].groups, architecture.activations * 2 * half, TILE_ACTIVATIONS):
             layers = [layer[tile] for layer in self._layers[b]]
-            x = self._encode(architecture, [(o[tile], a[tile]) for o, a, _ in batches])
-            active = torch.cat([active[tile].flatten(1) for _, _, active in batches], dim=1).unsqueeze(1).to(x.dtype)
-            logits, activations = forward(layers, x, architecture.activation)
+            x = self._work.take("x", len(layers[0]), 2 * half, layers[0].shape[-1])
+            parts = x.unflatten(1, (2, -1, slots)).unbind(1)
+            masks = [
+                architecture.encode(rows, b, index, tile, part)
+                for (rows, index), part in zip(sources, parts, strict=True)
+            ]
+            active = torch.stack(masks, dim=1).flatten(1).unsqueeze(1).to(x.dtype)
+            logits, activations = forward(layers, x, architecture.activation, self._work)
             if health:
                 health.add_logits(logits, labels, active, half)
             score = (labels - torch.sigmoid(logits)) * self._row_weights(active)
             if self.settings.kernel_scope == "function":
                 score = svgd_direction(logits * active, score)
-            gradients = backward(layers, x, activations, score, architecture.activation)
-            for layer, direction in zip(
-                self._layers[b], self._directions(architecture, layers, gradients), strict=True
-            ):
-                assert layer.grad is not None
-                layer.grad[tile] = direction
+            gradients = backward(layers, x, activations, score, architecture.activation, self._work)
+            for layer, gradient in zip(self._layers[b], gradients, strict=True):
+                _gradient(layer)[tile] = gradient
 
     def _row_weights(self, active: torch.Tensor) -> torch.Tensor:
         """How much each row counts in the likelihood; active [g, 1, R], the agents' rows first, then the expert's."""
@@ -223,62 +230,41 @@ class RewardModel:
         halves = active.unflatten(2, (2, -1))
         return (self.settings.likelihood_scale * halves / halves.sum(-1, keepdim=True).clamp_min(1)).flatten(2)
 
-    def _directions(
-        self, architecture: Architecture, layers: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
-    ) -> Sequence[torch.Tensor]:
-        """From gradients of the likelihood to directions: adds the prior, and applies a kernel on parameters."""
-        scope, stddev = self.settings.kernel_scope, self.settings.prior_stddev
-        if stddev:
+    def _direct(self, b: int) -> None:
+        """Turn the likelihood's gradients into directions: add the prior, and apply a kernel on parameters."""
+        scope, architecture, layers = self.settings.kernel_scope, self._architectures[b], self._layers[b]
+        gradients = [_gradient(layer) for layer in layers]
+        if self.settings.prior_stddev:
             for gradient, layer in zip(gradients, layers, strict=True):
-                gradient.sub_(layer, alpha=stddev**-2)
+                gradient.sub_(layer, alpha=self.settings.prior_stddev**-2)
         if scope in ("function", "none") or architecture.particles == 1:
-            return gradients
-        particles, scores = architecture.tensors(layers), architecture.tensors(gradients)
-        if scope == "network":
-            return architecture.join(network_direction(particles, scores))
-        return architecture.join([svgd_direction(*pair) for pair in zip(particles, scores, strict=True)])
+            return
+        size = sum(layer[0].numel() for layer in layers)
+        for tile in _tiles(self.layout.blocks[b].groups, size, TILE_PARAMETERS):
+            particles, scores = (architecture.tensors([t[tile] for t in part]) for part in (layers, gradients))
+            if scope == "network":
+                directions = network_direction(particles, scores)
+            else:
+                directions = [svgd_direction(*pair) for pair in zip(particles, scores, strict=True)]
+            for gradient, direction in zip(gradients, architecture.join(directions), strict=True):
+                gradient[tile] = direction
 
     def _query_block(self, b: int, rows: JointRows, deviation: bool) -> list[torch.Tensor]:
         """Rewards and deviations of a block."""
         architecture, block = self._architectures[b], self.layout.blocks[b]
-        observations, actions, _ = self._grids(b, rows)
-        shape = (1 + deviation, block.groups, len(rows), block.slots)
-        answer = torch.empty(shape, dtype=self._layers[b][0].dtype, device=self._device)
-        step = max(1, QUERY_ROWS // block.slots)
-        for start in range(0, len(rows), step):
-            part = slice(start, start + step)
-            for tile in self._tiles(b, step * block.slots):
-                x = self._encode(architecture, [(observations[tile, part], actions[tile, part])])
-                logits, _ = forward([layer[tile] for layer in self._layers[b]], x, architecture.activation)
+        answer = torch.empty(1 + deviation, block.groups, len(rows), block.slots, device=self._device)
+        for index in torch.arange(len(rows)).split(max(1, QUERY_ROWS // block.slots)):
+            for tile in _tiles(block.groups, architecture.activations * len(index) * block.slots, TILE_ACTIVATIONS):
+                layers = [layer[tile] for layer in self._layers[b]]
+                x = self._work.take("x", len(layers[0]), len(index), block.slots, layers[0].shape[-1])
+                architecture.encode(rows, b, index, tile, x)
+                logits, _ = forward(layers, x.flatten(1, 2), architecture.activation, self._work)
                 rewards = functional.softplus(-logits)
-                target = answer[:, tile, part]
+                target = answer[:, tile, index[0] : index[-1] + 1]
                 target[0] = rewards.mean(dim=1).view(target[0].shape)
                 if deviation:
                     target[1] = rewards.std(dim=1, correction=0).view(target[1].shape)
-        return [(block.rows(grid) * rows.active[b].to(self._device)).cpu() for grid in answer]
-
-    def _grids(self, b: int, rows: JointRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        block = self.layout.blocks[b]
-        observations, actions, active = (
-            block.grid(part[b].to(self._device)) for part in (rows.observations, rows.actions, rows.active)
-        )
-        return observations, actions, active
-
-    def _encode(self, architecture: Architecture, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        """The inputs of some batches of rows, one after the other: [g, R, in + biases]."""
-        groups, _, slots = parts[0][1].shape[:3]
-        counts = [actions.shape[1] for _, actions in parts]
-        width = architecture.inputs + architecture.biases
-        x = torch.empty(groups, sum(counts), slots, width, dtype=parts[0][0].dtype, device=self._device)
-        for (observations, actions), out in zip(parts, x.split(counts, dim=1), strict=True):
-            architecture.encode(observations, actions, out)
-        return x.flatten(1, 2)
-
-    def _tiles(self, b: int, rows: int) -> Iterator[slice]:
-        """Slices of a block's groups whose activations for `rows` rows stay in the cache."""
-        groups, settings = self.layout.blocks[b].groups, self.settings
-        step = max(1, TILE_ACTIVATIONS // (settings.particles * rows * max(1, sum(settings.hidden))))
-        return (slice(start, min(start + step, groups)) for start in range(0, groups, step))
+        return [block.rows(grid).cpu() * rows.active[b] for grid in answer]
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and Adam's moments by their names in a state."""
@@ -318,3 +304,14 @@ def _check_rewards(rewards: Sequence[torch.Tensor]) -> None:
     for b, values in enumerate(rewards):
         if not bool(torch.isfinite(values).all()):
             raise NumericalError(f"a reward of block {b} is not finite")
+
+
+def _tiles(groups: int, size: int, limit: int) -> Iterator[slice]:
+    """Slices of `groups` groups of `size` numbers each that hold about `limit` numbers, at least one group."""
+    step = max(1, limit // max(1, size))
+    return (slice(start, min(start + step, groups)) for start in range(0, groups, step))
+
+
+def _gradient(layer: torch.Tensor) -> torch.Tensor:
+    assert layer.grad is not None
+    return layer.grad

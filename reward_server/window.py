@@ -28,10 +28,6 @@ class Window:
         self.cursor = (self.cursor + count) % self.capacity
         self.filled = min(self.filled + count, self.capacity)
 
-    def sample(self, count: int, generator: torch.Generator) -> JointRows:
-        """`count` rows drawn at random, with replacement."""
-        return self.rows.select(torch.randint(self.filled, (count,), generator=generator))
-
     def load(self, arrays: Mapping[str, np.ndarray], cursor: int, filled: int) -> None:
         """Take over the rows of another window of this capacity, as `rows.to_arrays` named them."""
         for name, mine in self.rows.to_arrays().items():
