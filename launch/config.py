@@ -1,0 +1,227 @@
+"""The configuration of a run: one dataclass that is the command line, the presets, and the record of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import dacite
+import tyro
+import yaml
+
+from actors.settings import ActorSettings, EvaluationSettings
+from learner.algorithms import algorithm
+from learner.settings import CloningSettings, LearnerSettings
+from protocol.errors import InputError, unknown_name
+from protocol.job import Mode
+from protocol.layout import ParameterSharing
+from protocol.registry import known_environments
+from reward_server.settings import RewardSettings
+
+DEFAULT_PRESET = "default"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train agents by imitation, on one machine or many."""
+
+    preset: str = DEFAULT_PRESET
+    """Named configuration that the other options start from; a name, or the path of a YAML file."""
+    environment: str = "rover_tower?pairs=4"
+    """Environment and its options."""
+    demonstrations: str = ""
+    """Expert trajectories: a file, or the name of one that comes with bm3il."""
+    demonstration_episodes: int = 0
+    """How many episodes of them are used; 0 takes all."""
+    algorithm: str = "bm3il"
+    """bm3il, ma-gail, ma-daac, bayesian-ma-daac, mtmfil, bc (behaviour cloning), expert or maac (on true rewards)."""
+    mode: Mode = "lockstep"
+    """lockstep: reproducible, many processes; async: for throughput; serial: all in one process."""
+    seed: int = 0
+    """In lockstep it determines everything."""
+    steps: int = 200_000
+    """Budget of joint environment steps."""
+    run: str = ""
+    """Name of the run's folder; empty: made of preset, algorithm, seed and time."""
+    runs_folder: str = "runs"
+    """Folder that holds the folders of runs."""
+    actors: int = 1
+    """Actor processes; they share the steps of an iteration."""
+    nodes: int = 1
+    """Nodes that the processes are spread over, one supervisor on each."""
+    parameter_sharing: ParameterSharing = "type"
+    """One network per agent (the paper), or per type of agents."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where learner and reward server compute; auto takes a GPU if there is one."""
+    threads: int = 1
+    """Threads of each process's arithmetic."""
+    learner: LearnerSettings = field(default_factory=LearnerSettings)
+    cloning: CloningSettings = field(default_factory=CloningSettings)
+    actor: ActorSettings = field(default_factory=ActorSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+
+    def checked(self) -> Config:
+        """Itself, with what the algorithm forces filled in.
+
+        Raises InputError for unknown names and for values that no run could use.
+        """
+        kind = algorithm(self.algorithm)
+        name = self.environment.partition("?")[0].partition(":")[0]
+        if name not in known_environments():
+            raise unknown_name("environment", name, known_environments())
+        for option in ("steps", "actors", "nodes", "threads"):
+            if getattr(self, option) < 1:
+                raise InputError(f"--{_flag(option)} must be at least 1, got {getattr(self, option)}")
+        if self.demonstration_episodes < 0 or self.seed < 0:
+            raise InputError("--demonstration-episodes and --seed must not be negative")
+        if (kind.imitates or kind.clones) and not self.demonstrations:
+            raise InputError(f"algorithm '{self.algorithm}' learns from demonstrations: name a file by --demonstrations")
+        reward = self.reward
+        if not kind.imitates:
+            reward = replace(reward, source="environment")
+        if not kind.bayesian:
+            reward = replace(reward, particles=1)
+        return replace(self, reward=reward)
+
+    def to_yaml(self) -> str:
+        """All of it, resolved: the text of `config.yaml`."""
+        return yaml.safe_dump(_plain(asdict(self)), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str, source: str) -> Config:
+        """The inverse of `to_yaml`; a key that is left out keeps its default. `source` is named in errors.
+
+        Raises InputError for text that is not YAML, unknown keys (the nearest is named) and values of a wrong kind.
+        """
+        try:
+            values = yaml.safe_load(text) or {}
+        except yaml.YAMLError as error:
+            raise InputError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise InputError(f"{source}: expected keys and values, got {type(values).__name__}")
+        _check_keys(values, cls, source)
+        try:
+            hooks = {tuple[int, ...]: _to_tuple, float: _to_float}
+            return dacite.from_dict(cls, values, dacite.Config(type_hooks=hooks, strict=True))
+        except dacite.WrongTypeError as error:
+            kind = getattr(error.field_type, "__name__", str(error.field_type))
+            raise InputError(f"{source}: {error.field_path} must be {kind}, got {error.value!r}") from error
+
+
+def preset_names() -> list[str]:
+    """The presets that come with bm3il."""
+    files = resources.files("launch").joinpath("presets").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def load_preset(name: str) -> Config:
+    """A preset by name, or a YAML file of the same shape. Raises InputError."""
+    if name.endswith((".yaml", ".yml")):
+        try:
+            return replace(Config.from_yaml(Path(name).read_text(), name), preset=name)
+        except OSError as error:
+            raise InputError(f"cannot read the preset {name}: {error.strerror}") from error
+    if name not in preset_names():
+        raise unknown_name("preset", name, preset_names())
+    text = resources.files("launch").joinpath("presets", f"{name}.yaml").read_text()
+    return replace(Config.from_yaml(text, f"preset {name}"), preset=name)
+
+
+def parse_config(args: Sequence[str], default: Config | None = None) -> Config:
+    """The configuration that command-line flags describe, on top of `default` or else of the preset they name.
+
+    Raises InputError, one line, for whatever cannot be understood.
+    """
+    _check_flags(args)
+    if default is None:
+        default = load_preset(_preset_of(args))
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.cli(Config, prog="bm3il train", default=default, args=list(args))
+    except SystemExit as end:
+        if end.code == 0:  # --help
+            raise
+        raise InputError(_one_line(messages.getvalue())) from end
+
+
+def _preset_of(args: Sequence[str]) -> str:
+    """The value of --preset: it is needed before the other flags can be read."""
+    for position, arg in enumerate(args):
+        if arg.startswith("--preset="):
+            return arg.partition("=")[2]
+        if arg == "--preset" and position + 1 < len(args):
+            return args[position + 1]
+    return DEFAULT_PRESET
+
+
+def _check_flags(args: Sequence[str]) -> None:
+    known = {"--help", *_flags(Config)}
+    for arg in args:
+        name = arg.partition("=")[0].replace("_", "-")
+        if name.startswith("--") and name not in known:
+            raise unknown_name("option", name, known)
+
+
+def _flags(kind: type, prefix: str = "--") -> list[str]:
+    names = []
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            names += _flags(hint, f"{prefix}{_flag(name)}.")  # type: ignore[arg-type]
+        else:
+            names.append(prefix + _flag(name))
+            if hint is bool:
+                names.append(f"{prefix}no-{_flag(name)}")
+    return names
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _check_keys(values: dict[Any, Any], kind: type, source: str, path: str = "") -> None:
+    hints = get_type_hints(kind)
+    known = {f.name for f in fields(kind)}
+    for key, value in values.items():
+        if key not in known:
+            error = unknown_name("key", f"{path}{key}", {path + name for name in known})
+            raise InputError(f"{source}: {error}")
+        if is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise InputError(f"{source}: {path}{key} must hold keys and values, got {value!r}")
+            _check_keys(value, hints[key], source, f"{path}{key}.")  # type: ignore[arg-type]
+        elif get_origin(hints[key]) is Literal and value not in get_args(hints[key]):
+            raise InputError(f"{source}: {path}{key} must be one of {', '.join(get_args(hints[key]))}, got {value!r}")
+        elif isinstance(value, bool) and hints[key] is not bool:
+            raise InputError(f"{source}: {path}{key} must be {hints[key].__name__}, got {value!r}")
+
+
+def _to_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _to_float(value: Any) -> Any:
+    """YAML 1.1 reads `1e-3` as text, for want of a dot."""
+    if isinstance(value, int | str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _one_line(box: str) -> str:
+    """What tyro's box says, without the frame and the advice below the rule."""
+    lines = [line.strip("│ \t") for line in box.splitlines()[1:]]
+    end = next((i for i, line in enumerate(lines) if line.startswith(("─", "╰"))), len(lines))
+    return " ".join(" ".join(lines[:end]).split()) or "the command line cannot be understood; see --help"

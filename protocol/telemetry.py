@@ -1,0 +1,123 @@
+"""What a process tells about itself: metrics over HTTP, and a heartbeat to the director."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import prometheus_client
+import psutil
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from protocol.channels import Client, Refused, Unanswered
+from protocol.messages import MAX_TEXT, Done, Refusal, Sender, Status
+from protocol.trajectories import ArrayTable
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 1.0
+STAGE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+STOP = "stop"
+
+
+class Telemetry:
+    """One per process: its current stage, its metrics, its heartbeat, and the wish that it stop.
+
+    stop: set when the process shall come to an end: by a signal, or by the director's answer to a heartbeat.
+    registry: where each room registers its own metrics (`<room>/metrics.py`).
+    numbers, text: for the live view; sent along with every heartbeat. A stage adds `seconds_<stage>`, its last duration.
+    """
+
+    def __init__(self, role: str, index: int, sender: Sender, node: int = 0, host: str = "127.0.0.1") -> None:
+        prometheus_client.disable_created_metrics()
+        self.role, self.index, self.sender, self.node = role, index, sender, node
+        self.stop = threading.Event()
+        self.registry = CollectorRegistry()
+        self.numbers: dict[str, float] = {}
+        self.text = ""
+        prefix = f"bm3il_{role.replace('-', '_')}"
+        self._stages = Histogram(
+            f"{prefix}_stage_seconds", "Time spent in a stage, each time", ["stage"],
+            buckets=STAGE_BUCKETS, registry=self.registry,
+        )
+        self._drops = Counter(
+            f"{prefix}_dropped_messages", "Messages dropped, by cause", ["cause"], registry=self.registry
+        )
+        memory = Gauge(f"{prefix}_resident_memory_bytes", "Resident memory of the process", registry=self.registry)
+        process = psutil.Process()
+        memory.set_function(lambda: process.memory_info().rss)
+        self._stage, self._since = "start", time.monotonic()
+        self._server, self._server_thread = prometheus_client.start_http_server(0, host, self.registry)
+        self.metrics_address = f"{host}:{self._server.server_port}"
+        self._closing = threading.Event()
+        self._heartbeat: threading.Thread | None = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage, and tell it to whoever asks what this process is doing. Stages may be nested."""
+        outer, start = (self._stage, self._since), time.monotonic()
+        self._stage, self._since = name, start
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - start
+            self._stages.labels(name).observe(seconds)
+            self.numbers[f"seconds_{name}"] = seconds
+            self._stage, self._since = outer
+
+    def count_drop(self, cause: str) -> None:
+        """Count a message that was dropped."""
+        self._drops.labels(cause).inc()
+
+    def status(self) -> Status:
+        """The process as it is now; `stage_seconds` tells for how long it has been in its stage."""
+        values = {name: float(value) for name, value in self.numbers.copy().items()}
+        values["stage_seconds"] = time.monotonic() - self._since
+        return Status(
+            role=self.role,
+            index=self.index,
+            node=self.node,
+            pid=psutil.Process().pid,
+            stage=self._stage,
+            metrics_address=self.metrics_address,
+            values=values,
+            text=self.text[-MAX_TEXT // 4 :],
+        )
+
+    def start_heartbeat(self, control: str) -> None:
+        """Send the status to the director at `control` once a second, from a thread of its own."""
+        self._heartbeat = threading.Thread(target=self._beat, args=(control,), name="heartbeat", daemon=True)
+        self._heartbeat.start()
+
+    def close(self) -> None:
+        """Send the last status, end the heartbeat and the metrics endpoint."""
+        self._closing.set()
+        if self._heartbeat is not None:
+            self._heartbeat.join(timeout=2 * HEARTBEAT_SECONDS)
+        self._server.shutdown()
+        self._server.server_close()
+        self._server_thread.join(timeout=HEARTBEAT_SECONDS)
+
+    def _beat(self, control: str) -> None:
+        client = Client(control, self.sender, _answers, self.count_drop)
+        last = False
+        while not last:
+            last = self._closing.is_set()
+            # A status that was not answered is not resent: the next one is newer.
+            with suppress(Unanswered):
+                try:
+                    if client.request(self.status(), deadline_seconds=HEARTBEAT_SECONDS).body.note == STOP:
+                        self.stop.set()
+                except Refused as refusal:
+                    log.error("the director refuses this process: %s", refusal)
+                    break
+            self._closing.wait(HEARTBEAT_SECONDS)
+        client.close()
+
+
+def _answers(body: Any) -> ArrayTable | None:
+    return {} if isinstance(body, Done | Refusal) else None
