@@ -27,39 +27,27 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from protocol.demonstration_checks import check_episodes, check_type
 from protocol.errors import InputError
 from protocol.job import Job
-from protocol.specs import EnvironmentSpec, TypeSpec
+from protocol.specs import EnvironmentSpec
 from protocol.trajectories import Trajectories
 
 FORMAT, VERSION = "bm3il-demonstrations", "1"
 RETURNS_UNIT = "true return per agent and episode"
 SHIPPED_IN, SUFFIX = "actors.experts", ".safetensors"
-ROWS_AT_ONCE = 8_192
 START_NAME = re.compile(r"starts\.[a-z][a-z0-9_]{0,63}")
 INTEGERS = ("I8", "U8", "I16", "I32", "I64")
-
-
-@dataclass(frozen=True)
-class Rows:
-    """All joint steps, one array per type in each list, nothing left out.
-
-    observations [rows, X_m, O_m] float32.   actions [rows, X_m] int64, or [rows, X_m, A_m] float32.
-    active [rows, X_m] bool.   action_masks [rows, X_m, A_m] bool.
-    """
-
-    observations: list[np.ndarray]
-    actions: list[np.ndarray]
-    active: list[np.ndarray]
-    action_masks: list[np.ndarray]
+NUMBERS = (*INTEGERS, "F32", "F64", "BOOL")
 
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """Episodes of an expert; the fields are the tensors of the file, actions always int64 or float32.
+    """Episodes of an expert: the tensors of a file, one array per type in each of the first four fields.
 
-    `action_masks` and `active` hold None for a type whose values are all true.
-    groups: the unit of independence, e.g. the number of the start state that several episodes share.
+    observations: [rows, X_m, O_m] float32.   actions: [rows, X_m] int64, or [rows, X_m, A_m] float32.
+    action_masks: [rows, X_m, A_m] bool.   active: [rows, X_m] bool.
+    groups: [episodes] int64, the unit of independence, e.g. the number of a start state that several episodes share.
 
     Raises InputError, also from the constructor, if shapes do not fit the spec, episodes do not add up to the rows,
     observations are not finite, or an action is out of range or forbidden by its mask.
@@ -69,28 +57,18 @@ class Demonstrations:
     origin: str
     observations: Sequence[np.ndarray]
     actions: Sequence[np.ndarray]
-    action_masks: Sequence[np.ndarray | None]
-    active: Sequence[np.ndarray | None]
+    action_masks: Sequence[np.ndarray]
+    active: Sequence[np.ndarray]
     episode_lengths: np.ndarray
     returns: np.ndarray
     groups: np.ndarray
     starts: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_episodes(self)
+        check_episodes(self.spec, self.episode_lengths, self.returns, self.groups, self.starts)
         columns = zip(self.spec.types, self.observations, self.actions, self.action_masks, self.active, strict=True)
-        for agent_type, observations, actions, masks, active in columns:
-            _check_shapes(agent_type, self.num_rows, observations, actions, masks, active)
-            for first in range(0, self.num_rows, ROWS_AT_ONCE):
-                part = slice(first, first + ROWS_AT_ONCE)
-                _check_values(
-                    agent_type,
-                    first,
-                    observations[part],
-                    actions[part],
-                    None if masks is None else masks[part],
-                    None if active is None else active[part],
-                )
+        for agent_type, *arrays in columns:
+            check_type(agent_type, self.num_rows, *arrays)
 
     @property
     def num_episodes(self) -> int:
@@ -101,26 +79,21 @@ class Demonstrations:
         """Joint steps of all episodes."""
         return int(self.episode_lengths.sum())
 
-    def return_estimate(self) -> tuple[float, float]:
-        """Mean over episodes of the true return per agent, and its standard error over groups; NaN if unknown."""
-        values = self.returns.mean(axis=1, dtype=np.float64)
-        known = np.isfinite(values)
-        if not known.any():
-            return float("nan"), float("nan")
-        values, (_, index) = values[known], np.unique(self.groups[known], return_inverse=True)
-        residuals = np.bincount(index, weights=values - values.mean())
-        variance = (residuals**2).sum() * len(residuals) / max(len(residuals) - 1, 1)
-        return float(values.mean()), float(np.sqrt(variance) / len(values))
+    @property
+    def return_mean(self) -> float | None:
+        """Mean over episodes of the true return per agent; None if no episode's is known."""
+        values = self._known_returns()[0]
+        return float(values.mean()) if values.size else None
 
-    def rows(self) -> Rows:
-        """All joint steps; observations and actions are not copied."""
-        shapes = [(self.num_rows, t.count) for t in self.spec.types]
-        active = [np.ones(shape, bool) if a is None else a for a, shape in zip(self.active, shapes, strict=True)]
-        masks = [
-            np.ones((*shape, t.action_dim), bool) if mask is None else mask
-            for mask, shape, t in zip(self.action_masks, shapes, self.spec.types, strict=True)
-        ]
-        return Rows(list(self.observations), list(self.actions), active, masks)
+    @property
+    def return_stderr(self) -> float | None:
+        """Standard error of `return_mean` over groups, since the episodes of one group are not independent."""
+        values, groups = self._known_returns()
+        _, index = np.unique(groups, return_inverse=True)
+        sums = np.bincount(index, weights=values - values.mean()) if values.size else values
+        if len(sums) < 2:
+            return None
+        return float(np.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)) / len(values))
 
     def check_against(self, spec: EnvironmentSpec) -> None:
         """Raise InputError if these are not demonstrations for an environment of this spec."""
@@ -145,16 +118,18 @@ class Demonstrations:
         place_in_group = np.empty(self.num_episodes, np.int64)
         place_in_group[by_group] = np.arange(self.num_episodes) - np.searchsorted(index[by_group], index[by_group])
         turn = random.permutation(len(names))[index]
-        return self._take(np.sort(shuffled[np.lexsort((turn, place_in_group))[:episodes]]))
+        chosen = np.zeros(self.num_episodes, bool)
+        chosen[shuffled[np.lexsort((turn, place_in_group))[:episodes]]] = True
+        return self._take(chosen)
 
-    def split(self, part: float, seed: int) -> tuple[Demonstrations, Demonstrations | None]:
-        """Hold out about `part` of the groups (at least one, if there are two): the rest, and what is held out."""
-        names = np.random.default_rng(seed).permutation(np.unique(self.groups))
-        count = min(max(1, round(part * len(names))), len(names) - 1) if part > 0 else 0
-        held_out = np.isin(self.groups, names[:count])
-        if not held_out.any():
+    def split(self, held_out: float, seed: int) -> tuple[Demonstrations, Demonstrations | None]:
+        """Part of the groups, `held_out` of 1 (rounded down), apart from the others; None if that is no group."""
+        names = np.unique(self.groups)
+        count = int(held_out * len(names) + 1e-9)
+        if not count:
             return self, None
-        return self._take(np.flatnonzero(~held_out)), self._take(np.flatnonzero(held_out))
+        chosen = np.isin(self.groups, np.random.default_rng(seed).permutation(names)[:count])
+        return self._take(~chosen), self._take(chosen)
 
     def save(self, path: str | Path) -> None:
         """Write the file under a temporary name, then rename it: nobody ever sees a part of it.
@@ -202,32 +177,34 @@ class Demonstrations:
         def rows(array: np.ndarray) -> np.ndarray:
             return array[:steps].swapaxes(0, 1)[played]
 
-        masks, active = ([rows(a) for a in part] for part in (trajectories.action_masks, trajectories.active))
         return cls(
             spec=spec,
             origin=origin,
             observations=[rows(array) for array in trajectories.observations],
             actions=[rows(array) for array in trajectories.actions],
-            action_masks=[None if array.all() else array for array in masks],
-            active=[None if array.all() else array for array in active],
+            action_masks=[rows(array) for array in trajectories.action_masks],
+            active=[rows(array) for array in trajectories.active],
             episode_lengths=trajectories.lengths.astype(np.int64),
             returns=trajectories.returns(),
             groups=np.arange(episodes) if groups is None else groups,
             starts=starts or {},
         )
 
-    def _take(self, episodes: np.ndarray) -> Demonstrations:
-        chosen = np.zeros(self.num_episodes, bool)
-        chosen[episodes] = True
+    def _known_returns(self) -> tuple[np.ndarray, np.ndarray]:
+        values = self.returns.mean(axis=1, dtype=np.float64)
+        known = np.isfinite(values)
+        return values[known], self.groups[known]
+
+    def _take(self, chosen: np.ndarray) -> Demonstrations:
+        """The episodes for which `chosen` [episodes] is true, copied."""
         rows = np.repeat(chosen, self.episode_lengths)
-
-        def part(arrays: Sequence[Any]) -> list[Any]:
-            return [None if array is None else array[rows] for array in arrays]
-
         return Demonstrations(
-            self.spec,
-            self.origin,
-            *(part(arrays) for arrays in (self.observations, self.actions, self.action_masks, self.active)),
+            spec=self.spec,
+            origin=self.origin,
+            observations=[array[rows] for array in self.observations],
+            actions=[array[rows] for array in self.actions],
+            action_masks=[array[rows] for array in self.action_masks],
+            active=[array[rows] for array in self.active],
             episode_lengths=self.episode_lengths[chosen],
             returns=self.returns[chosen],
             groups=self.groups[chosen],
@@ -242,19 +219,18 @@ class Demonstrations:
             tensors[f"{m}.observations"] = self.observations[m]
             tensors[f"{m}.actions"] = self.actions[m].astype(small) if agent_type.discrete else self.actions[m]
             optional = {f"{m}.action_masks": self.action_masks[m], f"{m}.active": self.active[m]}
-            tensors |= {name: array for name, array in optional.items() if array is not None}
+            tensors |= {name: array for name, array in optional.items() if not array.all()}
         return {name: np.ascontiguousarray(array) for name, array in tensors.items()}
 
     def _metadata(self) -> dict[str, str]:
-        mean, stderr = (None if np.isnan(value) else value for value in self.return_estimate())
         header = {
             "spec": self.spec.to_json(),
             "origin": self.origin,
             "episodes": self.num_episodes,
             "rows": self.num_rows,
             "returns_unit": RETURNS_UNIT,
-            "return_mean": mean,
-            "return_stderr": stderr,
+            "return_mean": self.return_mean,
+            "return_stderr": self.return_stderr,
         }
         return {"format": FORMAT, "version": VERSION, "header": json.dumps(header, sort_keys=True)}
 
@@ -295,8 +271,7 @@ def _read(file: Any) -> Demonstrations:
     header = _header(file.metadata() or {})
     spec = EnvironmentSpec.from_json(header.get("spec"))
     names = set(file.keys())
-    starts = {name for name in names if START_NAME.fullmatch(name)}
-    _check_names(spec, names - starts)
+    _check_names(spec, {name for name in names if not START_NAME.fullmatch(name)})
 
     def read(name: str, *dtypes: str) -> np.ndarray:
         found = file.get_slice(name).get_dtype()
@@ -304,24 +279,32 @@ def _read(file: Any) -> Demonstrations:
             raise InputError(f"tensor '{name}': expected {' or '.join(dtypes)}, found {found}")
         return file.get_tensor(name).numpy()
 
-    def optional(name: str) -> np.ndarray | None:
-        return read(name, "BOOL") if name in names else None
-
+    starts = {
+        name.removeprefix("starts."): read(name, *NUMBERS) for name in sorted(names) if START_NAME.fullmatch(name)
+    }
     types = list(enumerate(spec.types))
+    observations = [read(f"{m}.observations", "F32") for m, _ in types]
+
+    def flags(m: int, name: str, *width: int) -> np.ndarray:
+        if f"{m}.{name}" in names:
+            return read(f"{m}.{name}", "BOOL")
+        # No memory until it is copied: the width may be a lie, which only the comparison with an environment shows.
+        return np.broadcast_to(np.ones((), bool), (*observations[m].shape[:2], *width))
+
     demonstrations = Demonstrations(
         spec=spec,
         origin=str(header.get("origin", "")),
-        observations=[read(f"{m}.observations", "F32") for m, _ in types],
+        observations=observations,
         actions=[
             read(f"{m}.actions", *INTEGERS).astype(np.int64) if t.discrete else read(f"{m}.actions", "F32")
             for m, t in types
         ],
-        action_masks=[optional(f"{m}.action_masks") for m, _ in types],
-        active=[optional(f"{m}.active") for m, _ in types],
+        action_masks=[flags(m, "action_masks", t.action_dim) for m, t in types],
+        active=[flags(m, "active") for m, _ in types],
         episode_lengths=read("episode_lengths", "I64"),
         returns=read("returns", "F32"),
         groups=read("groups", "I64"),
-        starts={name.removeprefix("starts."): read(name, "F32", "F64", "BOOL", *INTEGERS) for name in sorted(starts)},
+        starts=starts,
     )
     for key, found in (("episodes", demonstrations.num_episodes), ("rows", demonstrations.num_rows)):
         if header.get(key) != found:
@@ -355,68 +338,3 @@ def _check_names(spec: EnvironmentSpec, names: set[str]) -> None:
         raise InputError(f"tensors are missing: {', '.join(missing)}")
     if extra := sorted(names - allowed):
         raise InputError(f"unexpected tensors: {', '.join(extra[:5])}")
-
-
-def _check_episodes(demonstrations: Demonstrations) -> None:
-    spec, lengths, returns = demonstrations.spec, demonstrations.episode_lengths, demonstrations.returns
-    if lengths.ndim != 1 or not lengths.size:
-        raise InputError("expected at least one episode, found none")
-    if not 1 <= lengths.min() <= lengths.max() <= spec.episode_length:
-        raise InputError(f"expected episodes of 1..{spec.episode_length} steps, found {lengths.min()}..{lengths.max()}")
-    _expect_shape("returns", returns, (len(lengths), spec.num_agents))
-    _expect_shape("groups", demonstrations.groups, (len(lengths),))
-    if np.isinf(returns).any():
-        raise InputError("a return is infinite (NaN stands for an unknown one)")
-    for name, array in demonstrations.starts.items():
-        _expect_shape(f"starts.{name}", array, (len(lengths), *array.shape[1:]))
-        if not np.isfinite(array).all():
-            raise InputError(f"starts.{name}: a value is not finite")
-
-
-def _check_shapes(
-    agent_type: TypeSpec,
-    rows: int,
-    observations: np.ndarray,
-    actions: np.ndarray,
-    masks: np.ndarray | None,
-    active: np.ndarray | None,
-) -> None:
-    name, agents, widths = agent_type.name, (rows, agent_type.count), (agent_type.action_dim,)
-    _expect_shape(f"observations of type '{name}'", observations, (*agents, agent_type.observation_dim))
-    _expect_shape(f"actions of type '{name}'", actions, agents if agent_type.discrete else agents + widths)
-    if masks is not None:
-        _expect_shape(f"action masks of type '{name}'", masks, agents + widths)
-    if active is not None:
-        _expect_shape(f"active of type '{name}'", active, agents)
-
-
-def _check_values(
-    agent_type: TypeSpec,
-    first_row: int,
-    observations: np.ndarray,
-    actions: np.ndarray,
-    masks: np.ndarray | None,
-    active: np.ndarray | None,
-) -> None:
-    """Check some rows; `first_row` is the number of their first."""
-
-    def refuse(wrong: np.ndarray, what: str) -> None:
-        if wrong.any():
-            row, agent = np.argwhere(wrong)[0][:2]
-            raise InputError(
-                f"type '{agent_type.name}': {int(wrong.sum())} {what}, the first in row {first_row + row}, agent {agent}"
-            )
-
-    refuse(~np.isfinite(observations), "observed values are not finite")
-    if not agent_type.discrete:
-        refuse(~(np.abs(actions) <= 1), "action values are not within −1..1")
-        return
-    refuse((actions < 0) | (actions >= agent_type.action_dim), f"actions are not in 0..{agent_type.action_dim - 1}")
-    if masks is not None:
-        forbidden = ~np.take_along_axis(masks, actions[..., None], axis=2)[..., 0]
-        refuse(forbidden if active is None else forbidden & active, "actions are forbidden by their masks")
-
-
-def _expect_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
-    if array.shape != shape:
-        raise InputError(f"{name}: expected {list(shape)}, found {list(array.shape)}")

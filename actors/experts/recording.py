@@ -1,0 +1,54 @@
+"""Recording demonstrations by playing.
+
+The demonstrations that ship with the package were made by
+
+    bm3il demonstrations record "rover_tower?pairs=4" --episodes 100 --seed 0 --output rover_tower_8.safetensors
+    bm3il demonstrations record "rover_tower?pairs=2" --episodes 100 --seed 0 --output rover_tower_4.safetensors
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from actors.rollout import Acts, rollout
+from protocol.demonstrations import Demonstrations
+from protocol.environment import Environment
+from protocol.errors import InputError
+from protocol.seeds import derive_seed
+from protocol.trajectories import Trajectories
+
+
+@runtime_checkable
+class DrawsStarts(Protocol):
+    """An environment that tells its start states, so that what is recorded can be evaluated from the same ones."""
+
+    def draw_starts(self, seed: int) -> dict[str, np.ndarray]:
+        """The start states of `reset(seed)`, each [E, …], as `reset(starts=…)` takes them."""
+        ...
+
+
+def record(environment: Environment, expert: Acts, episodes: int, seed: int, origin: str) -> Demonstrations:
+    """Let an expert play `episodes` episodes; each starts anew, so each is a group of its own.
+
+    Raises InputError for less than one episode.
+    """
+    if episodes < 1:
+        raise InputError(f"expected at least 1 episode to record, got {episodes}")
+    played: list[dict[str, np.ndarray]] = []
+    starts: list[dict[str, np.ndarray]] = []
+    for first in range(0, episodes, environment.num_envs):
+        batch_seed = derive_seed(seed, "recording", first)
+        played.append(rollout(environment, expert, batch_seed).to_arrays())
+        starts.append(environment.draw_starts(batch_seed) if isinstance(environment, DrawsStarts) else {})
+    arrays = {}
+    for name in played[0]:
+        axis = 0 if name == "lengths" else 1
+        arrays[name] = np.concatenate([batch[name] for batch in played], axis).take(range(episodes), axis)
+    return Demonstrations.from_trajectories(
+        Trajectories.from_arrays(arrays, environment.spec),
+        environment.spec,
+        origin,
+        starts={name: np.concatenate([batch[name] for batch in starts])[:episodes] for name in starts[0]},
+    )
