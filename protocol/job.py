@@ -39,9 +39,7 @@ class Job:
     environment: str
     demonstrations: str
     demonstration_episodes: int
-    demonstration_episodes: int
     algorithm: str
-    mode: Mode
     seed: int
     steps: int
     actors: int
