@@ -73,11 +73,11 @@ class Imitation:
         self._rewards.begin(session, rewards)
         if learner is None:
             return
-        self._actor_critic.load_state(part(learner, "actor_critic"))
+        self._actor_critic.load_state(learner)
         self._replay.load_state(part(learner, "replay"))
-        self._generator.set_state(torch.tensor(learner["generator"]))
+        self._generator.set_state(torch.tensor(learner["sampling_generator"]))
         if self._cloning is not None:
-            self._cloning.load_state(learner["cloning"])
+            self._cloning.load_state(learner["cloning_generator"])
 
     def iterate(self, progress: float, abort: Callable[[], None]) -> tuple[int, dict[str, float]]:
         """One iteration; returns the fresh joint steps and the figures of the iteration.
@@ -106,11 +106,11 @@ class Imitation:
 
     def state(self) -> tuple[Arrays, Arrays]:
         """Everything that a resume needs: of the learner, of the reward server."""
-        arrays = {f"actor_critic/{k}": v for k, v in self._actor_critic.state().items()}
+        arrays = self._actor_critic.state()
         arrays |= {f"replay/{k}": v for k, v in self._replay.state().items()}
-        arrays["generator"] = self._generator.get_state().numpy()
+        arrays["sampling_generator"] = self._generator.get_state().numpy()
         if self._cloning is not None:
-            arrays["cloning"] = self._cloning.state()
+            arrays["cloning_generator"] = self._cloning.state()
         return arrays, self._rewards.state()
 
     def finish(self) -> None:

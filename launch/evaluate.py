@@ -1,0 +1,127 @@
+"""`bm3il evaluate RUN`: how good is the policy of a run, and the same figures for drawing and for greedy actions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from actors.evaluation import ReturnEstimate, evaluate
+from actors.policy import UniformPolicy
+from actors.process import build_policy
+from launch.config import Config
+from learner.checkpoint import CheckpointFolder, read_checkpoint
+from learner.optimisation import part
+from protocol.demonstrations import Demonstrations, resolve
+from protocol.errors import InputError
+from protocol.job import Endpoints, Job
+
+FRESH_SEED = 1_000_003
+"""Start states that no training run of a small seed evaluates on."""
+
+
+def main(run: Path, episodes: int, paired: bool, best: bool = False) -> int:
+    """Print a table of true returns per agent and episode, and write it to `evaluation.json` in the run's folder.
+
+    paired: also play from the very start states of the demonstrations, where the expert's return is known.
+    best: the checkpoint with the highest evaluation return instead of the newest.
+    """
+    config = Config.from_yaml(_read(run / "config.yaml"), str(run / "config.yaml"))
+    torch.set_num_threads(config.threads)
+    policy = build_policy(_job(config, run), config.actor)
+    folder = run / "checkpoints"
+    checkpoint = CheckpointFolder(folder, 1).newest()
+    if best and (folder / "best").exists():
+        checkpoint = read_checkpoint(folder / (folder / "best").read_text().strip())
+    if checkpoint is None:
+        raise InputError(f"{run} has no checkpoint to evaluate")
+    policy.load_arrays(part(checkpoint.learner, "policy"))
+    random = evaluate(config.environment, UniformPolicy(), episodes, FRESH_SEED)
+    rows: list[dict[str, Any]] = []
+    for greedy in (False, True):
+        estimate = ReturnEstimate.of(evaluate(config.environment, policy, episodes, FRESH_SEED, greedy))
+        rows.append(_row("fresh", greedy, episodes, estimate, None, float(random.mean())))
+    if paired:
+        rows += _paired_rows(config, policy)
+    _print(run, checkpoint.iteration, float(random.mean()), rows)
+    (run / "evaluation.json").write_text(json.dumps({"iteration": checkpoint.iteration, "rows": rows}, indent=1))
+    return 0
+
+
+def _paired_rows(config: Config, policy: Any) -> list[dict[str, Any]]:
+    if not config.demonstrations:
+        raise InputError("paired evaluation needs the run's demonstrations, and it had none")
+    demonstrations = Demonstrations.load(resolve(config.demonstrations))
+    if not demonstrations.starts:
+        raise InputError("the demonstrations hold no start states; evaluate without --paired")
+    starts, count = demonstrations.starts, demonstrations.num_episodes
+    expert, _ = demonstrations.return_estimate()
+    random = float(evaluate(config.environment, UniformPolicy(), count, FRESH_SEED, starts=starts).mean())
+    rows = []
+    for greedy in (False, True):
+        returns = evaluate(config.environment, policy, count, FRESH_SEED, greedy, starts)
+        rows.append(_row("paired", greedy, count, ReturnEstimate.of(returns, demonstrations.groups), expert, random))
+    return rows
+
+
+def _row(
+    starts: str, greedy: bool, episodes: int, estimate: ReturnEstimate, expert: float | None, random: float
+) -> dict[str, Any]:
+    return {
+        "starts": starts,
+        "actions": "greedy" if greedy else "drawn",
+        "episodes": episodes,
+        "return_mean": estimate.mean,
+        "return_stderr": estimate.stderr,
+        "random_return": random,
+        "expert_return": expert,
+        "normalized_return": None if expert is None else (estimate.mean - random) / (expert - random),
+    }
+
+
+def _print(run: Path, iteration: int, random: float, rows: list[dict[str, Any]]) -> None:
+    table = Table(title=f"{run}, iteration {iteration}: true return per agent and episode")
+    for column in ("starts", "actions", "episodes", "return", "± standard error", "random", "expert", "normalised"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        expert, normalized = row["expert_return"], row["normalized_return"]
+        table.add_row(
+            row["starts"],
+            row["actions"],
+            str(row["episodes"]),
+            f"{row['return_mean']:.1f}",
+            f"{row['return_stderr']:.1f}",
+            f"{row['random_return']:.1f}",
+            "–" if expert is None else f"{expert:.1f}",
+            "–" if normalized is None else f"{normalized:.3f}",
+        )
+    Console().print(table)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise InputError(f"{path.parent} is not the folder of a run: {error.strerror}: {path.name}") from error
+
+
+def _job(config: Config, run: Path) -> Job:
+    return Job(
+        run_id="",
+        run_folder=run,
+        environment=config.environment,
+        demonstrations=config.demonstrations,
+        demonstration_episodes=config.demonstration_episodes,
+        algorithm=config.algorithm,
+        seed=config.seed,
+        steps=config.steps,
+        actors=config.actors,
+        parameter_sharing=config.parameter_sharing,
+        device=config.device,
+        threads=config.threads,
+        endpoints=Endpoints("", "", "", ""),
+    )
