@@ -68,7 +68,7 @@ class LocalRewards:
 
     def __init__(self, make_model: Callable[[], Model]) -> None:
         self._make_model = make_model
-        self._model = make_model()
+        self._model: Model | None = None
         self._answers: dict[int, list[torch.Tensor]] = {}
         self._ticket = 0
 
@@ -79,22 +79,28 @@ class LocalRewards:
             self._model.load_state(state)
 
     def observe(self, rows: JointRows) -> None:
-        self._model.observe(rows)
+        self._begun.observe(rows)
 
     def update(self, progress: float) -> tuple[int, dict[str, float]]:
-        values = self._model.update(progress)
-        return self._model.version, values
+        values = self._begun.update(progress)
+        return self._begun.version, values
 
     def submit(self, rows: JointRows, true_rewards: list[torch.Tensor] | None = None) -> int:
         self._ticket += 1
-        self._answers[self._ticket] = self._model.query(rows, true_rewards=true_rewards)[0]
+        self._answers[self._ticket] = self._begun.query(rows, true_rewards=true_rewards)[0]
         return self._ticket
 
     def rewards(self, ticket: int) -> list[torch.Tensor]:
         return self._answers.pop(ticket)
 
     def state(self) -> Arrays:
-        return self._model.state()
+        return self._begun.state()
+
+    @property
+    def _begun(self) -> Model:
+        if self._model is None:
+            raise RuntimeError("`begin` comes first")
+        return self._model
 
 
 @dataclass

@@ -1,0 +1,235 @@
+"""The reward server process: observe, update, query; one answer per request, queries batched across clients."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from protocol.channels import Request, Server
+from protocol.demonstrations import load_demonstrations
+from protocol.errors import InputError, NumericalError, ProtocolError
+from protocol.job import Job
+from protocol.layout import JointRows, Layout
+from protocol.messages import (
+    Arrays,
+    Begin,
+    Done,
+    GetState,
+    Observe,
+    Query,
+    Refusal,
+    Rewards,
+    Schema,
+    Statistics,
+    Update,
+)
+from protocol.registry import make_environment
+from protocol.seeds import derive_seed
+from protocol.telemetry import Telemetry
+from protocol.trajectories import ArrayTable
+from reward_server.batcher import QueryBatcher, Waiting
+from reward_server.client import STATE, rewards_table
+from reward_server.metrics import RewardServerMetrics
+from reward_server.particles import Model, RewardModel, TrueRewards, state_table
+from reward_server.settings import RewardSettings
+
+POLL_SECONDS = 0.2
+
+
+def run_reward_server(job: Job, settings: RewardSettings, agent_identity: bool, telemetry: Telemetry) -> None:
+    """Serve rewards until told to stop.
+
+    agent_identity: as the policies have it, with parameters per type: discriminators see which agent of the type acts.
+    Raises InputError if the environment or the demonstrations cannot be used.
+    """
+    torch.set_num_threads(job.threads)
+    layout = Layout.of(make_environment(job.environment, 1).spec, job.parameter_sharing)
+    build_model(job, settings, agent_identity)  # what is wrong with the demonstrations shows before anybody waits
+    schema = request_schema(layout, settings, state_table(layout, settings, agent_identity))
+    server = Server(job.endpoints.rewards, telemetry.sender, schema, telemetry.count_drop)
+    service = RewardServer(server, lambda: build_model(job, settings, agent_identity), layout, settings, telemetry)
+    try:
+        while not telemetry.stop.is_set():
+            service.serve(POLL_SECONDS)
+    finally:
+        server.close()
+
+
+def build_model(job: Job, settings: RewardSettings, agent_identity: bool = False) -> Model:
+    """The reward model of the job, at the start that its seed gives.
+
+    Raises InputError if a learned reward has no demonstrations, or they do not fit the environment.
+    """
+    if settings.source == "environment":
+        return TrueRewards()
+    spec = make_environment(job.environment, 1).spec
+    layout = Layout.of(spec, job.parameter_sharing)
+    demonstrations = load_demonstrations(job, spec)
+    if demonstrations is None:
+        raise InputError("a learned reward needs demonstrations; name a file with --demonstrations")
+    parts = (demonstrations.observations, demonstrations.actions, demonstrations.active)
+    expert = JointRows(*(layout.to_rows(part) for part in parts))
+    device = job.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return RewardModel(layout, expert, settings, derive_seed(job.seed, "reward_server"), device, agent_identity)
+
+
+class RewardServer:
+    """Answers the requests of one session at a time.
+
+    A session starts with `begin`, which makes a model or restores one. Whatever belongs to another session is refused
+    with cause `no_session`: so a learner notices that this process was restarted, and goes back to its checkpoint.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        make_model: Callable[[], Model],
+        layout: Layout,
+        settings: RewardSettings,
+        telemetry: Telemetry,
+    ) -> None:
+        self._server, self._make_model, self._layout = server, make_model, layout
+        self._telemetry, self._metrics = telemetry, RewardServerMetrics(telemetry.registry)
+        self._queries = QueryBatcher(
+            settings.max_batch_rows, settings.max_delay_seconds, settings.max_queue_rows, settings.deadline_seconds
+        )
+        self._session: str | None = None
+        self._model: Model = TrueRewards()
+
+    def serve(self, timeout_seconds: float) -> None:
+        """Take in requests, waiting up to `timeout_seconds` for the first, and answer what is due."""
+        wait = self._queries.wait_seconds(time.monotonic())
+        with self._telemetry.stage("wait"):
+            requests = self._server.poll(timeout_seconds if wait is None else min(wait, timeout_seconds))
+        for request in requests:
+            self._handle(request)
+        self._answer_queries()
+
+    def _handle(self, request: Request) -> None:
+        body, arrays = request.message.body, request.message.arrays
+        try:
+            if isinstance(body, Begin):
+                self._begin(body, arrays)
+                self._server.answer(request, Done())
+            elif body.session != self._session:
+                self._refuse(request, Refusal("no_session", f"this server is not in the session {body.session}"))
+            elif isinstance(body, Query):
+                self._queue(request, body, arrays)
+            else:
+                # Queries that came before an update are answered by the particles that they met.
+                self._answer_queries(flush=True)
+                self._server.answer(request, *self._change(body, arrays))
+        except ProtocolError as error:
+            self._telemetry.count_drop(error.cause)
+            self._refuse(request, Refusal(error.cause, str(error)))
+        except InputError as error:
+            self._refuse(request, Refusal("input", str(error)))
+        except NumericalError as error:
+            self._refuse(request, Refusal("numerical", str(error)))
+
+    def _begin(self, body: Begin, arrays: Arrays) -> None:
+        for query in self._queries.clear():
+            self._refuse(query.request, Refusal("no_session", f"the session {body.session} has begun"))
+        with self._telemetry.stage("begin"):
+            self._session = None
+            self._model = self._make_model()
+            if body.restore:
+                self._model.load_state(arrays)
+            self._session = body.session
+
+    def _change(self, body: Observe | Update | GetState, arrays: Arrays) -> tuple[Any, Arrays | None]:
+        """Carry out a request that is not a query; the answer's body and arrays."""
+        with self._telemetry.stage(body.kind):
+            if isinstance(body, Observe):
+                self._model.observe(JointRows.from_arrays(arrays, self._layout))
+                return Done(), None
+            if isinstance(body, GetState):
+                return Done(STATE), self._model.state()
+            if not 0 <= body.progress <= 1:
+                raise ProtocolError("body", f"progress must lie in 0..1, got {body.progress}")
+            figures = self._model.update(body.progress)
+        version = self._model.version
+        self._metrics.set_health(version, figures)
+        self._telemetry.numbers |= {"particles_version": version, **figures}
+        return Statistics(version, figures), None
+
+    def _queue(self, request: Request, body: Query, arrays: Arrays) -> None:
+        rows = JointRows.from_arrays(arrays, self._layout)
+        names = [f"{b}.rewards" for b in range(len(self._layout.blocks))]
+        true_rewards = [torch.tensor(arrays[name]) for name in names] if names[0] in arrays else None
+        refusal = self._queries.add(Waiting(request, rows, true_rewards, body.deviation, body.alone, time.monotonic()))
+        if refusal:
+            self._refuse(request, refusal)
+
+    def _answer_queries(self, flush: bool = False) -> None:
+        now = time.monotonic()
+        for query in self._queries.late(now):
+            waited = now - query.arrived
+            self._refuse(
+                query.request, Refusal("deadline", f"the query waited for {waited:.1f} s; nobody needs it now")
+            )
+        while batch := self._queries.take(now, flush):
+            try:
+                self._compute(batch, now)
+            except (NumericalError, ProtocolError) as error:
+                cause = "numerical" if isinstance(error, NumericalError) else error.cause
+                for query in batch:
+                    self._refuse(query.request, Refusal(cause, str(error)))
+            now = time.monotonic()
+
+    def _compute(self, batch: list[Waiting], now: float) -> None:
+        start = time.perf_counter()
+        counts = [len(query.rows) for query in batch]
+        with self._telemetry.stage("query"):
+            rewards, deviations = self._model.query(*_merged(batch))
+            columns = [("rewards", rewards), ("deviation", deviations or [])]
+            split = {f"{b}.{name}": values.split(counts) for name, blocks in columns for b, values in enumerate(blocks)}
+        seconds = time.perf_counter() - start
+        for number, query in enumerate(batch):
+            table = rewards_table(self._layout, counts[number], query.deviation)
+            arrays: dict[str, np.ndarray] = {name: split[name][number].numpy() for name in table}
+            body = Rewards(counts[number], self._model.version, now - query.arrived, seconds, query.deviation)
+            self._server.answer(query.request, body, arrays)
+        self._metrics.count_batch(counts, [now - query.arrived for query in batch], seconds, self._queries.rows)
+
+    def _refuse(self, request: Request, refusal: Refusal) -> None:
+        self._metrics.count_refusal(refusal.cause)
+        self._server.answer(request, refusal)
+
+
+def request_schema(layout: Layout, settings: RewardSettings, state: ArrayTable) -> Schema:
+    """What a reward server accepts; `state` is of `particles.state_table`."""
+
+    def schema(body: Any) -> ArrayTable | None:
+        match body:
+            case Begin(restore=restore):
+                return state if restore else {}
+            case Update() | GetState():
+                return {}
+            case Observe(rows=rows) | Query(rows=rows):
+                if not 1 <= rows <= settings.max_queue_rows:
+                    raise ProtocolError("body", f"rows must lie in 1..{settings.max_queue_rows}, got {rows}")
+                table = JointRows.array_table(layout, rows)
+                with_rewards = isinstance(body, Query) and settings.source == "environment"
+                return table | rewards_table(layout, rows) if with_rewards else table
+        return None
+
+    return schema
+
+
+def _merged(batch: list[Waiting]) -> tuple[JointRows, bool, list[torch.Tensor] | None]:
+    """Rows, whether any wants the deviation, and true rewards of a batch of queries."""
+    deviation = any(query.deviation for query in batch)
+    if len(batch) == 1:
+        return batch[0].rows, deviation, batch[0].true_rewards
+    parts = [(q.rows.observations, q.rows.actions, q.rows.active, q.true_rewards or []) for q in batch]
+    observations, actions, active, true_rewards = (
+        [torch.cat(block) for block in zip(*part, strict=True)] for part in zip(*parts, strict=True)
+    )
+    return JointRows(observations, actions, active), deviation, true_rewards or None
