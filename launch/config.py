@@ -81,7 +81,9 @@ class Config:
         if self.demonstration_episodes < 0 or self.seed < 0:
             raise InputError("--demonstration-episodes and --seed must not be negative")
         if (kind.imitates or kind.clones) and not self.demonstrations:
-            raise InputError(f"algorithm '{self.algorithm}' learns from demonstrations: name a file by --demonstrations")
+            raise InputError(
+                f"algorithm '{self.algorithm}' learns from demonstrations: name a file by --demonstrations"
+            )
         reward = self.reward
         if not kind.imitates:
             reward = replace(reward, source="environment")

@@ -41,8 +41,11 @@ class Telemetry:
         self.text = ""
         prefix = f"bm3il_{role.replace('-', '_')}"
         self._stages = Histogram(
-            f"{prefix}_stage_seconds", "Time spent in a stage, each time", ["stage"],
-            buckets=STAGE_BUCKETS, registry=self.registry,
+            f"{prefix}_stage_seconds",
+            "Time spent in a stage, each time",
+            ["stage"],
+            buckets=STAGE_BUCKETS,
+            registry=self.registry,
         )
         self._drops = Counter(
             f"{prefix}_dropped_messages", "Messages dropped, by cause", ["cause"], registry=self.registry

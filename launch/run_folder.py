@@ -1,0 +1,134 @@
+"""The folder of a run: made before anything starts, or not at all; one launcher at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from launch.config import Config
+from launch.outcome import FINISHED, Outcome
+from protocol.errors import InputError
+
+MIN_FREE_BYTES = 64 << 20
+
+
+def named(config: Config) -> Config:
+    """Itself with a name for the run: preset, algorithm, seed and time if the user gave none."""
+    if not config.run:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        preset = Path(config.preset).stem
+        return replace(config, run=f"{preset}-{config.algorithm}-seed{config.seed}-{stamp}")
+    if config.run.startswith(".") or "/" in config.run or "\0" in config.run:
+        raise InputError(f"--run must be a plain folder name, got '{config.run}'; --runs-folder says where it lies")
+    return config
+
+
+def create(config: Config) -> Path:
+    """Make the folder with its `config.yaml`.
+
+    Raises InputError if it exists, cannot be written or has no space; nothing is left behind then.
+    """
+    folder = Path(config.runs_folder, config.run)
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError as error:
+        raise InputError(f"{folder} exists; take another --run, or `bm3il resume {folder}` to go on with it") from error
+    except OSError as error:
+        raise InputError(f"cannot create {folder}: {error.strerror}; take another --runs-folder") from error
+    try:
+        check_space(folder)
+        write_atomically(folder / "config.yaml", config.to_yaml())
+    except InputError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder.resolve()
+
+
+def open_existing(folder: Path) -> Config:
+    """The configuration of a run that exists. Raises InputError if it is none, or cannot be written."""
+    try:
+        text = (folder / "config.yaml").read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder} is not the folder of a run: its config.yaml cannot be read") from error
+    check_space(folder)
+    return Config.from_yaml(text, str(folder / "config.yaml"))
+
+
+def check_space(folder: Path) -> None:
+    """Raise InputError unless the folder is writable and its disk has room."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{folder} is not writable")
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < MIN_FREE_BYTES:
+        raise InputError(
+            f"the disk of {folder} has {free_bytes >> 20} MiB free, at least {MIN_FREE_BYTES >> 20} MiB are needed"
+        )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run for this launcher. Raises InputError if another one holds it."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{folder} is being run by another process") from error
+        yield
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a launcher holds the run."""
+    try:
+        with locked(folder):
+            return False
+    except InputError:
+        return True
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """`result.json`, or {} if there is none that can be read."""
+    try:
+        result = json.loads((folder / "result.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return result if isinstance(result, dict) else {}
+
+
+def conclude(folder: Path, config: Config, outcome: Outcome) -> dict[str, Any]:
+    """Complete `result.json` with how the run ended, also if the learner had no time to write one."""
+    facts = {
+        "environment": config.environment,
+        "algorithm": config.algorithm,
+        "seed": config.seed,
+        "mode": config.mode,
+        "nodes": config.nodes,
+        "actors": config.actors,
+    }
+    result = facts | read_result(folder) | {"status": outcome.status}
+    result.pop("error", None)
+    if outcome.code != FINISHED and outcome.text:
+        result["error"] = outcome.text
+    write_atomically(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file whole or not at all. Raises InputError naming the file and the cause."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,141 @@
+"""Which process of a run lives on which node, and where it listens: plain data, known before anything starts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import dacite
+
+from launch.config import Config
+from learner.algorithms import algorithm
+from protocol.errors import InputError
+from protocol.job import Endpoints, Job
+
+MAX_IPC_PATH_BYTES = 107
+
+LISTENERS = {"experience": "learner", "weights": "learner", "rewards": "reward-server", "control": "supervisor"}
+"""Which role listens on which endpoint; `control` is the director's, the supervisor of node 0."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of a run, beside the supervisors."""
+
+    role: str
+    index: int
+    node: int
+
+    @property
+    def name(self) -> str:
+        """Unique in the run: `actor-3`."""
+        return f"{self.role}-{self.index}"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node: the address that its processes are reached at, and free ports for those of them that listen."""
+
+    host: str
+    address: str = "127.0.0.1"
+    ports: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that the nodes and processes of one start of a run must agree on."""
+
+    run_id: str
+    run_folder: str
+    config_yaml: str
+    nodes: tuple[Node, ...]
+    processes: tuple[Process, ...]
+    endpoints: Endpoints
+
+    @property
+    def config(self) -> Config:
+        """The configuration, rebuilt from its text."""
+        return Config.from_yaml(self.config_yaml, "config.yaml")
+
+    def on(self, node: int) -> list[Process]:
+        """The processes of a node, without its supervisor."""
+        return [process for process in self.processes if process.node == node]
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(node, its processes, their endpoints), for people, a row per node."""
+        return [
+            (
+                f"{number} {node.host}",
+                " ".join(["supervisor", *(process.name for process in self.on(number))]),
+                " ".join(
+                    getattr(self.endpoints, name) for name, role in LISTENERS.items() if self._node(role) == number
+                ),
+            )
+            for number, node in enumerate(self.nodes)
+        ]
+
+    def to_json(self) -> str:
+        """For the standard input of a process that this one starts."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The inverse of `to_json`."""
+        return dacite.from_dict(cls, json.loads(text), dacite.Config(cast=[tuple], strict=True))
+
+    def _node(self, role: str) -> int | None:
+        return 0 if role == "supervisor" else node_of(role, self.processes)
+
+
+def place(config: Config) -> tuple[Process, ...]:
+    """Which processes a run has, and on which node: actors go round the nodes, all others share the first."""
+    processes = [Process("learner", 0, 0), Process("evaluator", 0, 0)]
+    if not algorithm(config.algorithm).clones:
+        processes.append(Process("reward-server", 0, 0))
+        processes += [Process("actor", index, index % config.nodes) for index in range(config.actors)]
+    return tuple(processes)
+
+
+def node_of(role: str, processes: tuple[Process, ...]) -> int | None:
+    """The node of the first process of a role, or None if the run has none."""
+    return next((process.node for process in processes if process.role == role), None)
+
+
+def ipc_endpoints(folder: Path) -> Endpoints:
+    """Sockets in a private folder, for a run on one node.
+
+    Raises InputError if the folder's path is too long for a socket.
+    """
+    paths = {name: str(folder / name) for name in LISTENERS}
+    if any(len(path.encode()) > MAX_IPC_PATH_BYTES for path in paths.values()):
+        raise InputError(f"the temporary folder {folder} has too long a path for sockets; set TMPDIR to a shorter one")
+    return Endpoints(**{name: f"ipc://{path}" for name, path in paths.items()})
+
+
+def tcp_endpoints(nodes: tuple[Node, ...], processes: tuple[Process, ...]) -> Endpoints:
+    """Sockets on the ports that the nodes of the listening processes found free, one of them per endpoint."""
+    urls = {}
+    for position, (name, role) in enumerate(LISTENERS.items()):
+        node = nodes[node_of(role, processes) or 0]
+        urls[name] = f"tcp://{node.address}:{node.ports[position]}"
+    return Endpoints(**urls)
+
+
+def make_job(config: Config, run_id: str, run_folder: Path, endpoints: Endpoints) -> Job:
+    """What every process of the run is told."""
+    return Job(
+        run_id=run_id,
+        run_folder=run_folder,
+        environment=config.environment,
+        demonstrations=config.demonstrations,
+        demonstration_episodes=config.demonstration_episodes,
+        algorithm=config.algorithm,
+        seed=config.seed,
+        steps=config.steps,
+        actors=config.actors,
+        parameter_sharing=config.parameter_sharing,
+        device=config.device,
+        threads=config.threads,
+        endpoints=endpoints,
+    )

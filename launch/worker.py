@@ -1,0 +1,76 @@
+"""One process of a run: `python -m launch.worker ROLE INDEX`, with the plan on its standard input.
+
+The exit codes are those of `launch.outcome`.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import signal
+import sys
+from pathlib import Path
+
+from launch.config import Config
+from launch.outcome import attempt
+from launch.topology import Plan, make_job
+from protocol.job import Job
+from protocol.messages import Sender
+from protocol.telemetry import Telemetry
+
+
+def main(role: str, index: int) -> int:
+    """Run one process until it is done or told to stop; returns its exit code."""
+    faulthandler.enable()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    plan = Plan.from_json(sys.stdin.read())
+    process = next(p for p in plan.processes if (p.role, p.index) == (role, index))
+    sender = Sender(plan.run_id, process.name)
+    telemetry = Telemetry(role, index, sender, process.node, plan.nodes[process.node].address)
+    signal.signal(signal.SIGTERM, lambda *_: telemetry.stop.set())
+    telemetry.start_heartbeat(plan.endpoints.control)
+    config = plan.config
+    job = make_job(config, plan.run_id, Path(plan.run_folder), plan.endpoints)
+    try:
+        outcome = attempt(lambda: run_role(role, index, job, config, plan.config_yaml, telemetry))
+    finally:
+        telemetry.close()
+    if outcome.text:
+        print(outcome.text, file=sys.stderr, flush=True)
+    return outcome.code
+
+
+def run_role(role: str, index: int, job: Job, config: Config, config_yaml: str, telemetry: Telemetry) -> str | None:
+    """Do what the role does; the imports are here so that no process loads what only others need."""
+    match role:
+        case "actor":
+            from actors.process import run_actor
+
+            return run_actor(job, config.actor, index, telemetry)
+        case "evaluator":
+            from actors.process import run_evaluator
+
+            return run_evaluator(job, config.actor, config.evaluation, telemetry)
+        case "reward-server":
+            from reward_server.process import run_reward_server
+
+            return run_reward_server(job, config.reward, config.actor.agent_identity, telemetry)
+        case "learner":
+            from learner.process import run_learner
+
+            return run_learner(
+                job,
+                config.learner,
+                config.cloning,
+                config.actor,
+                config.reward,
+                config.evaluation,
+                config_yaml,
+                telemetry,
+            )
+        case _:
+            raise ValueError(f"no such role: {role}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

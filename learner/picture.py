@@ -1,0 +1,72 @@
+"""The learning curve as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+CURVE_COLOR, EXPERT_COLOR, RANDOM_COLOR, TEXT_COLOR = "#1f5fa8", "#2e8b57", "#9a9a9a", "#333333"
+
+
+def draw_curve(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any], path: Path) -> None:
+    """Return against environment steps (iterations, if it takes none), with a band of one standard error and lines for random and expert.
+
+    rows: of `curve.csv`. result: of `result.json`. Returns are true returns per agent and episode.
+    """
+    unit, column = "joint environment steps", "env_steps"
+    if not any(float(row[column]) for row in rows):
+        unit, column = "iterations", "iteration"
+    steps = [float(row[column]) for row in rows]
+    means = [float(row["return_mean"]) for row in rows]
+    errors = [float(row["return_stderr"]) for row in rows]
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for name, value, color in (
+        ("expert", result.get("expert_return"), EXPERT_COLOR),
+        ("random", result.get("random_return"), RANDOM_COLOR),
+    ):
+        if value is not None:
+            axes.axhline(value, color=color, linestyle=(0, (5, 3)), linewidth=1.2)
+            axes.annotate(
+                f"{name} {value:.1f}",
+                (1, value),
+                (-4, 4),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                ha="right",
+                va="bottom",
+                color=color,
+                fontsize=9,
+            )
+    low = [mean - error for mean, error in zip(means, errors, strict=True)]
+    high = [mean + error for mean, error in zip(means, errors, strict=True)]
+    axes.fill_between(steps, low, high, color=CURVE_COLOR, alpha=0.2, linewidth=0)
+    axes.plot(steps, means, color=CURVE_COLOR, linewidth=1.8, marker="o", markersize=3)
+    if means:
+        axes.plot(steps[-1], means[-1], "o", color=CURVE_COLOR, markersize=6)
+        axes.annotate(
+            f"{means[-1]:.1f}",
+            (steps[-1], means[-1]),
+            (-6, -8),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            color=CURVE_COLOR,
+            fontsize=10,
+            fontweight="bold",
+        )
+    axes.set_title(f"{result.get('algorithm', '')} on {result.get('environment', '')}", loc="left", color=TEXT_COLOR)
+    axes.set_xlabel(unit, color=TEXT_COLOR)
+    axes.set_ylabel("true return per agent and episode", color=TEXT_COLOR)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.margins(x=0.02, y=0.1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png")
+    temporary.rename(path)

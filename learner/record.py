@@ -1,0 +1,148 @@
+"""The record of a run: curve, log, TensorBoard events, result and picture, in the run's folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from learner.picture import draw_curve
+
+COLUMNS = ("iteration", "env_steps", "wall_seconds", "return_mean", "return_stderr", "normalized_return")
+
+
+class RunRecord:
+    """Writes what can be looked at. Every file survives a resume: rows of iterations that will come again are cut.
+
+    Returns are true returns per agent and episode. Raises OSError, naming the file, when the disk is full or not writable.
+    """
+
+    def __init__(self, run_folder: Path) -> None:
+        self._folder = run_folder
+        self._curve = run_folder / "curve.csv"
+        self._log = run_folder / "log.jsonl"
+        self._events: SummaryWriter | None = None
+        self._purge_step: int | None = None
+
+    def log_iteration(self, iteration: int, figures: Mapping[str, float]) -> None:
+        """Append the figures of an iteration to `log.jsonl`, and to the TensorBoard events."""
+        line = {"iteration": iteration, **{name: _plain(value) for name, value in figures.items()}}
+        _append(self._log, json.dumps(line) + "\n")
+        self._add_scalars("training", iteration, figures)
+
+    def add_evaluation(
+        self,
+        iteration: int,
+        env_steps: int,
+        wall_seconds: float,
+        return_mean: float,
+        return_stderr: float,
+        normalized_return: float | None,
+        figures: Mapping[str, float],
+    ) -> None:
+        """Append a row to `curve.csv`; the first row's `figures` name the columns after the fixed ones."""
+        row: dict[str, Any] = dict(
+            zip(COLUMNS, (iteration, env_steps, round(wall_seconds, 3), return_mean, return_stderr), strict=False)
+        )
+        row |= {"normalized_return": "" if normalized_return is None else normalized_return, **figures}
+        rows = self._rows()
+        names = list(rows[0]) if rows else list(row)
+        if set(row) <= set(names):
+            _append(self._curve, _csv(names, [row], header=not rows))
+        else:
+            names += [name for name in row if name not in names]
+            _replace(self._curve, _csv(names, [*rows, row], header=True))
+        self._add_scalars("evaluation", iteration, {"return_mean": return_mean, "return_stderr": return_stderr})
+
+    def truncate_after(self, iteration: int) -> None:
+        """Forget everything after `iteration`: the run goes on from there."""
+        rows = self._rows()
+        if rows:
+            kept = [row for row in rows if int(row["iteration"]) <= iteration]
+            _replace(self._curve, _csv(list(rows[0]), kept, header=bool(kept)))
+        if self._log.exists():
+            lines = [line for line in self._log.read_text().splitlines() if _iteration(line) <= iteration]
+            _replace(self._log, "".join(f"{line}\n" for line in lines))
+        if self._events is not None:
+            self._events.close()
+        self._events, self._purge_step = None, iteration + 1
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Write `result.json`, whole or not at all."""
+        plain = {name: _plain(value) for name, value in result.items()}
+        _replace(self._folder / "result.json", json.dumps(plain, indent=1) + "\n")
+
+    def draw(self) -> Path:
+        """Draw `curve.png` from `curve.csv` and `result.json`; returns its path."""
+        path = self._folder / "curve.png"
+        result = json.loads((self._folder / "result.json").read_text())
+        draw_curve(self._rows(), result, path)
+        if self._events is not None:
+            self._events.flush()
+        return path
+
+    def _rows(self) -> list[dict[str, str]]:
+        if not self._curve.exists():
+            return []
+        with self._curve.open(newline="") as file:
+            # A row cut short by a crash has no value in its last columns.
+            return [row for row in csv.DictReader(file) if None not in row.values() and None not in row]
+
+    def _add_scalars(self, group: str, iteration: int, figures: Mapping[str, float]) -> None:
+        if self._events is None:
+            self._events = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._purge_step)
+        for name, value in figures.items():
+            self._events.add_scalar(f"{group}/{name}", value, iteration)
+
+
+def _iteration(line: str) -> float:
+    try:
+        return int(json.loads(line)["iteration"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null says that there is no such number."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _csv(names: list[str], rows: list[dict[str, Any]], header: bool) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of a full disk come without the name of the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _append(path: Path, text: str) -> None:
+    with _naming(path), path.open("a", newline="") as file:
+        file.write(text)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with _naming(path):
+        with temporary.open("w", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
