@@ -20,7 +20,8 @@ def check_episodes(
     starts: Mapping[str, np.ndarray],
 ) -> None:
     """Check what exists once per episode. Raises InputError."""
-    if lengths.ndim != 1 or not lengths.size:
+    _expect_shape("episode_lengths", lengths, (lengths.size,))
+    if not lengths.size:
         raise InputError("expected at least one episode, found none")
     if not 1 <= lengths.min() <= lengths.max() <= spec.episode_length:
         raise InputError(f"expected episodes of 1..{spec.episode_length} steps, found {lengths.min()}..{lengths.max()}")

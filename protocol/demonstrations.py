@@ -156,10 +156,10 @@ class Demonstrations:
         try:
             with safe_open(path, framework="pt") as file:
                 return _read(file)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: expected a safetensors file of demonstrations: {error}") from error
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
+        except (OSError, SafetensorError, ValueError) as error:
+            raise InputError(f"{path}: expected a safetensors file of demonstrations: {error}") from error
 
     @classmethod
     def from_trajectories(

@@ -1,0 +1,65 @@
+"""Specs: their limits, their JSON, their differences."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from protocol.errors import InputError
+from protocol.specs import EnvironmentSpec, TypeSpec
+
+SPEC = EnvironmentSpec("town", (TypeSpec("bus", 3, 4, 5), TypeSpec("tram", 2, 1, 2, discrete=False)), 6)
+
+
+def test_agents_are_numbered_type_by_type() -> None:
+    assert (SPEC.num_types, SPEC.num_agents, SPEC.offsets) == (2, 5, (0, 3))
+
+
+def test_json_and_back() -> None:
+    assert EnvironmentSpec.from_json(json.loads(json.dumps(SPEC.to_json()))) == SPEC
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "text"),
+    [
+        (("types",), [], "has no agent types"),
+        (("types",), None, "not an environment spec"),
+        (("types",), ["bus"], "not an environment spec"),
+        (("types", 0, "count"), 0, r"type 'bus': count must be an integer in 1\.\."),
+        (("types", 0, "count"), True, "count must be an integer"),
+        (("types", 0, "count"), "3", "count must be an integer"),
+        (("types", 0, "count"), 10**12, "count must be an integer"),
+        (("types", 1, "observation_dim"), -1, "type 'tram': observation_dim"),
+        (("types", 1, "action_dim"), 2.5, "type 'tram': action_dim"),
+        (("types", 1, "name"), "bus", "two types of one name: bus, bus"),
+        (("episode_length",), 0, "episode_length must be a positive integer"),
+        (("episode_length",), "6", "episode_length must be a positive integer"),
+    ],
+)
+def test_untrusted_json_is_checked(path: tuple[Any, ...], value: Any, text: str) -> None:
+    document = json.loads(json.dumps(SPEC.to_json()))
+    inner = document
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    with pytest.raises(InputError, match=text):
+        EnvironmentSpec.from_json(document)
+
+
+@pytest.mark.parametrize("value", [None, 3, "town", [], {}, {"name": "town", "types": [{}], "episode_length": 3}])
+def test_what_is_no_spec_is_refused(value: Any) -> None:
+    with pytest.raises(InputError):
+        EnvironmentSpec.from_json(value)
+
+
+def test_first_difference_is_told() -> None:
+    assert SPEC.difference(replace(SPEC, name="city", episode_length=9)) is None
+    assert SPEC.difference(replace(SPEC, types=SPEC.types[:1])) == "expected 2 agent types, found 1"
+    changes = {"name": "car", "count": 9, "observation_dim": 9, "action_dim": 9, "discrete": True}
+    for field, value in changes.items():
+        other = replace(SPEC, types=(SPEC.types[0], replace(SPEC.types[1], **{field: value})))
+        difference = SPEC.difference(other)
+        assert difference == f"type 'tram': expected {field} {getattr(SPEC.types[1], field)!r}, found {value!r}"
