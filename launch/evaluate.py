@@ -59,7 +59,7 @@ def _paired_rows(config: Config, policy: Any) -> list[dict[str, Any]]:
     if not demonstrations.starts:
         raise InputError("the demonstrations hold no start states; evaluate without --paired")
     starts, count = demonstrations.starts, demonstrations.num_episodes
-    expert, _ = demonstrations.return_estimate()
+    expert = demonstrations.return_mean
     random = float(evaluate(config.environment, UniformPolicy(), count, FRESH_SEED, starts=starts).mean())
     rows = []
     for greedy in (False, True):

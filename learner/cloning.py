@@ -22,9 +22,9 @@ class Cloning:
 
     def __init__(self, layout: Layout, demonstrations: Demonstrations, batch_size: int, seed: int) -> None:
         self._layout, self._batch_size = layout, batch_size
-        rows = demonstrations.rows()
-        self._rows = JointRows(*(layout.to_rows(part) for part in (rows.observations, rows.actions, rows.active)))
-        self._masks = layout.to_rows(rows.action_masks)
+        parts = (demonstrations.observations, demonstrations.actions, demonstrations.active)
+        self._rows = JointRows(*(layout.to_rows(part) for part in parts))
+        self._masks = layout.to_rows(demonstrations.action_masks)
         self._generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:

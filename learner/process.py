@@ -89,7 +89,7 @@ def _train(
         algorithm_run = Imitation(job, settings, actor, policy, demonstrations, experience, rewards, telemetry)
         iterations = iterations_for(job.steps, actor, job, policy)
     record = RunRecord(job.run_folder)
-    expert_return = None if demonstrations is None else demonstrations.return_estimate()[0]
+    expert_return = None if demonstrations is None else demonstrations.return_mean
     training = Training(
         job, settings, evaluation, iterations, algorithm_run, experience, record, config_yaml, expert_return, telemetry
     )
