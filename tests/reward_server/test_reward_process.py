@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from prometheus_client import generate_latest
+
+from protocol.channels import Refused, Server, Unanswered
+from protocol.errors import NumericalError
+from protocol.layout import JointRows, Layout
+from protocol.messages import Query, Sender
+from protocol.specs import EnvironmentSpec, TypeSpec
+from protocol.telemetry import Telemetry
+from reward_server.client import LocalRewards, RemoteRewards, RewardService
+from reward_server.particles import Model, RewardModel, TrueRewards, state_table
+from reward_server.process import RewardServer, request_schema
+from reward_server.settings import RewardSettings
+
+torch.set_num_threads(1)
+
+LAYOUT = Layout.of(EnvironmentSpec("two", (TypeSpec("a", 3, 4, 5), TypeSpec("b", 2, 6, 3)), 10), "agent")
+SETTINGS = RewardSettings(particles=2, hidden=(8,), batch_size=16, window_steps=32, updates=2, max_queue_rows=64)
+
+
+def some_rows(count: int, seed: int) -> JointRows:
+    g = torch.Generator().manual_seed(seed)
+    shapes = [((count, b.num_agents), b) for b in LAYOUT.blocks]
+    return JointRows(
+        [torch.randn(*shape, b.observation_dim, generator=g) for shape, b in shapes],
+        [torch.randint(b.action_dim, shape, generator=g) for shape, b in shapes],
+        [torch.rand(shape, generator=g) < 0.9 for shape, _ in shapes],
+    )
+
+
+def make_model(settings: RewardSettings = SETTINGS) -> Model:
+    if settings.source == "environment":
+        return TrueRewards()
+    return RewardModel(LAYOUT, some_rows(20, 1), settings, seed=3)
+
+
+class Running:
+    """A reward server in a thread."""
+
+    def __init__(self, folder: Path, settings: RewardSettings) -> None:
+        self.endpoint, self.settings = f"ipc://{folder}/rewards", settings
+        self.clients: list[RemoteRewards] = []
+        self.start()
+
+    def start(self) -> None:
+        self.telemetry = Telemetry("reward-server", 0, Sender("run", "reward-server"))
+        schema = request_schema(LAYOUT, self.settings, state_table(LAYOUT, self.settings))
+        server = Server(self.endpoint, self.telemetry.sender, schema, self.telemetry.count_drop)
+        service = RewardServer(server, lambda: make_model(self.settings), LAYOUT, self.settings, self.telemetry)
+
+        def loop() -> None:
+            while not self.telemetry.stop.is_set():
+                service.serve(0.05)
+            server.close()
+
+        self.thread = threading.Thread(target=loop)
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.telemetry.stop.set()
+        self.thread.join()
+        self.telemetry.close()
+
+    def client(self, alone: bool = True, deadline_seconds: float = 10.0) -> RemoteRewards:
+        sender, table = Sender("run", f"learner-{len(self.clients)}"), state_table(LAYOUT, self.settings)
+        client = RemoteRewards(self.endpoint, sender, LAYOUT, table, lambda cause: None, deadline_seconds, alone=alone)
+        self.clients.append(client)
+        return client
+
+    def metric(self, name: str) -> float:
+        text = generate_latest(self.telemetry.registry).decode()
+        return sum(
+            float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"bm3il_reward_server_{name}")
+        )
+
+
+@contextmanager
+def running(folder: Path, settings: RewardSettings = SETTINGS) -> Iterator[Running]:
+    server = Running(folder, settings)
+    try:
+        yield server
+    finally:
+        server.stop()
+        for client in server.clients:
+            client.close()
+
+
+def train(service: RewardService) -> list[np.ndarray]:
+    """A short run; every number that came out of it."""
+    numbers: list[np.ndarray] = []
+    for iteration in range(3):
+        service.observe(some_rows(10, iteration))
+        version, figures = service.update(iteration / 3)
+        numbers.append(np.array([version, *(figures[name] for name in sorted(figures))]))
+        tickets = [service.submit(some_rows(7, 10 + k)) for k in range(3)]
+        numbers += [r.numpy() for ticket in tickets for r in service.rewards(ticket)]
+    return numbers + list(service.state().values())
+
+
+def test_remote_and_local_give_the_same_bits_and_a_state_continues(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        remote, local = server.client(), LocalRewards(make_model)
+        for service in (remote, local):
+            service.begin("first")
+        for far, near in zip(train(remote), train(local), strict=True):
+            np.testing.assert_array_equal(far, near)
+        state = local.state()
+        for service in (remote, local):
+            service.begin("second", state)
+        for far, near in zip(train(remote), train(local), strict=True):
+            np.testing.assert_array_equal(far, near)
+        assert remote.particles_version == 6
+        assert server.metric("queries_total") == 18
+        assert server.metric("query_rows_total") == 126
+        assert server.metric("particles_version") == 6
+
+
+def test_a_restarted_server_refuses_the_session_it_does_not_know(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        client = server.client()
+        client.begin("first")
+        server.stop()
+        server.start()
+        with pytest.raises(Refused) as refused:
+            client.rewards(client.submit(some_rows(3, 0)))
+        assert refused.value.cause == "no_session"
+        client.begin("second")
+        assert len(client.rewards(client.submit(some_rows(3, 0)))[0]) == 3
+
+
+def test_queries_of_several_clients_are_computed_together(tmp_path: Path) -> None:
+    with running(tmp_path, dataclasses.replace(SETTINGS, max_delay_seconds=0.5)) as server:
+        clients = [server.client(alone=False) for _ in range(3)]
+        clients[0].begin("s")
+        for client in clients[1:]:
+            client._session = "s"
+        tickets = [client.submit(some_rows(4 + k, k)) for k, client in enumerate(clients)]
+        answers = [client.rewards(ticket) for client, ticket in zip(clients, tickets, strict=True)]
+        assert server.metric("batch_rows_count") == 1
+        local = LocalRewards(make_model)
+        local.begin("s")
+        for k, answer in enumerate(answers):
+            for mine, theirs in zip(local.rewards(local.submit(some_rows(4 + k, k))), answer, strict=True):
+                torch.testing.assert_close(mine, theirs)
+
+
+def test_a_query_that_came_before_an_update_is_answered_by_the_older_particles(tmp_path: Path) -> None:
+    with running(tmp_path, dataclasses.replace(SETTINGS, max_delay_seconds=30.0)) as server:
+        client = server.client(alone=False)
+        client.begin("s")
+        client.observe(some_rows(10, 0))
+        ticket = client.submit(some_rows(5, 1), deviation=True)
+        client.update(0.0)
+        rewards, deviations = client.answer(ticket)
+        assert client.particles_version == 0
+        assert deviations is not None
+        assert [d.shape for d in deviations] == [r.shape for r in rewards]
+
+
+def test_an_overloaded_server_is_asked_again(tmp_path: Path) -> None:
+    with running(tmp_path, dataclasses.replace(SETTINGS, max_delay_seconds=0.3)) as server:
+        client = server.client(alone=False)
+        client.begin("s")
+        tickets = [client.submit(some_rows(40, k)) for k in range(4)]  # 64 rows may wait
+        for ticket in tickets:
+            assert len(client.rewards(ticket)[0]) == 40
+        assert server.metric('refused_requests_total{cause="overloaded"}') >= 1
+
+
+def test_a_query_that_waited_too_long_is_refused(tmp_path: Path) -> None:
+    with running(tmp_path, dataclasses.replace(SETTINGS, deadline_seconds=0.1, max_delay_seconds=5.0)) as server:
+        client = server.client(alone=False)
+        client.begin("s")
+        ticket = client.submit(some_rows(5, 0))
+        with pytest.raises(Refused) as refused:
+            client.rewards(ticket)
+        assert refused.value.cause == "deadline"
+
+
+def test_a_missing_reward_is_an_error(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        client = server.client(deadline_seconds=0.3)
+        client.begin("s")
+        server.stop()
+        start = time.monotonic()
+        with pytest.raises(Unanswered):
+            client.rewards(client.submit(some_rows(3, 0)))
+        assert time.monotonic() - start < 3
+        server.start()
+
+
+def test_a_reward_that_is_not_finite_stops_the_learner(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        client = server.client()
+        client.begin("s")
+        state = client.state()
+        state["1.1.parameter"][:] = -3e38
+        client.begin("s", state)
+        rows = some_rows(3, 0)
+        rows.observations[1].mul_(100)  # finite on the wire, not in the network
+        with pytest.raises(NumericalError, match="reward of block 1"):
+            client.rewards(client.submit(rows))
+
+
+def test_bad_values_are_refused_and_the_server_goes_on(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        client = server.client()
+        client.begin("s")
+        rows = some_rows(3, 0)
+        rows.actions[0][1, 1] = 5
+        for ask in (
+            lambda: client.rewards(client.submit(rows)),
+            lambda: client.observe(rows),
+            lambda: client.update(1.5),
+            lambda: client.update(0.0),  # nothing observed yet
+            lambda: client.rewards(client.submit(some_rows(65, 0))),
+        ):
+            with pytest.raises(Refused) as refused:
+                ask()
+            assert refused.value.cause in ("bad_value", "body", "input")
+        assert len(client.rewards(client.submit(some_rows(64, 0)))[1]) == 64
+
+
+def test_the_environment_as_source_travels_the_same_path(tmp_path: Path) -> None:
+    with running(tmp_path, dataclasses.replace(SETTINGS, source="environment")) as server:
+        client = server.client()
+        client.begin("s")
+        rows = some_rows(3, 0)
+        true = [torch.randn(active.shape) for active in rows.active]
+        for answered, reward, active in zip(client.rewards(client.submit(rows, true)), true, rows.active, strict=True):
+            assert torch.equal(answered, reward * active)
+        client.observe(rows)
+        assert client.update(0.0) == (1, {})
+        client.begin("t", client.state())
+        assert client.update(0.0)[0] == 2
+
+
+def test_the_schema_accepts_no_more_rows_than_may_wait() -> None:
+    schema = request_schema(LAYOUT, SETTINGS, {})
+    assert schema(Query("s", 64)) is not None
+    for rows in (0, -1, 65, 2**62):
+        with pytest.raises(ValueError, match="rows"):
+            schema(Query("s", rows))
