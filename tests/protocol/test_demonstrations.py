@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from protocol import demonstration_checks
 from protocol.demonstrations import Demonstrations, resolve
 from protocol.errors import InputError
 from protocol.specs import EnvironmentSpec, TypeSpec
@@ -26,6 +27,12 @@ GROUPS = np.array([7, 3, 7, 7, 5])
 
 Tensors = dict[str, np.ndarray]
 Header = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def few_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that small files, too, are checked in several parts."""
+    monkeypatch.setattr(demonstration_checks, "ROWS_AT_ONCE", 4)
 
 
 @pytest.fixture
