@@ -49,34 +49,32 @@ def check_type(
     _expect_shape(f"actions of type '{name}'", actions, agents if agent_type.discrete else (*agents, width))
     _expect_shape(f"action masks of type '{name}'", masks, (*agents, width))
     _expect_shape(f"active of type '{name}'", active, agents)
+    wrong_values: dict[str, tuple[int, str]] = {}
     for first in range(0, rows, ROWS_AT_ONCE):
         part = slice(first, first + ROWS_AT_ONCE)
-        _check_values(agent_type, first, observations[part], actions[part], masks[part], active[part])
+        for what, wrong in _wrong(agent_type, observations[part], actions[part], masks[part], active[part]).items():
+            if wrong.any():
+                row, agent = np.argwhere(wrong)[0][:2]
+                count, where = wrong_values.get(what, (0, f"row {first + row}, agent {agent}"))
+                wrong_values[what] = count + int(wrong.sum()), where
+    for what, (count, where) in wrong_values.items():
+        raise InputError(f"type '{name}': {count} {what}, the first in {where}")
 
 
-def _check_values(
-    agent_type: TypeSpec,
-    first_row: int,
-    observations: np.ndarray,
-    actions: np.ndarray,
-    masks: np.ndarray,
-    active: np.ndarray,
-) -> None:
-    """Check some rows; `first_row` is the number of their first."""
-
-    def refuse(wrong: np.ndarray, what: str) -> None:
-        if wrong.any():
-            row, agent = np.argwhere(wrong)[0][:2]
-            where = f"the first in row {first_row + row}, agent {agent}"
-            raise InputError(f"type '{agent_type.name}': {int(wrong.sum())} {what}, {where}")
-
-    refuse(~np.isfinite(observations), "observed values are not finite")
+def _wrong(
+    agent_type: TypeSpec, observations: np.ndarray, actions: np.ndarray, masks: np.ndarray, active: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What can be wrong → where it is, [rows, X_m, …] bool."""
+    wrong = {"observed values are not finite": ~np.isfinite(observations)}
     if not agent_type.discrete:
-        refuse(~(np.abs(actions) <= 1), "action values are not within −1..1")
-        return
-    refuse((actions < 0) | (actions >= agent_type.action_dim), f"actions are not in 0..{agent_type.action_dim - 1}")
-    allowed = np.take_along_axis(masks, actions[..., None], axis=2)[..., 0]
-    refuse(active & ~allowed, "actions are forbidden by their masks")
+        return wrong | {"action values are not within −1..1": ~(np.abs(actions) <= 1)}
+    last = agent_type.action_dim - 1
+    known = np.clip(actions, 0, last)
+    allowed = np.take_along_axis(masks, known[..., None], axis=2)[..., 0]
+    return wrong | {
+        f"actions are not in 0..{last}": actions != known,
+        "actions are forbidden by their masks": active & ~allowed,
+    }
 
 
 def _expect_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialise
 
 from protocol.demonstration_checks import check_episodes, check_type
 from protocol.errors import InputError
@@ -139,8 +139,9 @@ class Demonstrations:
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            save_file(self._tensors(), temporary, self._metadata())
-            with open(temporary, "rb+") as file:
+            with open(temporary, "wb") as file:
+                file.write(serialise(self._tensors(), self._metadata()))
+                file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
