@@ -24,6 +24,24 @@ Activation = Literal["relu", "sigmoid"]
 _aten = torch.ops.aten
 
 
+class Workspace:
+    """Buffers that are used again and again: fresh memory costs more than the arithmetic on it.
+
+    What a function wrote to its workspace is overwritten by the next call.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+        self._dtype, self._device = dtype, device
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> torch.Tensor:
+        """An uninitialised tensor."""
+        size = math.prod(shape)
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = torch.empty(size, dtype=self._dtype, device=self._device)
+        return self._buffers[name][:size].view(shape)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Shapes of the discriminators of a block.
@@ -85,7 +103,9 @@ class Architecture:
             layers.append(torch.empty(shape).uniform_(-bound, bound, generator=generator))
         return layers
 
-    def encode(self, rows: JointRows, b: int, index: torch.Tensor, groups: slice, x: torch.Tensor) -> torch.Tensor:
+    def encode(
+        self, rows: JointRows, b: int, index: torch.Tensor, groups: slice, x: torch.Tensor, work: Workspace
+    ) -> torch.Tensor:
         """Write the first layer's input for the joint rows `index` [B], of which this is block b.
 
         x: [g, B, S, in + biases], to write to. Returns which of its rows are active agents, [g, B, S] bool.
@@ -94,12 +114,12 @@ class Architecture:
         place = (index[:, None] * self.block.num_agents + agents.clamp_min(0)).flatten()
         shape = x.shape[:3]
 
-        def gathered(part: torch.Tensor) -> torch.Tensor:
-            found = part.flatten(0, 1).index_select(0, place)
+        def gathered(part: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+            found = torch.index_select(part.flatten(0, 1), 0, place, out=out)
             return found.view(*shape, *found.shape[1:]).to(x.device)
 
         width, end = self.block.observation_dim, self.inputs
-        x[..., :width] = gathered(rows.observations[b])
+        x[..., :width] = gathered(rows.observations[b], work.take("observations", len(place), width))
         actions = gathered(rows.actions[b])
         if self.block.discrete:
             x[..., width:end].zero_().scatter_(-1, actions.unsqueeze(-1), 1)
@@ -107,24 +127,6 @@ class Architecture:
             x[..., width:end] = actions
         x[..., end:] = torch.eye(self.block.slots, device=x.device) if self.agent_identity else 1
         return gathered(rows.active[b]) & (agents >= 0).to(x.device)
-
-
-class Workspace:
-    """Buffers that are used again and again: fresh memory costs more than the arithmetic on it.
-
-    What a function wrote to its workspace is overwritten by the next call.
-    """
-
-    def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
-        self._dtype, self._device = dtype, device
-        self._buffers: dict[str, torch.Tensor] = {}
-
-    def take(self, name: str, *shape: int) -> torch.Tensor:
-        """An uninitialised tensor."""
-        size = math.prod(shape)
-        if name not in self._buffers or self._buffers[name].numel() < size:
-            self._buffers[name] = torch.empty(size, dtype=self._dtype, device=self._device)
-        return self._buffers[name][:size].view(shape)
 
 
 def forward(
@@ -155,22 +157,24 @@ def backward(
     cotangent: torch.Tensor,
     activation: Activation,
     work: Workspace,
-) -> list[torch.Tensor]:
-    """The gradients of Σ cotangent · logits with respect to the layers; cotangent [G, L, R]."""
-    groups, particles, _, inputs = layers[0].shape
+    gradients: Sequence[torch.Tensor],
+) -> None:
+    """Write the gradients of Σ cotangent · logits with respect to the layers; cotangent [G, L, R].
+
+    gradients: contiguous, of the layers' shapes.
+    """
     grad = cotangent.flatten(0, 1).unsqueeze(1)
-    gradients: list[torch.Tensor] = []
-    for layer, h in zip(reversed(layers[1:]), reversed(activations), strict=True):
-        by_layer = torch.cat([torch.bmm(grad, h.mT), grad.sum(dim=-1, keepdim=True)], dim=-1)
-        gradients.append(by_layer.view(layer.shape))
-        out = work.take(f"grad{len(gradients)}", *h.shape)
+    for number, h in reversed(list(enumerate(activations, start=1))):
+        layer, gradient = layers[number], gradients[number].flatten(0, 1)
+        gradient[..., :-1] = torch.bmm(grad, h.mT)
+        torch.sum(grad, dim=-1, out=gradient[..., -1])
+        out = work.take(f"grad{number}", *h.shape)
         weight = layer.flatten(0, 1)[..., :-1].mT
         # With one output the product is an outer one, for which a matrix product is the slow way.
         grad = torch.mul(weight, grad, out=out) if layer.shape[2] == 1 else torch.bmm(weight, grad, out=out)
         _DIFFERENTIATE[activation](grad, h)
-    first = torch.bmm(grad.view(groups, -1, grad.shape[-1]), x)
-    gradients.append(first.view(groups, particles, -1, inputs))
-    return gradients[::-1]
+    first = gradients[0].flatten(1, 2)
+    torch.bmm(grad.view(len(first), -1, grad.shape[-1]), x, out=first)
 
 
 def _relu_backward(grad: torch.Tensor, h: torch.Tensor) -> None:

@@ -209,7 +209,7 @@ class RewardModel:
             x = self._work.take("x", len(layers[0]), 2 * half, layers[0].shape[-1])
             parts = x.unflatten(1, (2, -1, slots)).unbind(1)
             masks = [
-                architecture.encode(rows, b, index, tile, part)
+                architecture.encode(rows, b, index, tile, part, self._work)
                 for (rows, index), part in zip(sources, parts, strict=True)
             ]
             active = torch.stack(masks, dim=1).flatten(1).unsqueeze(1).to(x.dtype)
@@ -219,9 +219,8 @@ class RewardModel:
             score = (labels - torch.sigmoid(logits)) * self._row_weights(active)
             if self.settings.kernel_scope == "function":
                 score = svgd_direction(logits * active, score)
-            gradients = backward(layers, x, activations, score, architecture.activation, self._work)
-            for layer, gradient in zip(self._layers[b], gradients, strict=True):
-                _gradient(layer)[tile] = gradient
+            gradients = [_gradient(layer)[tile] for layer in self._layers[b]]
+            backward(layers, x, activations, score, architecture.activation, self._work, gradients)
 
     def _row_weights(self, active: torch.Tensor) -> torch.Tensor:
         """How much each row counts in the likelihood; active [g, 1, R], the agents' rows first, then the expert's."""
@@ -257,7 +256,7 @@ class RewardModel:
             for tile in _tiles(block.groups, architecture.activations * len(index) * block.slots, TILE_ACTIVATIONS):
                 layers = [layer[tile] for layer in self._layers[b]]
                 x = self._work.take("x", len(layers[0]), len(index), block.slots, layers[0].shape[-1])
-                architecture.encode(rows, b, index, tile, x)
+                architecture.encode(rows, b, index, tile, x, self._work)
                 logits, _ = forward(layers, x.flatten(1, 2), architecture.activation, self._work)
                 rewards = functional.softplus(-logits)
                 target = answer[:, tile, index[0] : index[-1] + 1]

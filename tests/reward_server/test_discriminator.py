@@ -49,13 +49,14 @@ def test_logits_of_every_agent_and_gradients_equal_the_slow_way(
     rows = random_rows(layout, 7, generator)
     index = torch.tensor([5, 0, 5])
     x = torch.full((block.groups, 3, block.slots, layers[0].shape[-1]), torch.nan, dtype=torch.float64)
-    active = architecture.encode(rows, 0, index, slice(None), x)
+    active = architecture.encode(rows, 0, index, slice(None), x, Workspace())
 
     with torch.no_grad():
         work = Workspace(torch.float64)
         logits, activations = forward(layers, x.flatten(1, 2), activation, work)
         cotangent = torch.randn(logits.shape, generator=generator, dtype=torch.float64)
-        gradients = backward(layers, x.flatten(1, 2), activations, cotangent, activation, work)
+        gradients = [torch.full_like(layer, torch.nan) for layer in layers]
+        backward(layers, x.flatten(1, 2), activations, cotangent, activation, work, gradients)
 
     total = torch.zeros((), dtype=torch.float64)
     for g in range(block.groups):
@@ -82,7 +83,7 @@ def test_continuous_actions_enter_as_they_are() -> None:
     rows = random_rows(layout, 4, torch.Generator().manual_seed(0))
     architecture = Architecture(layout.blocks[0], 1, (4,), "relu", False)
     x = torch.empty(2, 4, 1, 6)
-    architecture.encode(rows, 0, torch.arange(4), slice(None), x)
+    architecture.encode(rows, 0, torch.arange(4), slice(None), x, Workspace())
     torch.testing.assert_close(x[1, :, 0, 3:5], rows.actions[0][:, 1])
 
 
