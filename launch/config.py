@@ -109,7 +109,7 @@ class Config:
             raise InputError(f"{source}: expected keys and values, got {type(values).__name__}")
         _check_keys(values, cls, source)
         try:
-            hooks = {tuple[int, ...]: _to_tuple, float: _to_float}
+            hooks: dict[Any, Any] = {tuple[int, ...]: _to_tuple, float: _to_float}
             return dacite.from_dict(cls, values, dacite.Config(type_hooks=hooks, strict=True))
         except dacite.WrongTypeError as error:
             kind = getattr(error.field_type, "__name__", str(error.field_type))
@@ -131,7 +131,7 @@ def load_preset(name: str) -> Config:
             raise InputError(f"cannot read the preset {name}: {error.strerror}") from error
     if name not in preset_names():
         raise unknown_name("preset", name, preset_names())
-    text = resources.files("launch").joinpath("presets", f"{name}.yaml").read_text()
+    text = resources.files("launch").joinpath("presets").joinpath(f"{name}.yaml").read_text()
     return replace(Config.from_yaml(text, f"preset {name}"), preset=name)
 
 

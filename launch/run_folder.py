@@ -112,7 +112,7 @@ def conclude(folder: Path, config: Config, outcome: Outcome) -> dict[str, Any]:
         "nodes": config.nodes,
         "actors": config.actors,
     }
-    result = facts | read_result(folder) | {"status": outcome.status}
+    result = facts | read_result(folder) | {"status": outcome.status, "exit_code": outcome.code}
     result.pop("error", None)
     if outcome.code != FINISHED and outcome.text:
         result["error"] = outcome.text

@@ -41,20 +41,23 @@ def main(role: str, index: int) -> int:
 
 
 def run_role(role: str, index: int, job: Job, config: Config, config_yaml: str, telemetry: Telemetry) -> str | None:
-    """Do what the role does; the imports are here so that no process loads what only others need."""
+    """Do what the role does; the imports are here so that no process loads what only others need.
+
+    Returns the status of the learner.
+    """
     match role:
         case "actor":
             from actors.process import run_actor
 
-            return run_actor(job, config.actor, index, telemetry)
+            run_actor(job, config.actor, index, telemetry)
         case "evaluator":
             from actors.process import run_evaluator
 
-            return run_evaluator(job, config.actor, config.evaluation, telemetry)
+            run_evaluator(job, config.actor, config.evaluation, telemetry)
         case "reward-server":
             from reward_server.process import run_reward_server
 
-            return run_reward_server(job, config.reward, config.actor.agent_identity, telemetry)
+            run_reward_server(job, config.reward, config.actor.agent_identity, telemetry)
         case "learner":
             from learner.process import run_learner
 
@@ -70,6 +73,7 @@ def run_role(role: str, index: int, job: Job, config: Config, config_yaml: str, 
             )
         case _:
             raise ValueError(f"no such role: {role}")
+    return None
 
 
 if __name__ == "__main__":

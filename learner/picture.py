@@ -13,7 +13,9 @@ CURVE_COLOR, EXPERT_COLOR, RANDOM_COLOR, TEXT_COLOR = "#1f5fa8", "#2e8b57", "#9a
 
 
 def draw_curve(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any], path: Path) -> None:
-    """Return against environment steps (iterations, if it takes none), with a band of one standard error and lines for random and expert.
+    """Return against environment steps, with a band of one standard error and lines for random and expert.
+
+    A run that takes no steps is drawn against iterations.
 
     rows: of `curve.csv`. result: of `result.json`. Returns are true returns per agent and episode.
     """

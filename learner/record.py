@@ -22,7 +22,8 @@ COLUMNS = ("iteration", "env_steps", "wall_seconds", "return_mean", "return_stde
 class RunRecord:
     """Writes what can be looked at. Every file survives a resume: rows of iterations that will come again are cut.
 
-    Returns are true returns per agent and episode. Raises OSError, naming the file, when the disk is full or not writable.
+    Returns are true returns per agent and episode.
+    Raises OSError, naming the file, when the disk is full or not writable.
     """
 
     def __init__(self, run_folder: Path) -> None:

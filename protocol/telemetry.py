@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
 STAGE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+ALONE_SECONDS = 300.0
 STOP = "stop"
 
 
@@ -29,7 +30,7 @@ class Telemetry:
 
     stop: set when the process shall come to an end: by a signal, or by the director's answer to a heartbeat.
     registry: where each room registers its own metrics (`<room>/metrics.py`).
-    numbers, text: for the live view; sent along with every heartbeat. A stage adds `seconds_<stage>`, its last duration.
+    numbers, text: sent along with every heartbeat. A stage adds `seconds_<stage>`, its last duration.
     """
 
     def __init__(self, role: str, index: int, sender: Sender, node: int = 0, host: str = "127.0.0.1") -> None:
@@ -56,6 +57,7 @@ class Telemetry:
         self._stage, self._since = "start", time.monotonic()
         self._server, self._server_thread = prometheus_client.start_http_server(0, host, self.registry)
         self.metrics_address = f"{host}:{self._server.server_port}"
+        self._heard = time.monotonic()
         self._closing = threading.Event()
         self._heartbeat: threading.Thread | None = None
 
@@ -96,6 +98,10 @@ class Telemetry:
         self._heartbeat = threading.Thread(target=self._beat, args=(control,), name="heartbeat", daemon=True)
         self._heartbeat.start()
 
+    def is_alone(self) -> bool:
+        """Whether the director has not answered for a long time."""
+        return time.monotonic() - self._heard > ALONE_SECONDS
+
     def close(self) -> None:
         """Send the last status, end the heartbeat and the metrics endpoint."""
         self._closing.set()
@@ -113,7 +119,9 @@ class Telemetry:
             # A status that was not answered is not resent: the next one is newer.
             with suppress(Unanswered):
                 try:
-                    if client.request(self.status(), deadline_seconds=HEARTBEAT_SECONDS).body.note == STOP:
+                    answer = client.request(self.status(), deadline_seconds=HEARTBEAT_SECONDS)
+                    self._heard = time.monotonic()
+                    if answer.body.note == STOP:
                         self.stop.set()
                 except Refused as refusal:
                     log.error("the director refuses this process: %s", refusal)

@@ -1,0 +1,101 @@
+"""A process that a supervisor keeps alive."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+
+from launch import lifeline
+from launch.topology import Process
+
+TAIL_BYTES = 16_384
+TAIL_LINES = 40
+
+
+def worker_command(process: Process) -> list[str]:
+    """The program of a process."""
+    return [sys.executable, "-m", "launch.worker", process.role, str(process.index)]
+
+
+class Child:
+    """One process, over all its starts. Its output is appended to `log`.
+
+    crashes: the times (monotonic seconds) of crashes that still count.   start_at: when it shall be started again.
+    """
+
+    def __init__(self, process: Process, command: list[str], stdin: str, log: Path, env: Mapping[str, str]) -> None:
+        self.process, self.log = process, log
+        self.crashes: deque[float] = deque()
+        self.start_at: float | None = None
+        self._command, self._stdin, self._env = command, stdin, env
+        self._log_start = 0
+        self._popen: subprocess.Popen[bytes] | None = None
+
+    def spawn(self) -> None:
+        """Start it, bound to this process: call from the main thread (see `lifeline`)."""
+        self.start_at = None
+        with self.log.open("ab") as output, tempfile.TemporaryFile() as stdin:
+            self._log_start = output.tell()
+            stdin.write(self._stdin.encode())
+            stdin.seek(0)
+            self._popen = subprocess.Popen(
+                lifeline.command(self._command),
+                stdin=stdin,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self._env,
+                start_new_session=True,
+            )
+
+    @property
+    def alive(self) -> bool:
+        return self._popen is not None and self._popen.poll() is None
+
+    @property
+    def exit_code(self) -> int | None:
+        """Negative for the signal that killed it; None while it is alive or waits for its next start."""
+        return None if self._popen is None else self._popen.poll()
+
+    def restart_after(self, delay_seconds: float) -> None:
+        """Be started again after a while."""
+        self._popen = None
+        self.start_at = time.monotonic() + delay_seconds
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal to it and to whatever it started. Its next start is cancelled."""
+        self.start_at = None
+        if self.alive and self._popen is not None:
+            os.killpg(self._popen.pid, number)
+
+    def wait(self) -> None:
+        """Until it is gone; it must have been killed."""
+        if self._popen is not None:
+            self._popen.wait()
+
+    def last_words(self) -> str:
+        """The last line of its log."""
+        lines = self._tail().strip().splitlines()
+        return lines[-1] if lines else ""
+
+    def last_traceback(self) -> str:
+        """The last traceback in its log, or the last lines if there is none."""
+        text = self._tail()
+        starts = [match.start() for match in re.finditer(r"^(Traceback \(most recent|Fatal Python error)", text, re.M)]
+        if starts:
+            text = text[starts[-1] :]
+        return "\n".join(text.strip().splitlines()[-TAIL_LINES:])
+
+    def _tail(self) -> str:
+        """The end of what it wrote since its last start."""
+        with self.log.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(self._log_start, end - TAIL_BYTES))
+            return file.read().decode(errors="replace")

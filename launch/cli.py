@@ -1,0 +1,149 @@
+"""The command line, `bm3il`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from protocol.errors import InputError, unknown_name
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line, like all of ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog}: {message}")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns its exit code. Errors of input are one line, and 2."""
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        if not args or args[0] in ("-h", "--help"):
+            print(_usage())
+            return 0
+        if args[0] not in COMMANDS:
+            raise unknown_name("command", args[0], COMMANDS)
+        return COMMANDS[args[0]](args[1:])
+    except InputError as error:
+        print(f"bm3il: {error}", file=sys.stderr)
+        return 2
+
+
+def train(args: list[str]) -> int:
+    """train a new run (--preset, --algorithm, …; --help lists all options)"""
+    from launch import run
+    from launch.config import parse_config
+    from launch.run_folder import open_existing
+
+    if (folder := _take(args, "--resume")) is not None:
+        started = open_existing(Path(folder))
+        return run.resume(Path(folder), parse_config(args, started))
+    return run.train(parse_config(args))
+
+
+def resume(args: list[str]) -> int:
+    """go on with a run from its newest checkpoint"""
+    parser = _parser("resume")
+    parser.add_argument("run", type=Path, help="the run's folder")
+    options = parser.parse_args(args)
+    from launch import run
+
+    return run.resume(options.run)
+
+
+def evaluate(args: list[str]) -> int:
+    """true returns of a run's policy, beside random and expert"""
+    parser = _parser("evaluate")
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("--episodes", type=int, default=2000, help="fresh episodes")
+    parser.add_argument("--paired", action="store_true", help="also from the start states of the demonstrations")
+    parser.add_argument("--best", action="store_true", help="the best checkpoint instead of the newest")
+    options = parser.parse_args(args)
+    from launch import evaluate
+
+    return evaluate.main(options.run, options.episodes, options.paired, options.best)
+
+
+def status(args: list[str]) -> int:
+    """whether a run is running, how far it is, how it ended"""
+    parser = _parser("status")
+    parser.add_argument("run", type=Path, help="the run's folder")
+    options = parser.parse_args(args)
+    from launch.status import print_status
+
+    return print_status(options.run)
+
+
+def demonstrations(args: list[str]) -> int:
+    """record, import or inspect demonstrations"""
+    parser = _parser("demonstrations")
+    actions = parser.add_subparsers(dest="action", required=True, parser_class=_Parser)
+    record = actions.add_parser("record", help="let the scripted expert of an environment play")
+    record.add_argument("environment")
+    record.add_argument("--episodes", type=int, default=100)
+    record.add_argument("--seed", type=int, default=0)
+    record.add_argument("--output", type=Path, required=True)
+    imports = actions.add_parser("import", help="from an npz of the paper's authors")
+    imports.add_argument("file", type=Path)
+    imports.add_argument("--output", type=Path, required=True)
+    inspect = actions.add_parser("inspect", help="say what a file holds")
+    inspect.add_argument("file", help="a file, or the name of one that comes with bm3il")
+    options = parser.parse_args(args)
+    from launch import demonstrations
+
+    if options.action == "inspect":
+        return demonstrations.inspect(options.file)
+    if options.action == "import":
+        return demonstrations.import_file(options.file, options.output)
+    return demonstrations.record(options.environment, options.episodes, options.seed, options.output)
+
+
+def check_environment(args: list[str]) -> int:
+    """play random episodes in an environment and check what the contract promises"""
+    parser = _parser("check-environment")
+    parser.add_argument("environment")
+    options = parser.parse_args(args)
+    from launch.environment_check import check_environment
+
+    return check_environment(options.environment)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "resume": resume,
+    "evaluate": evaluate,
+    "status": status,
+    "demonstrations": demonstrations,
+    "check-environment": check_environment,
+}
+
+
+def _parser(command: str) -> _Parser:
+    return _Parser(prog=f"bm3il {command}", description=COMMANDS[command].__doc__)
+
+
+def _usage() -> str:
+    lines = [f"  {name:<18} {command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: bm3il COMMAND [OPTIONS]", "", *lines, "", "bm3il COMMAND --help tells the options."])
+
+
+def _take(args: list[str], flag: str) -> str | None:
+    """Remove `flag VALUE` or `flag=VALUE` from args and return the value."""
+    for position, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        if name == flag:
+            del args[position]
+            if equals:
+                return value
+            if position < len(args):
+                return args.pop(position)
+            raise InputError(f"{flag} needs the folder of a run")
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

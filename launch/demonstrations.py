@@ -1,0 +1,82 @@
+"""`bm3il demonstrations`: record, import, inspect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from actors.experts import recording
+from actors.experts.importers import import_rover_tower
+from actors.experts.scripted import expert_for
+from protocol.demonstrations import Demonstrations, resolve
+from protocol.errors import InputError
+from protocol.registry import make_environment
+
+ENVIRONMENTS_AT_ONCE = 100
+
+
+def record(environment: str, episodes: int, seed: int, output: Path) -> int:
+    """Let the scripted expert of an environment play, and save what it did. Raises InputError."""
+    _refuse_existing(output)
+    played = make_environment(environment, max(1, min(episodes, ENVIRONMENTS_AT_ONCE)))
+    origin = f"scripted expert of {environment}, seed {seed}"
+    return _save(recording.record(played, expert_for(played.spec), episodes, seed, origin), output)
+
+
+def import_file(file: Path, output: Path) -> int:
+    """Convert an npz of the Rover Tower experts of the paper's authors. Raises InputError."""
+    _refuse_existing(output)
+    return _save(import_rover_tower(file), output)
+
+
+def inspect(name: str) -> int:
+    """Print what a file holds. Raises InputError if it is not a valid one."""
+    path = resolve(name)
+    _print(Demonstrations.load(path), path)
+    return 0
+
+
+def _refuse_existing(output: Path) -> None:
+    if output.exists():
+        raise InputError(f"{output} exists; take another --output")
+
+
+def _save(demonstrations: Demonstrations, output: Path) -> int:
+    try:
+        demonstrations.save(output)
+    except OSError as error:
+        raise InputError(f"cannot write {output}: {error.strerror}") from error
+    _print(demonstrations, output)
+    return 0
+
+
+def _print(demonstrations: Demonstrations, path: Path) -> None:
+    console = Console(highlight=False)
+    lengths = demonstrations.episode_lengths
+    rows = [
+        ("file", str(path)),
+        ("environment", demonstrations.spec.name),
+        ("origin", demonstrations.origin),
+        ("episodes", f"{demonstrations.num_episodes}, from {len(np.unique(demonstrations.groups))} independent starts"),
+        ("joint steps", f"{demonstrations.num_rows} ({lengths.min()}–{lengths.max()} an episode)"),
+        ("return", _return(demonstrations)),
+        ("start states", ", ".join(demonstrations.starts) or "not recorded"),
+    ]
+    for name, value in rows:
+        console.print(f"{name:<14}{value}", markup=False, soft_wrap=True)
+    table = Table("type", "agents", "observation width", "actions")
+    for t in demonstrations.spec.types:
+        actions = f"{t.action_dim} discrete" if t.discrete else f"{t.action_dim} continuous"
+        table.add_row(t.name, str(t.count), str(t.observation_dim), actions)
+    console.print(table)
+
+
+def _return(demonstrations: Demonstrations) -> str:
+    if demonstrations.return_mean is None:
+        return "unknown"
+    stderr = demonstrations.return_stderr
+    error = "" if stderr is None else f" ± {stderr:.1f}"
+    return f"{demonstrations.return_mean:.1f}{error} per agent and episode (standard error over starts)"

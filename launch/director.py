@@ -1,0 +1,140 @@
+"""The first node's supervisor leads the run: it hears every process, and decides when and how the run ends."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launch.outcome import CRASHED, Outcome
+from launch.progress import Progress
+from launch.run_folder import write_atomically
+from launch.supervisor import StopRequests, Supervisor
+from launch.topology import Plan
+from protocol.channels import Server
+from protocol.messages import Done, Sender, Status
+from protocol.telemetry import STOP, Telemetry
+from protocol.trajectories import ArrayTable
+
+SILENT_SECONDS = 10.0
+STUCK_SECONDS = 60.0
+REMOTE_GRACE_SECONDS = 6.0
+ADDRESS = re.compile(r"[\w.:\[\]-]{1,255}:\d{1,5}")
+
+
+class Director:
+    """Hears the heartbeats of all processes. Keeps `targets.json` for Prometheus."""
+
+    def __init__(self, plan: Plan, telemetry: Telemetry) -> None:
+        self._plan, self._telemetry = plan, telemetry
+        self._server = Server(plan.endpoints.control, telemetry.sender, _schema, telemetry.count_drop)
+        self._supervisors = {f"supervisor-{node}" for node in range(1, len(plan.nodes))}
+        self._names = self._supervisors | {process.name for process in plan.processes}
+        self._targets: dict[str, tuple[str, str, int]] = {}
+        self._heard: dict[str, float] = {}
+        self.statuses: dict[str, Status] = {}
+        self.stopping = False
+
+    def pump(self, timeout_seconds: float = 0.0) -> None:
+        """Take in heartbeats, waiting up to `timeout_seconds` for the first."""
+        for request in self._server.poll(timeout_seconds):
+            name, status = request.message.sender.name, request.message.body
+            if name in self._names:
+                self.statuses[name], self._heard[name] = status, time.monotonic()
+            self._server.answer(request, Done(STOP if self.stopping else ""))
+        self._write_targets()
+
+    def remote_outcome(self) -> Outcome | None:
+        """How the run ended, if another node's supervisor has decided it."""
+        for name in sorted(self._supervisors & set(self.statuses)):
+            status = self.statuses[name]
+            if "exit_code" in status.values:
+                return Outcome(int(status.values["exit_code"]) or CRASHED, status.text)
+        return None
+
+    def worries(self) -> list[str]:
+        """Processes that are not heard, or do not get on, each with its last stage."""
+        now = time.monotonic()
+        lines = []
+        for name, status in sorted(self.statuses.items()):
+            silent, inside = now - self._heard[name], status.values.get("stage_seconds", 0.0)
+            if silent > SILENT_SECONDS:
+                lines.append(f"{name} has not been heard for {silent:.0f} s; it was in '{status.stage}'")
+            elif inside > STUCK_SECONDS and status.role != "supervisor":
+                lines.append(f"{name} has been in '{status.stage}' for {inside:.0f} s")
+        return lines
+
+    def stop_nodes(self) -> None:
+        """Tell everybody to stop, and wait a while until the other nodes' supervisors have done so."""
+        self.stopping = True
+        deadline = time.monotonic() + REMOTE_GRACE_SECONDS
+        while not self._all_ended() and time.monotonic() < deadline:
+            self.pump(0.1)
+
+    def close(self) -> None:
+        self._server.close()
+
+    def _all_ended(self) -> bool:
+        return all(name in self.statuses and "ended" in self.statuses[name].values for name in self._supervisors)
+
+    def _write_targets(self) -> None:
+        known = self.statuses | {self._telemetry.sender.name: self._telemetry.status()}
+        targets = {
+            name: (status.role, status.metrics_address, status.node)
+            for name, status in sorted(known.items())
+            if ADDRESS.fullmatch(status.metrics_address)
+        }
+        if targets != self._targets:
+            self._targets = targets
+            write_atomically(Path(self._plan.run_folder, "targets.json"), json.dumps(self._file_sd(), indent=1) + "\n")
+
+    def _file_sd(self) -> list[dict[str, Any]]:
+        run = Path(self._plan.run_folder).name
+        return [
+            {"targets": [address], "labels": {"run": run, "process": name, "role": role, "node": str(node)}}
+            for name, (role, address, node) in self._targets.items()
+        ]
+
+
+def direct(plan: Plan, progress: Progress, stopped: StopRequests) -> Outcome:
+    """Lead a run from the first node to its end; returns how it ended. Nothing is left running."""
+    telemetry = Telemetry("supervisor", 0, Sender(plan.run_id, "supervisor-0"), 0, plan.nodes[0].address)
+    director = Director(plan, telemetry)
+    supervisor = Supervisor(plan, 0, telemetry, progress.note)
+    outcome: Outcome | None = None
+    try:
+        supervisor.start()
+        while outcome is None and not stopped.count:
+            director.pump(0.1)
+            outcome = supervisor.watch() or director.remote_outcome()
+            progress.show(director.statuses.get("learner-0"), director.worries())
+    finally:
+        end = supervisor.stop(stopped, director.pump)
+        director.stop_nodes()
+        director.close()
+        telemetry.close()
+    return outcome or end
+
+
+def follow(plan: Plan, node: int, stopped: StopRequests, say: Callable[[str], None]) -> None:
+    """Run another node's part: until the director says stop, or has not been heard for long."""
+    telemetry = Telemetry("supervisor", node, Sender(plan.run_id, f"supervisor-{node}"), node, plan.nodes[node].address)
+    supervisor = Supervisor(plan, node, telemetry, say)
+    telemetry.start_heartbeat(plan.endpoints.control)
+    outcome: Outcome | None = None
+    try:
+        supervisor.start()
+        while not (telemetry.stop.wait(0.1) or stopped.count or telemetry.is_alone()):
+            if outcome is None and (outcome := supervisor.watch()):
+                telemetry.text, telemetry.numbers["exit_code"] = outcome.text, outcome.code
+    finally:
+        supervisor.stop(stopped, lambda: None)
+        telemetry.numbers["ended"] = 1
+        telemetry.close()
+
+
+def _schema(body: Any) -> ArrayTable | None:
+    return {} if isinstance(body, Status) else None

@@ -1,0 +1,94 @@
+"""`bm3il check-environment`: does an environment keep what `protocol.environment` promises?"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from protocol.environment import Environment, TimeStep
+from protocol.errors import InputError
+from protocol.registry import make_environment
+
+COPIES = 3
+SEED = 7
+
+
+def check_environment(name: str) -> int:
+    """Play random episodes and check shapes, dtypes, masks, ends and repeatability.
+
+    Raises InputError with the first promise that is broken.
+    """
+    environment = make_environment(name, COPIES)
+    first = list(_episode(environment))
+    second = list(_episode(environment))
+    _expect(len(first) == len(second), "the same seed and actions give episodes of the same length")
+    for a, b in zip(first, second, strict=True):
+        for x, y in zip(_arrays(a), _arrays(b), strict=True):
+            _expect(np.array_equal(x, y), "the same seed and actions give the same episode")
+    spec = environment.spec
+    print(
+        f"{name}: {spec.num_agents} agents of {spec.num_types} types, {len(first) - 1} steps played, all checks passed"
+    )
+    return 0
+
+
+def _episode(environment: Environment) -> Iterator[TimeStep]:
+    spec, random = environment.spec, np.random.default_rng(SEED)
+    step = environment.reset(SEED)
+    _check(environment, step)
+    _expect(not (step.terminated | step.truncated).any(), "no episode has ended after reset")
+    yield copy.deepcopy(step)
+    for _ in range(spec.episode_length):
+        ended = step.terminated | step.truncated
+        step = environment.step(_random_actions(environment, step, random))
+        _check(environment, step)
+        now = step.terminated | step.truncated
+        _expect(bool((now | ~ended).all()), "an episode that has ended stays ended until reset")
+        for rewards in step.rewards:
+            _expect(not rewards[ended].any(), "an episode that has ended gives no more rewards")
+        yield copy.deepcopy(step)
+    _expect(bool((step.terminated | step.truncated).all()), f"every episode ends within {spec.episode_length} steps")
+
+
+def _check(environment: Environment, step: TimeStep) -> None:
+    envs, ended = environment.num_envs, step.terminated | step.truncated
+    for m, t in enumerate(environment.spec.types):
+        agents = (envs, t.count)
+        _array(f"observations of type '{t.name}'", step.observations[m], np.float32, (*agents, t.observation_dim))
+        _array(f"action masks of type '{t.name}'", step.action_masks[m], np.bool_, (*agents, t.action_dim))
+        _array(f"active of type '{t.name}'", step.active[m], np.bool_, agents)
+        _array(f"rewards of type '{t.name}'", step.rewards[m], np.float32, agents)
+        _expect(bool(np.isfinite(step.observations[m]).all()), f"observations of type '{t.name}' are finite")
+        allowed = step.action_masks[m].any(axis=-1)
+        _expect(bool(allowed[step.active[m]].all()), f"every active agent of type '{t.name}' may do something")
+        _expect(not step.active[m][ended].any(), "agents of an episode that has ended are inactive")
+    _array("terminated", step.terminated, np.bool_, (envs,))
+    _array("truncated", step.truncated, np.bool_, (envs,))
+
+
+def _random_actions(environment: Environment, step: TimeStep, random: np.random.Generator) -> list[np.ndarray]:
+    actions = []
+    for t, mask in zip(environment.spec.types, step.action_masks, strict=True):
+        if t.discrete:
+            actions.append((random.random(mask.shape) * mask).argmax(axis=-1))
+        else:
+            actions.append(random.uniform(-1, 1, mask.shape).astype(np.float32))
+    return actions
+
+
+def _array(what: str, array: np.ndarray, dtype: type, shape: Sequence[int]) -> None:
+    found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+    good = isinstance(array, np.ndarray) and array.dtype == dtype and array.shape == tuple(shape)
+    _expect(good, f"{what} are {np.dtype(dtype)} {list(shape)}", found)
+
+
+def _arrays(step: TimeStep) -> list[np.ndarray]:
+    lists = (step.observations, step.action_masks, step.active, step.rewards, [step.terminated, step.truncated])
+    return [array for each in lists for array in each]
+
+
+def _expect(holds: bool, promise: str, found: str = "it is not so") -> None:
+    if not holds:
+        raise InputError(f"the environment breaks its contract: expected that {promise}; found: {found}")

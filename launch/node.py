@@ -1,0 +1,42 @@
+"""One rank of `launch.rendezvous`: the supervisor of one node."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from pathlib import Path
+
+from launch import rendezvous, run_folder
+from launch.director import direct, follow
+from launch.lifeline import bind_to_parent
+from launch.progress import Progress
+from launch.supervisor import StopRequests
+from protocol.errors import InputError
+
+
+def main() -> int:
+    """Meet the other nodes and run this one's part; the first node leads and writes down how the run ended."""
+    bind_to_parent(os.getppid())
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    stopped = StopRequests()
+    stopped.install()
+    try:
+        plan, node = rendezvous.meet()
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if node > 0:
+        follow(plan, node, stopped, lambda line: print(line, flush=True))
+        return 0
+    threading.Thread(target=rendezvous.listen_for_stop, args=(stopped,), daemon=True).start()
+    progress = Progress()
+    progress.plan(plan)
+    outcome = direct(plan, progress, stopped)
+    run_folder.conclude(Path(plan.run_folder), plan.config, outcome)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""What people see of a run: a live table in a terminal, plain lines elsewhere, and a summary at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from launch.topology import Plan
+from protocol.messages import Status
+
+PLAIN_LINE_SECONDS = 5.0
+LIVE_UPDATES_PER_SECOND = 4.0
+STAGES = ("collect", "observe", "query", "update", "publish", "checkpoint")
+
+
+class Progress:
+    """Shows the learner's status as it changes. Times are wall seconds, returns per agent and episode."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._live: Live | None = None
+        self._last_line = 0.0
+        self._last_worries: list[str] = []
+
+    def plan(self, plan: Plan) -> None:
+        """Print which process runs where."""
+        table = Table("node", "processes", "listens on", title=f"{Path(plan.run_folder).name}", title_justify="left")
+        for row in plan.rows():
+            table.add_row(*row)
+        self._console.print(table, soft_wrap=False)
+
+    def note(self, line: str) -> None:
+        """Print a line that stays."""
+        self._console.print(line, markup=False)
+
+    def show(self, learner: Status | None, worries: Sequence[str] = ()) -> None:
+        """The newest status of the learner, and what is wrong with others."""
+        if self._console.is_terminal:
+            if self._live is None:
+                self._live = Live(console=self._console, refresh_per_second=LIVE_UPDATES_PER_SECOND)
+                self._live.start()
+            self._live.update(_table(learner, worries))
+        elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
+            self._last_line = time.monotonic()
+            self.note(_line(learner))
+            for worry in worries:
+                self.note(f"  {worry}")
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def summary(self, folder: Path, result: Mapping[str, Any]) -> None:
+        """How the run ended."""
+        self.close()
+        returns = [
+            f"{name} {result[key]:.1f}"
+            for name, key in (("random", "random_return"), ("learned", "return_mean"), ("expert", "expert_return"))
+            if result.get(key) is not None
+        ]
+        if result.get("normalized_return") is not None:
+            returns.append(f"normalised {result['normalized_return']:.3f}")
+        self.note(f"{result['status']} after {_duration(result.get('wall_seconds') or 0.0)}")
+        if returns:
+            self.note("return per agent and episode: " + ", ".join(returns))
+        for name in ("curve.png", "result.json"):
+            if (folder / name).exists():
+                self.note(str(folder / name))
+
+
+def _table(learner: Status | None, worries: Sequence[str]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for name, value in _rows(learner):
+        table.add_row(f"[dim]{name}[/dim]", value)
+    for worry in worries:
+        table.add_row("[yellow]waiting[/yellow]", worry)
+    return table
+
+
+def _line(learner: Status | None) -> str:
+    return "  ".join(f"{name} {value}" for name, value in _rows(learner))
+
+
+def _rows(learner: Status | None) -> list[tuple[str, str]]:
+    """Names and values of what is known so far."""
+    if learner is None:
+        return [("stage", "starting the processes")]
+    values = learner.values
+    if "iteration" not in values:
+        return [("stage", f"{learner.stage} ({values.get('stage_seconds', 0.0):.0f} s)")]
+    rows = [("iteration", f"{values['iteration']:.0f}/{values.get('iterations', 0):.0f}")]
+    if values.get("steps"):
+        rows.append(("env steps", f"{values.get('env_steps', 0):,.0f}/{values['steps']:,.0f}"))
+    rows.append(("return", _return(values)))
+    rows.append(("policy lag", f"{values.get('policy_lag', 0.0):.1f}"))
+    rows.append(("steps/s", f"{values.get('steps_per_second', 0.0):,.0f}"))
+    stages = [f"{s} {1000 * values[f'seconds_{s}']:.0f}" for s in STAGES if f"seconds_{s}" in values]
+    rows.append(("stages, ms", " ".join(stages)))
+    if (left := _seconds_left(values)) is not None:
+        rows.append(("left", _duration(left)))
+    return rows
+
+
+def _return(values: Mapping[str, float]) -> str:
+    text = f"{values['return_mean']:.1f}" if "return_mean" in values else "–"
+    bounds = [f"{name} {values[f'{name}_return']:.1f}" for name in ("random", "expert") if f"{name}_return" in values]
+    if {"return_mean", "random_return", "expert_return"} <= set(values):
+        span = values["expert_return"] - values["random_return"]
+        if span:
+            bounds.append(f"normalised {(values['return_mean'] - values['random_return']) / span:.3f}")
+    return f"{text} ({', '.join(bounds)})" if bounds else text
+
+
+def _seconds_left(values: Mapping[str, float]) -> float | None:
+    rate = values.get("steps_per_second", 0.0)
+    return (values["steps"] - values.get("env_steps", 0.0)) / rate if rate and "steps" in values else None
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

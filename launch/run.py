@@ -1,0 +1,137 @@
+"""A run from its configuration to its result: on this node, on several, or in this one process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import sys
+import tempfile
+import threading
+import traceback
+from pathlib import Path
+
+from launch import rendezvous, run_folder
+from launch.config import Config
+from launch.director import direct
+from launch.outcome import CRASHED, INTERRUPTED, Outcome, attempt
+from launch.progress import Progress
+from launch.supervisor import StopRequests
+from launch.topology import Node, Plan, ipc_endpoints, make_job, place
+from protocol.demonstrations import Demonstrations, resolve
+from protocol.errors import InputError
+from protocol.job import Endpoints
+from protocol.messages import Sender
+from protocol.registry import make_environment
+from protocol.telemetry import Telemetry
+
+SERIAL_SHOW_SECONDS = 0.5
+
+
+def train(config: Config) -> int:
+    """Start a new run; returns the exit code. Raises InputError before anything is started or written."""
+    config = run_folder.named(check(config))
+    return _run(config, run_folder.create(config))
+
+
+def resume(folder: Path, flags: Config | None = None) -> int:
+    """Go on with a run from its newest checkpoint; returns the exit code.
+
+    flags: what the command line asks for; refused with the differences if it is not what the run was started with.
+    Raises InputError before anything is started.
+    """
+    config = run_folder.open_existing(folder)
+    if flags is not None and flags != config:
+        raise InputError(f"{folder} was started with another configuration: {_differences(config, flags)}")
+    return _run(check(config), folder.resolve())
+
+
+def check(config: Config) -> Config:
+    """The configuration as it will run. Raises InputError for what cannot work, before anything starts."""
+    config = config.checked()
+    if config.mode == "serial" and config.nodes > 1:
+        raise InputError("--mode serial runs in one process: leave out --nodes")
+    environment = make_environment(config.environment, 1)
+    if config.demonstrations:
+        Demonstrations.load(resolve(config.demonstrations)).check_against(environment.spec)
+    return config
+
+
+def _run(config: Config, folder: Path) -> int:
+    progress, stopped = Progress(), StopRequests()
+    with run_folder.locked(folder):
+        (folder / "result.json").unlink(missing_ok=True)
+        stopped.install()
+        try:
+            if config.mode == "serial":
+                outcome = _run_serial(config, folder, progress, stopped)
+            elif config.nodes > 1:
+                outcome = rendezvous.run_nodes(config, folder, stopped)
+            else:
+                outcome = _run_node(config, folder, progress, stopped)
+        finally:
+            progress.close()
+        result = run_folder.conclude(folder, config, outcome)
+    progress.summary(folder, result)
+    if outcome.text:
+        print(f"bm3il: {outcome.text}", file=sys.stderr)
+    return outcome.code
+
+
+def _run_node(config: Config, folder: Path, progress: Progress, stopped: StopRequests) -> Outcome:
+    with tempfile.TemporaryDirectory(prefix="bm3il-") as sockets:  # only its owner may enter it
+        plan = Plan(
+            secrets.token_hex(8),
+            str(folder),
+            config.to_yaml(),
+            (Node(socket.gethostname()),),
+            place(config),
+            ipc_endpoints(Path(sockets)),
+        )
+        progress.plan(plan)
+        return direct(plan, progress, stopped)
+
+
+def _run_serial(config: Config, folder: Path, progress: Progress, stopped: StopRequests) -> Outcome:
+    from learner.process import run_serial
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    telemetry = Telemetry("learner", 0, Sender(secrets.token_hex(8), "learner-0"))
+    job = make_job(config, telemetry.sender.run, folder, Endpoints("", "", "", ""))
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(SERIAL_SHOW_SECONDS):
+            progress.show(telemetry.status())
+            if stopped.count:
+                telemetry.stop.set()
+            if stopped.count > 1:
+                os._exit(INTERRUPTED)
+
+    def work() -> str:
+        return run_serial(
+            job,
+            config.learner,
+            config.cloning,
+            config.actor,
+            config.reward,
+            config.evaluation,
+            config.to_yaml(),
+            telemetry,
+        )
+
+    threading.Thread(target=watch, name="progress", daemon=True).start()
+    try:
+        return attempt(work)
+    except Exception:  # whatever it was, the run folder shall tell it
+        return Outcome(CRASHED, traceback.format_exc())
+    finally:
+        ended.set()
+        telemetry.close()
+
+
+def _differences(started: Config, asked: Config) -> str:
+    lines = zip(started.to_yaml().splitlines(), asked.to_yaml().splitlines(), strict=False)
+    changes = [f"{old.strip()} then, {new.strip()} now" for old, new in lines if old != new]
+    return "; ".join(changes[:3])

@@ -1,0 +1,49 @@
+"""`bm3il status`: what a run's folder tells about it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from launch.progress import Progress
+from launch.run_folder import is_running, open_existing, read_result
+
+
+def print_status(folder: Path) -> int:
+    """Print whether a run is running, how far it is, and where its metrics are. Raises InputError."""
+    config = open_existing(folder)
+    console = Console(highlight=False, soft_wrap=True)
+    running = is_running(folder)
+    console.print(f"{config.algorithm} on {config.environment}, seed {config.seed}", markup=False)
+    if running:
+        console.print("running; processes and their metrics:")
+        for name, address in _targets(folder):
+            console.print(f"  {name:<18} http://{address}/metrics", markup=False)
+    if row := _last_evaluation(folder):
+        values = [f"{key} {value}" for key, value in row.items() if value][:6]
+        console.print("last evaluation: " + ", ".join(values), markup=False)
+    if result := read_result(folder):
+        Progress(console).summary(folder, result)
+    elif not running:
+        console.print(f"stopped without a result; `bm3il resume {folder}` goes on", markup=False)
+    return 0
+
+
+def _targets(folder: Path) -> list[tuple[str, str]]:
+    try:
+        entries = json.loads((folder / "targets.json").read_text())
+        return [(str(entry["labels"]["process"]), str(entry["targets"][0])) for entry in entries]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+
+
+def _last_evaluation(folder: Path) -> dict[str, str]:
+    try:
+        with (folder / "curve.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    except OSError:
+        return {}
+    return rows[-1] if rows else {}

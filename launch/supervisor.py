@@ -1,0 +1,127 @@
+"""One per node: starts the node's processes, restarts those that crash, stops them in order, leaves none behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from launch.child import Child, worker_command
+from launch.metrics import SupervisorMetrics
+from launch.outcome import CRASHED, FINAL_CODES, FINISHED, INTERRUPTED, Outcome
+from launch.topology import Plan, Process
+from protocol.telemetry import Telemetry
+
+MAX_RESTARTS = 5
+RESTART_WINDOW_SECONDS = 120.0
+RESTART_DELAY_SECONDS = 0.5
+LEARNER_GRACE_SECONDS = 6.5
+OTHERS_GRACE_SECONDS = 1.5
+POLL_SECONDS = 0.05
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+class StopRequests:
+    """Counts how often somebody asked for the end: once, in order; twice, at once."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def install(self) -> None:
+        """Take over Ctrl-C and SIGTERM."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: self.add())
+
+    def add(self) -> None:
+        """One more."""
+        self.count += 1
+
+
+class Supervisor:
+    """Owns the processes of one node. `say` tells people what happened; `command` is what a process runs."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        node: int,
+        telemetry: Telemetry,
+        say: Callable[[str], None],
+        command: Callable[[Process], list[str]] = worker_command,
+    ) -> None:
+        self._say = say
+        self._metrics = SupervisorMetrics(telemetry.registry)
+        logs = Path(plan.run_folder, "logs")
+        logs.mkdir(exist_ok=True)
+        env = os.environ | dict.fromkeys(THREAD_VARIABLES, str(plan.config.threads))
+        self._children = [
+            Child(process, command(process), plan.to_json(), logs / f"{process.name}.log", env)
+            for process in plan.on(node)
+        ]
+
+    def start(self) -> None:
+        """Start all processes of the node; none waits for another."""
+        for child in self._children:
+            child.spawn()
+
+    def watch(self) -> Outcome | None:
+        """Start again what crashed. Returns how the run ended once a process of this node has decided it."""
+        for child in self._children:
+            if child.start_at is not None and time.monotonic() >= child.start_at:
+                child.spawn()
+            elif (code := child.exit_code) is not None and (outcome := self._ended(child, code)):
+                return outcome
+        self._metrics.processes.set(sum(child.alive for child in self._children))
+        return None
+
+    def stop(self, stopped: StopRequests, meanwhile: Callable[[], None]) -> Outcome:
+        """End all processes of the node: the learner first, for its checkpoint needs the others.
+
+        `meanwhile` is called while waiting; a second request to stop ends the patience. Returns the learner's end.
+        """
+        learner = [child for child in self._children if child.process.role == "learner"]
+        others = [child for child in self._children if child.process.role != "learner"]
+        for children, grace_seconds in ((learner, LEARNER_GRACE_SECONDS), (others, OTHERS_GRACE_SECONDS)):
+            self._end(children, grace_seconds, stopped, meanwhile)
+        code = learner[0].exit_code if learner else INTERRUPTED
+        if code in FINAL_CODES:
+            return Outcome(code, learner[0].last_words())
+        return Outcome(FINISHED if code == FINISHED else INTERRUPTED)
+
+    def _ended(self, child: Child, code: int) -> Outcome | None:
+        name = child.process.name
+        if child.process.role == "learner" and code in (FINISHED, INTERRUPTED):
+            return Outcome(code)
+        if code in FINAL_CODES:
+            return Outcome(code, f"{name}: {child.last_words()}")
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        now = time.monotonic()
+        child.crashes.append(now)
+        while now - child.crashes[0] > RESTART_WINDOW_SECONDS:
+            child.crashes.popleft()
+        if len(child.crashes) > MAX_RESTARTS:
+            return Outcome(
+                CRASHED,
+                f"{name} {how}, {len(child.crashes)} times within {RESTART_WINDOW_SECONDS:.0f} s; log: {child.log}\n"
+                + child.last_traceback(),
+            )
+        self._say(f"{name} {how}; starting it again ({child.last_words()[:200]})")
+        self._metrics.restarts.labels(name).inc()
+        child.restart_after(RESTART_DELAY_SECONDS)
+        return None
+
+    @staticmethod
+    def _end(
+        children: Iterable[Child], grace_seconds: float, stopped: StopRequests, meanwhile: Callable[[], None]
+    ) -> None:
+        for child in children:
+            child.send(signal.SIGTERM)
+        deadline = time.monotonic() + grace_seconds
+        while any(child.alive for child in children) and time.monotonic() < deadline and stopped.count < 2:
+            meanwhile()
+            time.sleep(POLL_SECONDS)
+        for child in children:
+            child.send(signal.SIGKILL)
+            child.wait()
