@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from protocol.errors import NumericalError
 from protocol.layout import JointRows, Layout
 
 CACHED_ROWS = 8_192
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ class ActorCritic:
                 torch._foreach_lerp_(list(target.parameters()), list(trained.parameters()), self.settings.target_rate)
 
 
-def _frozen(network: nn.Module) -> nn.Module:
+def _frozen(network: Network) -> Network:
     return copy.deepcopy(network).requires_grad_(False)
 
 

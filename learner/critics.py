@@ -48,10 +48,11 @@ class Critic(nn.Module):
             for b in layout.blocks
         )
         self.heads = nn.ModuleList(
-            StackedMLP(b.groups, (width, hidden, b.action_dim), generator, functional.leaky_relu)
-            for b in layout.blocks
+            StackedMLP(b.groups, (width, hidden, b.action_dim), generator, functional.leaky_relu) for b in layout.blocks
         )
-        self.others = None if context == "none" else _Attention(layout, context, hidden, heads, attend_own_type, generator)
+        self.others = (
+            None if context == "none" else _Attention(layout, context, hidden, heads, attend_own_type, generator)
+        )
 
     def forward(self, rows: JointRows) -> list[torch.Tensor]:
         """Joint rows (their actions are those that the others took) → per block Q [G, B, S, A]."""
@@ -62,8 +63,7 @@ class Critic(nn.Module):
         ]
         if self.others is not None:
             encoded = [
-                torch.cat([own, other], dim=-1)
-                for own, other in zip(encoded, self.others(encoded, rows), strict=True)
+                torch.cat([own, other], dim=-1) for own, other in zip(encoded, self.others(encoded, rows), strict=True)
             ]
         return [
             head(x).unflatten(1, (batch, block.slots))
@@ -101,7 +101,7 @@ class _Attention(nn.Module):
     def forward(self, encoded: Sequence[torch.Tensor], rows: JointRows) -> list[torch.Tensor]:
         """encoded: per block e^i [G, B·S, H] → per block ã^i [G, B·S, H]."""
         entities, present = self._entities(rows)
-        batch, count, width = entities.shape
+        batch, count, _ = entities.shape
         values = (entities @ self.value).view(batch, count, self.heads, -1)
         folded = None if self.context == "uniform_types" else self._folded_keys(entities)
         mixed = []
@@ -109,7 +109,7 @@ class _Attention(nn.Module):
             agents = own_rows.unflatten(1, (batch, -1)).movedim(1, 0).flatten(1, 2)
             visible = self._visible(b, present)
             if folded is None:
-                weights = visible.float().expand(batch, agents.shape[1], count).unsqueeze(-1)
+                weights = visible.to(values.dtype).expand(batch, agents.shape[1], count).unsqueeze(-1)
                 weights = (weights / weights.sum(2, keepdim=True).clamp(min=1)).expand(-1, -1, -1, self.heads)
             else:
                 scores = torch.bmm(agents, folded).view(batch, agents.shape[1], count, self.heads)
@@ -172,5 +172,7 @@ def _block_diagonal(values: torch.Tensor) -> torch.Tensor:
     pieces that must be put together again.
     """
     batch, count, heads, width = values.shape
-    spread = values.unsqueeze(3) * torch.eye(heads, dtype=values.dtype, device=values.device).view(1, 1, heads, heads, 1)
+    spread = values.unsqueeze(3) * torch.eye(heads, dtype=values.dtype, device=values.device).view(
+        1, 1, heads, heads, 1
+    )
     return spread.reshape(batch, count * heads, heads * width)

@@ -33,9 +33,7 @@ def advantage(q: torch.Tensor, log_policy: torch.Tensor) -> torch.Tensor:
     return q - (log_policy.exp() * q).sum(-1, keepdim=True)
 
 
-def policy_loss(
-    log_policy: torch.Tensor, q: torch.Tensor, temperature: float, weight: torch.Tensor
-) -> torch.Tensor:
+def policy_loss(log_policy: torch.Tensor, q: torch.Tensor, temperature: float, weight: torch.Tensor) -> torch.Tensor:
     """Σ weight · Σ_a π(a|s) (temperature · log π(a|s) − advantage): its gradient is Eq. 13, exact over the own action.
 
     log_policy, q: [..., A] (no gradient flows into q); weight: [...] → scalar.

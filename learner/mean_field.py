@@ -9,8 +9,8 @@ from protocol.layout import Block
 
 
 def action_vectors(block: Block, actions: torch.Tensor) -> torch.Tensor:
-    """Actions [B, N_b] (one-hot) or [B, N_b, A] (as they are) → action vectors [B, N_b, A] float32."""
-    return functional.one_hot(actions, block.action_dim).float() if block.discrete else actions
+    """Actions [B, N_b] (one-hot) or [B, N_b, A] (as they are) → action vectors [B, N_b, A], floating point."""
+    return functional.one_hot(actions, block.action_dim).to(torch.get_default_dtype()) if block.discrete else actions
 
 
 def mean_actions(block: Block, actions: torch.Tensor, active: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,13 +19,15 @@ def mean_actions(block: Block, actions: torch.Tensor, active: torch.Tensor) -> t
     actions: [B, N_b] int64 or [B, N_b, A] float32. active: [B, N_b] bool.
     Returns ([B, M_b, A], [B, M_b] bool: whether the type has an active agent; its mean is 0 if not).
     """
-    num_types = len(block.types)
-    membership = functional.one_hot(block.type_of_agent.to(active.device), num_types).T.float()
-    counts = active.float() @ membership.T
+    # Sums by index and not by a product with a membership matrix, which bfloat16 would round beyond 256 agents.
+    type_of_agent = block.type_of_agent.to(active.device)
+    counts = torch.zeros(len(active), len(block.types), device=active.device)
+    counts.index_add_(1, type_of_agent, active.to(counts.dtype))
     if block.discrete:
         totals = _count_actions(block, actions, active)
     else:
-        totals = membership @ (actions * active.unsqueeze(-1))
+        totals = counts.new_zeros(*counts.shape, block.action_dim)
+        totals.index_add_(1, type_of_agent, (actions * active.unsqueeze(-1)).to(counts.dtype))
     return totals / counts.clamp(min=1).unsqueeze(-1), counts > 0
 
 
@@ -34,5 +36,5 @@ def _count_actions(block: Block, actions: torch.Tensor, active: torch.Tensor) ->
     batch, num_types, width = len(actions), len(block.types), block.action_dim
     cell = torch.arange(batch, device=actions.device).unsqueeze(1) * num_types + block.type_of_agent.to(actions.device)
     totals = torch.zeros(batch * num_types * width, device=actions.device)
-    totals.index_add_(0, (cell * width + actions).flatten(), active.flatten().float())
+    totals.index_add_(0, (cell * width + actions).flatten(), active.flatten().to(totals.dtype))
     return totals.view(batch, num_types, width)

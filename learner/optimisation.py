@@ -20,6 +20,8 @@ def clip_per_network(module: nn.Module, largest_norm: float) -> None:
     stacked = {parameter for stack in stacks for parameter in stack.parameters()}
     for stack in stacks:
         gradients = [p.grad for p in stack.parameters() if p.grad is not None]
+        if not gradients:
+            continue
         norm = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
         scale = (largest_norm / norm.clamp(min=largest_norm)).view(-1, 1, 1)
         for gradient in gradients:

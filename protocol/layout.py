@@ -141,7 +141,11 @@ class JointRows:
         for block, observations, actions in zip(layout.blocks, rows.observations, rows.actions, strict=True):
             if not torch.isfinite(observations).all():
                 raise ProtocolError("bad_value", "an observation is not finite")
-            if block.discrete and actions.numel() and not 0 <= int(actions.min()) <= int(actions.max()) < block.action_dim:
+            if (
+                block.discrete
+                and actions.numel()
+                and not 0 <= int(actions.min()) <= int(actions.max()) < block.action_dim
+            ):
                 raise ProtocolError("bad_value", f"actions must lie in 0..{block.action_dim - 1}")
         return rows
 

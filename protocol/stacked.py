@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -37,7 +38,7 @@ class StackedMLP(nn.Module):
         self.slots = identity_slots
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
-        for layer, (width_in, width_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for layer, (width_in, width_out) in enumerate(pairwise(widths)):
             slots = identity_slots if layer == 0 else 1
             self.weights.append(uniform((networks, width_in, width_out), width_in, generator))
             self.biases.append(uniform((networks, slots, width_out), width_in, generator))

@@ -1,0 +1,35 @@
+"""Return estimates, and evaluations on fixed start states."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from actors import evaluation
+from actors.evaluation import ReturnEstimate, evaluate
+from actors.policy import UniformPolicy
+
+
+def test_standard_error_over_independent_episodes() -> None:
+    returns = np.random.default_rng(0).normal(size=(50, 3))
+    estimate = ReturnEstimate.of(returns)
+    means = returns.mean(axis=1)
+    assert estimate.mean == pytest.approx(means.mean())
+    assert estimate.stderr == pytest.approx(means.std(ddof=1) / 50**0.5)
+
+
+def test_copies_of_an_episode_do_not_make_the_estimate_surer() -> None:
+    returns = np.random.default_rng(1).normal(size=(20, 2))
+    alone = ReturnEstimate.of(returns)
+    repeated = ReturnEstimate.of(np.repeat(returns, 4, axis=0), groups=np.repeat(np.arange(20), 4))
+    assert repeated.mean == pytest.approx(alone.mean)
+    assert repeated.stderr == pytest.approx(alone.stderr)
+
+
+def test_evaluations_repeat_and_their_episodes_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "EPISODES_AT_ONCE", 4)
+    one, again, other = (evaluate("rover_tower?pairs=2", UniformPolicy(), 10, seed) for seed in (3, 3, 4))
+    assert one.shape == (10, 4)
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, other)
+    assert len(np.unique(one[:, 0])) == 10

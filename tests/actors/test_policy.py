@@ -1,0 +1,116 @@
+"""Policies: masks, draws, parameters as arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from actors.policy import Policy, UniformPolicy, sample
+from protocol.errors import InputError
+from protocol.layout import Layout, ParameterSharing
+from protocol.specs import EnvironmentSpec, TypeSpec
+
+SPEC = EnvironmentSpec("toy", (TypeSpec("a", 3, 4, 3), TypeSpec("b", 2, 5, 2), TypeSpec("c", 1, 4, 3)), 5)
+
+
+def build(sharing: ParameterSharing = "type", identity: bool = False, seed: int = 0) -> Policy:
+    return Policy(Layout.of(SPEC, sharing), (8,), torch.Generator().manual_seed(seed), identity)
+
+
+def view(episodes: int, seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Observations, and masks that allow one to all actions."""
+    random = np.random.default_rng(seed)
+    observations, masks = [], []
+    for t in SPEC.types:
+        observations.append(random.normal(size=(episodes, t.count, t.observation_dim)).astype(np.float32))
+        mask = random.random((episodes, t.count, t.action_dim)) < 0.4
+        mask[..., 0] |= ~mask.any(axis=-1)
+        masks.append(mask)
+    return observations, masks
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("identity", [False, True])
+@pytest.mark.parametrize("sharing", ["agent", "type"])
+def test_forbidden_actions_are_never_taken(sharing: ParameterSharing, identity: bool, greedy: bool) -> None:
+    observations, masks = view(500)
+    actions = build(sharing, identity).act(observations, masks, torch.Generator().manual_seed(0), greedy)
+    for t, action, mask in zip(SPEC.types, actions, masks, strict=True):
+        assert action.shape == (500, t.count)
+        assert action.dtype == np.int64
+        assert np.take_along_axis(mask, action[..., None], axis=-1).all()
+
+
+def test_each_agent_acts_by_its_own_logits() -> None:
+    """Greedy actions against the networks of the agents, one by one."""
+    for sharing in ("agent", "type"):
+        policy = build(sharing)
+        observations, masks = view(20)
+        actions = policy.act(observations, masks, torch.Generator(), greedy=True)
+        places = {0: (0, [0, 1, 2], 0), 1: (1, [0, 1], 0), 2: (0, [3], 1)}
+        for m, (block, places_of_type, group_of_type) in places.items():
+            network = policy.networks[block]
+            for x, place in enumerate(places_of_type):
+                group = place if sharing == "agent" else group_of_type
+                for e in range(20):
+                    hidden = torch.relu(
+                        torch.tensor(observations[m][e, x]) @ network.weights[0][group] + network.biases[0][group, 0]
+                    )
+                    logits = (hidden @ network.weights[1][group] + network.biases[1][group, 0]).tolist()
+                    allowed = [a for a in range(len(logits)) if masks[m][e, x, a]]
+                    assert actions[m][e, x] == max(allowed, key=logits.__getitem__)
+
+
+def test_draws_follow_the_softmax() -> None:
+    logits = torch.tensor([[0.0, 1.0, -1e9, 2.0]])
+    drawn = sample(logits.expand(40_000, -1), torch.Generator().manual_seed(0))
+    frequency = torch.bincount(drawn, minlength=4) / len(drawn)
+    torch.testing.assert_close(frequency, logits.softmax(-1)[0], rtol=0, atol=0.01)
+    assert frequency[2] == 0
+
+
+def test_the_same_generator_draws_the_same_actions() -> None:
+    observations, masks = view(50)
+    policy = build()
+    one, again, other = (policy.act(observations, masks, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert all(np.array_equal(a, b) for a, b in zip(one, again, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_the_uniform_policy_draws_every_allowed_action_alike() -> None:
+    masks = [np.tile(np.array([True, False, True]), (20_000, 1, 1))]
+    (actions,) = UniformPolicy().act([np.zeros((20_000, 1, 2))], masks, torch.Generator().manual_seed(0))
+    assert not (actions == 1).any()
+    assert abs((actions == 0).mean() - 0.5) < 0.02
+
+
+def test_an_identity_tells_agents_of_one_network_apart() -> None:
+    observations, masks = view(1)
+    observations[0][:] = 1.0
+    masks[0][:] = True
+    rows = Layout.of(SPEC, "type")
+    for identity in (False, True):
+        policy = build(identity=identity)
+        block = rows.blocks[0]
+        observation, mask = rows.to_rows(observations)[0], rows.to_rows(masks)[0]
+        logits = policy.logits(0, block.grid(observation), block.grid(mask))[0, 0]
+        assert torch.equal(logits[0], logits[1]) != identity
+
+
+def test_parameters_travel_as_arrays() -> None:
+    sent, received = build(seed=1), build(seed=2)
+    arrays = sent.to_arrays()
+    assert {name: (str(a.dtype), a.shape) for name, a in arrays.items()} == received.array_table()
+    assert sent.sha256() != received.sha256()
+    received.load_arrays(arrays)
+    assert sent.sha256() == received.sha256()
+    with torch.no_grad():
+        next(sent.parameters()).add_(1)
+    assert received.sha256() != sent.sha256()  # copies
+
+
+def test_continuous_actions_are_refused_by_name() -> None:
+    spec = EnvironmentSpec("toy", (TypeSpec("arm", 1, 2, 2, discrete=False),), 5)
+    with pytest.raises(InputError, match="arm"):
+        Policy(Layout.of(spec, "agent"), (8,), torch.Generator())

@@ -1,0 +1,175 @@
+"""The equations of the design once more: one row, one agent, one action at a time, in plain loops.
+
+Nothing here uses the layout, the mean field or the losses of the product; parameters are read off its modules.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from actors.policy import Policy
+from learner.critics import Critic
+from learner.replay import Batch
+from protocol.layout import JointRows, Layout
+from protocol.specs import EnvironmentSpec, TypeSpec
+from protocol.stacked import StackedMLP
+
+
+@dataclass(frozen=True)
+class Agent:
+    """Where an agent is kept: its block, its place among the block's agents, its network, its slot, its type."""
+
+    block: int
+    place: int
+    group: int
+    slot: int
+    type: int
+
+
+def spec_of(*types: tuple[int, int, int], episode_length: int = 5) -> EnvironmentSpec:
+    """types: (count, observation_dim, action_dim)."""
+    return EnvironmentSpec("toy", tuple(TypeSpec(f"t{m}", *t) for m, t in enumerate(types)), episode_length)
+
+
+def agents_of(layout: Layout) -> list[Agent]:
+    """All agents, block by block: the types of one shape follow each other in the order of the spec."""
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for m, t in enumerate(layout.spec.types):
+        shapes.setdefault((t.observation_dim, t.action_dim), []).append(m)
+    agents = []
+    for b, types in enumerate(shapes.values()):
+        place = 0
+        for t, m in enumerate(types):
+            for x in range(layout.spec.types[m].count):
+                group, slot = (place, 0) if layout.parameter_sharing == "agent" else (t, x)
+                agents.append(Agent(b, place, group, slot, m))
+                place += 1
+    return agents
+
+
+def random_rows(layout: Layout, batch: int, generator: torch.Generator, alive: float = 0.7) -> JointRows:
+    """Rows of arbitrary values in which some agents are inactive."""
+    dtype = torch.get_default_dtype()
+    shapes = [(batch, block.num_agents) for block in layout.blocks]
+    return JointRows(
+        [
+            torch.randn(*shape, block.observation_dim, generator=generator, dtype=dtype)
+            for shape, block in zip(shapes, layout.blocks, strict=True)
+        ],
+        [
+            torch.randint(block.action_dim, shape, generator=generator)
+            for shape, block in zip(shapes, layout.blocks, strict=True)
+        ],
+        [torch.rand(shape, generator=generator) < alive for shape in shapes],
+    )
+
+
+def random_masks(layout: Layout, rows: JointRows, generator: torch.Generator) -> list[torch.Tensor]:
+    """Masks that allow the action taken and about half of the others."""
+    masks = []
+    for block, actions in zip(layout.blocks, rows.actions, strict=True):
+        mask = torch.rand(*actions.shape, block.action_dim, generator=generator) < 0.5
+        masks.append(mask.scatter(-1, actions.unsqueeze(-1), True))
+    return masks
+
+
+def random_batch(layout: Layout, size: int, seed: int) -> Batch:
+    """A batch in which agents are inactive, die, and episodes end, all at random."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, following = (random_rows(layout, size, generator) for _ in range(2))
+    return Batch(
+        rows=rows,
+        action_masks=random_masks(layout, rows, generator),
+        next_observations=following.observations,
+        next_action_masks=random_masks(layout, following, generator),
+        next_active=following.active,
+        rewards=[torch.randn(active.shape, generator=generator) for active in rows.active],
+        terminated=torch.rand(size, generator=generator) < 0.3,
+    )
+
+
+def mlp(network: StackedMLP, group: int, slot: int, x: torch.Tensor, slope: float = 0.0) -> torch.Tensor:
+    """One network on one vector; between layers a ReLU with the given slope below zero."""
+    for layer, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
+        own_bias = bias[group, slot] if bias.shape[1] > 1 else bias[group, 0]
+        x = torch.stack([(weight[group, :, j] * x).sum() for j in range(weight.shape[2])]) + own_bias
+        if layer < len(network.weights) - 1:
+            x = torch.where(x > 0, x, slope * x)
+    return x
+
+
+def one_hot(action: int, width: int) -> torch.Tensor:
+    return torch.tensor([float(a == action) for a in range(width)])
+
+
+def q_values(
+    critic: Critic, rows: JointRows, heads: int, attend_own_type: bool, row: int, agent: Agent
+) -> torch.Tensor:
+    """Q^i(s^i, ·, ã^i) of one agent in one row, [A]."""
+    own = mlp(critic.encoders[agent.block], agent.group, agent.slot, rows.observations[agent.block][row, agent.place])
+    own = own.clamp(min=0)
+    if critic.context != "none":
+        own = torch.cat([own, context(critic, rows, heads, attend_own_type, row, agent, own)])
+    return mlp(critic.heads[agent.block], agent.group, agent.slot, own, slope=0.01)
+
+
+def context(
+    critic: Critic, rows: JointRows, heads: int, attend_own_type: bool, row: int, agent: Agent, own: torch.Tensor
+) -> torch.Tensor:
+    """ã^i [H] (Eq. 11); 0 if there is nothing to see."""
+    attention = critic.others
+    seen = entities(critic, rows, attend_own_type, row, agent)
+    width = len(own) // heads
+    mixed = []
+    for head in range(heads):
+        columns = slice(head * width, (head + 1) * width)
+        values = [(e.unsqueeze(1) * attention.value).sum(0)[columns] for e in seen]
+        if critic.context == "uniform_types":
+            weights = [1 / len(seen) for _ in seen]
+        else:
+            query = (own.unsqueeze(1) * attention.query).sum(0)[columns]
+            keys = [(e.unsqueeze(1) * attention.key).sum(0)[columns] for e in seen]
+            powers = [torch.exp((key * query).sum() / math.sqrt(width)) for key in keys]
+            weights = [power / sum(powers) for power in powers]
+        mixed.append(sum((w * v for w, v in zip(weights, values, strict=True)), start=torch.zeros(width)))
+    return torch.cat(mixed)
+
+
+def entities(critic: Critic, rows: JointRows, attend_own_type: bool, row: int, agent: Agent) -> list[torch.Tensor]:
+    """The embeddings that an agent may attend to: of the types with an active agent, or of the other active agents."""
+    layout, everybody = critic.layout, agents_of(critic.layout)
+    seen = []
+    if critic.context == "agents":
+        for other in everybody:
+            if other != agent and rows.active[other.block][row, other.place]:
+                width = layout.blocks[other.block].action_dim
+                action = one_hot(int(rows.actions[other.block][row, other.place]), width)
+                both = torch.cat([rows.observations[other.block][row, other.place], action])
+                seen.append(mlp(critic.others.embeddings[other.block], other.group, 0, both).clamp(min=0))
+        return seen
+    for m in range(layout.spec.num_types):
+        members = [other for other in everybody if other.type == m]
+        vectors = [
+            one_hot(int(rows.actions[other.block][row, other.place]), layout.spec.types[m].action_dim)
+            for other in members
+            if rows.active[other.block][row, other.place]
+        ]
+        if vectors and (attend_own_type or agent.type != m):
+            b = members[0].block
+            number = layout.blocks[b].types.index(m)
+            mean = sum(vectors, start=torch.zeros(layout.spec.types[m].action_dim)) / len(vectors)
+            seen.append(mlp(critic.others.embeddings[b], number, 0, mean).clamp(min=0))
+    return seen
+
+
+def log_policy(
+    policy: Policy, observations: list[torch.Tensor], masks: list[torch.Tensor], row: int, agent: Agent
+) -> list[torch.Tensor | None]:
+    """log π^i(a|s^i) of one agent in one row, [A]; None for a forbidden action."""
+    logits = mlp(policy.networks[agent.block], agent.group, agent.slot, observations[agent.block][row, agent.place])
+    mask = masks[agent.block][row, agent.place]
+    total = sum(torch.exp(logits[a]) for a in range(len(logits)) if mask[a])
+    return [logits[a] - torch.log(total) if mask[a] else None for a in range(len(logits))]

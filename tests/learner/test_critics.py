@@ -1,0 +1,147 @@
+"""Critics against loops over rows, agents and entities in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from slow_reference import agents_of, q_values, random_rows, spec_of
+
+from learner.critics import Context, Critic
+from protocol.layout import Block, JointRows, Layout, ParameterSharing
+from protocol.specs import EnvironmentSpec
+
+HEADS = 2
+UNEVEN = spec_of((3, 4, 3), (2, 5, 2), (1, 4, 3))
+EVEN = spec_of((2, 3, 4), (2, 3, 4))
+CONTEXTS: tuple[Context, ...] = ("types", "uniform_types", "agents", "none")
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> Iterator[None]:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def build(
+    spec: EnvironmentSpec,
+    sharing: ParameterSharing,
+    context: Context,
+    attend_own_type: bool = True,
+    agent_identity: bool = False,
+) -> Critic:
+    layout = Layout.of(spec, sharing)
+    generator = torch.Generator().manual_seed(1)
+    return Critic(layout, context, 6, HEADS, attend_own_type, generator, agent_identity)
+
+
+def assert_as_slow(critic: Critic, rows: JointRows, attend_own_type: bool) -> None:
+    blocks = critic.layout.blocks
+    fast = [block.rows(q) for block, q in zip(blocks, critic(rows), strict=True)]
+    for agent in agents_of(critic.layout):
+        for row in range(len(rows)):
+            slow = q_values(critic, rows, HEADS, attend_own_type, row, agent)
+            torch.testing.assert_close(fast[agent.block][row, agent.place], slow, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("sharing", ["agent", "type"])
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("spec", [UNEVEN, EVEN], ids=["uneven", "even"])
+def test_every_context_is_its_equation(spec: EnvironmentSpec, context: Context, sharing: ParameterSharing) -> None:
+    critic = build(spec, sharing, context)
+    assert_as_slow(critic, random_rows(critic.layout, 4, torch.Generator().manual_seed(2)), True)
+
+
+@pytest.mark.parametrize("sharing", ["agent", "type"])
+@pytest.mark.parametrize("context", ["types", "uniform_types"])
+def test_own_type_can_be_left_out(context: Context, sharing: ParameterSharing) -> None:
+    critic = build(UNEVEN, sharing, context, attend_own_type=False)
+    assert_as_slow(critic, random_rows(critic.layout, 4, torch.Generator().manual_seed(3)), False)
+
+
+@pytest.mark.parametrize("context", ["types", "agents"])
+def test_agents_of_a_type_can_differ_by_their_identity(context: Context) -> None:
+    critic = build(UNEVEN, "type", context, agent_identity=True)
+    assert_as_slow(critic, random_rows(critic.layout, 3, torch.Generator().manual_seed(4)), True)
+
+
+@pytest.mark.parametrize("context", ["types", "uniform_types", "agents"])
+def test_nobody_is_attended_to_when_nobody_is_active(context: Context) -> None:
+    critic = build(UNEVEN, "agent", context)
+    rows = random_rows(critic.layout, 3, torch.Generator().manual_seed(5), alive=0.4)
+    for active in rows.active:
+        active[0] = False  # a row without anybody
+    rows.active[0][1:, :3] = False  # and one type that is empty in all others
+    rows.active[1][1:] = True
+    assert_as_slow(critic, rows, True)
+
+
+@pytest.mark.parametrize("context", ["types", "agents"])
+def test_an_inactive_agent_is_not_seen(context: Context) -> None:
+    critic = build(UNEVEN, "type", context)
+    rows = random_rows(critic.layout, 4, torch.Generator().manual_seed(6), alive=1.0)
+    rows.active[0][:, 1] = False
+    before = critic(rows)
+    rows.observations[0][:, 1] += 1.0
+    rows.actions[0][:, 1] = (rows.actions[0][:, 1] + 1) % 3
+    others = [0, 2, 3]
+    torch.testing.assert_close(
+        critic.layout.blocks[0].rows(critic(rows)[0])[:, others],
+        critic.layout.blocks[0].rows(before[0])[:, others],
+        rtol=0,
+        atol=0,
+    )
+
+
+def test_float64_gradients_reach_every_parameter() -> None:
+    for context in CONTEXTS:
+        critic = build(EVEN, "agent", context)
+        rows = random_rows(critic.layout, 8, torch.Generator().manual_seed(7), alive=1.0)
+        sum(q.square().sum() for q in critic(rows)).backward()
+        idle = [n for n, p in critic.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+        allowed = {"others.query", "others.key"} if context == "uniform_types" else set()
+        assert set(idle) <= allowed
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from(["types", "agents"]), st.permutations([0, 1, 2]))
+def test_agents_of_a_type_are_interchangeable(seed: int, context: Context, order: list[int]) -> None:
+    critic = build(UNEVEN, "agent", context)
+    rows = random_rows(critic.layout, 3, torch.Generator().manual_seed(seed))
+    q = critic(rows)[0].detach().clone()
+    shuffle = torch.tensor([*order, 3])
+    for field in (rows.observations, rows.actions, rows.active):
+        field[0] = field[0][:, shuffle]
+    stacks = [critic.encoders[0], critic.heads[0]] + ([critic.others.embeddings[0]] if context == "agents" else [])
+    with torch.no_grad():
+        for parameter in (p for stack in stacks for p in stack.parameters()):
+            parameter.copy_(parameter[shuffle])
+    torch.testing.assert_close(critic(rows)[0], q[shuffle], rtol=1e-9, atol=1e-11)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from(CONTEXTS), st.floats(-1e3, 1e3))
+def test_padding_never_changes_anything(seed: int, context: Context, rubbish: float) -> None:
+    critic = build(UNEVEN, "type", context)
+    rows = random_rows(critic.layout, 3, torch.Generator().manual_seed(seed))
+    expected = [block.rows(q) for block, q in zip(critic.layout.blocks, critic(rows), strict=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Block, "grid", lambda block, values: _grid_with(block, values, rubbish))
+        spoiled = [block.rows(q) for block, q in zip(critic.layout.blocks, critic(rows), strict=True)]
+    for clean, dirty in zip(expected, spoiled, strict=True):
+        torch.testing.assert_close(dirty, clean, rtol=0, atol=0)
+
+
+_grid = Block.grid
+
+
+def _grid_with(block: Block, rows: torch.Tensor, rubbish: float) -> torch.Tensor:
+    """The grid of joint rows with something else than zeros in the empty slots."""
+    values = _grid(block, rows)
+    empty = (block.agent_of_slot < 0).view(block.groups, 1, block.slots, *[1] * (rows.dim() - 2))
+    return values.masked_fill(empty, rubbish) if values.is_floating_point() else values

@@ -1,0 +1,129 @@
+"""Each loss against its equation, action by action, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from slow_reference import spec_of
+
+from learner import losses
+from protocol.layout import Layout
+
+TEMPERATURE = 0.3
+MASKED = -1e9
+
+
+@pytest.fixture
+def logits() -> torch.Tensor:
+    """[3, 4, 5] of which every first action of every second row is forbidden."""
+    values = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values[:, ::2, 0] = MASKED
+    return values.requires_grad_()
+
+
+@pytest.fixture
+def q() -> torch.Tensor:
+    return torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def test_soft_value_is_the_bracket_of_equation_8(logits: torch.Tensor, q: torch.Tensor) -> None:
+    log_policy = logits.detach().log_softmax(-1)
+    value = losses.soft_value(q, log_policy, TEMPERATURE)
+    for g in range(3):
+        for r in range(4):
+            expected = 0.0
+            for a in range(5):
+                p = math.exp(log_policy[g, r, a])
+                if p > 0:
+                    expected += p * (float(q[g, r, a]) - TEMPERATURE * math.log(p))
+            assert float(value[g, r]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_nothing_follows_a_terminated_row_and_a_truncated_one_is_bootstrapped() -> None:
+    target = losses.critic_target(
+        torch.tensor([1.0, 1.0]), torch.tensor([10.0, 10.0]), torch.tensor([False, True]), 0.9
+    )
+    torch.testing.assert_close(target, torch.tensor([1.0, 10.0]))
+
+
+def test_critic_loss_is_the_weighted_square_at_the_action_taken(q: torch.Tensor) -> None:
+    generator = torch.Generator().manual_seed(2)
+    action = torch.randint(5, (3, 4), generator=generator)
+    target, weight = (torch.rand(3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    expected = sum(
+        float(weight[g, r]) * (float(q[g, r, action[g, r]]) - float(target[g, r])) ** 2
+        for g in range(3)
+        for r in range(4)
+    )
+    assert float(losses.critic_loss(q, action, target, weight)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_baseline_is_counterfactual(logits: torch.Tensor, q: torch.Tensor) -> None:
+    log_policy = logits.detach().log_softmax(-1)
+    result = losses.advantage(q, log_policy)
+    for g in range(3):
+        for r in range(4):
+            baseline = sum(math.exp(log_policy[g, r, a]) * float(q[g, r, a]) for a in range(5))
+            for a in range(5):
+                assert float(result[g, r, a]) == pytest.approx(float(q[g, r, a]) - baseline, rel=1e-9)
+
+
+def test_gradient_of_the_policy_loss_is_the_expected_score_function(logits: torch.Tensor, q: torch.Tensor) -> None:
+    """∇ = E_a[∇log π(a|s) (temperature · log π(a|s) − advantage(a))], one drawn action after the other (Eq. 13)."""
+    weight = torch.rand(3, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    critic_q = q.clone().requires_grad_()
+    losses.policy_loss(logits.log_softmax(-1), critic_q, TEMPERATURE, weight).backward()
+    assert critic_q.grad is None
+    expected = torch.zeros(3, 4, 5, dtype=torch.float64)
+    for g in range(3):
+        for r in range(4):
+            p = [math.exp(v) for v in logits[g, r].detach().log_softmax(-1)]
+            baseline = sum(p[a] * float(q[g, r, a]) for a in range(5))
+            for drawn in range(5):
+                if p[drawn] == 0:
+                    continue
+                gain = TEMPERATURE * math.log(p[drawn]) - (float(q[g, r, drawn]) - baseline)
+                for a in range(5):
+                    score = (1.0 if a == drawn else 0.0) - p[a]
+                    expected[g, r, a] += float(weight[g, r]) * p[drawn] * score * gain
+    torch.testing.assert_close(logits.grad, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_forbidden_action_gets_no_gradient(logits: torch.Tensor, q: torch.Tensor) -> None:
+    spoiled = q.clone()
+    spoiled[:, ::2, 0] = 1e6  # whatever the critic thinks of it
+    weight = torch.ones(3, 4, dtype=torch.float64)
+    clean, dirty = (
+        torch.autograd.grad(losses.policy_loss(logits.log_softmax(-1), values, TEMPERATURE, weight), logits)[0]
+        for values in (q, spoiled)
+    )
+    assert torch.equal(clean, dirty)
+    assert (clean[:, ::2, 0] == 0).all()
+
+
+def test_entropy_of_a_known_distribution() -> None:
+    log_policy = torch.tensor([[0.5, 0.25, 0.25, 1e-30]]).log()
+    assert float(losses.entropy(log_policy)) == pytest.approx(1.5 * math.log(2), rel=1e-6)
+
+
+def test_cloning_loss_is_the_weighted_likelihood(logits: torch.Tensor) -> None:
+    log_policy = logits.detach().log_softmax(-1)
+    action, weight = torch.ones(3, 4, dtype=torch.int64), torch.full((3, 4), 0.5, dtype=torch.float64)
+    expected = -0.5 * sum(float(log_policy[g, r, 1]) for g in range(3) for r in range(4))
+    assert float(losses.cloning_loss(log_policy, action, weight)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_every_network_averages_over_its_own_active_rows() -> None:
+    layout = Layout.of(spec_of((2, 3, 2), (1, 3, 2)), "type")
+    active = torch.tensor([[True, False, True], [True, True, False]])
+    (weights,) = losses.row_weights(layout, [active])
+    third = 1 / 3
+    torch.testing.assert_close(weights, torch.tensor([[[third, 0.0], [third, third]], [[1.0, 0.0], [0.0, 0.0]]]))
+
+
+def test_a_network_without_active_rows_has_weight_zero() -> None:
+    layout = Layout.of(spec_of((1, 3, 2), (1, 3, 2)), "agent")
+    (weights,) = losses.row_weights(layout, [torch.tensor([[True, False], [True, False]])])
+    torch.testing.assert_close(weights, torch.tensor([[[0.5], [0.5]], [[0.0], [0.0]]]))

@@ -1,0 +1,118 @@
+"""The ring of joint rows, with rows that carry their own number."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from slow_reference import spec_of
+
+from learner.replay import Batch, Replay
+from protocol.errors import InputError
+from protocol.layout import Layout
+from protocol.trajectories import Trajectories
+
+SPEC = spec_of((2, 3, 4), (1, 2, 3), episode_length=5)
+LAYOUT = Layout.of(SPEC, "type")
+
+
+def episodes(numbers: list[int], lengths: list[int], terminated: list[bool]) -> Trajectories:
+    """Episodes whose observation at step t is 100·number + t for every agent; action t is t mod A, reward t is t."""
+    arrays = {
+        name: np.zeros(shape, dtype)
+        for name, (dtype, shape) in Trajectories.array_table(SPEC, SPEC.episode_length, len(numbers)).items()
+    }
+    arrays["lengths"][:] = lengths
+    for e, (number, length) in enumerate(zip(numbers, lengths, strict=True)):
+        (arrays["terminated"] if terminated[e] else arrays["truncated"])[length - 1, e] = True
+        for m, t in enumerate(SPEC.types):
+            for step in range(length + 1):
+                arrays[f"{m}.observations"][step, e] = 100 * number + step
+                arrays[f"{m}.active"][step, e] = step % 2 == 0
+                arrays[f"{m}.action_masks"][step, e, :, step % t.action_dim] = True
+            for step in range(length):
+                arrays[f"{m}.actions"][step, e] = step % t.action_dim
+                arrays[f"{m}.rewards"][step, e] = step
+    return Trajectories.from_arrays(arrays, SPEC)
+
+
+def assert_consistent(batch: Batch, ends: dict[int, tuple[int, bool]]) -> set[tuple[int, int]]:
+    """Every row is one step of one episode and its true successor; returns the (episode, step) pairs seen."""
+    seen = set()
+    for row in range(len(batch.rows)):
+        number, step = divmod(int(batch.rows.observations[0][row, 0, 0]), 100)
+        length, terminates = ends[number]
+        assert 0 <= step < length
+        assert bool(batch.terminated[row]) == (terminates and step == length - 1)
+        for b, block in enumerate(LAYOUT.blocks):
+            assert (batch.rows.observations[b][row] == 100 * number + step).all()
+            assert (batch.next_observations[b][row] == 100 * number + step + 1).all()
+            assert (batch.rows.actions[b][row] == step % block.action_dim).all()
+            assert batch.action_masks[b][row, :, step % block.action_dim].all()
+            assert batch.next_action_masks[b][row, :, (step + 1) % block.action_dim].all()
+            assert (batch.rows.active[b][row] == (step % 2 == 0)).all()
+            assert (batch.next_active[b][row] == (step % 2 == 1)).all()
+            assert (batch.rewards[b][row] == step).all()
+        seen.add((number, step))
+    return seen
+
+
+def test_rows_of_uneven_episodes_keep_to_their_episode() -> None:
+    replay = Replay(LAYOUT, window_steps=20)
+    fresh = replay.add(episodes([1, 2, 3], [5, 2, 3], [False, True, False]))
+    assert len(replay) == len(fresh) == 10
+    assert [int(v) for v in fresh.observations[1][:, 0, 0]] == [*range(100, 105), 200, 201, 300, 301, 302]
+    batch = replay.sample(1_000, torch.Generator().manual_seed(0))
+    ends = {1: (5, False), 2: (2, True), 3: (3, False)}
+    assert assert_consistent(batch, ends) == {(n, t) for n, (length, _) in ends.items() for t in range(length)}
+
+
+def test_the_ring_overwrites_the_oldest_rows_and_never_joins_what_is_left_of_them() -> None:
+    replay = Replay(LAYOUT, window_steps=15)
+    ends = {}
+    for number in range(12):
+        length, terminated = 1 + (number * 3) % 5, number % 2 == 0
+        ends[number] = (length, terminated)
+        replay.add(episodes([number], [length], [terminated]))
+        batch = replay.sample(400, torch.Generator().manual_seed(number))
+        seen = assert_consistent(batch, ends)
+        assert {(number, t) for t in range(length)} <= seen
+        assert len(seen) == len(replay)
+    assert {n for n, _ in seen} <= set(range(6, 12))
+
+
+def test_a_window_holds_the_steps_that_it_promises() -> None:
+    replay = Replay(LAYOUT, window_steps=15)
+    for number in range(7):
+        replay.add(episodes([number], [5], [False]))
+    assert len(replay) == 15
+
+
+def test_a_chunk_that_does_not_fit_is_refused_before_anything_is_lost() -> None:
+    replay = Replay(LAYOUT, window_steps=5)
+    replay.add(episodes([1], [5], [False]))
+    with pytest.raises(InputError, match="window-steps"):
+        replay.add(episodes([2, 3], [5, 5], [False, False]))
+    assert_consistent(replay.sample(50, torch.Generator().manual_seed(0)), {1: (5, False)})
+
+
+def test_fresh_rows_are_copies() -> None:
+    replay = Replay(LAYOUT, window_steps=5)
+    fresh = replay.add(episodes([1], [5], [False]))
+    kept = fresh.observations[0].clone()
+    replay.add(episodes([2], [5], [False]))
+    assert torch.equal(fresh.observations[0], kept)
+
+
+def test_a_restored_ring_samples_and_overwrites_alike() -> None:
+    first, second = Replay(LAYOUT, 15), Replay(LAYOUT, 15)
+    for number in range(5):
+        first.add(episodes([number], [1 + number], [True]))
+    second.load_state({name: array.copy() for name, array in first.state().items()})
+    for replay in (first, second):
+        replay.add(episodes([9], [4], [False]))
+    one, other = (replay.sample(60, torch.Generator().manual_seed(1)) for replay in (first, second))
+    for b in range(len(LAYOUT.blocks)):
+        assert torch.equal(one.rows.observations[b], other.rows.observations[b])
+        assert torch.equal(one.next_observations[b], other.next_observations[b])
+    assert torch.equal(one.terminated, other.terminated)
