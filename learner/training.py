@@ -86,6 +86,7 @@ class Training:
         self._checkpoints = CheckpointFolder(job.run_folder / "checkpoints", settings.checkpoints_kept)
         self._metrics = LearnerMetrics(telemetry.registry)
         self._facts = Facts()
+        self._final_estimate: ReturnEstimate | None = None
         self._figures: dict[int, dict[str, float]] = {}
         with telemetry.stage("baseline"):
             random_returns = evaluate(job.environment, UniformPolicy(), evaluation.final_episodes, job.seed)
@@ -193,7 +194,7 @@ class Training:
     def _position(self) -> dict[str, float]:
         return {"env_steps": self._facts.env_steps, "wall_seconds": self._facts.wall_seconds}
 
-    def _record_evaluation(self, evaluated: Evaluated) -> ReturnEstimate:
+    def _record_evaluation(self, evaluated: Evaluated) -> None:
         estimate = ReturnEstimate.of(evaluated.returns)
         figures = self._figures.pop(evaluated.version, {"env_steps": 0.0, "wall_seconds": 0.0})
         self._record.add_evaluation(
@@ -211,7 +212,8 @@ class Training:
         if estimate.mean > self._facts.best_return:
             self._facts.best_return = estimate.mean
             self._checkpoints.mark_best(evaluated.version)
-        return estimate
+        if evaluated.version == self._iterations:
+            self._final_estimate = estimate
 
     def _normalized(self, mean: float) -> float | None:
         """0 = random, 1 = expert."""
@@ -223,15 +225,14 @@ class Training:
         """Wait for the final policy's evaluation and write the result."""
         deadline = time.monotonic() + FINAL_EVALUATION_SECONDS
         with self._telemetry.stage("final_evaluation"):
-            while True:
+            while self._final_estimate is None:
                 for evaluated in self._experience.evaluations(wait_seconds=0.2):
-                    estimate = self._record_evaluation(evaluated)
-                    if evaluated.version == self._iterations:
-                        self._write_result("finished", estimate)
-                        return "finished"
+                    self._record_evaluation(evaluated)
                 self._abort()
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"no evaluation of the final policy within {FINAL_EVALUATION_SECONDS:.0f} s")
+        self._write_result("finished", self._final_estimate)
+        return "finished"
 
     def _write_result(self, status: str, estimate: ReturnEstimate | None) -> None:
         result: dict[str, Any] = {
