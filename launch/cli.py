@@ -15,7 +15,7 @@ class _Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line, like all of ours."""
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{self.prog}: {message}")
+        raise InputError(f"{message}; see `{self.prog} --help`")
 
 
 def main(args: Sequence[str] | None = None) -> int:

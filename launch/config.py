@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import dacite
-import tyro
 import yaml
 
 from actors.settings import ActorSettings, EvaluationSettings
-from learner.algorithms import algorithm
 from learner.settings import CloningSettings, LearnerSettings
 from protocol.errors import InputError, unknown_name
 from protocol.job import Mode
-from protocol.layout import ParameterSharing
 from protocol.registry import known_environments
+from protocol.specs import ParameterSharing
 from reward_server.settings import RewardSettings
 
 DEFAULT_PRESET = "default"
@@ -71,6 +69,8 @@ class Config:
 
         Raises InputError for unknown names and for values that no run could use.
         """
+        from learner.algorithms import algorithm  # supervisors read configurations, and do without torch
+
         kind = algorithm(self.algorithm)
         name = self.environment.partition("?")[0].partition(":")[0]
         if name not in known_environments():
@@ -141,6 +141,8 @@ def parse_config(args: Sequence[str], default: Config | None = None) -> Config:
     Raises InputError, one line, for whatever cannot be understood.
     """
     _check_flags(args)
+    import tyro
+
     if default is None:
         default = load_preset(_preset_of(args))
     messages = io.StringIO()
@@ -197,7 +199,7 @@ def _check_keys(values: dict[Any, Any], kind: type, source: str, path: str = "")
         if is_dataclass(hints[key]):
             if not isinstance(value, dict):
                 raise InputError(f"{source}: {path}{key} must hold keys and values, got {value!r}")
-            _check_keys(value, hints[key], source, f"{path}{key}.")  # type: ignore[arg-type]
+            _check_keys(value, hints[key], source, f"{path}{key}.")
         elif get_origin(hints[key]) is Literal and value not in get_args(hints[key]):
             raise InputError(f"{source}: {path}{key} must be one of {', '.join(get_args(hints[key]))}, got {value!r}")
         elif isinstance(value, bool) and hints[key] is not bool:

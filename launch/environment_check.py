@@ -38,22 +38,23 @@ def _episode(environment: Environment) -> Iterator[TimeStep]:
     spec, random = environment.spec, np.random.default_rng(SEED)
     step = environment.reset(SEED)
     _check(environment, step)
-    _expect(not (step.terminated | step.truncated).any(), "no episode has ended after reset")
+    _expect(not np.any(step.terminated | step.truncated), "no episode has ended after reset")
     yield copy.deepcopy(step)
     for _ in range(spec.episode_length):
-        ended = step.terminated | step.truncated
+        ended = np.asarray(step.terminated | step.truncated)
         step = environment.step(_random_actions(environment, step, random))
         _check(environment, step)
-        now = step.terminated | step.truncated
+        now = np.asarray(step.terminated | step.truncated)
         _expect(bool((now | ~ended).all()), "an episode that has ended stays ended until reset")
-        for rewards in step.rewards:
+        for rewards, active in zip(step.rewards, step.active, strict=True):
             _expect(not rewards[ended].any(), "an episode that has ended gives no more rewards")
+            _expect(not active[ended].any(), "the agents of an episode that has ended are inactive")
         yield copy.deepcopy(step)
     _expect(bool((step.terminated | step.truncated).all()), f"every episode ends within {spec.episode_length} steps")
 
 
 def _check(environment: Environment, step: TimeStep) -> None:
-    envs, ended = environment.num_envs, step.terminated | step.truncated
+    envs = environment.num_envs
     for m, t in enumerate(environment.spec.types):
         agents = (envs, t.count)
         _array(f"observations of type '{t.name}'", step.observations[m], np.float32, (*agents, t.observation_dim))
@@ -63,7 +64,6 @@ def _check(environment: Environment, step: TimeStep) -> None:
         _expect(bool(np.isfinite(step.observations[m]).all()), f"observations of type '{t.name}' are finite")
         allowed = step.action_masks[m].any(axis=-1)
         _expect(bool(allowed[step.active[m]].all()), f"every active agent of type '{t.name}' may do something")
-        _expect(not step.active[m][ended].any(), "agents of an episode that has ended are inactive")
     _array("terminated", step.terminated, np.bool_, (envs,))
     _array("truncated", step.truncated, np.bool_, (envs,))
 

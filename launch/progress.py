@@ -30,10 +30,9 @@ class Progress:
 
     def plan(self, plan: Plan) -> None:
         """Print which process runs where."""
-        table = Table("node", "processes", "listens on", title=f"{Path(plan.run_folder).name}", title_justify="left")
-        for row in plan.rows():
-            table.add_row(*row)
-        self._console.print(table, soft_wrap=False)
+        self.note(plan.run_folder)
+        for line in plan.lines():
+            self.note(line)
 
     def note(self, line: str) -> None:
         """Print a line that stays."""

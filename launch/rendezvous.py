@@ -24,7 +24,7 @@ from launch import lifeline, run_folder
 from launch.config import Config
 from launch.outcome import CRASHED, Outcome
 from launch.supervisor import StopRequests
-from launch.topology import LISTENERS, Node, Plan, place, tcp_endpoints
+from launch.topology import LISTENERS, Node, Plan, Process, place, tcp_endpoints
 from protocol.errors import InputError
 
 RENDEZVOUS_SECONDS = 120.0
@@ -40,7 +40,12 @@ def run_nodes(config: Config, folder: Path, stopped: StopRequests) -> Outcome:
     program = [str(mpiexec), "-n", str(config.nodes), sys.executable, "-m", "launch.node"]
     # A session of its own: Ctrl-C reaches only this process, which then asks the first node for an orderly end.
     with subprocess.Popen(lifeline.command(program), stdin=subprocess.PIPE, start_new_session=True) as mpi:
-        order = {"run_folder": str(folder), "config_yaml": config.to_yaml(), "run_id": secrets.token_hex(8)}
+        order: dict[str, Any] = {
+            "run_folder": str(folder),
+            "config_yaml": config.to_yaml(),
+            "run_id": secrets.token_hex(8),
+        }
+        order["processes"] = [asdict(process) for process in place(config)]
         _tell(mpi, json.dumps(order))
         told, kill_at = 0, float("inf")
         while mpi.poll() is None:
@@ -98,7 +103,7 @@ def _plan(order: dict[str, Any], facts: list[dict[str, Any]], size: int) -> Plan
     nodes = tuple(Node(fact["host"], fact["address"], tuple(fact["ports"])) for fact in facts)
     if len({node.host for node in nodes}) > 1:
         raise InputError("the nodes must be on one machine: traffic between machines is not encrypted yet")
-    processes = place(config)
+    processes = tuple(Process(**process) for process in order["processes"])
     return Plan(
         order["run_id"], order["run_folder"], order["config_yaml"], nodes, processes, tcp_endpoints(nodes, processes)
     )

@@ -9,7 +9,6 @@ from pathlib import Path
 import dacite
 
 from launch.config import Config
-from learner.algorithms import algorithm
 from protocol.errors import InputError
 from protocol.job import Endpoints, Job
 
@@ -62,18 +61,16 @@ class Plan:
         """The processes of a node, without its supervisor."""
         return [process for process in self.processes if process.node == node]
 
-    def rows(self) -> list[tuple[str, str, str]]:
-        """(node, its processes, their endpoints), for people, a row per node."""
-        return [
-            (
-                f"{number} {node.host}",
-                " ".join(["supervisor", *(process.name for process in self.on(number))]),
-                " ".join(
-                    getattr(self.endpoints, name) for name, role in LISTENERS.items() if self._node(role) == number
-                ),
-            )
-            for number, node in enumerate(self.nodes)
-        ]
+    def lines(self) -> list[str]:
+        """For people: the processes of each node, and below them the endpoints that they listen on."""
+        lines = []
+        for number, node in enumerate(self.nodes):
+            names = [f"supervisor-{number}", *(process.name for process in self.on(number))]
+            lines.append(f"node {number} ({node.host}): {' '.join(names)}")
+            for name, role in LISTENERS.items():
+                if self._node(role) == number:
+                    lines.append(f"    {name:<10} {getattr(self.endpoints, name)}")
+        return lines
 
     def to_json(self) -> str:
         """For the standard input of a process that this one starts."""
@@ -90,6 +87,8 @@ class Plan:
 
 def place(config: Config) -> tuple[Process, ...]:
     """Which processes a run has, and on which node: actors go round the nodes, all others share the first."""
+    from learner.algorithms import algorithm  # supervisors read plans, and do without torch
+
     processes = [Process("learner", 0, 0), Process("evaluator", 0, 0)]
     if not algorithm(config.algorithm).clones:
         processes.append(Process("reward-server", 0, 0))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from protocol.layout import ParameterSharing
+from protocol.specs import ParameterSharing
 
 Mode = Literal["lockstep", "async", "serial"]
 Role = Literal["actor", "learner", "reward-server", "evaluator"]

@@ -13,16 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 
 from protocol.errors import ProtocolError
-from protocol.specs import EnvironmentSpec
+from protocol.specs import EnvironmentSpec, ParameterSharing
 from protocol.trajectories import ArrayTable
-
-ParameterSharing = Literal["agent", "type"]
 
 
 @dataclass(frozen=True)

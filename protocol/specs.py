@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from protocol.errors import InputError
+
+ParameterSharing = Literal["agent", "type"]
+"""Whether each agent has a network of its own (the paper), or the agents of a type share one."""
 
 MAX_AGENTS = 1_000_000
 MAX_WIDTH = 1_000_000
