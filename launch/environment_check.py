@@ -62,7 +62,7 @@ def _check(environment: Environment, step: TimeStep) -> None:
         _array(f"active of type '{t.name}'", step.active[m], np.bool_, agents)
         _array(f"rewards of type '{t.name}'", step.rewards[m], np.float32, agents)
         _expect(bool(np.isfinite(step.observations[m]).all()), f"observations of type '{t.name}' are finite")
-        allowed = step.action_masks[m].any(axis=-1)
+        allowed = np.asarray(step.action_masks[m].any(axis=-1))
         _expect(bool(allowed[step.active[m]].all()), f"every active agent of type '{t.name}' may do something")
     _array("terminated", step.terminated, np.bool_, (envs,))
     _array("truncated", step.truncated, np.bool_, (envs,))

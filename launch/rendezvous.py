@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import random
 import secrets
 import socket
 import subprocess
@@ -30,6 +31,8 @@ from protocol.errors import InputError
 RENDEZVOUS_SECONDS = 120.0
 KILL_AFTER_SECONDS = 3.0
 STOP_LINE = "stop"
+ADDRESS = "127.0.0.1"
+PORTS = range(20_000, 32_000)
 
 
 def run_nodes(config: Config, folder: Path, stopped: StopRequests) -> Outcome:
@@ -79,7 +82,7 @@ def meet() -> tuple[Plan, int]:
     world = MPI.COMM_WORLD
     order = json.loads(sys.stdin.readline() or "{}") if world.rank == 0 else None
     with ExitStack() as held:  # the ports stay taken until everybody knows theirs
-        node = Node(socket.gethostname(), "127.0.0.1", _free_ports(held))
+        node = Node(socket.gethostname(), ADDRESS, _free_ports(ADDRESS, held))
         order, facts = world.bcast(order), world.allgather(asdict(node))
         number, size = world.rank, world.size
         MPI.Finalize()
@@ -109,11 +112,21 @@ def _plan(order: dict[str, Any], facts: list[dict[str, Any]], size: int) -> Plan
     )
 
 
-def _free_ports(held: ExitStack) -> tuple[int, ...]:
-    sockets = [held.enter_context(socket.socket()) for _ in LISTENERS]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    return tuple(each.getsockname()[1] for each in sockets)
+def _free_ports(address: str, held: ExitStack) -> tuple[int, ...]:
+    """One free port per endpoint, taken until `held` is closed.
+
+    They lie below the range that the kernel gives to outgoing connections: those would take them again before, or
+    while, the process that they are meant for restarts.
+    """
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        taken = held.enter_context(socket.socket())
+        with suppress(OSError):
+            taken.bind((address, port))
+            ports.append(port)
+        if len(ports) == len(LISTENERS):
+            return tuple(ports)
+    raise InputError(f"no free ports in {PORTS.start}..{PORTS.stop - 1} on {address}")
 
 
 def _tell(process: subprocess.Popen[bytes], line: str) -> None:
