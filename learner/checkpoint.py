@@ -99,12 +99,6 @@ class CheckpointFolder:
             raise InputError(f"no checkpoint in {self._folder} can be used; start the run anew")
         return None
 
-    def discard_after(self, iteration: int) -> None:
-        """Remove checkpoints of later iterations: they belong to a history that is being rewound."""
-        for name in self._names():
-            if int(name) > iteration:
-                shutil.rmtree(self._folder / name)
-
     def _names(self) -> list[str]:
         if not self._folder.is_dir():
             return []

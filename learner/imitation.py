@@ -19,7 +19,6 @@ from learner.optimisation import part
 from learner.replay import Batch, Replay
 from learner.settings import LearnerSettings
 from protocol.demonstrations import Demonstrations
-from protocol.errors import NumericalError
 from protocol.job import Job
 from protocol.layout import JointRows
 from protocol.seeds import derive_seed
@@ -95,10 +94,7 @@ class Imitation:
         totals: dict[str, float] = {}
         for batch, rewards in self._batches():
             with self._telemetry.stage("update"):
-                try:
-                    update = self._actor_critic.update(batch, rewards, progress, self._cloning)
-                except NumericalError as error:
-                    raise NumericalError(f"{error}; the iteration is not recorded") from error
+                update = self._actor_critic.update(batch, rewards, progress, self._cloning)
             for name, value in update.items():
                 totals[name] = totals.get(name, 0.0) + value / self._settings.updates
             totals["reward"] = totals.get("reward", 0.0) + _mean(rewards) / self._settings.updates

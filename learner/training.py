@@ -26,7 +26,7 @@ from learner.metrics import LearnerMetrics
 from learner.record import RunRecord
 from learner.settings import LearnerSettings
 from protocol.channels import Refused, Unanswered
-from protocol.errors import InputError
+from protocol.errors import InputError, NumericalError
 from protocol.job import Job
 from protocol.telemetry import Telemetry
 
@@ -118,7 +118,10 @@ class Training:
         while self._facts.iteration < self._iterations:
             start = time.monotonic()
             self._abort()
-            fresh_steps, figures = self._algorithm.iterate(self._facts.iteration / self._iterations, self._abort)
+            try:
+                fresh_steps, figures = self._algorithm.iterate(self._facts.iteration / self._iterations, self._abort)
+            except NumericalError as error:
+                raise NumericalError(f"{error} in iteration {self._facts.iteration + 1}") from error
             self._facts.iteration += 1
             self._facts.env_steps += fresh_steps
             self._facts.wall_seconds += time.monotonic() - start

@@ -1,0 +1,101 @@
+"""Checkpoints are whole or not there; what is damaged is skipped, never loaded."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from learner.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
+from protocol.errors import InputError
+
+
+def checkpoint(iteration: int) -> Checkpoint:
+    arrays = {"weights": np.full((3, 2), iteration, np.float32), "counter": np.array([iteration])}
+    return Checkpoint(iteration, "seed: 1", {"env_steps": 10 * iteration}, arrays, {"particles": np.ones(4)})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> CheckpointFolder:
+    return CheckpointFolder(tmp_path / "checkpoints", kept=2)
+
+
+def names(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+
+
+def test_what_was_written_comes_back(folder: CheckpointFolder) -> None:
+    assert folder.newest() is None
+    folder.write(checkpoint(5))
+    back = folder.newest()
+    assert back is not None
+    assert (back.iteration, back.config, back.facts) == (5, "seed: 1", {"env_steps": 50})
+    np.testing.assert_array_equal(back.learner["weights"], np.full((3, 2), 5, np.float32))
+    np.testing.assert_array_equal(back.rewards["particles"], np.ones(4))
+
+
+def test_the_newest_and_the_best_are_kept(folder: CheckpointFolder, tmp_path: Path) -> None:
+    for iteration in range(1, 6):
+        folder.write(checkpoint(iteration))
+        if iteration == 2:
+            folder.mark_best(2)
+    assert names(tmp_path) == ["00000002", "00000004", "00000005", "best"]
+
+
+def test_an_iteration_without_a_checkpoint_is_not_marked_best(folder: CheckpointFolder, tmp_path: Path) -> None:
+    folder.write(checkpoint(1))
+    folder.mark_best(7)
+    assert names(tmp_path) == ["00000001"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "no header", "bad header", "missing file"])
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
+    folder: CheckpointFolder, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.write(checkpoint(1))
+    folder.write(checkpoint(2))
+    newest = tmp_path / "checkpoints" / "00000002"
+    arrays, header = newest / "learner.safetensors", newest / "checkpoint.json"
+    content = arrays.read_bytes()
+    match damage:
+        case "truncate":
+            arrays.write_bytes(content[:-3])
+        case "flip":
+            arrays.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        case "no header":
+            header.unlink()
+        case "bad header":
+            header.write_text('{"version": 1')
+        case "missing file":
+            (newest / "rewards.safetensors").unlink()
+    with caplog.at_level(logging.WARNING):
+        back = folder.newest()
+    assert back is not None
+    assert back.iteration == 1
+    assert "00000002" in caplog.text
+
+
+def test_with_none_left_the_error_says_so(folder: CheckpointFolder, tmp_path: Path) -> None:
+    folder.write(checkpoint(1))
+    (tmp_path / "checkpoints" / "00000001" / "checkpoint.json").write_text("[]")
+    with pytest.raises(InputError, match="no checkpoint in .* can be used"):
+        folder.newest()
+    with pytest.raises(InputError, match="not a usable checkpoint"):
+        read_checkpoint(tmp_path / "checkpoints" / "00000001")
+
+
+def test_a_write_that_fails_leaves_the_previous_checkpoint(
+    folder: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.write(checkpoint(1))
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("learner.checkpoint._write", full)
+    with pytest.raises(OSError, match="No space left"):
+        folder.write(checkpoint(2))
+    assert names(tmp_path) == ["00000001"]
+    assert folder.newest().iteration == 1  # type: ignore[union-attr]

@@ -1,0 +1,153 @@
+"""Whole runs in one process: what a seed determines, what a resume continues, what imitation must not see."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import actors.collector
+from actors.settings import ActorSettings, EvaluationSettings
+from learner.algorithms import ALGORITHMS, algorithm
+from learner.process import run_serial
+from learner.settings import CloningSettings, LearnerSettings
+from protocol.errors import InputError, NumericalError
+from protocol.job import Endpoints, Job
+from protocol.messages import Sender
+from protocol.registry import make_environment
+from protocol.telemetry import Telemetry
+from reward_server.settings import RewardSettings
+
+torch.set_num_threads(1)
+STEPS_PER_ITERATION = 100
+ITERATIONS = 6
+
+
+def run(
+    folder: Path,
+    name: str = "bm3il",
+    seed: int = 1,
+    actor_count: int = 2,
+    config: str = "config",
+    stop: threading.Event | None = None,
+    **learner: float,
+) -> dict[str, object]:
+    """A small run; returns what is in its result.json."""
+    job = Job(
+        run_id="test",
+        run_folder=folder,
+        environment="rover_tower?pairs=2",
+        demonstrations="rover_tower_4",
+        demonstration_episodes=10,
+        algorithm=name,
+        seed=seed,
+        steps=ITERATIONS * STEPS_PER_ITERATION,
+        actors=actor_count,
+        parameter_sharing="type",
+        device="cpu",
+        threads=1,
+        endpoints=Endpoints("", "", "", ""),
+    )
+    actor = ActorSettings(steps_per_iteration=STEPS_PER_ITERATION, hidden=(16,), agent_identity=True)
+    settings = dataclasses.replace(
+        LearnerSettings(hidden=16, heads=2, updates=3, batch_size=32, window_steps=300, checkpoint_interval=2), **learner
+    )
+    reward = RewardSettings(particles=2, hidden=(16,), updates=2, batch_size=32, window_steps=300)
+    reward = algorithm(name).reward_settings(reward)
+    evaluation = EvaluationSettings(interval=2, episodes=20, final_episodes=20)
+    folder.mkdir(exist_ok=True)
+    cloning = CloningSettings(updates=3, iterations=ITERATIONS, batch_size=32)
+    telemetry = Telemetry("learner", 0, Sender("test", "learner-0"))
+    telemetry.stop = stop or telemetry.stop
+    try:
+        run_serial(job, settings, cloning, actor, reward, evaluation, config, telemetry)
+    finally:
+        telemetry.close()
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_a_seed_determines_every_bit_of_the_policy(tmp_path: Path) -> None:
+    first, again, other = (
+        run(tmp_path / name, seed=seed)["policy_sha256"] for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_every_algorithm_runs_to_its_end(tmp_path: Path, name: str) -> None:
+    result = run(tmp_path / "run", name)
+    assert result["status"] == "finished"
+    assert result["iterations"] == ITERATIONS
+    assert result["env_steps"] == (0 if name == "bc" else ITERATIONS * STEPS_PER_ITERATION)
+    assert np.isfinite(result["normalized_return"])  # type: ignore[call-overload]
+    assert (tmp_path / "run" / "curve.png").stat().st_size > 1000
+
+
+class _Blinded:
+    """An environment whose true rewards are not numbers."""
+
+    def __init__(self, name: str, num_envs: int) -> None:
+        self._environment = make_environment(name, num_envs)
+        self.spec, self.num_envs, self.reset = self._environment.spec, num_envs, self._environment.reset
+
+    def step(self, actions: list[np.ndarray]) -> object:
+        now = self._environment.step(actions)
+        return dataclasses.replace(now, rewards=[np.full_like(r, np.nan) for r in now.rewards])
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(ALGORITHMS) if ALGORITHMS[name].imitates])
+def test_imitation_never_reads_a_true_reward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    seen = run(tmp_path / "seen", name)["policy_sha256"]
+    monkeypatch.setattr(actors.collector, "make_environment", _Blinded)
+    assert run(tmp_path / "blind", name)["policy_sha256"] == seen
+
+
+def test_an_expert_does_read_true_rewards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actors.collector, "make_environment", _Blinded)
+    with pytest.raises(NumericalError, match="reward"):
+        run(tmp_path / "blind", "expert")
+
+
+@pytest.mark.parametrize("name", ["bm3il", "bc"])
+def test_stop_and_resume_ends_with_the_same_policy(tmp_path: Path, name: str) -> None:
+    whole = run(tmp_path / "whole", name)
+
+    class StopsInTheMiddle(threading.Event):
+        """Set from its fourth question on: some iterations in."""
+
+        questions = 0
+
+        def is_set(self) -> bool:
+            self.questions += 1
+            return self.questions > 3
+
+    stopped = run(tmp_path / "parts", name, stop=StopsInTheMiddle())
+    assert stopped["status"] == "interrupted"
+    assert 0 < stopped["iterations"] < ITERATIONS  # type: ignore[operator]
+    resumed = run(tmp_path / "parts", name)
+    assert resumed["policy_sha256"] == whole["policy_sha256"]
+    assert resumed["return_mean"] == whole["return_mean"]
+    curves = [(tmp_path / part / "curve.csv").read_text().splitlines() for part in ("whole", "parts")]
+    assert [line.split(",")[:2] for line in curves[0]] == [line.split(",")[:2] for line in curves[1]]
+
+
+def test_another_configuration_is_not_resumed(tmp_path: Path) -> None:
+    run(tmp_path / "run", config="steps: 1\nseed: 2")
+    with pytest.raises(InputError, match="steps: 1 then, steps: 3 now"):
+        run(tmp_path / "run", config="steps: 3\nseed: 2")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(NumericalError, match="critic_loss is .* in iteration 1"):
+        run(tmp_path / "run", reward_offset=float("nan"))
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["00000000"]
