@@ -21,7 +21,7 @@ from protocol.trajectories import ArrayTable
 
 SILENT_SECONDS = 10.0
 STUCK_SECONDS = 60.0
-REMOTE_GRACE_SECONDS = 6.0
+REMOTE_GRACE_SECONDS = 2.0
 ADDRESS = re.compile(r"[\w.:\[\]-]{1,255}:\d{1,5}")
 
 
@@ -37,6 +37,7 @@ class Director:
         self._heard: dict[str, float] = {}
         self.statuses: dict[str, Status] = {}
         self.stopping = False
+        """Whether everybody who is heard is told to stop."""
 
     def pump(self, timeout_seconds: float = 0.0) -> None:
         """Take in heartbeats, waiting up to `timeout_seconds` for the first."""
@@ -67,9 +68,8 @@ class Director:
                 lines.append(f"{name} has been in '{status.stage}' for {inside:.0f} s")
         return lines
 
-    def stop_nodes(self) -> None:
-        """Tell everybody to stop, and wait a while until the other nodes' supervisors have done so."""
-        self.stopping = True
+    def wait_for_nodes(self) -> None:
+        """Wait a while until the other nodes' supervisors have stopped, too."""
         deadline = time.monotonic() + REMOTE_GRACE_SECONDS
         while not self._all_ended() and time.monotonic() < deadline:
             self.pump(0.1)
@@ -112,8 +112,10 @@ def direct(plan: Plan, progress: Progress, stopped: StopRequests) -> Outcome:
             outcome = supervisor.watch() or director.remote_outcome()
             progress.show(director.statuses.get("learner-0"), director.worries())
     finally:
-        end = supervisor.stop(stopped, director.pump)
-        director.stop_nodes()
+        end = supervisor.stop_learner(stopped, director.pump)
+        director.stopping = True
+        supervisor.stop_all(stopped, director.pump)
+        director.wait_for_nodes()
         director.close()
         telemetry.close()
     return outcome or end
@@ -131,7 +133,7 @@ def follow(plan: Plan, node: int, stopped: StopRequests, say: Callable[[str], No
             if outcome is None and (outcome := supervisor.watch()):
                 telemetry.text, telemetry.numbers["exit_code"] = outcome.text, outcome.code
     finally:
-        supervisor.stop(stopped, lambda: None)
+        supervisor.stop_all(stopped, lambda: None)
         telemetry.numbers["ended"] = 1
         telemetry.close()
 

@@ -17,7 +17,7 @@ from protocol.telemetry import Telemetry
 MAX_RESTARTS = 5
 RESTART_WINDOW_SECONDS = 120.0
 RESTART_DELAY_SECONDS = 0.5
-LEARNER_GRACE_SECONDS = 6.5
+LEARNER_GRACE_SECONDS = 5.5
 OTHERS_GRACE_SECONDS = 1.5
 POLL_SECONDS = 0.05
 
@@ -76,19 +76,21 @@ class Supervisor:
         self._metrics.processes.set(sum(child.alive for child in self._children))
         return None
 
-    def stop(self, stopped: StopRequests, meanwhile: Callable[[], None]) -> Outcome:
-        """End all processes of the node: the learner first, for its checkpoint needs the others.
+    def stop_learner(self, stopped: StopRequests, meanwhile: Callable[[], None]) -> Outcome:
+        """End the learner, before the others: its checkpoint needs them. Returns how it ended.
 
-        `meanwhile` is called while waiting; a second request to stop ends the patience. Returns the learner's end.
+        `meanwhile` is called while waiting; a second request to stop ends the patience.
         """
-        learner = [child for child in self._children if child.process.role == "learner"]
-        others = [child for child in self._children if child.process.role != "learner"]
-        for children, grace_seconds in ((learner, LEARNER_GRACE_SECONDS), (others, OTHERS_GRACE_SECONDS)):
-            self._end(children, grace_seconds, stopped, meanwhile)
-        code = learner[0].exit_code if learner else INTERRUPTED
+        learners = [child for child in self._children if child.process.role == "learner"]
+        self._end(learners, LEARNER_GRACE_SECONDS, stopped, meanwhile)
+        code = learners[0].exit_code if learners else INTERRUPTED
         if code in FINAL_CODES:
-            return Outcome(code, learner[0].last_words())
+            return Outcome(code, learners[0].last_words())
         return Outcome(FINISHED if code == FINISHED else INTERRUPTED)
+
+    def stop_all(self, stopped: StopRequests, meanwhile: Callable[[], None]) -> None:
+        """End whatever is left on the node."""
+        self._end(self._children, OTHERS_GRACE_SECONDS, stopped, meanwhile)
 
     def _ended(self, child: Child, code: int) -> Outcome | None:
         name = child.process.name
