@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """The one line of a command that must exit with 2."""
+    assert main(list(args)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_unknown_names_are_one_line_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean train" in fails(capsys, "trian")
+    assert "did you mean --seed" in fails(capsys, "train", "--sed", "1")
+    assert "did you mean bm3il" in fails(capsys, "train", "--algorithm", "bm3li")
+    assert "did you mean rover_tower" in fails(capsys, "check-environment", "rover_towr")
+    assert "neither a file nor" in fails(capsys, "demonstrations", "inspect", "nothing")
+    assert "required: run" in fails(capsys, "resume")
+
+
+def test_demonstrations_that_do_not_fit_are_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    error = fails(capsys, "train", "--demonstrations", "rover_tower_4", "--runs-folder", str(tmp_path / "runs"))
+    assert "do not fit" in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_folder_that_exists_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    assert "exists" in fails(capsys, "train", "--run", "a", "--runs-folder", str(tmp_path))
+    assert list((tmp_path / "a").iterdir()) == []
+    assert "plain folder name" in fails(capsys, "train", "--run", "../a", "--runs-folder", str(tmp_path))
+
+
+def test_a_folder_that_cannot_be_made_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot create" in fails(capsys, "train", "--runs-folder", str(tmp_path / "file"))
+
+
+def test_what_is_no_run_cannot_be_resumed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "is not the folder of a run" in fails(capsys, "resume", str(tmp_path))
+
+
+def test_the_environment_keeps_its_contract(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-environment", "rover_tower?pairs=2"]) == 0
+    assert "all checks passed" in capsys.readouterr().out
+
+
+def test_recorded_demonstrations_can_be_inspected(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = str(tmp_path / "mine.safetensors")
+    assert main(["demonstrations", "record", "rover_tower?pairs=2", "--episodes", "3", "--output", file]) == 0
+    capsys.readouterr()
+    assert main(["demonstrations", "inspect", file]) == 0
+    assert "3, from 3 independent starts" in capsys.readouterr().out
+    error = fails(capsys, "demonstrations", "record", "rover_tower?pairs=2", "--output", file)
+    assert "exists" in error

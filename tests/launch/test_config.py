@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch.config import Config, load_preset, parse_config, preset_names
+from protocol.errors import InputError
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_load_and_pass_their_checks(name: str) -> None:
+    config = load_preset(name)
+    assert config.preset == name
+    config.checked()
+
+
+def test_yaml_round_trips_everything() -> None:
+    config = parse_config(["--seed", "7", "--actor.hidden", "32", "16", "--learner.no-attend-own-type"])
+    assert config.actor.hidden == (32, 16)
+    assert not config.learner.attend_own_type
+    assert Config.from_yaml(config.to_yaml(), "test") == config
+
+
+def test_flags_win_over_the_preset() -> None:
+    config = parse_config(["--preset", "rover_tower_4", "--steps=5"])
+    assert config.environment == "rover_tower?pairs=2"
+    assert config.steps == 5
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--preset", "rover_towr_8"], "unknown preset 'rover_towr_8'; did you mean rover_tower_8"),
+        (["--sed", "3"], "did you mean --seed"),
+        (["--learner.batchsize=3"], "did you mean --learner.batch-size"),
+        (["--seed", "many"], "--seed"),
+        (["--mode", "quick"], "'lockstep', 'async', 'serial'"),
+        (["--seed"], "Missing value for argument '--seed'"),
+        (["stray"], "stray"),
+    ],
+)
+def test_what_cannot_be_understood_is_one_line(args: list[str], expected: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse_config(args)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "│" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"algorithm": "bm4il"}, "unknown algorithm 'bm4il'; did you mean bm3il"),
+        ({"environment": "rover_tover?pairs=4"}, "unknown environment 'rover_tover'; did you mean rover_tower"),
+        ({"steps": 0}, "--steps must be at least 1"),
+        ({"demonstrations": ""}, "learns from demonstrations"),
+    ],
+)
+def test_checks_name_what_is_wrong(change: dict[str, object], expected: str) -> None:
+    with pytest.raises(InputError) as error:
+        replace(load_preset("default"), **change).checked()
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("learner: {polcy_learning_rate: 0.1}", "did you mean learner.policy_learning_rate"),
+        ("learner: {hidden: 3.5}", "learner.hidden must be int, got 3.5"),
+        ("learner: {hidden: true}", "learner.hidden must be int, got True"),
+        ("learner: 3", "learner must hold keys and values"),
+        ("actor: {hidden: [1, x]}", "actor.hidden must be"),
+        ("mode: quick", "mode must be one of lockstep, async, serial"),
+        ("- 1", "expected keys and values"),
+        ("a: [", "is not YAML"),
+        ("!!python/object/apply:os.system [ls]", "is not YAML"),
+    ],
+)
+def test_preset_files_are_checked(tmp_path: Path, text: str, expected: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError) as error:
+        load_preset(str(file))
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_scientific_notation_without_a_dot_is_a_number(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("learner: {policy_learning_rate: 1e-3}\nreward: {prior_stddev: 2}")
+    config = load_preset(str(file))
+    assert config.learner.policy_learning_rate == 1e-3
+    assert config.reward.prior_stddev == 2.0
+
+
+def test_the_algorithm_decides_particles_and_source() -> None:
+    config = load_preset("default")
+    assert config.checked().reward.particles == config.reward.particles
+    assert replace(config, algorithm="ma-gail").checked().reward.particles == 1
+    assert replace(config, algorithm="expert").checked().reward.source == "environment"

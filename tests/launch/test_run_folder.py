@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from launch import run, run_folder
+from launch.config import Config, load_preset
+from launch.outcome import Outcome, attempt
+from protocol.errors import InputError, NumericalError
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return replace(load_preset("default"), run="mine", runs_folder=str(tmp_path / "runs"))
+
+
+def test_a_new_folder_holds_the_configuration(config: Config) -> None:
+    folder = run_folder.create(config)
+    assert run_folder.open_existing(folder) == config
+
+
+def test_no_space_leaves_nothing(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    with pytest.raises(InputError, match="has 1 MiB free"):
+        run_folder.create(config)
+    assert not Path(config.runs_folder, "mine").exists()
+
+
+def test_two_launchers_cannot_have_one_run(config: Config) -> None:
+    folder = run_folder.create(config)
+    assert not run_folder.is_running(folder)
+    with run_folder.locked(folder):
+        assert run_folder.is_running(folder)
+        with pytest.raises(InputError, match="being run by another process"), run_folder.locked(folder):
+            pass
+    assert not run_folder.is_running(folder)
+
+
+def test_names_tell_the_runs_apart(config: Config) -> None:
+    assert run_folder.named(config).run == "mine"
+    assert run_folder.named(replace(config, run="", seed=3)).run.startswith("default-bm3il-seed3-2")
+
+
+def test_the_conclusion_completes_the_result(config: Config) -> None:
+    folder = run_folder.create(config)
+    (folder / "result.json").write_text(json.dumps({"env_steps": 5, "status": "interrupted"}))
+    run_folder.conclude(folder, config, Outcome(1, "actor-0 died"))
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["status"], result["exit_code"], result["error"]) == ("failed", 1, "actor-0 died")
+    assert (result["env_steps"], result["mode"], result["algorithm"]) == (5, "lockstep", "bm3il")
+    run_folder.conclude(folder, config, Outcome(0))
+    result = json.loads((folder / "result.json").read_text())
+    assert result["status"] == "finished"
+    assert "error" not in result
+
+
+def test_another_configuration_is_refused_on_resume_and_shown(config: Config) -> None:
+    folder = run_folder.create(config)
+    with pytest.raises(InputError, match="steps: 150000 then, steps: 7 now"):
+        run.resume(folder, replace(config, steps=7))
+
+
+def test_serial_mode_has_one_node(config: Config) -> None:
+    with pytest.raises(InputError, match="one process"):
+        run.check(replace(config, mode="serial", nodes=2))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (InputError("bad"), 2, "bad"),
+        (NumericalError("critic loss"), 3, "critic loss"),
+        (TimeoutError("no chunk"), 4, "no chunk"),
+        (OSError(28, "No space left on device", "x.csv"), 2, "cannot write x.csv: No space left on device"),
+    ],
+)
+def test_errors_that_a_restart_cannot_cure_become_an_outcome(error: Exception, code: int, text: str) -> None:
+    def work() -> str:
+        raise error
+
+    outcome = attempt(work)
+    assert outcome.code == code
+    assert text in outcome.text
+    assert outcome.status == "failed"
+
+
+def test_other_errors_are_crashes() -> None:
+    def work() -> str:
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output"):
+        attempt(work)
+    assert attempt(lambda: "interrupted") == Outcome(130)
+    assert attempt(lambda: None) == Outcome(0)

@@ -1,0 +1,199 @@
+"""The supervisor, with workers of a few lines."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch import supervisor as module
+from launch.config import load_preset
+from launch.outcome import Outcome
+from launch.supervisor import StopRequests, Supervisor
+from launch.topology import Node, Plan, Process, ipc_endpoints
+from protocol.messages import Sender
+from protocol.telemetry import Telemetry
+
+SLEEP = "import time; time.sleep(60)"
+OBEY = """
+import signal, sys, time
+def end(*_):
+    print(sys.argv[1], "told", time.time(), flush=True)
+    time.sleep(float(sys.argv[2]))
+    print(sys.argv[1], "ended", time.time(), flush=True)
+    sys.exit(130)
+signal.signal(signal.SIGTERM, end)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def plan_of(folder: Path, *processes: Process) -> Plan:
+    config = load_preset("default")
+    return Plan("run", str(folder), config.to_yaml(), (Node("here"),), processes, ipc_endpoints(folder))
+
+
+@pytest.fixture
+def telemetry() -> Iterator[Telemetry]:
+    telemetry = Telemetry("supervisor", 0, Sender("run", "supervisor-0"))
+    yield telemetry
+    telemetry.close()
+
+
+def watch(supervisor: Supervisor, until: Callable[[], bool] = lambda: False, seconds: float = 20.0) -> Outcome | None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if (outcome := supervisor.watch()) or until():
+            return outcome
+        time.sleep(0.02)
+    raise AssertionError("nothing happened in time")
+
+
+def start(
+    folder: Path, telemetry: Telemetry, workers: dict[str, list[str]], said: list[str] | None = None
+) -> Supervisor:
+    processes = tuple(Process(role, 0, 0) for role in workers)
+    say = (lambda _: None) if said is None else said.append
+    supervisor = Supervisor(
+        plan_of(folder, *processes), 0, telemetry, say, lambda p: [sys.executable, "-c", *workers[p.role]]
+    )
+    supervisor.start()
+    return supervisor
+
+
+def end(supervisor: Supervisor) -> Outcome:
+    stopped = StopRequests()
+    outcome = supervisor.stop_learner(stopped, lambda: None)
+    supervisor.stop_all(stopped, lambda: None)
+    return outcome
+
+
+def test_a_process_that_keeps_crashing_ends_the_run_with_its_traceback(
+    tmp_path: Path, telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RESTART_DELAY_SECONDS", 0.0)
+    said: list[str] = []
+    crash = "print('a Traceback in a log'); raise RuntimeError('out of luck')"
+    supervisor = start(tmp_path, telemetry, {"learner": [SLEEP], "actor": [crash]}, said)
+    outcome = watch(supervisor)
+    end(supervisor)
+    assert outcome is not None
+    assert outcome.code == 1
+    assert "actor-0 ended with code 1, 6 times" in outcome.text
+    assert outcome.text.count("Traceback (most recent call last)") == 1
+    assert outcome.text.endswith("RuntimeError: out of luck")
+    assert len(said) == 5
+    restarts = telemetry.registry.get_sample_value("bm3il_supervisor_restarts_total", {"process": "actor-0"})
+    assert restarts == 5
+
+
+def test_a_killed_process_comes_back(tmp_path: Path, telemetry: Telemetry) -> None:
+    worker = "import os, sys, time; open(sys.argv[1], 'a').write(f'{os.getpid()} '); time.sleep(60)"
+    pids = tmp_path / "pids"
+    supervisor = start(tmp_path, telemetry, {"actor": [worker, str(pids)]})
+    watch(supervisor, pids.exists)
+    time.sleep(0.1)
+    psutil.Process(int(pids.read_text().split()[0])).kill()
+    watch(supervisor, lambda: len(pids.read_text().split()) == 2)
+    end(supervisor)
+
+
+@pytest.mark.parametrize(("code", "role"), [(2, "actor"), (3, "learner"), (4, "learner")])
+def test_final_codes_end_the_run_without_a_restart(tmp_path: Path, telemetry: Telemetry, code: int, role: str) -> None:
+    script = f"import sys; print('why it ended', file=sys.stderr); sys.exit({code})"
+    supervisor = start(tmp_path, telemetry, {role: [script], "evaluator": [SLEEP]})
+    assert watch(supervisor) == Outcome(code, f"{role}-0: why it ended")
+    end(supervisor)
+
+
+def test_the_run_is_done_when_the_learner_is(tmp_path: Path, telemetry: Telemetry) -> None:
+    supervisor = start(tmp_path, telemetry, {"learner": ["pass"], "actor": [SLEEP]})
+    assert watch(supervisor) == Outcome(0)
+    assert end(supervisor) == Outcome(0)
+
+
+def test_the_learner_is_stopped_first_and_the_others_after_it(tmp_path: Path, telemetry: Telemetry) -> None:
+    supervisor = start(
+        tmp_path, telemetry, {"reward-server": [OBEY, "rewards", "0"], "learner": [OBEY, "learner", "0.4"]}
+    )
+    logs = [tmp_path / "logs" / f"{name}-0.log" for name in ("learner", "reward-server")]
+    watch(supervisor, lambda: all("ready" in log.read_text() for log in logs))
+    assert end(supervisor) == Outcome(130)
+    times = {
+        tuple(words[:2]): float(words[2]) for log in logs for words in map(str.split, log.read_text().splitlines()[1:])
+    }
+    assert times["learner", "told"] + 0.4 <= times["learner", "ended"] <= times["rewards", "told"]
+    assert ("rewards", "ended") in times
+
+
+def test_who_does_not_obey_is_killed(tmp_path: Path, telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LEARNER_GRACE_SECONDS", 0.3)
+    supervisor = start(tmp_path, telemetry, {"learner": [OBEY, "learner", "60"]})
+    log = tmp_path / "logs" / "learner-0.log"
+    watch(supervisor, lambda: "ready" in log.read_text())
+    began = time.monotonic()
+    end(supervisor)
+    assert 0.3 <= time.monotonic() - began < 2
+    assert "learner ended" not in log.read_text()
+
+
+def test_a_second_request_ends_the_patience(tmp_path: Path, telemetry: Telemetry) -> None:
+    supervisor = start(tmp_path, telemetry, {"learner": [OBEY, "learner", "60"]})
+    log = tmp_path / "logs" / "learner-0.log"
+    watch(supervisor, lambda: "ready" in log.read_text())
+    stopped = StopRequests()
+    stopped.count = 1
+    began = time.monotonic()
+    supervisor.stop_learner(stopped, stopped.add)
+    assert time.monotonic() - began < 1
+
+
+SUPERVISE = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from test_supervisor import SLEEP, plan_of
+from launch.supervisor import Supervisor
+from launch.topology import Process
+from protocol.messages import Sender
+from protocol.telemetry import Telemetry
+processes = [Process("actor", index, 0) for index in range(3)]
+plan = plan_of(Path(sys.argv[1]), *processes)
+telemetry = Telemetry("supervisor", 0, Sender("run", "supervisor-0"))
+supervisor = Supervisor(plan, 0, telemetry, print, lambda p: [sys.executable, "-c", SLEEP, sys.argv[2]])
+supervisor.start()
+print("started", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_killed_supervisor_leaves_no_orphan(tmp_path: Path) -> None:
+    token = f"token-{time.time_ns()}"
+    command = [sys.executable, "-c", SUPERVISE, str(tmp_path), token, str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as supervisor:
+        assert supervisor.stdout is not None
+        assert supervisor.stdout.readline() == "started\n"
+        deadline = time.monotonic() + 10
+        while len(_sleepers(token)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(_sleepers(token)) == 3
+        supervisor.kill()
+    deadline = time.monotonic() + 3
+    while _sleepers(token) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert _sleepers(token) == []
+
+
+def _sleepers(token: str) -> list[psutil.Process]:
+    """Processes of the fake workers that are alive; the dead may stay zombies where nobody reaps them."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        command = process.info["cmdline"] or []
+        if command[-1:] == [token] and SLEEP in command and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found

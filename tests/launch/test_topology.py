@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch.config import load_preset
+from launch.rendezvous import PORTS, _free_ports, _plan
+from launch.topology import Node, Plan, Process, ipc_endpoints, place, tcp_endpoints
+from protocol.errors import InputError
+
+
+def test_actors_go_round_the_nodes() -> None:
+    processes = place(replace(load_preset("default"), actors=5, nodes=3))
+    assert Counter(p.node for p in processes if p.role == "actor") == {0: 2, 1: 2, 2: 1}
+    assert {p.role for p in processes if p.node == 0} == {"learner", "evaluator", "reward-server", "actor"}
+
+
+def test_cloning_needs_neither_actors_nor_rewards() -> None:
+    processes = place(replace(load_preset("default"), algorithm="bc"))
+    assert {p.role for p in processes} == {"learner", "evaluator"}
+
+
+def test_endpoints_are_where_their_roles_are() -> None:
+    nodes = (Node("a", "10.0.0.1", (1, 2, 3, 4)), Node("b", "10.0.0.2", (5, 6, 7, 8)))
+    endpoints = tcp_endpoints(nodes, (Process("learner", 0, 0), Process("reward-server", 0, 1)))
+    assert endpoints.experience == "tcp://10.0.0.1:1"
+    assert endpoints.rewards == "tcp://10.0.0.2:7"
+    assert endpoints.control == "tcp://10.0.0.1:4"
+
+
+def test_a_plan_round_trips_and_can_be_read(tmp_path: Path) -> None:
+    config = replace(load_preset("default"), nodes=2, actors=2)
+    processes, nodes = place(config), (Node("a", ports=(1, 2, 3, 4)), Node("b", ports=(5, 6, 7, 8)))
+    plan = Plan("id", str(tmp_path), config.to_yaml(), nodes, processes, tcp_endpoints(nodes, processes))
+    assert Plan.from_json(plan.to_json()) == plan
+    assert plan.config == config
+    assert "node 1 (b): supervisor-1 actor-1" in plan.lines()
+
+
+def test_a_long_temporary_folder_is_refused() -> None:
+    ipc_endpoints(Path("/tmp/bm3il-x"))
+    with pytest.raises(InputError, match="set TMPDIR"):
+        ipc_endpoints(Path("/tmp", "x" * 100))
+
+
+def test_ports_are_free_and_not_for_outgoing_connections() -> None:
+    with ExitStack() as held:
+        ports = _free_ports("127.0.0.1", held)
+        assert len(set(ports)) == 4
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", ports[0]))
+    assert set(ports) <= set(PORTS)
+
+
+def test_a_world_of_the_wrong_size_and_other_machines_are_refused() -> None:
+    config = replace(load_preset("default"), nodes=2)
+    order = {"config_yaml": config.to_yaml(), "run_folder": "r", "run_id": "i", "processes": []}
+    facts = [{"host": host, "address": "127.0.0.1", "ports": [1, 2, 3, 4]} for host in ("a", "b")]
+    with pytest.raises(InputError, match="a world of 1"):
+        _plan(order, facts[:1], 1)
+    with pytest.raises(InputError, match="on one machine"):
+        _plan(order, facts, 2)

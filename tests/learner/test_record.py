@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import math
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from learner.record import RunRecord
+
+
+def write(record: RunRecord, iterations: list[int]) -> None:
+    for iteration in iterations:
+        figures = {"critic_loss": 1.0 / iteration} if iteration else {}
+        if iteration:
+            record.log_iteration(iteration, figures)
+        record.add_evaluation(iteration, 100 * iteration, 0.5 * iteration, 2.0 * iteration, 0.1, None, figures)
+
+
+def curve(folder: Path) -> list[dict[str, str]]:
+    with (folder / "curve.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_columns_that_come_later_are_added(tmp_path: Path) -> None:
+    write(RunRecord(tmp_path), [0, 1, 2])
+    rows = curve(tmp_path)
+    assert list(rows[0])[:5] == ["iteration", "env_steps", "wall_seconds", "return_mean", "return_stderr"]
+    assert [row["critic_loss"] for row in rows] == ["", "1.0", "0.5"]
+    assert [row["normalized_return"] for row in rows] == ["", "", ""]
+
+
+def test_a_resumed_run_leaves_the_same_record(tmp_path: Path) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    for folder in (whole, resumed):
+        folder.mkdir()
+    write(RunRecord(whole), [0, 1, 2, 3, 4])
+    write(RunRecord(resumed), [0, 1, 2, 3])
+    with (resumed / "log.jsonl").open("a") as file:
+        file.write('{"iteration": 4, "cut sho')
+    again = RunRecord(resumed)
+    again.truncate_after(1)
+    write(again, [2, 3, 4])
+    for name in ("curve.csv", "log.jsonl"):
+        assert (resumed / name).read_text() == (whole / name).read_text()
+
+
+def test_going_back_to_the_start_leaves_nothing(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path)
+    write(record, [0, 1])
+    record.truncate_after(-1)
+    assert curve(tmp_path) == []
+    write(record, [0, 1])
+    assert [row["iteration"] for row in curve(tmp_path)] == ["0", "1"]
+
+
+def test_results_are_plain_json(tmp_path: Path) -> None:
+    RunRecord(tmp_path).write_result({"return_mean": math.nan, "steps": 3})
+    text = (tmp_path / "result.json").read_text()
+    assert json.loads(text) == {"return_mean": None, "steps": 3}
+    assert "NaN" not in text
+
+
+def test_the_picture_is_drawn_with_and_without_an_expert(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path)
+    write(record, [0, 1])
+    for expert_return in (None, 9.0):
+        record.write_result({"algorithm": "bm3il", "random_return": -7.0, "expert_return": expert_return})
+        path = record.draw()
+        assert path.read_bytes().startswith(b"\x89PNG")
+        path.unlink()
+
+
+def test_tensorboard_shows_the_same_figures(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path)
+    write(record, [0, 1, 2])
+    record.write_result({})
+    record.draw()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.value for e in events.Scalars("evaluation/return_mean")] == [0.0, 2.0, 4.0]
+    assert [e.step for e in events.Scalars("training/critic_loss")] == [1, 2]
+
+
+def test_a_file_that_cannot_be_written_is_named() -> None:
+    record = RunRecord(Path("/dev/full"))
+    with pytest.raises(OSError, match=r"log\.jsonl"):
+        record.log_iteration(1, {})
+
+
+def test_errors_keep_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(OSError, match=r"result\.json") as error:
+        RunRecord(tmp_path).write_result({})
+    assert error.value.errno == errno.ENOSPC

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from protocol.channels import Server
+from protocol.messages import Done, Sender, Status
+from protocol.telemetry import STOP, Telemetry
+
+
+@pytest.fixture
+def telemetry() -> Iterator[Telemetry]:
+    telemetry = Telemetry("reward-server", 2, Sender("run", "reward-server-2"))
+    yield telemetry
+    telemetry.close()
+
+
+def scrape(telemetry: Telemetry) -> dict[str, float]:
+    """Sample name with its labels → value, as the endpoint answers."""
+    with urllib.request.urlopen(f"http://{telemetry.metrics_address}/metrics", timeout=5) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+        return {
+            s.name + "".join(f" {k}={v}" for k, v in s.labels.items()): s.value for f in families for s in f.samples
+        }
+
+
+def test_the_endpoint_answers_with_the_roles_names(telemetry: Telemetry) -> None:
+    with telemetry.stage("query"):
+        time.sleep(0.02)
+    telemetry.count_drop("frame")
+    telemetry.count_drop("frame")
+    samples = scrape(telemetry)
+    assert samples["bm3il_reward_server_stage_seconds_count stage=query"] == 1
+    assert 0.02 <= samples["bm3il_reward_server_stage_seconds_sum stage=query"] < 1
+    assert samples["bm3il_reward_server_dropped_messages_total cause=frame"] == 2
+    assert samples["bm3il_reward_server_resident_memory_bytes"] > 1e6
+    assert all(name.startswith("bm3il_reward_server_") for name in samples)
+    assert not any("_created" in name for name in samples)
+
+
+def test_stages_nest_and_tell_how_long_they_last(telemetry: Telemetry) -> None:
+    with telemetry.stage("outer"):
+        with telemetry.stage("inner"):
+            assert telemetry.status().stage == "inner"
+        time.sleep(0.03)
+        assert telemetry.status().stage == "outer"
+        assert telemetry.status().values["stage_seconds"] >= 0.03
+    assert telemetry.numbers["seconds_outer"] > telemetry.numbers["seconds_inner"]
+
+
+def test_a_stage_that_raises_is_still_timed(telemetry: Telemetry) -> None:
+    with pytest.raises(KeyError), telemetry.stage("broken"):
+        raise KeyError
+    assert telemetry.status().stage == "start"
+    assert telemetry.registry.get_sample_value("bm3il_reward_server_stage_seconds_count", {"stage": "broken"}) == 1
+
+
+def test_the_heartbeat_reaches_the_director_and_brings_back_the_wish_to_stop(tmp_path: Path) -> None:
+    control = f"ipc://{tmp_path}/control"
+    telemetry = Telemetry("actor", 3, Sender("run", "actor-3"), node=1)
+    telemetry.numbers["env_steps"] = np.float64(7)
+    telemetry.start_heartbeat(control)  # before the director listens
+    director = Server(
+        control, Sender("run", "supervisor-0"), lambda body: {} if isinstance(body, Status) else None, print
+    )
+    try:
+        (request,) = director.poll(5)
+        status = request.message.body
+        assert request.message.sender.name == "actor-3"
+        assert (status.role, status.index, status.node, status.stage) == ("actor", 3, 1, "start")
+        assert status.values["env_steps"] == 7
+        assert status.metrics_address == telemetry.metrics_address
+        assert not telemetry.stop.is_set()
+        director.answer(request, Done(STOP))
+        assert telemetry.stop.wait(5)
+    finally:
+        telemetry.close()
+        director.close()
+
+
+def test_without_a_director_closing_is_quick() -> None:
+    telemetry = Telemetry("actor", 0, Sender("run", "actor-0"))
+    telemetry.start_heartbeat("ipc:///nowhere/control")
+    start = time.monotonic()
+    telemetry.close()
+    assert time.monotonic() - start < 3.5
+    assert not telemetry.stop.is_set()
+
+
+def test_the_same_names_can_be_used_by_two_in_one_process(telemetry: Telemetry) -> None:
+    other = Telemetry("reward-server", 3, Sender("run", "reward-server-3"))
+    assert other.metrics_address != telemetry.metrics_address
+    other.close()
