@@ -211,6 +211,7 @@ def test_same_seed_same_bits_and_another_seed_others() -> None:
 
 def test_state_restores_everything() -> None:
     model = make_model()
+    model.observe(some_rows(model.layout, 33, 7))
     model.update(0.1)
     saved = model.state()
     assert {n: (a.dtype.name, a.shape) for n, a in saved.items()} == state_table(model.layout, SETTINGS)

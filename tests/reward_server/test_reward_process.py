@@ -140,7 +140,7 @@ def test_a_restarted_server_refuses_the_session_it_does_not_know(tmp_path: Path)
 
 
 def test_queries_of_several_clients_are_computed_together(tmp_path: Path) -> None:
-    with running(tmp_path, dataclasses.replace(SETTINGS, max_delay_seconds=0.5)) as server:
+    with running(tmp_path, dataclasses.replace(SETTINGS, max_delay_seconds=30.0, max_batch_rows=15)) as server:
         clients = [server.client(alone=False) for _ in range(3)]
         clients[0].begin("s")
         for client in clients[1:]:
