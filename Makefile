@@ -1,0 +1,44 @@
+# Needs python3 (3.10 or newer) with venv, and make. Every target makes and fills .venv by itself.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# What `make launch` passes on to `bm3il train`; ARGS is for the rest, e.g. ARGS="--learner.batch-size 512".
+flag = $(if $($(1)),--$(2) '$($(1))')
+FLAGS = $(call flag,PRESET,preset) $(call flag,NODES,nodes) $(call flag,ALGORITHM,algorithm) \
+	$(call flag,ENVIRONMENT,environment) $(call flag,DEMONSTRATIONS,demonstrations) $(call flag,RUN,run) \
+	$(call flag,SEED,seed) $(call flag,STEPS,steps) $(call flag,ACTORS,actors) $(call flag,MODE,mode) $(ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help launch test lint bench
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "Variables of launch: NODES PRESET ALGORITHM ENVIRONMENT DEMONSTRATIONS RUN SEED STEPS ACTORS MODE ARGS"
+
+launch: $(VENV)/.installed  ## train, by default from the demonstrations that come with bm3il
+	@$(BIN)/bm3il train $(FLAGS)
+
+test: $(VENV)/.installed-dev  ## run the tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev  ## check style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev  ## measure against the floors of this machine
+	@for file in $(filter-out benchmarks/floors.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file $(ARGS) || exit 1; done
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "python3 must be 3.10 or newer, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $(VENV)/.installed $@
