@@ -17,7 +17,7 @@ from launch import lifeline
 from launch.topology import Process
 
 TAIL_BYTES = 16_384
-TAIL_LINES = 40
+TAIL_LINES = 80
 
 
 def worker_command(process: Process) -> list[str]:
