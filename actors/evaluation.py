@@ -7,7 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from actors.rollout import Acts, rollout
+from actors.settings import EvaluationSettings
+from protocol.demonstrations import Demonstrations, resolve
 from protocol.environment import Starts
+from protocol.errors import InputError
+from protocol.job import Job
 from protocol.registry import make_environment
 from protocol.seeds import derive_seed
 
@@ -32,6 +36,40 @@ class ReturnEstimate:
         count = len(residuals)
         variance = (residuals**2).sum() * count / max(count - 1, 1)
         return cls(float(values.mean()), float(np.sqrt(variance) / len(values)))
+
+
+class Evaluator:
+    """Plays the episodes on which the policies of a run are compared: the same start states every time.
+
+    With `settings.starts == "demonstrations"` these are the start states of all the demonstrations, from which the
+    expert's return is known; otherwise seeded ones. Raises InputError if the demonstrations hold no start states.
+
+    expert_return: mean true return of all the demonstrations, also if the run learns from few of them; None if unknown.
+    """
+
+    def __init__(self, job: Job, settings: EvaluationSettings) -> None:
+        self._job, self._greedy = job, settings.greedy
+        self._starts: Starts | None = None
+        self._groups: np.ndarray | None = None
+        self.expert_return: float | None = None
+        if not job.demonstrations:
+            return
+        demonstrations = Demonstrations.load(resolve(job.demonstrations))
+        self.expert_return = demonstrations.return_mean
+        if settings.starts == "demonstrations":
+            if not demonstrations.starts:
+                raise InputError("these demonstrations hold no start states: choose --evaluation.starts fresh")
+            self._starts, self._groups = demonstrations.starts, demonstrations.groups
+
+    def returns(self, policy: Acts, episodes: int) -> np.ndarray:
+        """True returns [episodes, N]; from given start states, as many episodes as there are of these."""
+        if self._groups is not None:
+            episodes = len(self._groups)
+        return evaluate(self._job.environment, policy, episodes, self._job.seed, self._greedy, self._starts)
+
+    def estimate(self, returns: np.ndarray) -> ReturnEstimate:
+        """Mean and standard error of what `returns` gave."""
+        return ReturnEstimate.of(returns, self._groups)
 
 
 def evaluate(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from actors.collector import Collector
-from actors.evaluation import evaluate
+from actors.evaluation import Evaluator
 from actors.metrics import ActorMetrics, EvaluatorMetrics
 from actors.policy import Policy
 from actors.settings import ActorSettings, EvaluationSettings
@@ -57,6 +57,7 @@ def run_evaluator(
     policy = build_policy(job, actor_settings)
     weights, learner = _connect(job, policy, telemetry)
     metrics = EvaluatorMetrics(telemetry.registry)
+    evaluator = Evaluator(job, evaluation_settings)
     done: tuple[str, int] | None = None
     while not telemetry.stop.is_set():
         with telemetry.stage("wait_for_weights"):
@@ -66,12 +67,11 @@ def run_evaluator(
             continue
         policy.load_arrays(message.arrays)
         start = time.perf_counter()
-        episodes = message.body.evaluate_episodes
         with telemetry.stage("evaluate"):
-            returns = evaluate(job.environment, policy, episodes, job.seed, evaluation_settings.greedy)
+            returns = evaluator.returns(policy, message.body.evaluate_episodes)
         metrics.count(returns, message.body.version)
         done = (message.body.session, message.body.version)
-        learner.submit(Evaluation(*done, episodes, time.perf_counter() - start), {"returns": returns})
+        learner.submit(Evaluation(*done, len(returns), time.perf_counter() - start), {"returns": returns})
 
 
 def build_policy(job: Job, settings: ActorSettings) -> Policy:

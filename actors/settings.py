@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -27,5 +28,7 @@ class EvaluationSettings:
     """Episodes of one evaluation (the same start states each time)."""
     final_episodes: int = 1_000
     """Episodes of the evaluation of the final policy."""
+    starts: Literal["fresh", "demonstrations"] = "fresh"
+    """Seeded start states, or those of the demonstrations (all of them), from which the expert's return is known."""
     greedy: bool = False
     """Take the likeliest action instead of drawing one."""

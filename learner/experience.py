@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from actors.collector import Collector, episodes_per_chunk
-from actors.evaluation import evaluate
+from actors.evaluation import Evaluator
 from actors.policy import Policy
 from actors.settings import ActorSettings, EvaluationSettings
 from protocol.channels import Broadcaster, Request, Server
@@ -57,17 +57,14 @@ class LocalExperience:
     """All actors and the evaluator in this process, one after the other: the same bits as processes give."""
 
     def __init__(self, job: Job, actor: ActorSettings, evaluation: EvaluationSettings) -> None:
-        self._job, self._evaluation = job, evaluation
+        self._evaluator = Evaluator(job, evaluation)
         self._collectors = [Collector(job, actor, index) for index in range(job.actors)]
         self._evaluated: list[Evaluated] = []
 
     def publish(self, session: str, version: int, policy: Policy, evaluate_episodes: int) -> None:
         self._policy, self._version = policy, version
         if evaluate_episodes:
-            returns = evaluate(
-                self._job.environment, policy, evaluate_episodes, self._job.seed, self._evaluation.greedy
-            )
-            self._evaluated.append(Evaluated(version, returns))
+            self._evaluated.append(Evaluated(version, self._evaluator.returns(policy, evaluate_episodes)))
 
     def collect(self, abort: Callable[[], None]) -> list[Trajectories]:
         return [collector.collect(self._policy, self._version) for collector in self._collectors]

@@ -89,8 +89,6 @@ def _train(
         algorithm_run = Imitation(job, settings, actor, policy, demonstrations, experience, rewards, telemetry)
         iterations = iterations_for(job.steps, actor, job, policy)
     record = RunRecord(job.run_folder)
-    expert_return = None if demonstrations is None else demonstrations.return_mean
-    training = Training(
-        job, settings, evaluation, iterations, algorithm_run, experience, record, config_yaml, expert_return, telemetry
-    )
-    return training.run()
+    return Training(
+        job, settings, evaluation, iterations, algorithm_run, experience, record, config_yaml, telemetry
+    ).run()

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from actors.collector import episodes_per_chunk
-from actors.evaluation import ReturnEstimate, evaluate
+from actors.evaluation import Evaluator, ReturnEstimate
 from actors.policy import Policy, UniformPolicy
 from actors.settings import ActorSettings, EvaluationSettings
 from learner.checkpoint import Checkpoint, CheckpointFolder
@@ -77,7 +77,6 @@ class Training:
         experience: Experience,
         record: RunRecord,
         config_yaml: str,
-        expert_return: float | None,
         telemetry: Telemetry,
     ) -> None:
         self._job, self._settings, self._evaluation = job, settings, evaluation
@@ -88,10 +87,11 @@ class Training:
         self._facts = Facts()
         self._final_estimate: ReturnEstimate | None = None
         self._figures: dict[int, dict[str, float]] = {}
+        self._evaluator = Evaluator(job, evaluation)
         with telemetry.stage("baseline"):
-            random_returns = evaluate(job.environment, UniformPolicy(), evaluation.final_episodes, job.seed)
+            random_returns = self._evaluator.returns(UniformPolicy(), evaluation.final_episodes)
         self._random_return = float(random_returns.mean())
-        self._expert_return = expert_return
+        self._expert_return = self._evaluator.expert_return
 
     def run(self) -> str:
         """Train to the end, or until told to stop: `finished` or `interrupted`.
@@ -198,7 +198,7 @@ class Training:
         return {"env_steps": self._facts.env_steps, "wall_seconds": self._facts.wall_seconds}
 
     def _record_evaluation(self, evaluated: Evaluated) -> None:
-        estimate = ReturnEstimate.of(evaluated.returns)
+        estimate = self._evaluator.estimate(evaluated.returns)
         figures = self._figures.pop(evaluated.version, {"env_steps": 0.0, "wall_seconds": 0.0})
         self._record.add_evaluation(
             evaluated.version,

@@ -1,0 +1,147 @@
+"""Real processes, real signals: a lockstep run ends with the policy that its seed determines, whatever is killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+DEADLINE_SECONDS = 90.0
+SMALL = [
+    *("--preset", "rover_tower_4", "--environment", "rover_tower?pairs=2", "--demonstrations", "rover_tower_4"),
+    *("--seed", "3", "--steps", "6000", "--actor.steps-per-iteration", "100", "--actor.hidden", "16"),
+    *("--learner.hidden", "16", "--learner.heads", "2", "--learner.updates", "8", "--learner.batch-size", "64"),
+    *("--learner.checkpoint-interval", "5", "--reward.hidden", "16", "--reward.updates", "2"),
+    *("--reward.batch-size", "64", "--reward.particles", "2", "--evaluation.interval", "10"),
+    *("--evaluation.episodes", "20", "--evaluation.final-episodes", "20"),
+]
+
+
+def start(folder: Path, run: str, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "launch.cli", "train", "--run", run, *SMALL, *options]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def result_of(folder: Path, run: str) -> dict[str, Any]:
+    return json.loads((folder / "runs" / run / "result.json").read_text())
+
+
+def iterations(folder: Path, run: str) -> int:
+    log = folder / "runs" / run / "log.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not (value := condition()):
+        assert process.poll() is None, f"the run ended early: {process.communicate()[0]}"
+        assert time.monotonic() < deadline, "the run did not come so far"
+        time.sleep(0.02)
+    return value
+
+
+def worker(process: subprocess.Popen[str], role: str) -> psutil.Process | None:
+    """The process of this role below a run's command."""
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            command = child.cmdline()
+        except psutil.Error:
+            continue
+        if "launch.worker" in command and role in command and child.status() != psutil.STATUS_ZOMBIE:
+            return child
+    return None
+
+
+def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = start(folder, "run", "--mode", "serial")
+    output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 0, output
+    return result_of(folder, "run")
+
+
+def test_processes_compute_what_one_process_computes(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    process = start(tmp_path, "run")
+    output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 0, output
+    result = result_of(tmp_path, "run")
+    assert result["policy_sha256"] == undisturbed["policy_sha256"]
+    assert result["return_mean"] == undisturbed["return_mean"]
+
+
+@pytest.mark.parametrize("role", ["actor", "reward-server", "learner", "evaluator"])
+def test_a_killed_process_leaves_no_trace_in_the_policy(tmp_path: Path, undisturbed: dict[str, Any], role: str) -> None:
+    process = start(tmp_path, "run")
+    wait_for(lambda: iterations(tmp_path, "run") >= 12, process)
+    victim = wait_for(lambda: worker(process, role), process)
+    victim.send_signal(signal.SIGKILL)
+    output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 0, output
+    result = result_of(tmp_path, "run")
+    assert result["status"] == "finished"
+    assert result["policy_sha256"] == undisturbed["policy_sha256"]
+
+
+def test_an_interrupted_run_resumes_to_the_same_policy(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    process = start(tmp_path, "run")
+    wait_for(lambda: iterations(tmp_path, "run") >= 12, process)
+    processes, asked = descendants(process), time.monotonic()
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 130, output
+    assert time.monotonic() - asked < 10
+    assert result_of(tmp_path, "run")["status"] == "interrupted"
+    assert not alive(processes)
+    resumed = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "resume", "runs/run"], cwd=tmp_path, timeout=DEADLINE_SECONDS, check=False
+    )
+    assert resumed.returncode == 0
+    assert result_of(tmp_path, "run")["policy_sha256"] == undisturbed["policy_sha256"]
+
+
+def test_a_killed_supervisor_leaves_no_orphan_and_resume_gives_the_same_policy(
+    tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    process = start(tmp_path, "run")
+    wait_for(lambda: iterations(tmp_path, "run") >= 12, process)
+    processes = descendants(process)
+    process.kill()
+    process.communicate(timeout=DEADLINE_SECONDS)
+    deadline = time.monotonic() + 10
+    while alive(processes):
+        assert time.monotonic() < deadline, f"orphans: {alive(processes)}"
+        time.sleep(0.1)
+    resumed = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "resume", "runs/run"], cwd=tmp_path, timeout=DEADLINE_SECONDS, check=False
+    )
+    assert resumed.returncode == 0
+    assert result_of(tmp_path, "run")["policy_sha256"] == undisturbed["policy_sha256"]
+
+
+def test_eight_nodes_compute_what_one_computes(tmp_path: Path) -> None:
+    hashes = set()
+    for run, nodes in (("one", "1"), ("eight", "8")):
+        process = start(tmp_path, run, "--nodes", nodes, "--actors", "4", "--steps", "1200")
+        output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+        assert process.returncode == 0, output
+        hashes.add(result_of(tmp_path, run)["policy_sha256"])
+        if nodes == "8":
+            assert all(f"node {number} " in output for number in range(8))
+    assert len(hashes) == 1

@@ -1,0 +1,210 @@
+"""Sockets: answers arrive once, whatever is lost, resent, restarted or garbage."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+
+from protocol.channels import Broadcaster, Client, Listener, Refused, Request, Server, Unanswered
+from protocol.errors import InputError
+from protocol.messages import Done, GetState, Refusal, Sender, Weights
+
+DEADLINE_SECONDS = 10.0
+ARRAY = {"a": np.arange(100_000, dtype=np.float32)}
+
+
+def schema(body: Any) -> Any:
+    return {"a": ("float32", (100_000,))} if isinstance(body, Weights | GetState) else {}
+
+
+class Serving:
+    """A server in a thread that answers every request with how many it has carried out."""
+
+    def __init__(self, endpoint: str, drops: list[str] | None = None) -> None:
+        self.carried_out: list[int] = []
+        self._drops = [] if drops is None else drops
+        self._endpoint, self._stop = endpoint, threading.Event()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+        assert self._ready.wait(DEADLINE_SECONDS)
+
+    def _serve(self) -> None:
+        server = Server(self._endpoint, Sender("run", "server"), schema, self._drops.append)
+        self._ready.set()
+        while not self._stop.is_set():
+            for request in server.poll(0.02):
+                self.handle(server, request)
+        server.close()
+
+    def handle(self, server: Server, request: Request) -> None:
+        self.carried_out.append(request.message.sequence)
+        server.answer(request, Done(str(len(self.carried_out))))
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join(DEADLINE_SECONDS)
+
+
+@pytest.fixture
+def endpoint(tmp_path: Path) -> str:
+    return f"ipc://{tmp_path}/socket"
+
+
+@pytest.fixture
+def client(endpoint: str) -> Iterator[Client]:
+    client = Client(endpoint, Sender("run", "client"), lambda body: {}, lambda cause: None)
+    yield client
+    client.close()
+
+
+def wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.01)
+
+
+def test_a_request_is_answered(endpoint: str, client: Client) -> None:
+    serving = Serving(endpoint)
+    assert client.request(GetState("s"), ARRAY).body == Done("1")
+    assert client.pending == 0
+    serving.close()
+
+
+def test_answers_go_to_their_tickets_in_any_order(endpoint: str, client: Client) -> None:
+    serving = Serving(endpoint)
+    tickets = [client.submit(GetState("s"), ARRAY) for _ in range(3)]
+    notes = [client.result(ticket, DEADLINE_SECONDS).body.note for ticket in reversed(tickets)]
+    assert notes == ["3", "2", "1"]
+    serving.close()
+
+
+def test_a_request_sent_before_the_server_is_there_is_carried_out_once(endpoint: str, client: Client) -> None:
+    ticket = client.submit(GetState("s"), ARRAY)
+    wait_until(lambda: client.pump() or client._pending[ticket].resend_seconds > 2)
+    serving = Serving(endpoint)
+    assert client.result(ticket, DEADLINE_SECONDS).body == Done("1")
+    client.pump(0.3)
+    assert serving.carried_out == [1]
+    serving.close()
+
+
+def test_a_lost_answer_is_given_again_without_doing_the_work_again(endpoint: str, client: Client) -> None:
+    class LosesTheFirstAnswer(Serving):
+        def handle(self, server: Server, request: Request) -> None:
+            send, server._send = server._send, lambda peer, frames: None  # type: ignore[method-assign]
+            super().handle(server, request)
+            server._send = send  # type: ignore[method-assign]
+
+    serving = LosesTheFirstAnswer(endpoint)
+    assert client.request(GetState("s"), ARRAY, DEADLINE_SECONDS).body == Done("1")
+    assert serving.carried_out == [1]
+    serving.close()
+
+
+def test_a_restarted_server_gets_the_request_again(endpoint: str, client: Client) -> None:
+    class Silent(Serving):
+        def handle(self, server: Server, request: Request) -> None:
+            self.carried_out.append(request.message.sequence)
+
+    first = Silent(endpoint)
+    ticket = client.submit(GetState("s"), ARRAY)
+    wait_until(lambda: first.carried_out)
+    first.close()
+    second = Serving(endpoint)
+    assert client.result(ticket, DEADLINE_SECONDS).body == Done("1")
+    second.close()
+
+
+def test_no_answer_ends_in_an_error_that_names_the_request(endpoint: str, client: Client) -> None:
+    with pytest.raises(Unanswered, match="no answer to 'get_state' from ipc://"):
+        client.request(GetState("s"), ARRAY, deadline_seconds=0.3)
+
+
+def test_waiting_can_be_aborted(endpoint: str, client: Client) -> None:
+    def abort() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        client.request(GetState("s"), ARRAY, DEADLINE_SECONDS, abort)
+
+
+def test_a_refusal_is_an_error_with_its_cause(endpoint: str, client: Client) -> None:
+    class Refusing(Serving):
+        def handle(self, server: Server, request: Request) -> None:
+            server.answer(request, Refusal("no_session", "nothing has begun"))
+
+    serving = Refusing(endpoint)
+    with pytest.raises(Refused, match="nothing has begun") as caught:
+        client.request(GetState("s"), ARRAY)
+    assert caught.value.cause == "no_session"
+    serving.close()
+
+
+def test_garbage_is_counted_and_logged_once_and_nothing_else(
+    endpoint: str, client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    drops: list[str] = []
+    serving = Serving(endpoint, drops)
+    stranger = zmq.Context.instance().socket(zmq.DEALER)
+    stranger.connect(endpoint)
+    for _ in range(5):
+        stranger.send_multipart([b"\xc1not a header", b"x" * 100])
+    foreign = Client(endpoint, Sender("another run", "client"), lambda body: {}, lambda cause: None)
+    foreign.submit(Done())
+    wait_until(lambda: len(drops) >= 6)
+    assert sorted(set(drops)) == ["foreign", "header"]
+    assert caplog.text.count("(header)") == 1
+    assert client.request(GetState("s"), ARRAY).body == Done("1")
+    stranger.close(linger=0)
+    foreign.close()
+    serving.close()
+
+
+def test_a_request_of_a_wrong_shape_is_refused_at_once(endpoint: str, client: Client) -> None:
+    serving = Serving(endpoint)
+    with pytest.raises(Refused, match="expected"):
+        client.request(GetState("s"), {"a": np.zeros(3, np.float32)}, DEADLINE_SECONDS)
+    serving.close()
+
+
+def test_a_taken_endpoint_is_an_error_for_people() -> None:
+    taken = zmq.Context.instance().socket(zmq.ROUTER)
+    port = taken.bind_to_random_port("tcp://127.0.0.1")
+    with pytest.raises(InputError, match=f"cannot listen on tcp://127.0.0.1:{port}"):
+        Server(f"tcp://127.0.0.1:{port}", Sender("run", "server"), schema, lambda cause: None)
+    taken.close(linger=0)
+
+
+def test_a_late_listener_gets_the_newest_broadcast(endpoint: str) -> None:
+    broadcaster = Broadcaster(endpoint, Sender("run", "learner"))
+    for version in range(3):
+        broadcaster.publish(Weights("s", version, 0), ARRAY)
+    listener = Listener(endpoint, Sender("run", "actor"), schema, lambda cause: None)
+    received: list[int] = []
+
+    def newest() -> bool:
+        broadcaster.pump()
+        message = listener.newest(0.05)
+        received.extend([] if message is None else [message.body.version])
+        return bool(received)
+
+    wait_until(newest)
+    assert received == [2]
+    for version in range(3, 6):
+        broadcaster.publish(Weights("s", version, 0), ARRAY)
+    time.sleep(0.2)
+    message = listener.newest(1.0)
+    assert message is not None
+    assert message.body.version == 5
+    np.testing.assert_array_equal(message.arrays["a"], ARRAY["a"])
+    listener.close()
+    broadcaster.close()
