@@ -83,7 +83,7 @@ class Child:
     def last_words(self) -> str:
         """The last line of its log."""
         lines = self._tail().strip().splitlines()
-        return lines[-1] if lines else ""
+        return lines[-1] if lines else "its log says nothing; is the disk full?"
 
     def last_traceback(self) -> str:
         """The last traceback in its log, or the last lines if there is none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
 from collections.abc import Callable
@@ -15,9 +16,12 @@ from launch.run_folder import write_atomically
 from launch.supervisor import StopRequests, Supervisor
 from launch.topology import Plan
 from protocol.channels import Server
+from protocol.errors import InputError
 from protocol.messages import Done, Sender, Status
 from protocol.telemetry import STOP, Telemetry
 from protocol.trajectories import ArrayTable
+
+log = logging.getLogger(__name__)
 
 SILENT_SECONDS = 10.0
 STUCK_SECONDS = 60.0
@@ -89,7 +93,10 @@ class Director:
         }
         if targets != self._targets:
             self._targets = targets
-            write_atomically(Path(self._plan.run_folder, "targets.json"), json.dumps(self._file_sd(), indent=1) + "\n")
+            try:
+                write_atomically(Path(self._plan.run_folder, "targets.json"), json.dumps(self._file_sd(), indent=1))
+            except InputError as error:  # Prometheus can wait; the learner decides whether the run can go on
+                log.warning("%s", error)
 
     def _file_sd(self) -> list[dict[str, Any]]:
         run = Path(self._plan.run_folder).name

@@ -72,10 +72,10 @@ def _run(config: Config, folder: Path) -> int:
                 outcome = _run_node(config, folder, progress, stopped)
         finally:
             progress.close()
+        if outcome.text:
+            print(f"bm3il: {outcome.text}", file=sys.stderr)
         result = run_folder.conclude(folder, config, outcome)
     progress.summary(folder, result)
-    if outcome.text:
-        print(f"bm3il: {outcome.text}", file=sys.stderr)
     return outcome.code
 
 

@@ -5,8 +5,10 @@ The exit codes are those of `launch.outcome`.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -35,8 +37,8 @@ def main(role: str, index: int) -> int:
         outcome = attempt(lambda: run_role(role, index, job, config, plan.config_yaml, telemetry))
     finally:
         telemetry.close()
-    if outcome.text:
-        print(outcome.text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # on a full disk the log takes no more; the exit code still tells
+        os.write(sys.stderr.fileno(), f"{outcome.text}\n".encode() if outcome.text else b"")
     return outcome.code
 
 
@@ -77,4 +79,5 @@ def run_role(role: str, index: int, job: Job, config: Config, config_yaml: str, 
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2])))
+    # Not sys.exit: it turns the code into 120 if the log cannot be flushed.
+    os._exit(main(sys.argv[1], int(sys.argv[2])))
