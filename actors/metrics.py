@@ -12,19 +12,18 @@ class ActorMetrics:
     """`bm3il_actor_*`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"bm3il_actor_{name}", text, registry=registry)
+
         self._env_steps = Counter(
             "bm3il_actor_env_steps", "Joint environment steps played (all agents of one environment)", registry=registry
         )
         self._episodes = Counter("bm3il_actor_episodes", "Whole episodes played", registry=registry)
-        self._episode_return = Gauge(
-            "bm3il_actor_episode_return", "True return per agent and episode, mean over the last chunk", registry=registry
+        self._episode_return = gauge(
+            "episode_return", "True return per agent and episode, mean over the last chunk; never trained on"
         )
-        self._policy_version = Gauge(
-            "bm3il_actor_policy_version", "Iterations of the policy that acted last", registry=registry
-        )
-        self._unacknowledged = Gauge(
-            "bm3il_actor_unacknowledged_chunks", "Chunks sent and not acknowledged before the last one", registry=registry
-        )
+        self._policy_version = gauge("policy_version", "Iterations of the policy that acted last")
+        self._unacknowledged = gauge("unacknowledged_chunks", "Chunks not acknowledged when the last one was sent")
 
     def count(self, chunk: Trajectories, version: int, unacknowledged: int) -> None:
         """Count a collected chunk."""
@@ -41,7 +40,8 @@ class EvaluatorMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._episodes = Counter("bm3il_evaluator_episodes", "Whole episodes played", registry=registry)
         self._episode_return = Gauge(
-            "bm3il_evaluator_episode_return", "True return per agent and episode, mean of one evaluation",
+            "bm3il_evaluator_episode_return",
+            "True return per agent and episode, mean of one evaluation",
             registry=registry,
         )
         self._policy_version = Gauge(

@@ -43,7 +43,7 @@ class Policy(nn.Module):
 
         A forbidden action has the logit -1e9: its probability is exactly 0, and 0·log 0 stays finite.
         """
-        groups, rows, slots, _ = observations.shape
+        _groups, rows, slots, _ = observations.shape
         logits = self.networks[block_index](observations.flatten(1, 2)).unflatten(1, (rows, slots))
         return logits.masked_fill(~action_masks, FORBIDDEN_LOGIT)
 

@@ -45,7 +45,8 @@ def run_actor(job: Job, settings: ActorSettings, index: int, telemetry: Telemetr
             chunk = collector.collect(policy, message.body.version)
         collected = (message.body.session, message.body.version)
         metrics.count(chunk, message.body.version, learner.pending)
-        body = Chunk(*collected, index, *chunk.terminated.shape, time.perf_counter() - start)
+        steps, episodes = chunk.terminated.shape
+        body = Chunk(*collected, index, steps, episodes, time.perf_counter() - start)
         learner.submit(body, chunk.to_arrays())
 
 
@@ -63,7 +64,9 @@ def run_evaluator(
         with telemetry.stage("wait_for_weights"):
             message = weights.next(POLL_SECONDS)
             learner.pump()
-        if message is None or not message.body.evaluate_episodes or (message.body.session, message.body.version) == done:
+        if message is None or not message.body.evaluate_episodes:
+            continue
+        if (message.body.session, message.body.version) == done:
             continue
         policy.load_arrays(message.arrays)
         start = time.perf_counter()

@@ -39,7 +39,7 @@ class Config:
     algorithm: str = "bm3il"
     """bm3il, ma-gail, ma-daac, bayesian-ma-daac, mtmfil, bc (behaviour cloning), expert or maac (on true rewards)."""
     mode: Mode = "lockstep"
-    """lockstep: reproducible, many processes; async: for throughput; serial: all in one process."""
+    """lockstep: many processes; serial: the same in one process, to debug. Both end with the same bits."""
     seed: int = 0
     """In lockstep it determines everything."""
     steps: int = 200_000

@@ -54,13 +54,11 @@ class Cloning:
 class BehaviourCloning:
     """The algorithm `bc`: maximum likelihood on the expert rows, stopped where held-out episodes are likeliest.
 
-    Some of the independent groups of episodes are held out; the policy that this run ends with is the one that gave them
-    the largest likelihood.
+    Some of the independent groups of episodes are held out; the policy that this run ends with is the one that gave
+    them the largest likelihood.
     """
 
-    def __init__(
-        self, policy: Policy, demonstrations: Demonstrations, settings: CloningSettings, seed: int
-    ) -> None:
+    def __init__(self, policy: Policy, demonstrations: Demonstrations, settings: CloningSettings, seed: int) -> None:
         self.policy, self._settings = policy, settings
         train, held_out = demonstrations.split(settings.held_out, derive_seed(seed, "held-out"))
         self._train = Cloning(policy.layout, train, settings.batch_size, derive_seed(seed, "cloning"))

@@ -14,6 +14,7 @@ from actors.collector import Collector, episodes_per_chunk
 from actors.evaluation import Evaluator
 from actors.policy import Policy
 from actors.settings import ActorSettings, EvaluationSettings
+from learner.metrics import ChunkMetrics
 from protocol.channels import Broadcaster, Request, Server
 from protocol.errors import ProtocolError
 from protocol.job import Job
@@ -84,7 +85,8 @@ class RemoteExperience:
         self._episodes = episodes_per_chunk(actor, self._spec, job.actors)
         self._server = Server(job.endpoints.experience, telemetry.sender, self._schema, telemetry.count_drop)
         self._weights = Broadcaster(job.endpoints.weights, telemetry.sender)
-        self._chunks: dict[int, Trajectories] = {}
+        self._chunks: dict[int, tuple[int, Trajectories]] = {}
+        self._metrics = ChunkMetrics(telemetry.registry)
         self._evaluated: list[Evaluated] = []
         self._current = ("", -1)
         self._count_drop = telemetry.count_drop
@@ -106,7 +108,10 @@ class RemoteExperience:
                 log.info("waiting for actors %s since %.0f s", missing, now - start)
                 repeated = now
             self._receive(0.05)
-        return [self._chunks[index] for index in range(self._actors)]
+        for version, _ in self._chunks.values():
+            self._metrics.policy_lag.observe(self._current[1] - version)
+        self._metrics.waiting.set(0)
+        return [self._chunks[index][1] for index in range(self._actors)]
 
     def evaluations(self, wait_seconds: float = 0.0) -> list[Evaluated]:
         self._weights.pump(repeat=wait_seconds > 0)
@@ -131,7 +136,8 @@ class RemoteExperience:
                 self._evaluated.append(Evaluated(body.version, arrays["returns"]))
             return "taken"
         try:
-            self._chunks.setdefault(body.actor, Trajectories.from_arrays(arrays, self._spec))
+            self._chunks.setdefault(body.actor, (body.version, Trajectories.from_arrays(arrays, self._spec)))
+            self._metrics.waiting.set(len(self._chunks))
         except ProtocolError as error:
             self._count_drop(error.cause)
             log.warning("dropped a chunk of %s: %s", request.message.sender.name, error)

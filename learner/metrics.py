@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 
 class LearnerMetrics:
@@ -33,3 +33,18 @@ class LearnerMetrics:
         self._env_steps.set(env_steps)
         for name, value in figures.items():
             self._figures.labels(name).set(value)
+
+
+class ChunkMetrics:
+    """`bm3il_learner_*` of the chunks that actors send."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.waiting = Gauge(
+            "bm3il_learner_chunks_waiting", "Chunks that have come and are not trained on yet", registry=registry
+        )
+        self.policy_lag = Histogram(
+            "bm3il_learner_policy_lag",
+            "Iterations between the policy that acted and the one trained, per chunk, when it is consumed",
+            buckets=(0, 1, 2, 4, 8, 16, 32),
+            registry=registry,
+        )

@@ -14,6 +14,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,10 +205,8 @@ class Client:
     def _transmit(self, pending: _Pending) -> None:
         pending.resend_at = time.monotonic() + pending.resend_seconds
         pending.resend_seconds = min(2 * pending.resend_seconds, LAST_RESEND_SECONDS)
-        try:
+        with suppress(zmq.Again):  # the queue is full: the request is overdue later
             _send(self._socket, pending.frames)
-        except zmq.Again:  # the queue is full; it is overdue later
-            pass
 
     def _receive(self) -> bool:
         try:
@@ -313,7 +312,7 @@ _NOTHING = object()
 
 
 def _socket(kind: int) -> zmq.Socket[bytes]:
-    socket = zmq.Context.instance().socket(kind)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
     socket.linger = 0
     socket.maxmsgsize = MAX_MESSAGE_BYTES
     socket.reconnect_ivl, socket.reconnect_ivl_max = 100, 1000

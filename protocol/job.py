@@ -8,7 +8,7 @@ from typing import Literal
 
 from protocol.specs import ParameterSharing
 
-Mode = Literal["lockstep", "async", "serial"]
+Mode = Literal["lockstep", "serial"]
 Role = Literal["actor", "learner", "reward-server", "evaluator"]
 
 

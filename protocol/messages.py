@@ -241,7 +241,7 @@ def decode(frames: Sequence[Any], run: str, schema: Schema) -> Message:
 
 
 def _buffer(array: np.ndarray) -> memoryview | bytes:
-    return memoryview(array).cast("B") if array.size else b""
+    return array.reshape(-1).view(np.uint8).data if array.size else b""
 
 
 def _header(frames: Sequence[Any]) -> dict[str, Any]:
@@ -257,8 +257,9 @@ def _header(frames: Sequence[Any]) -> dict[str, Any]:
         raise ProtocolError("header", f"expected a map, got {type(header).__name__}")
     if header.get("v") != PROTOCOL_VERSION:
         raise ProtocolError(
-            "version", f"this side speaks protocol version {PROTOCOL_VERSION}, the sender {header.get('v')!r}: "
-            "install the same release of bm3il on every node"
+            "version",
+            f"this side speaks protocol version {PROTOCOL_VERSION}, the sender {header.get('v')!r}: "
+            "install the same release of bm3il on every node",
         )
     expected = {"kind": str, "run": str, "sender": str, "incarnation": str, "seq": int, "body": dict, "arrays": list}
     for key, kind in expected.items():
@@ -283,9 +284,7 @@ def _body(kind: str, values: dict[str, Any]) -> Any:
 
 def _is(value: Any, hint: Any) -> bool:
     if hint == dict[str, float]:
-        return isinstance(value, dict) and all(
-            type(k) is str and type(v) in (int, float) for k, v in value.items()
-        )
+        return isinstance(value, dict) and all(type(k) is str and type(v) in (int, float) for k, v in value.items())
     return type(value) in ((int, float) if hint is float else (hint,))
 
 

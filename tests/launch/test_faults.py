@@ -17,7 +17,7 @@ import pytest
 DEADLINE_SECONDS = 90.0
 SMALL = [
     *("--preset", "rover_tower_4", "--environment", "rover_tower?pairs=2", "--demonstrations", "rover_tower_4"),
-    *("--seed", "3", "--steps", "6000", "--actor.steps-per-iteration", "100", "--actor.hidden", "16"),
+    *("--seed", "3", "--steps", "3000", "--actor.steps-per-iteration", "100", "--actor.hidden", "16"),
     *("--learner.hidden", "16", "--learner.heads", "2", "--learner.updates", "8", "--learner.batch-size", "64"),
     *("--learner.checkpoint-interval", "5", "--reward.hidden", "16", "--reward.updates", "2"),
     *("--reward.batch-size", "64", "--reward.particles", "2", "--evaluation.interval", "10"),

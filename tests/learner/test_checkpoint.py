@@ -80,7 +80,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
 def test_with_none_left_the_error_says_so(folder: CheckpointFolder, tmp_path: Path) -> None:
     folder.write(checkpoint(1))
     (tmp_path / "checkpoints" / "00000001" / "checkpoint.json").write_text("[]")
-    with pytest.raises(InputError, match="no checkpoint in .* can be used"):
+    with pytest.raises(InputError, match=r"no checkpoint in .* can be used"):
         folder.newest()
     with pytest.raises(InputError, match="not a usable checkpoint"):
         read_checkpoint(tmp_path / "checkpoints" / "00000001")

@@ -54,9 +54,8 @@ def run(
         endpoints=Endpoints("", "", "", ""),
     )
     actor = ActorSettings(steps_per_iteration=STEPS_PER_ITERATION, hidden=(16,), agent_identity=True)
-    settings = dataclasses.replace(
-        LearnerSettings(hidden=16, heads=2, updates=3, batch_size=32, window_steps=300, checkpoint_interval=2), **learner
-    )
+    small = LearnerSettings(hidden=16, heads=2, updates=3, batch_size=32, window_steps=300, checkpoint_interval=2)
+    settings = dataclasses.replace(small, **learner)
     reward = RewardSettings(particles=2, hidden=(16,), updates=2, batch_size=32, window_steps=300)
     reward = algorithm(name).reward_settings(reward)
     evaluation = EvaluationSettings(interval=2, episodes=20, final_episodes=20)
@@ -102,17 +101,13 @@ class _Blinded:
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(ALGORITHMS) if ALGORITHMS[name].imitates])
-def test_imitation_never_reads_a_true_reward(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_imitation_never_reads_a_true_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     seen = run(tmp_path / "seen", name)["policy_sha256"]
     monkeypatch.setattr(actors.collector, "make_environment", _Blinded)
     assert run(tmp_path / "blind", name)["policy_sha256"] == seen
 
 
-def test_an_expert_does_read_true_rewards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_expert_does_read_true_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actors.collector, "make_environment", _Blinded)
     with pytest.raises(NumericalError, match="reward"):
         run(tmp_path / "blind", "expert")
@@ -148,6 +143,6 @@ def test_another_configuration_is_not_resumed(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(NumericalError, match="critic_loss is .* in iteration 1"):
+    with pytest.raises(NumericalError, match=r"critic_loss is .* in iteration 1"):
         run(tmp_path / "run", reward_offset=float("nan"))
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["00000000"]
