@@ -21,7 +21,7 @@ from protocol.registry import known_environments
 from protocol.specs import ParameterSharing
 from reward_server.settings import RewardSettings
 
-DEFAULT_PRESET = "default"
+DEFAULT_PRESET = "rover_tower_8"
 
 
 @dataclass(frozen=True)

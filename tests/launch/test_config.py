@@ -60,7 +60,7 @@ def test_what_cannot_be_understood_is_one_line(args: list[str], expected: str) -
 )
 def test_checks_name_what_is_wrong(change: dict[str, object], expected: str) -> None:
     with pytest.raises(InputError) as error:
-        replace(load_preset("default"), **change).checked()
+        replace(load_preset("rover_tower_8"), **change).checked()
     assert expected in str(error.value)
 
 
@@ -96,7 +96,7 @@ def test_scientific_notation_without_a_dot_is_a_number(tmp_path: Path) -> None:
 
 
 def test_the_algorithm_decides_particles_and_source() -> None:
-    config = load_preset("default")
+    config = load_preset("rover_tower_8")
     assert config.checked().reward.particles == config.reward.particles
     assert replace(config, algorithm="ma-gail").checked().reward.particles == 1
     assert replace(config, algorithm="expert").checked().reward.source == "environment"

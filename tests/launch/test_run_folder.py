@@ -16,7 +16,7 @@ from protocol.errors import InputError, NumericalError
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    return replace(load_preset("default"), run="mine", runs_folder=str(tmp_path / "runs"))
+    return replace(load_preset("rover_tower_8"), run="mine", runs_folder=str(tmp_path / "runs"))
 
 
 def test_a_new_folder_holds_the_configuration(config: Config) -> None:
@@ -43,7 +43,7 @@ def test_two_launchers_cannot_have_one_run(config: Config) -> None:
 
 def test_names_tell_the_runs_apart(config: Config) -> None:
     assert run_folder.named(config).run == "mine"
-    assert run_folder.named(replace(config, run="", seed=3)).run.startswith("default-bm3il-seed3-2")
+    assert run_folder.named(replace(config, run="", seed=3)).run.startswith("rover_tower_8-bm3il-seed3-2")
 
 
 def test_the_conclusion_completes_the_result(config: Config) -> None:
@@ -61,7 +61,7 @@ def test_the_conclusion_completes_the_result(config: Config) -> None:
 
 def test_another_configuration_is_refused_on_resume_and_shown(config: Config) -> None:
     folder = run_folder.create(config)
-    with pytest.raises(InputError, match="steps: 150000 then, steps: 7 now"):
+    with pytest.raises(InputError, match="steps: 200000 then, steps: 7 now"):
         run.resume(folder, replace(config, steps=7))
 
 

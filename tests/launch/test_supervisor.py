@@ -34,7 +34,7 @@ time.sleep(60)
 
 
 def plan_of(folder: Path, *processes: Process) -> Plan:
-    config = load_preset("default")
+    config = load_preset("rover_tower_8")
     return Plan("run", str(folder), config.to_yaml(), (Node("here"),), processes, ipc_endpoints(folder))
 
 

@@ -15,13 +15,13 @@ from protocol.errors import InputError
 
 
 def test_actors_go_round_the_nodes() -> None:
-    processes = place(replace(load_preset("default"), actors=5, nodes=3))
+    processes = place(replace(load_preset("rover_tower_8"), actors=5, nodes=3))
     assert Counter(p.node for p in processes if p.role == "actor") == {0: 2, 1: 2, 2: 1}
     assert {p.role for p in processes if p.node == 0} == {"learner", "evaluator", "reward-server", "actor"}
 
 
 def test_cloning_needs_neither_actors_nor_rewards() -> None:
-    processes = place(replace(load_preset("default"), algorithm="bc"))
+    processes = place(replace(load_preset("rover_tower_8"), algorithm="bc"))
     assert {p.role for p in processes} == {"learner", "evaluator"}
 
 
@@ -34,7 +34,7 @@ def test_endpoints_are_where_their_roles_are() -> None:
 
 
 def test_a_plan_round_trips_and_can_be_read(tmp_path: Path) -> None:
-    config = replace(load_preset("default"), nodes=2, actors=2)
+    config = replace(load_preset("rover_tower_8"), nodes=2, actors=2)
     processes, nodes = place(config), (Node("a", ports=(1, 2, 3, 4)), Node("b", ports=(5, 6, 7, 8)))
     plan = Plan("id", str(tmp_path), config.to_yaml(), nodes, processes, tcp_endpoints(nodes, processes))
     assert Plan.from_json(plan.to_json()) == plan
@@ -58,7 +58,7 @@ def test_ports_are_free_and_not_for_outgoing_connections() -> None:
 
 
 def test_a_world_of_the_wrong_size_and_other_machines_are_refused() -> None:
-    config = replace(load_preset("default"), nodes=2)
+    config = replace(load_preset("rover_tower_8"), nodes=2)
     order = {"config_yaml": config.to_yaml(), "run_folder": "r", "run_id": "i", "processes": []}
     facts = [{"host": host, "address": "127.0.0.1", "ports": [1, 2, 3, 4]} for host in ("a", "b")]
     with pytest.raises(InputError, match="a world of 1"):
