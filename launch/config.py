@@ -48,8 +48,8 @@ class Config:
     """Name of the run's folder; empty: made of preset, algorithm, seed and time."""
     runs_folder: str = "runs"
     """Folder that holds the folders of runs."""
-    actors: int = 1
-    """Actor processes; they share the steps of an iteration."""
+    actors: int = 0
+    """Actor processes; they share the steps of an iteration. 0: one per node."""
     nodes: int = 1
     """Nodes that the processes are spread over, one supervisor on each."""
     parameter_sharing: ParameterSharing = "type"
@@ -75,21 +75,16 @@ class Config:
         name = self.environment.partition("?")[0].partition(":")[0]
         if name not in known_environments():
             raise unknown_name("environment", name, known_environments())
-        for option in ("steps", "actors", "nodes", "threads"):
+        for option in ("steps", "nodes", "threads"):
             if getattr(self, option) < 1:
                 raise InputError(f"--{_flag(option)} must be at least 1, got {getattr(self, option)}")
-        if self.demonstration_episodes < 0 or self.seed < 0:
-            raise InputError("--demonstration-episodes and --seed must not be negative")
+        if min(self.demonstration_episodes, self.seed, self.actors) < 0:
+            raise InputError("--demonstration-episodes, --seed and --actors must not be negative")
         if (kind.imitates or kind.clones) and not self.demonstrations:
             raise InputError(
                 f"algorithm '{self.algorithm}' learns from demonstrations: name a file by --demonstrations"
             )
-        reward = self.reward
-        if not kind.imitates:
-            reward = replace(reward, source="environment")
-        if not kind.bayesian:
-            reward = replace(reward, particles=1)
-        return replace(self, reward=reward)
+        return replace(self, actors=self.actors or self.nodes, reward=kind.reward_settings(self.reward))
 
     def to_yaml(self) -> str:
         """All of it, resolved: the text of `config.yaml`."""
