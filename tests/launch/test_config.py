@@ -104,4 +104,4 @@ def test_the_algorithm_decides_particles_and_source() -> None:
 
 @pytest.mark.parametrize(("flags", "actors"), [([], 1), (["--nodes", "8"], 8), (["--nodes", "8", "--actors", "3"], 3)])
 def test_every_node_has_an_actor_unless_told_otherwise(flags: list[str], actors: int) -> None:
-    assert parse_config(flags).actors == actors
+    assert parse_config(flags).checked().actors == actors
