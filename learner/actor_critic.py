@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from actors.policy import Policy, sample
+from actors.policy import FORBIDDEN_LOGIT, Policy
 from learner import losses
 from learner.cloning import Cloning
 from learner.critics import Critic
@@ -19,9 +20,11 @@ from learner.optimisation import adam_arrays, clip_per_network, load_adam_arrays
 from learner.replay import Batch
 from learner.settings import LearnerSettings
 from protocol.errors import NumericalError
-from protocol.layout import JointRows, Layout
+from protocol.layout import Block, JointRows, Layout
+from protocol.stacked import StackedMLP, Tile
 
-CACHED_ROWS = 8_192
+CHUNK_ROWS = 65_536
+"""Rows of all agents in one forward and backward pass."""
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -74,15 +77,15 @@ class ActorCritic:
         schedule = Schedule.at(progress, self.settings)
         for optimiser in self._optimisers.values():
             optimiser.zero_grad(set_to_none=True)
-        size = len(batch.rows)
-        totals = {"critic_loss": 0.0, "policy_loss": 0.0, "entropy": 0.0, "value": 0.0}
         weights = losses.row_weights(self.layout, batch.rows.active)
-        for start in range(0, size, self._chunk_rows(size)):
-            rows = slice(start, min(start + self._chunk_rows(size), size))
-            for name, value in self._backward(
-                _cut(batch, rows), [r[rows] for r in rewards], [w[:, rows] for w in weights], schedule.temperature
-            ).items():
-                totals[name] += value
+        height = self._chunk_rows(len(batch.rows))
+        sums = []
+        for start in range(0, len(batch.rows), height):
+            rows = slice(start, start + height)
+            part = _cut(batch, rows), [r[rows] for r in rewards], [w[:, rows].flatten(1, 2) for w in weights]
+            sums.append(self._backward(*part, schedule.temperature))
+        totals = {name: torch.stack([s[name] for s in sums]).sum().item() / self.num_groups for name in sums[0]}
+        totals["entropy"] = -totals["policy_loss"] / schedule.temperature
         if cloning is not None:
             cloning_loss = cloning.loss(self.policy)
             (self.settings.cloning_weight * cloning_loss).backward()
@@ -115,55 +118,92 @@ class ActorCritic:
         yield "target_critic", self.target_critic
 
     def _chunk_rows(self, size: int) -> int:
-        """Rows of one forward and backward pass: activations of all agents should stay in the processor's cache."""
-        if self.device.type != "cpu":
-            return size
-        return max(32, min(size, CACHED_ROWS // self.layout.spec.num_agents))
+        """Joint rows of one forward and backward pass, in even parts: this bounds the memory of many agents."""
+        return math.ceil(size / math.ceil(size * self.layout.spec.num_agents / CHUNK_ROWS))
 
     def _backward(
         self, batch: Batch, rewards: list[torch.Tensor], weights: list[torch.Tensor], temperature: float
-    ) -> dict[str, float]:
-        """Add the gradients of some rows to the parameters."""
+    ) -> dict[str, torch.Tensor]:
+        """Add the gradients of some rows to the parameters; returns sums over networks."""
+        observations = self._grids(batch.rows.observations)
+        sums = {name: torch.zeros((), device=self.device) for name in ("critic_loss", "policy_loss", "value")}
+        gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
-            with torch.no_grad():
-                next_values = self._next_values(batch, temperature)
-            q_values = self.critic(batch.rows)
-            log_policies = self._log_policies(self.policy, batch.rows.observations, batch.action_masks)
-        sums: dict[str, list[torch.Tensor]] = {"critic_loss": [], "policy_loss": [], "entropy": [], "value": []}
+            targets = self._targets(batch, rewards, temperature)
+            seen = self.critic.perceive(observations, batch.rows)
+            for b, (target, weight) in enumerate(zip(targets, weights, strict=True)):
+                q, critic_loss, d_seen = self._judge(b, seen[b], batch, target, weight)
+                policy_loss = self._improve(b, observations[b], batch, q, temperature, weight)
+                sums["critic_loss"] += critic_loss
+                sums["policy_loss"] += policy_loss
+                sums["value"] += (weight * target).sum()
+                gradients += zip(seen[b], d_seen, strict=True)
+        torch.autograd.backward([x for x, _ in gradients], [d for _, d in gradients])
+        return sums
+
+    def _targets(self, batch: Batch, rewards: list[torch.Tensor], temperature: float) -> list[torch.Tensor]:
+        """y of Eq. 8 per block [G, B·S]; ã' from actions that the target policies draw with the next masks."""
+        observations, masks = self._grids(batch.next_observations), self._grids(batch.next_action_masks)
+        logits = [torch.empty(mask.shape, device=self.device) for mask in masks]
+        actions = []
         for b, block in enumerate(self.layout.blocks):
-            q, weight = q_values[b].float(), weights[b]
-            continues = block.grid(batch.next_active[b] & ~batch.terminated.unsqueeze(1))
-            reward = block.grid(rewards[b]) - self.settings.reward_offset
-            target = losses.critic_target(reward, next_values[b], continues, self.settings.discount)
-            sums["critic_loss"].append(losses.critic_loss(q, block.grid(batch.rows.actions[b]), target, weight))
-            sums["policy_loss"].append(losses.policy_loss(log_policies[b], q, temperature, weight))
-            with torch.no_grad():
-                sums["entropy"].append((weight * losses.entropy(log_policies[b])).sum() / self.num_groups)
-                sums["value"].append((weight * target).sum() / self.num_groups)
-        totals = {name: torch.stack(values).sum() for name, values in sums.items()}
-        (totals["critic_loss"] + totals["policy_loss"]).backward()
-        return {name: value.item() for name, value in totals.items()}
+            for tile, output in _stack(self.target_policy.networks, b).outputs(observations[b]):
+                logits[b][tile] = output.float().masked_fill_(~masks[b][tile], FORBIDDEN_LOGIT)
+            actions.append(block.rows(draw(logits[b], self._generator).unflatten(1, (-1, block.slots))))
+        rows = JointRows(batch.next_observations, actions, batch.next_active)
+        seen = self.target_critic.perceive(observations, rows)
+        targets = []
+        for b, block in enumerate(self.layout.blocks):
+            values = torch.empty(logits[b].shape[:2], device=self.device)
+            for tile, q in _stack(self.target_critic.heads, b).outputs(*seen[b]):
+                values[tile] = losses.soft_value(q.float(), logits[b][tile], temperature)
+            continues = _grid(block, batch.next_active[b] & ~batch.terminated.unsqueeze(1))
+            reward = _grid(block, rewards[b]) - self.settings.reward_offset
+            targets.append(losses.critic_target(reward, values, continues, self.settings.discount))
+        return targets
 
-    def _next_values(self, batch: Batch, temperature: float) -> list[torch.Tensor]:
-        """v(s') of the target networks, per block [G, B, S]; ã' from actions that the target policies draw."""
-        log_policies = self._log_policies(self.target_policy, batch.next_observations, batch.next_action_masks)
-        actions = [
-            block.rows(sample(log_policy, self._generator))
-            for block, log_policy in zip(self.layout.blocks, log_policies, strict=True)
-        ]
-        q_values = self.target_critic(JointRows(batch.next_observations, actions, batch.next_active))
-        return [
-            losses.soft_value(q.float(), log_policy, temperature)
-            for q, log_policy in zip(q_values, log_policies, strict=True)
-        ]
+    def _judge(
+        self, b: int, seen: tuple[torch.Tensor, ...], batch: Batch, target: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """The critics' heads of one block: Q [G, B·S, A], their loss, its gradients with respect to `seen`."""
+        block = self.layout.blocks[b]
+        actions = _grid(block, batch.rows.actions[b])
+        q_values = torch.empty(*actions.shape, block.action_dim, device=self.device)
+        total = torch.zeros((), device=self.device)
 
-    def _log_policies(
-        self, policy: Policy, observations: list[torch.Tensor], masks: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        return [
-            policy.logits(b, block.grid(observations[b]), block.grid(masks[b])).float().log_softmax(-1)
-            for b, block in enumerate(self.layout.blocks)
-        ]
+        def gradient(tile: Tile, q: torch.Tensor) -> torch.Tensor:
+            q_values[tile] = q
+            loss, d_q = losses.critic_loss(q_values[tile], actions[tile], target[tile], weight[tile])
+            total.add_(loss)
+            return d_q
+
+        d_seen = _stack(self.critic.heads, b).backpropagate([x.detach() for x in seen], gradient, to_inputs=True)
+        return q_values, total, d_seen
+
+    def _improve(
+        self,
+        b: int,
+        observations: torch.Tensor,
+        batch: Batch,
+        q: torch.Tensor,
+        temperature: float,
+        weight: torch.Tensor,
+    ) -> torch.Tensor:
+        """The policies of one block: their loss."""
+        mask = _grid(self.layout.blocks[b], batch.action_masks[b])
+        total = torch.zeros((), device=self.device)
+
+        def gradient(tile: Tile, output: torch.Tensor) -> torch.Tensor:
+            logits = output.float().masked_fill_(~mask[tile], FORBIDDEN_LOGIT)
+            loss, d_logits = losses.policy_loss(logits, q[tile], temperature, weight[tile])
+            total.add_(loss)
+            return d_logits
+
+        _stack(self.policy.networks, b).backpropagate([observations], gradient, to_inputs=False)
+        return total
+
+    def _grids(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [_grid(block, tensor) for block, tensor in zip(self.layout.blocks, rows, strict=True)]
 
     def _step(self, schedule: Schedule) -> None:
         """Clip, let the optimisers step, move the targets."""
@@ -176,6 +216,28 @@ class ActorCritic:
         with torch.no_grad():
             for target, trained in ((self.target_policy, self.policy), (self.target_critic, self.critic)):
                 torch._foreach_lerp_(list(target.parameters()), list(trained.parameters()), self.settings.target_rate)
+
+
+def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Actions [...] from softmax(logits [..., A]) by one uniform number each: the first whose cumulated
+    share exceeds it.
+
+    An action of probability 0 adds nothing to the share and so is never the first.
+    """
+    shares = logits.softmax(-1).cumsum(-1)
+    threshold = torch.rand(logits.shape[:-1], generator=generator).to(logits.device) * shares[..., -1]
+    return (shares <= threshold.unsqueeze(-1)).sum(-1)
+
+
+def _grid(block: Block, rows: torch.Tensor) -> torch.Tensor:
+    """Joint rows [B, N_b, …] → [G, B·S, …], contiguous: read many times, network by network."""
+    return block.grid(rows).flatten(1, 2).contiguous()
+
+
+def _stack(networks: nn.ModuleList, b: int) -> StackedMLP:
+    stack = networks[b]
+    assert isinstance(stack, StackedMLP)
+    return stack
 
 
 def _frozen(network: Network) -> Network:

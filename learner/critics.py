@@ -15,11 +15,14 @@ from torch.nn import functional
 
 from learner.mean_field import action_vectors, mean_actions
 from protocol.layout import JointRows, Layout
-from protocol.stacked import StackedMLP, uniform
+from protocol.stacked import TILE_NUMBERS, StackedMLP, uniform
 
 Context = Literal["types", "uniform_types", "agents", "none"]
 """Attention over types' mean fields (BM3IL); their unweighted mean (MTMFIL); attention over every other agent
 (MA-DAAC); nothing (MA-GAIL)."""
+
+
+LEAKY_SLOPE = 0.01
 
 
 class Critic(nn.Module):
@@ -43,12 +46,16 @@ class Critic(nn.Module):
         width = hidden if context == "none" else 2 * hidden
         self.encoders = nn.ModuleList(
             StackedMLP(
-                b.groups, (b.observation_dim, hidden), generator, identity_slots=b.slots if agent_identity else 1
+                b.groups,
+                (b.observation_dim, hidden),
+                generator,
+                activate_output=True,
+                identity_slots=b.slots if agent_identity else 1,
             )
             for b in layout.blocks
         )
         self.heads = nn.ModuleList(
-            StackedMLP(b.groups, (width, hidden, b.action_dim), generator, functional.leaky_relu) for b in layout.blocks
+            StackedMLP(b.groups, (width, hidden, b.action_dim), generator, slope=LEAKY_SLOPE) for b in layout.blocks
         )
         self.others = (
             None if context == "none" else _Attention(layout, context, hidden, heads, attend_own_type, generator)
@@ -56,19 +63,25 @@ class Critic(nn.Module):
 
     def forward(self, rows: JointRows) -> list[torch.Tensor]:
         """Joint rows (their actions are those that the others took) → per block Q [G, B, S, A]."""
-        batch = len(rows)
-        encoded = [
-            torch.relu(encoder(block.grid(observation).flatten(1, 2)))
-            for block, encoder, observation in zip(self.layout.blocks, self.encoders, rows.observations, strict=True)
+        observations = [
+            block.grid(observation).flatten(1, 2)
+            for block, observation in zip(self.layout.blocks, rows.observations, strict=True)
         ]
-        if self.others is not None:
-            encoded = [
-                torch.cat([own, other], dim=-1) for own, other in zip(encoded, self.others(encoded, rows), strict=True)
-            ]
+        seen = self.perceive(observations, rows)
         return [
-            head(x).unflatten(1, (batch, block.slots))
-            for block, head, x in zip(self.layout.blocks, self.heads, encoded, strict=True)
+            head(*inputs).unflatten(1, (len(rows), block.slots))
+            for block, head, inputs in zip(self.layout.blocks, self.heads, seen, strict=True)
         ]
+
+    def perceive(self, observations: Sequence[torch.Tensor], rows: JointRows) -> list[tuple[torch.Tensor, ...]]:
+        """What the heads look at, per block: e^i and, if there is a context, ã^i, each [G, B·S, H].
+
+        observations: those of `rows` as grids [G, B·S, O].
+        """
+        encoded = [encoder(x) for encoder, x in zip(self.encoders, observations, strict=True)]
+        if self.others is None:
+            return [(own,) for own in encoded]
+        return list(zip(encoded, self.others(encoded, rows), strict=True))
 
 
 class _Attention(nn.Module):
@@ -90,35 +103,32 @@ class _Attention(nn.Module):
                 b.groups if context == "agents" else len(b.types),
                 ((b.observation_dim if context == "agents" else 0) + b.action_dim, hidden),
                 generator,
+                activate_output=True,
             )
             for b in layout.blocks
         )
         self.query, self.key, self.value = (uniform((hidden, hidden), hidden, generator) for _ in range(3))
-        own = _own_entity(layout, context)
-        hides_own = context == "agents" or not attend_own
-        self.own: list[torch.Tensor] | None = own if hides_own else None
+        self.own = _own_entity(layout, context) if context == "agents" or not attend_own else None
 
     def forward(self, encoded: Sequence[torch.Tensor], rows: JointRows) -> list[torch.Tensor]:
         """encoded: per block e^i [G, B·S, H] → per block ã^i [G, B·S, H]."""
         entities, present = self._entities(rows)
-        batch, count, _ = entities.shape
-        values = (entities @ self.value).view(batch, count, self.heads, -1)
-        folded = None if self.context == "uniform_types" else self._folded_keys(entities)
-        mixed = []
-        for b, own_rows in enumerate(encoded):
-            agents = own_rows.unflatten(1, (batch, -1)).movedim(1, 0).flatten(1, 2)
-            visible = self._visible(b, present)
-            if folded is None:
-                weights = visible.to(values.dtype).expand(batch, agents.shape[1], count).unsqueeze(-1)
-                weights = (weights / weights.sum(2, keepdim=True).clamp(min=1)).expand(-1, -1, -1, self.heads)
-            else:
-                scores = torch.bmm(agents, folded).view(batch, agents.shape[1], count, self.heads)
-                weights = scores.masked_fill(~visible.unsqueeze(-1), -1e9).softmax(2)
-                weights = weights * visible.any(-1).unsqueeze(-1).unsqueeze(-1)
-            mixture = torch.bmm(weights.flatten(2), _block_diagonal(values))
-            groups = own_rows.shape[0]
-            mixed.append(mixture.unflatten(1, (groups, -1)).movedim(1, 0).flatten(1, 2))
-        return mixed
+        batch, _, width = entities.shape
+        per_row = [own.unflatten(1, (batch, -1)).movedim(1, 0) for own in encoded]
+        height = batch
+        if entities.device.type == "cpu":
+            height = max(1, TILE_NUMBERS // (width * self.layout.spec.num_agents))
+        tiles = zip(
+            zip(*(own.split(height) for own in per_row), strict=True),
+            entities.split(height),
+            present.split(height),
+            strict=True,
+        )
+        mixed = [self._mix([part.flatten(1, 2) for part in own], *others) for own, *others in tiles]
+        return [
+            torch.cat(parts).unflatten(1, own.shape[1:3]).movedim(0, 1).flatten(1, 2)
+            for parts, own in zip(zip(*mixed, strict=True), per_row, strict=True)
+        ]
 
     def _entities(self, rows: JointRows) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings [B, K, H] and presence [B, K] of what can be attended to, block after block."""
@@ -131,18 +141,42 @@ class _Attention(nn.Module):
             else:
                 means, here = mean_actions(block, rows.actions[b], rows.active[b])
                 embedded = embed(means.transpose(0, 1)).transpose(0, 1)
-            entities.append(torch.relu(embedded))
+            entities.append(embedded)
             present.append(here)
         return torch.cat(entities, dim=1), torch.cat(present, dim=1)
 
+    def _mix(
+        self, encoded: Sequence[torch.Tensor], entities: torch.Tensor, present: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Some rows: per block e^i [B, G·S, H], entities [B, K, H], present [B, K] → per block ã^i [B, G·S, H]."""
+        # A value of 0 for whoever is absent: where nobody is present, the weights mean nothing and ã is 0.
+        values = (entities @ self.value) * present.unsqueeze(-1)
+        if self.context == "uniform_types":
+            return [self._uniform(b, agents, values, present) for b, agents in enumerate(encoded)]
+        batch, count, _ = entities.shape
+        keys, values = self._folded_keys(entities), _block_diagonal(values.unflatten(-1, (self.heads, -1)))
+        mixed = []
+        for b, agents in enumerate(encoded):
+            visible = self._visible(b, present).mT.unsqueeze(1)
+            # Agents last: a softmax along any other axis than the short one of the entities is twenty times as fast.
+            scores = torch.bmm(keys, agents.mT).view(batch, self.heads, count, -1)
+            weights = scores.masked_fill_(~visible, -1e9).softmax(2).to(values.dtype)
+            if self.own is not None:
+                weights = weights * visible.any(2, keepdim=True)
+            mixed.append(torch.bmm(weights.flatten(1, 2).mT, values))
+        return mixed
+
+    def _uniform(self, b: int, agents: torch.Tensor, values: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        visible = self._visible(b, present).to(values.dtype)
+        return torch.bmm(visible / visible.sum(-1, keepdim=True).clamp(min=1), values).expand(-1, agents.shape[1], -1)
+
     def _folded_keys(self, entities: torch.Tensor) -> torch.Tensor:
-        """(W_q W_kᵀ e_k)/√d per head: [B, K, H] → [B, H, K·heads]."""
+        """(W_q W_kᵀ e_k)/√d per head: [B, K, H] → [B, heads·K, H]."""
         batch, count, width = entities.shape
-        head_width = width // self.heads
-        keys = (entities @ self.key).view(batch * count, self.heads, head_width).transpose(0, 1)
-        queries = self.query.view(width, self.heads, head_width).permute(1, 2, 0)
-        folded = torch.bmm(keys, queries) / math.sqrt(head_width)
-        return folded.view(self.heads, batch, count, width).permute(1, 3, 2, 0).flatten(2)
+        keys = ((entities @ self.key) / math.sqrt(width // self.heads)).view(batch * count, self.heads, -1)
+        queries = self.query.view(width, self.heads, -1).permute(1, 2, 0)
+        folded = torch.bmm(keys.transpose(0, 1), queries)
+        return folded.view(self.heads, batch, count, width).transpose(0, 1).flatten(1, 2)
 
     def _visible(self, b: int, present: torch.Tensor) -> torch.Tensor:
         """[B, 1 or G·S, K]: which entities an agent of block b may attend to."""
@@ -166,13 +200,12 @@ def _own_entity(layout: Layout, context: Context) -> list[torch.Tensor]:
 
 
 def _block_diagonal(values: torch.Tensor) -> torch.Tensor:
-    """Values [B, K, heads, d] → [B, K·heads, heads·d] with every head in its own columns.
+    """Values [B, K, heads, d] → [B, heads·K, heads·d] with every head in its own columns.
 
     One product with all heads' weights then writes [B, N, H] at once, where a product per head would write small
     pieces that must be put together again.
     """
     batch, count, heads, width = values.shape
-    spread = values.unsqueeze(3) * torch.eye(heads, dtype=values.dtype, device=values.device).view(
-        1, 1, heads, heads, 1
-    )
-    return spread.reshape(batch, count * heads, heads * width)
+    spread = values.new_zeros(batch, heads, count, heads, width)
+    spread.diagonal(dim1=1, dim2=3).copy_(values.permute(0, 1, 3, 2))
+    return spread.view(batch, heads * count, heads * width)

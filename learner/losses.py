@@ -7,12 +7,12 @@ import torch
 from protocol.layout import Layout
 
 
-def soft_value(q: torch.Tensor, log_policy: torch.Tensor, temperature: float) -> torch.Tensor:
+def soft_value(q: torch.Tensor, logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """v(s) = Σ_a π(a|s) (Q(s,a,ã) − temperature · log π(a|s)): the bracket of Eq. 8, exact over the own action.
 
-    q, log_policy: [..., A] → [...].
+    q, logits (masked): [..., A] → [...].
     """
-    return (log_policy.exp() * (q - temperature * log_policy)).sum(-1)
+    return (q - temperature * logits.log_softmax(-1)).mul_(logits.softmax(-1)).sum(-1)
 
 
 def critic_target(
@@ -22,35 +22,40 @@ def critic_target(
     return reward + discount * continues * next_value
 
 
-def critic_loss(q: torch.Tensor, action: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Σ weight · (Q(s,a,ã) − y)² (Eq. 10). q: [..., A]; action: [...] int64; target, weight: [...] → scalar."""
-    taken = q.gather(-1, action.unsqueeze(-1)).squeeze(-1)
-    return (weight * (taken - target) ** 2).sum()
+def critic_loss(
+    q: torch.Tensor, action: torch.Tensor, target: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ weight · (Q(s,a,ã) − y)² (Eq. 10) and its gradient with respect to q.
 
-
-def advantage(q: torch.Tensor, log_policy: torch.Tensor) -> torch.Tensor:
-    """Q(s,a,ã) − Σ_a' π(a'|s) Q(s,a',ã): the counterfactual baseline of Eq. 13. [..., A] → [..., A]."""
-    return q - (log_policy.exp() * q).sum(-1, keepdim=True)
-
-
-def policy_loss(log_policy: torch.Tensor, q: torch.Tensor, temperature: float, weight: torch.Tensor) -> torch.Tensor:
-    """Σ weight · Σ_a π(a|s) (temperature · log π(a|s) − advantage): its gradient is Eq. 13, exact over the own action.
-
-    log_policy, q: [..., A] (no gradient flows into q); weight: [...] → scalar.
+    q: [..., A]; action: [...] int64; target, weight: [...] → (scalar, [..., A]).
     """
-    policy = log_policy.exp()
-    gain = temperature * log_policy.detach() - advantage(q.detach(), log_policy.detach())
-    return (weight * (policy * gain).sum(-1)).sum()
+    index = action.unsqueeze(-1)
+    error = q.gather(-1, index).squeeze(-1) - target
+    gradient = torch.zeros_like(q).scatter_(-1, index, (2 * weight * error).unsqueeze(-1))
+    return (weight * error**2).sum(), gradient
+
+
+def policy_loss(
+    logits: torch.Tensor, q: torch.Tensor, temperature: float, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ weight · Σ_a π(a|s) (temperature · log π(a|s) − advantage(a)) and its gradient with respect to the logits.
+
+    The advantage Q(s,a,ã) − Σ_a' π(a'|s) Q(s,a',ã) has the counterfactual baseline of Eq. 13 and is held fixed. Its
+    expectation is 0, so the value of the loss is −temperature · entropy; and the gradient, Eq. 13 exact over the own
+    action, is π(a) (g(a) − Σ_a' π(a') g(a')) with g = temperature · log π − Q: any baseline drops out of it.
+
+    logits (masked), q: [..., A]; weight: [...] → (scalar, [..., A]).
+    """
+    log_policy, policy = logits.log_softmax(-1), logits.softmax(-1)
+    entropy = -(policy * log_policy).sum(-1)
+    gain = torch.sub(log_policy.mul_(temperature), q)
+    gradient = gain.sub_((policy * gain).sum(-1, keepdim=True)).mul_(policy).mul_(weight.unsqueeze(-1))
+    return -temperature * (weight * entropy).sum(), gradient
 
 
 def cloning_loss(log_policy: torch.Tensor, action: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """−Σ weight · log π(a|s): behaviour cloning. log_policy: [..., A]; action, weight: [...] → scalar."""
     return -(weight * log_policy.gather(-1, action.unsqueeze(-1)).squeeze(-1)).sum()
-
-
-def entropy(log_policy: torch.Tensor) -> torch.Tensor:
-    """−Σ_a π log π. [..., A] → [...]."""
-    return -(log_policy.exp() * log_policy).sum(-1)
 
 
 def row_weights(layout: Layout, active: list[torch.Tensor]) -> list[torch.Tensor]:

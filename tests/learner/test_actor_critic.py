@@ -91,15 +91,18 @@ def test_gradients_are_those_of_the_equations(
 ) -> None:
     built, batch = build(sharing, context), random_batch(UNEVEN_LAYOUTS[sharing], 6, seed=1)
     drawn: list[torch.Tensor] = []
-    original = actor_critic.sample
+    original = actor_critic.draw
 
     def recording(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         drawn.append(original(logits, generator))
         return drawn[-1]
 
-    monkeypatch.setattr(actor_critic, "sample", recording)
+    monkeypatch.setattr(actor_critic, "draw", recording)
     fast = gradients(built, batch, monkeypatch)
-    next_actions = [block.rows(actions) for block, actions in zip(built.layout.blocks, drawn, strict=True)]
+    next_actions = [
+        block.rows(actions.unflatten(1, (-1, block.slots)))
+        for block, actions in zip(built.layout.blocks, drawn, strict=True)
+    ]
     for network in (built.policy, built.critic, built.target_policy, built.target_critic):
         network.zero_grad()
         network.double()
@@ -212,6 +215,14 @@ def test_bfloat16_products_give_nearly_the_same_gradient(monkeypatch: pytest.Mon
     for name, gradient in exact.items():
         assert rounded[name].dtype == torch.float32
         assert (rounded[name] - gradient).norm() <= 0.05 * gradient.norm() + 1e-3, name
+
+
+def test_draws_follow_the_softmax_and_never_take_a_forbidden_action() -> None:
+    logits = torch.tensor([[-1e9, 0.0, 1.0, -1e9, 2.0, -1e9]])
+    drawn = actor_critic.draw(logits.expand(40_000, -1), torch.Generator().manual_seed(0))
+    frequency = torch.bincount(drawn, minlength=6) / len(drawn)
+    torch.testing.assert_close(frequency, logits.softmax(-1)[0], rtol=0, atol=0.01)
+    assert (frequency[[0, 3, 5]] == 0).all()
 
 
 def test_schedule_falls_geometrically_then_stays() -> None:

@@ -20,7 +20,7 @@ def logits() -> torch.Tensor:
     """[3, 4, 5] of which every first action of every second row is forbidden."""
     values = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     values[:, ::2, 0] = MASKED
-    return values.requires_grad_()
+    return values
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def q() -> torch.Tensor:
 
 
 def test_soft_value_is_the_bracket_of_equation_8(logits: torch.Tensor, q: torch.Tensor) -> None:
-    log_policy = logits.detach().log_softmax(-1)
-    value = losses.soft_value(q, log_policy, TEMPERATURE)
+    log_policy = logits.log_softmax(-1)
+    value = losses.soft_value(q, logits, TEMPERATURE)
     for g in range(3):
         for r in range(4):
             expected = 0.0
@@ -57,29 +57,35 @@ def test_critic_loss_is_the_weighted_square_at_the_action_taken(q: torch.Tensor)
         for g in range(3)
         for r in range(4)
     )
-    assert float(losses.critic_loss(q, action, target, weight)) == pytest.approx(expected, rel=1e-12)
+    q.requires_grad_()
+    loss, gradient = losses.critic_loss(q.detach(), action, target, weight)
+    assert float(loss) == pytest.approx(expected, rel=1e-12)
+    slow = (weight * (q.gather(-1, action.unsqueeze(-1)).squeeze(-1) - target) ** 2).sum()
+    torch.testing.assert_close(gradient, torch.autograd.grad(slow, q)[0])
 
 
-def test_the_baseline_is_counterfactual(logits: torch.Tensor, q: torch.Tensor) -> None:
-    log_policy = logits.detach().log_softmax(-1)
-    result = losses.advantage(q, log_policy)
+def test_the_policy_loss_is_the_expectation_of_its_terms(logits: torch.Tensor, q: torch.Tensor) -> None:
+    weight = torch.rand(3, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    expected = 0.0
     for g in range(3):
         for r in range(4):
-            baseline = sum(math.exp(log_policy[g, r, a]) * float(q[g, r, a]) for a in range(5))
+            p = [math.exp(v) for v in logits[g, r].log_softmax(-1)]
+            baseline = sum(p[a] * float(q[g, r, a]) for a in range(5))
             for a in range(5):
-                assert float(result[g, r, a]) == pytest.approx(float(q[g, r, a]) - baseline, rel=1e-9)
+                if p[a] > 0:
+                    advantage = float(q[g, r, a]) - baseline
+                    expected += float(weight[g, r]) * p[a] * (TEMPERATURE * math.log(p[a]) - advantage)
+    assert float(losses.policy_loss(logits, q, TEMPERATURE, weight)[0]) == pytest.approx(expected, rel=1e-9)
 
 
 def test_gradient_of_the_policy_loss_is_the_expected_score_function(logits: torch.Tensor, q: torch.Tensor) -> None:
     """∇ = E_a[∇log π(a|s) (temperature · log π(a|s) − advantage(a))], one drawn action after the other (Eq. 13)."""
     weight = torch.rand(3, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    critic_q = q.clone().requires_grad_()
-    losses.policy_loss(logits.log_softmax(-1), critic_q, TEMPERATURE, weight).backward()
-    assert critic_q.grad is None
+    _, gradient = losses.policy_loss(logits, q, TEMPERATURE, weight)
     expected = torch.zeros(3, 4, 5, dtype=torch.float64)
     for g in range(3):
         for r in range(4):
-            p = [math.exp(v) for v in logits[g, r].detach().log_softmax(-1)]
+            p = [math.exp(v) for v in logits[g, r].log_softmax(-1)]
             baseline = sum(p[a] * float(q[g, r, a]) for a in range(5))
             for drawn in range(5):
                 if p[drawn] == 0:
@@ -88,28 +94,26 @@ def test_gradient_of_the_policy_loss_is_the_expected_score_function(logits: torc
                 for a in range(5):
                     score = (1.0 if a == drawn else 0.0) - p[a]
                     expected[g, r, a] += float(weight[g, r]) * p[drawn] * score * gain
-    torch.testing.assert_close(logits.grad, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_forbidden_action_gets_no_gradient(logits: torch.Tensor, q: torch.Tensor) -> None:
     spoiled = q.clone()
     spoiled[:, ::2, 0] = 1e6  # whatever the critic thinks of it
     weight = torch.ones(3, 4, dtype=torch.float64)
-    clean, dirty = (
-        torch.autograd.grad(losses.policy_loss(logits.log_softmax(-1), values, TEMPERATURE, weight), logits)[0]
-        for values in (q, spoiled)
-    )
+    clean, dirty = (losses.policy_loss(logits, values, TEMPERATURE, weight)[1] for values in (q, spoiled))
     assert torch.equal(clean, dirty)
     assert (clean[:, ::2, 0] == 0).all()
 
 
-def test_entropy_of_a_known_distribution() -> None:
-    log_policy = torch.tensor([[0.5, 0.25, 0.25, 1e-30]]).log()
-    assert float(losses.entropy(log_policy)) == pytest.approx(1.5 * math.log(2), rel=1e-6)
+def test_value_of_the_policy_loss_is_the_entropy() -> None:
+    logits = torch.tensor([[0.5, 0.25, 0.25, 1e-30]]).log()
+    loss, _ = losses.policy_loss(logits, torch.randn(1, 4), 0.5, torch.ones(1))
+    assert float(loss) == pytest.approx(-0.5 * 1.5 * math.log(2), rel=1e-6)
 
 
 def test_cloning_loss_is_the_weighted_likelihood(logits: torch.Tensor) -> None:
-    log_policy = logits.detach().log_softmax(-1)
+    log_policy = logits.log_softmax(-1)
     action, weight = torch.ones(3, 4, dtype=torch.int64), torch.full((3, 4), 0.5, dtype=torch.float64)
     expected = -0.5 * sum(float(log_policy[g, r, 1]) for g in range(3) for r in range(4))
     assert float(losses.cloning_loss(log_policy, action, weight)) == pytest.approx(expected, rel=1e-12)
