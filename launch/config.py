@@ -14,6 +14,7 @@ import dacite
 import yaml
 
 from actors.settings import ActorSettings, EvaluationSettings
+from launch.limits import check_limits, flag
 from learner.settings import CloningSettings, LearnerSettings
 from protocol.errors import InputError, unknown_name
 from protocol.job import Mode
@@ -75,11 +76,7 @@ class Config:
         name = self.environment.partition("?")[0].partition(":")[0]
         if name not in known_environments():
             raise unknown_name("environment", name, known_environments())
-        for option in ("steps", "nodes", "threads"):
-            if getattr(self, option) < 1:
-                raise InputError(f"--{_flag(option)} must be at least 1, got {getattr(self, option)}")
-        if min(self.demonstration_episodes, self.seed, self.actors) < 0:
-            raise InputError("--demonstration-episodes, --seed and --actors must not be negative")
+        check_limits(self)
         if (kind.imitates or kind.clones) and not self.demonstrations:
             raise InputError(
                 f"algorithm '{self.algorithm}' learns from demonstrations: name a file by --demonstrations"
@@ -172,16 +169,12 @@ def _flags(kind: type, prefix: str = "--") -> list[str]:
     names = []
     for name, hint in get_type_hints(kind).items():
         if is_dataclass(hint):
-            names += _flags(hint, f"{prefix}{_flag(name)}.")  # type: ignore[arg-type]
+            names += _flags(hint, f"{prefix}{flag(name)}.")  # type: ignore[arg-type]
         else:
-            names.append(prefix + _flag(name))
+            names.append(prefix + flag(name))
             if hint is bool:
-                names.append(f"{prefix}no-{_flag(name)}")
+                names.append(f"{prefix}no-{flag(name)}")
     return names
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
 
 
 def _check_keys(values: dict[Any, Any], kind: type, source: str, path: str = "") -> None:

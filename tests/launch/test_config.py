@@ -1,11 +1,13 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 from launch.config import Config, load_preset, parse_config, preset_names
+from launch.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, PARTS
 from protocol.errors import InputError
 
 
@@ -62,6 +64,42 @@ def test_checks_name_what_is_wrong(change: dict[str, object], expected: str) -> 
     with pytest.raises(InputError) as error:
         replace(load_preset("rover_tower_8"), **change).checked()
     assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--learner.batch-size", "0"], "--learner.batch-size must be at least 1, got 0"),
+        (["--evaluation.interval", "0"], "--evaluation.interval must be at least 1"),
+        (["--actor.hidden", "8", "0"], "--actor.hidden must be at least 1"),
+        (["--demonstration-episodes", "-1"], "--demonstration-episodes must be at least 0"),
+        (["--learner.temperature", "0"], "--learner.temperature must be above 0"),
+        (["--learner.temperature", "nan"], "--learner.temperature must be above 0, got nan"),
+        (["--learner.discount", "2"], "--learner.discount must be within 0..1"),
+        (["--learner.heads", "3"], "--learner.heads must divide --learner.hidden, got 3 and 64"),
+    ],
+)
+def test_numbers_that_no_run_can_use_are_refused_before_it_starts(flags: list[str], expected: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse_config(flags).checked()
+    assert expected in str(error.value)
+
+
+def test_every_number_has_its_limits() -> None:
+    listed = {*AT_LEAST_1, *AT_LEAST_0, *ABOVE_0, *PARTS}
+    free = {"learner.reward_offset"}
+    assert listed | free == set(numbers(Config))
+
+
+def numbers(kind: type, prefix: str = "") -> list[str]:
+    """The options of a configuration that are numbers."""
+    names = []
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            names += numbers(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+        elif hint in (int, float, tuple[int, ...]):
+            names.append(prefix + name)
+    return names
 
 
 @pytest.mark.parametrize(
