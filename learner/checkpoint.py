@@ -77,12 +77,17 @@ class CheckpointFolder:
             raise
         self._prune()
 
-    def mark_best(self, iteration: int) -> None:
-        """Remember that the policy of this iteration had the highest evaluation return so far."""
-        if (self._folder / f"{iteration:08d}").is_dir():
-            temporary = self._folder / ".best.tmp"
-            _write(temporary, f"{iteration:08d}\n".encode())
-            temporary.rename(self._folder / "best")
+    def mark_best(self, iteration: int) -> bool:
+        """Keep the checkpoint of this iteration, whose policy had the highest evaluation return so far.
+
+        Returns whether there is such a checkpoint.
+        """
+        if not (self._folder / f"{iteration:08d}").is_dir():
+            return False
+        temporary = self._folder / ".best.tmp"
+        _write(temporary, f"{iteration:08d}\n".encode())
+        temporary.rename(self._folder / "best")
+        return True
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that passes all checks, or None if there is none at all.

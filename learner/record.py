@@ -63,11 +63,11 @@ class RunRecord:
             _replace(self._curve, _csv(names, [*rows, row], header=True))
         self._add_scalars("evaluation", iteration, {"return_mean": return_mean, "return_stderr": return_stderr})
 
-    def truncate_after(self, iteration: int) -> None:
-        """Forget everything after `iteration`: the run goes on from there."""
+    def go_on_from(self, iteration: int) -> None:
+        """Forget what comes again after `iteration` was restored: its evaluation, and everything of later ones."""
         rows = self._rows()
         if rows:
-            kept = [row for row in rows if int(row["iteration"]) <= iteration]
+            kept = [row for row in rows if int(row["iteration"]) < iteration]
             _replace(self._curve, _csv(list(rows[0]), kept, header=bool(kept)))
         if self._log.exists():
             lines = [line for line in self._log.read_text().splitlines() if _iteration(line) <= iteration]

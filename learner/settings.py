@@ -51,7 +51,7 @@ class LearnerSettings:
     checkpoint_interval: int = 25
     """Iterations between checkpoints."""
     checkpoints_kept: int = 3
-    """Newest checkpoints kept (the best by evaluation return is kept besides)."""
+    """Newest checkpoints kept (the one with the best evaluation is kept besides)."""
     deadline_seconds: float = 120.0
     """Longest wait for chunks or rewards before the run ends with the name of what it waited for."""
 

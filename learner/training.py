@@ -25,7 +25,7 @@ from learner.experience import Evaluated, Experience
 from learner.metrics import LearnerMetrics
 from learner.record import RunRecord
 from learner.settings import LearnerSettings
-from protocol.channels import Refused, Unanswered
+from protocol.channels import Refused
 from protocol.errors import InputError, NumericalError
 from protocol.job import Job
 from protocol.telemetry import Telemetry
@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 Arrays = dict[str, np.ndarray]
 FINAL_EVALUATION_SECONDS = 600.0
+CURABLE = ("no_session", "deadline")
+"""Refusals of a reward server that was started again, or was stopped for a while."""
 
 
 class Interrupted(Exception):
@@ -62,6 +64,7 @@ class Facts:
     env_steps: int = 0
     wall_seconds: float = 0.0
     best_return: float = -math.inf
+    """Of the policies that have a checkpoint."""
 
 
 class Training:
@@ -97,7 +100,8 @@ class Training:
         """Train to the end, or until told to stop: `finished` or `interrupted`.
 
         If the reward server is lost, both sides go back to the last checkpoint and the run goes on from there.
-        Raises NumericalError, TimeoutError (a wait passed its deadline), OSError (the disk), InputError.
+        Raises NumericalError, TimeoutError (a wait passed its deadline), OSError (the disk), InputError (also for what
+        the reward server would refuse again).
         """
         while True:
             try:
@@ -107,7 +111,9 @@ class Training:
                 self._checkpoint()
                 self._write_result("interrupted", None)
                 return "interrupted"
-            except (Refused, Unanswered) as error:
+            except Refused as error:
+                if error.cause not in CURABLE:
+                    raise InputError(f"the reward server refuses what the learner asks for: {error}") from error
                 log.warning("going back to the last checkpoint: %s", error)
                 self._metrics.rewinds.inc()
 
@@ -130,9 +136,11 @@ class Training:
                 self._algorithm.finish()
             self._publish(session)
             self._note(figures)
-            if self._facts.iteration % self._settings.checkpoint_interval == 0:
+            is_last = self._facts.iteration == self._iterations
+            if is_last or self._facts.iteration % self._settings.checkpoint_interval == 0:
                 self._checkpoint()
-        self._checkpoint()
+            for evaluated in self._experience.evaluations():
+                self._record_evaluation(evaluated)
 
     def _abort(self) -> None:
         if self._telemetry.stop.is_set():
@@ -150,7 +158,7 @@ class Training:
                 raise InputError(f"the checkpoint was written by another configuration: {self._difference(checkpoint)}")
             self._algorithm.begin(session, checkpoint.learner, checkpoint.rewards)
             self._facts = Facts(**checkpoint.facts)
-            self._record.truncate_after(checkpoint.iteration - 1)  # this iteration's policy is evaluated again
+            self._record.go_on_from(checkpoint.iteration)
             self._figures = {checkpoint.iteration: self._position()}
             log.info("going on from iteration %d", checkpoint.iteration)
 
@@ -176,7 +184,7 @@ class Training:
             self._checkpoints.write(Checkpoint(facts.iteration, self._config, asdict(facts), learner, rewards))
 
     def _note(self, figures: dict[str, float]) -> None:
-        """Record the iteration's figures, and whatever evaluations have come meanwhile."""
+        """Record the iteration's figures."""
         facts = self._facts
         self._figures[facts.iteration] = figures | self._position()
         self._telemetry.numbers |= {
@@ -191,8 +199,6 @@ class Training:
         if self._expert_return is not None:
             self._telemetry.numbers["expert_return"] = self._expert_return
         self._record.log_iteration(facts.iteration, self._figures[facts.iteration])
-        for evaluated in self._experience.evaluations():
-            self._record_evaluation(evaluated)
 
     def _position(self) -> dict[str, float]:
         return {"env_steps": self._facts.env_steps, "wall_seconds": self._facts.wall_seconds}
@@ -212,9 +218,9 @@ class Training:
         self._figures = {version: rest for version, rest in self._figures.items() if version > evaluated.version}
         self._telemetry.numbers["return_mean"] = estimate.mean
         self._metrics.episode_return.set(estimate.mean)
-        if estimate.mean > self._facts.best_return:
+        # A better policy without a checkpoint must not keep the best one that has a checkpoint from being marked.
+        if estimate.mean > self._facts.best_return and self._checkpoints.mark_best(evaluated.version):
             self._facts.best_return = estimate.mean
-            self._checkpoints.mark_best(evaluated.version)
         if evaluated.version == self._iterations:
             self._final_estimate = estimate
 

@@ -46,7 +46,7 @@ def test_the_newest_and_the_best_are_kept(folder: CheckpointFolder, tmp_path: Pa
 
 def test_an_iteration_without_a_checkpoint_is_not_marked_best(folder: CheckpointFolder, tmp_path: Path) -> None:
     folder.write(checkpoint(1))
-    folder.mark_best(7)
+    assert not folder.mark_best(7)
     assert names(tmp_path) == ["00000001"]
 
 

@@ -42,8 +42,9 @@ def test_a_resumed_run_leaves_the_same_record(tmp_path: Path) -> None:
     with (resumed / "log.jsonl").open("a") as file:
         file.write('{"iteration": 4, "cut sho')
     again = RunRecord(resumed)
-    again.truncate_after(1)
-    write(again, [2, 3, 4])
+    again.go_on_from(2)
+    again.add_evaluation(2, 200, 1.0, 4.0, 0.1, None, {"critic_loss": 0.5})
+    write(again, [3, 4])
     for name in ("curve.csv", "log.jsonl"):
         assert (resumed / name).read_text() == (whole / name).read_text()
 
@@ -51,7 +52,7 @@ def test_a_resumed_run_leaves_the_same_record(tmp_path: Path) -> None:
 def test_going_back_to_the_start_leaves_nothing(tmp_path: Path) -> None:
     record = RunRecord(tmp_path)
     write(record, [0, 1])
-    record.truncate_after(-1)
+    record.go_on_from(0)
     assert curve(tmp_path) == []
     write(record, [0, 1])
     assert [row["iteration"] for row in curve(tmp_path)] == ["0", "1"]

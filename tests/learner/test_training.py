@@ -12,15 +12,18 @@ import pytest
 import torch
 
 import actors.collector
+import actors.evaluation
 from actors.settings import ActorSettings, EvaluationSettings
 from learner.algorithms import ALGORITHMS, algorithm
 from learner.process import run_serial
 from learner.settings import CloningSettings, LearnerSettings
+from protocol.channels import Refused
 from protocol.errors import InputError, NumericalError
 from protocol.job import Endpoints, Job
-from protocol.messages import Sender
+from protocol.messages import Refusal, Sender
 from protocol.registry import make_environment
 from protocol.telemetry import Telemetry
+from reward_server.client import LocalRewards
 from reward_server.settings import RewardSettings
 
 torch.set_num_threads(1)
@@ -134,6 +137,24 @@ def test_stop_and_resume_ends_with_the_same_policy(tmp_path: Path, name: str) ->
     assert resumed["return_mean"] == whole["return_mean"]
     curves = [(tmp_path / part / "curve.csv").read_text().splitlines() for part in ("whole", "parts")]
     assert [line.split(",")[:2] for line in curves[0]] == [line.split(",")[:2] for line in curves[1]]
+    logged = [json.loads(line)["iteration"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert logged == list(range(1, ITERATIONS + 1))
+
+
+def test_the_best_of_the_checkpoints_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    returns = iter([0.0, 1.0, 9.0, 3.0, 2.0])  # of the random policy, and after 0, 2, 4 and 6 iterations
+    monkeypatch.setattr(actors.evaluation, "evaluate", lambda *_: np.full((20, 4), next(returns)))
+    run(tmp_path / "run", checkpoint_interval=4)
+    assert (tmp_path / "run" / "checkpoints" / "best").read_text() == "00000004\n"
+
+
+def test_what_the_reward_server_refuses_for_good_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise Refused(Refusal("body", "rows must lie in 1..5, got 6"))
+
+    monkeypatch.setattr(LocalRewards, "observe", refuse)
+    with pytest.raises(InputError, match=r"rows must lie in 1\.\.5"):
+        run(tmp_path / "run")
 
 
 def test_another_configuration_is_not_resumed(tmp_path: Path) -> None:
