@@ -16,6 +16,7 @@ from actors.policy import FORBIDDEN_LOGIT, Policy
 from learner import losses
 from learner.cloning import Cloning
 from learner.critics import Critic
+from learner.memory import keep_freed_memory
 from learner.optimisation import adam_arrays, clip_per_network, load_adam_arrays, part
 from learner.replay import Batch
 from learner.settings import LearnerSettings
@@ -65,6 +66,8 @@ class ActorCritic:
             "critic": torch.optim.Adam(critic.parameters(), settings.critic_learning_rate, fused=True),
         }
         self._generator = torch.Generator().manual_seed(seed)
+        if device.type == "cpu":
+            keep_freed_memory()
 
     def update(
         self, batch: Batch, rewards: list[torch.Tensor], progress: float, cloning: Cloning | None = None
@@ -127,18 +130,23 @@ class ActorCritic:
         """Add the gradients of some rows to the parameters; returns sums over networks."""
         observations = self._grids(batch.rows.observations)
         sums = {name: torch.zeros((), device=self.device) for name in ("critic_loss", "policy_loss", "value")}
-        gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
             targets = self._targets(batch, rewards, temperature)
-            seen = self.critic.perceive(observations, batch.rows)
+            encoded = self.critic.encode(observations)
+            own = [e.detach().requires_grad_() for e in encoded]  # their gradient comes from heads and contexts
+            contexts = self.critic.contexts(own, batch.rows)
+            d_contexts: list[list[torch.Tensor]] = [[] for _ in contexts]
             for b, (target, weight) in enumerate(zip(targets, weights, strict=True)):
-                q, critic_loss, d_seen = self._judge(b, seen[b], batch, target, weight)
-                policy_loss = self._improve(b, observations[b], batch, q, temperature, weight)
+                seen = [part[b] for part in (own, *contexts)]
+                q, critic_loss, (own[b].grad, *d_context) = self._judge(b, seen, batch, target, weight)
+                for gradients, gradient in zip(d_contexts, d_context, strict=True):
+                    gradients.append(gradient)
                 sums["critic_loss"] += critic_loss
-                sums["policy_loss"] += policy_loss
+                sums["policy_loss"] += self._improve(b, observations[b], batch, q, temperature, weight)
                 sums["value"] += (weight * target).sum()
-                gradients += zip(seen[b], d_seen, strict=True)
-        torch.autograd.backward([x for x, _ in gradients], [d for _, d in gradients])
+        for context, gradients in zip(contexts, d_contexts, strict=True):
+            torch.autograd.backward(context, gradients)
+        torch.autograd.backward(encoded, [e.grad for e in own])
         return sums
 
     def _targets(self, batch: Batch, rewards: list[torch.Tensor], temperature: float) -> list[torch.Tensor]:
@@ -151,11 +159,14 @@ class ActorCritic:
                 logits[b][tile] = output.float().masked_fill_(~masks[b][tile], FORBIDDEN_LOGIT)
             actions.append(block.rows(draw(logits[b], self._generator).unflatten(1, (-1, block.slots))))
         rows = JointRows(batch.next_observations, actions, batch.next_active)
-        seen = self.target_critic.perceive(observations, rows)
+        encoded = self.target_critic.encode(observations)
+        contexts = self.target_critic.contexts(encoded, rows)
         targets = []
         for b, block in enumerate(self.layout.blocks):
             values = torch.empty(logits[b].shape[:2], device=self.device)
-            for tile, q in _stack(self.target_critic.heads, b).outputs(*seen[b]):
+            for tile, q in _stack(self.target_critic.heads, b).outputs(
+                encoded[b], *(context[b] for context in contexts)
+            ):
                 values[tile] = losses.soft_value(q.float(), logits[b][tile], temperature)
             continues = _grid(block, batch.next_active[b] & ~batch.terminated.unsqueeze(1))
             reward = _grid(block, rewards[b]) - self.settings.reward_offset
@@ -163,7 +174,7 @@ class ActorCritic:
         return targets
 
     def _judge(
-        self, b: int, seen: tuple[torch.Tensor, ...], batch: Batch, target: torch.Tensor, weight: torch.Tensor
+        self, b: int, seen: list[torch.Tensor], batch: Batch, target: torch.Tensor, weight: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """The critics' heads of one block: Q [G, B·S, A], their loss, its gradients with respect to `seen`."""
         block = self.layout.blocks[b]

@@ -6,12 +6,12 @@ Every algorithm's critic is this one network with another `Context`, the part th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn import functional
+from torch.autograd.function import once_differentiable
 
 from learner.mean_field import action_vectors, mean_actions
 from protocol.layout import JointRows, Layout
@@ -23,6 +23,9 @@ Context = Literal["types", "uniform_types", "agents", "none"]
 
 
 LEAKY_SLOPE = 0.01
+FORBIDDEN_SCORE = -1e9
+
+_softmax_backward = torch.ops.aten._softmax_backward_data
 
 
 class Critic(nn.Module):
@@ -67,21 +70,20 @@ class Critic(nn.Module):
             block.grid(observation).flatten(1, 2)
             for block, observation in zip(self.layout.blocks, rows.observations, strict=True)
         ]
-        seen = self.perceive(observations, rows)
+        encoded = self.encode(observations)
+        contexts = self.contexts(encoded, rows)
         return [
             head(*inputs).unflatten(1, (len(rows), block.slots))
-            for block, head, inputs in zip(self.layout.blocks, self.heads, seen, strict=True)
+            for block, head, *inputs in zip(self.layout.blocks, self.heads, encoded, *contexts, strict=True)
         ]
 
-    def perceive(self, observations: Sequence[torch.Tensor], rows: JointRows) -> list[tuple[torch.Tensor, ...]]:
-        """What the heads look at, per block: e^i and, if there is a context, ã^i, each [G, B·S, H].
+    def encode(self, observations: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """e^i per block [G, B·S, H], from the observations as grids [G, B·S, O]."""
+        return [encoder(x) for encoder, x in zip(self.encoders, observations, strict=True)]
 
-        observations: those of `rows` as grids [G, B·S, O].
-        """
-        encoded = [encoder(x) for encoder, x in zip(self.encoders, observations, strict=True)]
-        if self.others is None:
-            return [(own,) for own in encoded]
-        return list(zip(encoded, self.others(encoded, rows), strict=True))
+    def contexts(self, encoded: Sequence[torch.Tensor], rows: JointRows) -> list[list[torch.Tensor]]:
+        """What the heads see beside e^i: one list with ã^i per block [G, B·S, H], or none without a context."""
+        return [] if self.others is None else [self.others(encoded, rows)]
 
 
 class _Attention(nn.Module):
@@ -108,26 +110,27 @@ class _Attention(nn.Module):
             for b in layout.blocks
         )
         self.query, self.key, self.value = (uniform((hidden, hidden), hidden, generator) for _ in range(3))
-        self.own = _own_entity(layout, context) if context == "agents" or not attend_own else None
+        self.visible = _others(layout, context) if context == "agents" or not attend_own else None
 
     def forward(self, encoded: Sequence[torch.Tensor], rows: JointRows) -> list[torch.Tensor]:
         """encoded: per block e^i [G, B·S, H] → per block ã^i [G, B·S, H]."""
+        shapes = [(block.groups, block.slots) for block in self.layout.blocks]
+        parts = [e.unflatten(1, (len(rows), -1)).movedim(1, 0).flatten(1, 2) for e in encoded]
+        agents = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         entities, present = self._entities(rows)
-        batch, _, width = entities.shape
-        per_row = [own.unflatten(1, (batch, -1)).movedim(1, 0) for own in encoded]
-        height = batch
-        if entities.device.type == "cpu":
-            height = max(1, TILE_NUMBERS // (width * self.layout.spec.num_agents))
-        tiles = zip(
-            zip(*(own.split(height) for own in per_row), strict=True),
-            entities.split(height),
-            present.split(height),
-            strict=True,
+        visible = (
+            present.unsqueeze(1) if self.visible is None else present.unsqueeze(1) & self.visible.to(present.device)
         )
-        mixed = [self._mix([part.flatten(1, 2) for part in own], *others) for own, *others in tiles]
+        values = entities @ self.value
+        if self.context == "uniform_types":
+            weights = visible / visible.sum(-1, keepdim=True).clamp(min=1)
+            mixed = torch.bmm(weights.to(values.dtype), values).expand(-1, agents.shape[1], -1)
+        else:
+            keys = (entities @ self.key) / math.sqrt(values.shape[-1] // self.heads)
+            mixed = _Mixture.apply(agents, keys, values, self.query, visible, self.heads)
         return [
-            torch.cat(parts).unflatten(1, own.shape[1:3]).movedim(0, 1).flatten(1, 2)
-            for parts, own in zip(zip(*mixed, strict=True), per_row, strict=True)
+            part.unflatten(1, shape).movedim(0, 1).flatten(1, 2)
+            for part, shape in zip(mixed.split([g * s for g, s in shapes], dim=1), shapes, strict=True)
         ]
 
     def _entities(self, rows: JointRows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,67 +148,109 @@ class _Attention(nn.Module):
             present.append(here)
         return torch.cat(entities, dim=1), torch.cat(present, dim=1)
 
-    def _mix(
-        self, encoded: Sequence[torch.Tensor], entities: torch.Tensor, present: torch.Tensor
-    ) -> list[torch.Tensor]:
-        """Some rows: per block e^i [B, G·S, H], entities [B, K, H], present [B, K] → per block ã^i [B, G·S, H]."""
-        # A value of 0 for whoever is absent: where nobody is present, the weights mean nothing and ã is 0.
-        values = (entities @ self.value) * present.unsqueeze(-1)
-        if self.context == "uniform_types":
-            return [self._uniform(b, agents, values, present) for b, agents in enumerate(encoded)]
-        batch, count, _ = entities.shape
-        keys, values = self._folded_keys(entities), _block_diagonal(values.unflatten(-1, (self.heads, -1)))
-        mixed = []
-        for b, agents in enumerate(encoded):
-            visible = self._visible(b, present).mT.unsqueeze(1)
+
+class _Mixture(torch.autograd.Function):
+    """The attention of all agents, some rows after others, so that what lies between its products stays cached.
+
+    agents e^i [B, N, H], keys W_k e_k/√d and values V e_k [B, K, H], query W_q [H, H], visible [B, 1 or N, K] bool
+    → ã [B, N, H]; 0 for an agent that sees nobody.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        agents: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        query: torch.Tensor,
+        visible: torch.Tensor,
+        heads: int,
+    ) -> torch.Tensor:
+        batch, count, width = agents.shape
+        mixture = agents.new_empty(batch, count, width)
+        weights = agents.new_empty(batch, heads, keys.shape[1], count)
+        seen = visible.mT.unsqueeze(1).to(query.dtype)
+        hidden = (1 - seen) * FORBIDDEN_SCORE
+        for rows in _row_tiles(agents):
             # Agents last: a softmax along any other axis than the short one of the entities is twenty times as fast.
-            scores = torch.bmm(keys, agents.mT).view(batch, self.heads, count, -1)
-            weights = scores.masked_fill_(~visible, -1e9).softmax(2).to(values.dtype)
-            if self.own is not None:
-                weights = weights * visible.any(2, keepdim=True)
-            mixed.append(torch.bmm(weights.flatten(1, 2).mT, values))
-        return mixed
+            scores = (
+                torch.bmm(_folded(keys[rows], query, heads), agents[rows].mT).view_as(weights[rows]).to(query.dtype)
+            )
+            weights[rows] = scores.add_(hidden[rows]).softmax(2).mul_(seen[rows])
+            torch.bmm(weights[rows].flatten(1, 2).mT, _block_diagonal(values[rows], heads), out=mixture[rows])
+        ctx.save_for_backward(agents, keys, values, query, weights)
+        return mixture
 
-    def _uniform(self, b: int, agents: torch.Tensor, values: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        visible = self._visible(b, present).to(values.dtype)
-        return torch.bmm(visible / visible.sum(-1, keepdim=True).clamp(min=1), values).expand(-1, agents.shape[1], -1)
-
-    def _folded_keys(self, entities: torch.Tensor) -> torch.Tensor:
-        """(W_q W_kᵀ e_k)/√d per head: [B, K, H] → [B, heads·K, H]."""
-        batch, count, width = entities.shape
-        keys = ((entities @ self.key) / math.sqrt(width // self.heads)).view(batch * count, self.heads, -1)
-        queries = self.query.view(width, self.heads, -1).permute(1, 2, 0)
-        folded = torch.bmm(keys.transpose(0, 1), queries)
-        return folded.view(self.heads, batch, count, width).transpose(0, 1).flatten(1, 2)
-
-    def _visible(self, b: int, present: torch.Tensor) -> torch.Tensor:
-        """[B, 1 or G·S, K]: which entities an agent of block b may attend to."""
-        visible = present.unsqueeze(1)
-        if self.own is None:
-            return visible
-        own = functional.one_hot(self.own[b].to(present.device), present.shape[1] + 1)[:, :-1].bool()
-        return visible & ~own
-
-
-def _own_entity(layout: Layout, context: Context) -> list[torch.Tensor]:
-    """Per block and slot: the number of the entity that is the agent itself, or its own type; K for an empty slot."""
-    own, first = [], 0
-    counts = [block.num_agents if context == "agents" else len(block.types) for block in layout.blocks]
-    for block, count in zip(layout.blocks, counts, strict=True):
-        number = torch.arange(count) if context == "agents" else block.type_of_agent
-        padded = torch.cat([number + first, torch.tensor([sum(counts)])])
-        own.append(padded[block.agent_of_slot])
-        first += count
-    return own
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        agents, keys, values, query, weights = ctx.saved_tensors
+        heads = weights.shape[1]
+        d_agents = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+        d_keys, d_values, d_query = torch.empty_like(keys), torch.empty_like(values), torch.zeros_like(query)
+        for rows in _row_tiles(agents):
+            d, w = gradient[rows], weights[rows]
+            d_weights = torch.bmm(_block_diagonal(values[rows], heads), d.mT).view_as(w)
+            d_values[rows] = _diagonal(torch.bmm(w.flatten(1, 2), d), heads)
+            d_scores = _softmax_backward(d_weights, w, 2, w.dtype).flatten(1, 2)
+            torch.bmm(d_scores.mT, _folded(keys[rows], query, heads), out=d_agents[rows])
+            d_folded = _by_head(torch.bmm(d_scores, agents[rows]), heads)
+            d_keys[rows] = (
+                torch.bmm(d_folded, _per_head(query.to(keys.dtype), heads)).transpose(0, 1).reshape(keys[rows].shape)
+            )
+            d_query += torch.bmm(d_folded.mT, _per_head(keys[rows].flatten(0, 1), heads)).transpose(0, 1).flatten(1)
+        return d_agents, d_keys, d_values, d_query, None, None
 
 
-def _block_diagonal(values: torch.Tensor) -> torch.Tensor:
-    """Values [B, K, heads, d] → [B, heads·K, heads·d] with every head in its own columns.
+def _row_tiles(agents: torch.Tensor) -> Iterator[slice]:
+    batch, count, width = agents.shape
+    height = max(1, TILE_NUMBERS * 2 // (count * width)) if agents.device.type == "cpu" else batch
+    for first in range(0, batch, height):
+        yield slice(first, first + height)
+
+
+def _per_head(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[R, H] → [heads, R, d]."""
+    return x.unflatten(1, (heads, -1)).transpose(0, 1)
+
+
+def _by_head(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, heads·K, H] → [heads, B·K, H]."""
+    return x.unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _folded(keys: torch.Tensor, query: torch.Tensor, heads: int) -> torch.Tensor:
+    """W_q k per head: keys [B, K, H], query [H, H] → [B, heads·K, H]."""
+    folded = torch.bmm(_per_head(keys.flatten(0, 1), heads), _per_head(query.to(keys.dtype), heads).mT)
+    return folded.unflatten(1, keys.shape[:2]).transpose(0, 1).flatten(1, 2)
+
+
+def _block_diagonal(values: torch.Tensor, heads: int) -> torch.Tensor:
+    """Values [B, K, heads·d] → [B, heads·K, heads·d] with every head in its own rows and columns.
 
     One product with all heads' weights then writes [B, N, H] at once, where a product per head would write small
     pieces that must be put together again.
     """
-    batch, count, heads, width = values.shape
-    spread = values.new_zeros(batch, heads, count, heads, width)
-    spread.diagonal(dim1=1, dim2=3).copy_(values.permute(0, 1, 3, 2))
-    return spread.view(batch, heads * count, heads * width)
+    batch, count, width = values.shape
+    spread = values.new_zeros(batch, heads, count, heads, width // heads)
+    spread.diagonal(dim1=1, dim2=3).copy_(values.unflatten(2, (heads, -1)).movedim(2, 3))
+    return spread.view(batch, heads * count, width)
+
+
+def _diagonal(spread: torch.Tensor, heads: int) -> torch.Tensor:
+    """The inverse of `_block_diagonal`, which forgets what is not on the diagonal."""
+    batch, rows, width = spread.shape
+    blocks = spread.view(batch, heads, rows // heads, heads, width // heads)
+    return blocks.diagonal(dim1=1, dim2=3).movedim(3, 2).flatten(2)
+
+
+def _others(layout: Layout, context: Context) -> torch.Tensor:
+    """[N slots, K] bool: whether the entity is another one than the agent itself, or than its own type."""
+    counts = [block.num_agents if context == "agents" else len(block.types) for block in layout.blocks]
+    visible, first = [], 0
+    for block, count in zip(layout.blocks, counts, strict=True):
+        number = torch.arange(count) if context == "agents" else block.type_of_agent
+        own = torch.cat([first + number, torch.tensor([-1])])[block.agent_of_slot]
+        visible.append(own.unsqueeze(1) != torch.arange(sum(counts)))
+        first += count
+    return torch.cat(visible)
