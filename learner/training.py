@@ -152,6 +152,7 @@ class Training:
             checkpoint = self._checkpoints.newest()
             if checkpoint is None:
                 self._algorithm.begin(session, None, None)
+                self._figures = {0: self._position()}
                 self._checkpoint()
                 return
             if checkpoint.config != self._config:
@@ -204,8 +205,10 @@ class Training:
         return {"env_steps": self._facts.env_steps, "wall_seconds": self._facts.wall_seconds}
 
     def _record_evaluation(self, evaluated: Evaluated) -> None:
+        figures = self._figures.pop(evaluated.version, None)
+        if figures is None:  # an evaluator that was started again has repeated itself
+            return
         estimate = self._evaluator.estimate(evaluated.returns)
-        figures = self._figures.pop(evaluated.version, {"env_steps": 0.0, "wall_seconds": 0.0})
         self._record.add_evaluation(
             evaluated.version,
             int(figures.pop("env_steps")),

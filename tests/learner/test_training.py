@@ -15,6 +15,7 @@ import actors.collector
 import actors.evaluation
 from actors.settings import ActorSettings, EvaluationSettings
 from learner.algorithms import ALGORITHMS, algorithm
+from learner.experience import LocalExperience
 from learner.process import run_serial
 from learner.settings import CloningSettings, LearnerSettings
 from protocol.channels import Refused
@@ -146,6 +147,15 @@ def test_the_best_of_the_checkpoints_is_marked(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(actors.evaluation, "evaluate", lambda *_: np.full((20, 4), next(returns)))
     run(tmp_path / "run", checkpoint_interval=4)
     assert (tmp_path / "run" / "checkpoints" / "best").read_text() == "00000004\n"
+
+
+def test_an_evaluation_that_comes_twice_is_recorded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    once = LocalExperience.evaluations
+    monkeypatch.setattr(LocalExperience, "evaluations", lambda *args, **kinds: 2 * once(*args, **kinds))
+    run(tmp_path / "run")
+    rows = (tmp_path / "run" / "curve.csv").read_text().splitlines()[1:]
+    steps = [(iteration, iteration * STEPS_PER_ITERATION) for iteration in (0, 2, 4, 6)]
+    assert [row.split(",")[:2] for row in rows] == [[str(value) for value in pair] for pair in steps]
 
 
 def test_what_the_reward_server_refuses_for_good_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
