@@ -14,6 +14,7 @@ from actors.evaluation import ReturnEstimate, evaluate
 from actors.policy import UniformPolicy
 from actors.process import build_policy
 from launch.config import Config
+from launch.run_folder import write_atomically
 from learner.checkpoint import CheckpointFolder, read_checkpoint
 from learner.optimisation import part
 from protocol.demonstrations import Demonstrations, resolve
@@ -30,6 +31,8 @@ def main(run: Path, episodes: int, paired: bool, best: bool = False) -> int:
     paired: also play from the very start states of the demonstrations, where the expert's return is known.
     best: the checkpoint with the highest evaluation return instead of the newest.
     """
+    if episodes < 1:
+        raise InputError(f"--episodes must be at least 1, got {episodes}")
     config = Config.from_yaml(_read(run / "config.yaml"), str(run / "config.yaml"))
     torch.set_num_threads(config.threads)
     policy = build_policy(_job(config, run), config.actor)
@@ -48,7 +51,7 @@ def main(run: Path, episodes: int, paired: bool, best: bool = False) -> int:
     if paired:
         rows += _paired_rows(config, policy)
     _print(run, checkpoint.iteration, float(random.mean()), rows)
-    (run / "evaluation.json").write_text(json.dumps({"iteration": checkpoint.iteration, "rows": rows}, indent=1))
+    write_atomically(run / "evaluation.json", json.dumps({"iteration": checkpoint.iteration, "rows": rows}, indent=1))
     return 0
 
 

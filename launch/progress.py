@@ -67,7 +67,8 @@ class Progress:
         ]
         if result.get("normalized_return") is not None:
             returns.append(f"normalised {result['normalized_return']:.3f}")
-        self.note(f"{result['status']} after {_duration(result.get('wall_seconds') or 0.0)}")
+        seconds = result.get("wall_seconds")  # unknown if the learner had no time to write it down
+        self.note(result["status"] if seconds is None else f"{result['status']} after {_duration(seconds)}")
         if returns:
             self.note("return per agent and episode: " + ", ".join(returns))
         for name in ("curve.png", "result.json"):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ def named(config: Config) -> Config:
     """Itself with a name for the run: preset, algorithm, seed and time if the user gave none."""
     if not config.run:
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        preset = Path(config.preset).stem
-        return replace(config, run=f"{preset}-{config.algorithm}-seed{config.seed}-{stamp}")
+        name = f"{Path(config.preset).stem}-{config.algorithm}-seed{config.seed}-{stamp}"
+        names = chain([name], (f"{name}-{number}" for number in count(2)))  # several may start in one second
+        return replace(config, run=next(name for name in names if not Path(config.runs_folder, name).exists()))
     if config.run.startswith(".") or "/" in config.run or "\0" in config.run:
         raise InputError(f"--run must be a plain folder name, got '{config.run}'; --runs-folder says where it lies")
     return config

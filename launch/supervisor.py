@@ -109,7 +109,8 @@ class Supervisor:
                 f"{name} {how}, {len(child.crashes)} times within {RESTART_WINDOW_SECONDS:.0f} s; log: {child.log}\n"
                 + child.last_traceback(),
             )
-        self._say(f"{name} {how}; starting it again ({child.last_words()[:200]})")
+        why = f" ({child.last_words()[:200]})" if code > 0 else ""  # who is killed has no last words
+        self._say(f"{name} {how}; starting it again{why}")
         self._metrics.restarts.labels(name).inc()
         child.restart_after(RESTART_DELAY_SECONDS)
         return None

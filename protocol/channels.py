@@ -226,7 +226,7 @@ class Client:
 
 
 class Broadcaster:
-    """The sending end of a broadcast: never blocks; a slow listener loses old messages, not the newest."""
+    """The sending end of a broadcast: never blocks; a slow listener loses messages, and `pump` repeats the newest."""
 
     def __init__(self, endpoint: str, sender: Sender) -> None:
         self._socket = _socket(zmq.XPUB)

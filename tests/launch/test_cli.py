@@ -47,6 +47,8 @@ def test_a_folder_that_cannot_be_made_is_refused(capsys: pytest.CaptureFixture[s
 
 def test_what_is_no_run_cannot_be_resumed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "is not the folder of a run" in fails(capsys, "resume", str(tmp_path))
+    assert "is not the folder of a run" in fails(capsys, "evaluate", str(tmp_path))
+    assert "--episodes must be at least 1" in fails(capsys, "evaluate", str(tmp_path), "--episodes", "0")
 
 
 def test_the_environment_keeps_its_contract(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,16 @@ def test_a_new_folder_holds_the_configuration(config: Config) -> None:
     assert run_folder.open_existing(folder) == config
 
 
+def test_runs_that_start_in_one_second_have_names_of_their_own(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder.time, "strftime", lambda _: "now")
+    names = []
+    for _ in range(3):
+        named = run_folder.named(replace(config, run=""))
+        run_folder.create(named)
+        names.append(named.run.partition("seed0-")[2])
+    assert names == ["now", "now-2", "now-3"]
+
+
 def test_no_space_leaves_nothing(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
     with pytest.raises(InputError, match="has 1 MiB free"):

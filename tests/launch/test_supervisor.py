@@ -95,12 +95,14 @@ def test_a_process_that_keeps_crashing_ends_the_run_with_its_traceback(
 def test_a_killed_process_comes_back(tmp_path: Path, telemetry: Telemetry) -> None:
     worker = "import os, sys, time; open(sys.argv[1], 'a').write(f'{os.getpid()} '); time.sleep(60)"
     pids = tmp_path / "pids"
-    supervisor = start(tmp_path, telemetry, {"actor": [worker, str(pids)]})
+    said: list[str] = []
+    supervisor = start(tmp_path, telemetry, {"actor": [worker, str(pids)]}, said)
     watch(supervisor, pids.exists)
     time.sleep(0.1)
     psutil.Process(int(pids.read_text().split()[0])).kill()
     watch(supervisor, lambda: len(pids.read_text().split()) == 2)
     end(supervisor)
+    assert said == ["actor-0 was killed by SIGKILL; starting it again"]
 
 
 @pytest.mark.parametrize(("code", "role"), [(2, "actor"), (3, "learner"), (4, "learner")])
