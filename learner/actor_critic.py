@@ -78,6 +78,7 @@ class ActorCritic:
         Returns means over agents and rows. Raises NumericalError if a loss is not finite; no network is changed then.
         """
         schedule = Schedule.at(progress, self.settings)
+        batch, rewards = batch.to(self.device), [r.to(self.device) for r in rewards]
         for optimiser in self._optimisers.values():
             optimiser.zero_grad(set_to_none=True)
         weights = losses.row_weights(self.layout, batch.rows.active)

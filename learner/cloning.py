@@ -34,11 +34,12 @@ class Cloning:
         """Mean over expert rows, summed over networks, of −log π(a|s); random rows unless `index` [B] names them."""
         if index is None:
             index = torch.randint(len(self._rows), (self._batch_size,), generator=self._generator)
-        rows = self._rows.select(index)
+        device = next(policy.parameters()).device
+        rows = self._rows.select(index).to(device)
         weights = losses.row_weights(self._layout, rows.active)
         terms = []
         for b, block in enumerate(self._layout.blocks):
-            masks = block.grid(self._masks[b].index_select(0, index))
+            masks = block.grid(self._masks[b].index_select(0, index).to(device))
             log_policy = policy.logits(b, block.grid(rows.observations[b]), masks).float().log_softmax(-1)
             terms.append(losses.cloning_loss(log_policy, block.grid(rows.actions[b]), weights[b]))
         return torch.stack(terms).sum()

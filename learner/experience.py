@@ -13,6 +13,7 @@ import numpy as np
 from actors.collector import Collector, episodes_per_chunk
 from actors.evaluation import Evaluator
 from actors.policy import Policy
+from actors.process import build_policy
 from actors.settings import ActorSettings, EvaluationSettings
 from learner.metrics import ChunkMetrics
 from protocol.channels import Broadcaster, Request, Server
@@ -58,14 +59,16 @@ class LocalExperience:
     """All actors and the evaluator in this process, one after the other: the same bits as processes give."""
 
     def __init__(self, job: Job, actor: ActorSettings, evaluation: EvaluationSettings) -> None:
+        self._policy = build_policy(job, actor)
         self._evaluator = Evaluator(job, evaluation)
         self._collectors = [Collector(job, actor, index) for index in range(job.actors)]
         self._evaluated: list[Evaluated] = []
 
     def publish(self, session: str, version: int, policy: Policy, evaluate_episodes: int) -> None:
-        self._policy, self._version = policy, version
+        self._policy.load_arrays(policy.to_arrays())  # the learner's may be on a GPU
+        self._version = version
         if evaluate_episodes:
-            self._evaluated.append(Evaluated(version, self._evaluator.returns(policy, evaluate_episodes)))
+            self._evaluated.append(Evaluated(version, self._evaluator.returns(self._policy, evaluate_episodes)))
 
     def collect(self, abort: Callable[[], None]) -> list[Trajectories]:
         return [collector.collect(self._policy, self._version) for collector in self._collectors]

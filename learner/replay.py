@@ -30,6 +30,22 @@ class Batch:
     rewards: list[torch.Tensor]
     terminated: torch.Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """Itself on another device."""
+
+        def moved(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+            return [tensor.to(device) for tensor in tensors]
+
+        return Batch(
+            rows=self.rows.to(device),
+            action_masks=moved(self.action_masks),
+            next_observations=moved(self.next_observations),
+            next_action_masks=moved(self.next_action_masks),
+            next_active=moved(self.next_active),
+            rewards=moved(self.rewards),
+            terminated=self.terminated.to(device),
+        )
+
 
 class Replay:
     """A ring of joint rows. An episode of n steps takes n + 1 rows: a row's successor is the next row of the ring."""

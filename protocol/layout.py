@@ -116,6 +116,10 @@ class JointRows:
             *([t.index_select(0, index) for t in part] for part in (self.observations, self.actions, self.active))
         )
 
+    def to(self, device: torch.device) -> JointRows:
+        """Itself on another device."""
+        return JointRows(*([t.to(device) for t in part] for part in (self.observations, self.actions, self.active)))
+
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Named arrays for a message, without copying."""
         named: dict[str, np.ndarray] = {}
