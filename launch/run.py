@@ -52,6 +52,9 @@ def check(config: Config) -> Config:
     config = config.checked()
     if config.mode == "serial" and config.nodes > 1:
         raise InputError("--mode serial runs in one process: leave out --nodes")
+    from learner.imitation import choose_device
+
+    choose_device(config.device)
     environment = make_environment(config.environment, 1)
     if config.demonstrations:
         Demonstrations.load(resolve(config.demonstrations)).check_against(environment.spec)

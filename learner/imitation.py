@@ -19,6 +19,7 @@ from learner.optimisation import part
 from learner.replay import Batch, Replay
 from learner.settings import LearnerSettings
 from protocol.demonstrations import Demonstrations
+from protocol.errors import InputError
 from protocol.job import Job
 from protocol.layout import JointRows
 from protocol.seeds import derive_seed
@@ -128,9 +129,11 @@ class Imitation:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes the GPU if there is one."""
+    """`auto` takes the GPU if there is one. Raises InputError for a GPU that this machine, or its torch, lacks."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("there is no GPU that this PyTorch can use; leave out --device cuda, or install another build")
     return torch.device(name)
 
 

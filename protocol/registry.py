@@ -30,14 +30,17 @@ def known_environments() -> list[str]:
 def make_environment(name: str, num_envs: int) -> Environment:
     """Build E = `num_envs` copies of the environment that `name` describes.
 
-    Raises InputError for an unknown name or option, or a value of the wrong kind.
+    Raises InputError for an unknown name or option, a value of the wrong kind, or a package that cannot be imported.
     """
     path, _, query = name.partition("?")
     key, _, target = path.partition(":")
     points = {point.name: point for point in entry_points(group=GROUP)}
     if key not in points:
         raise unknown_name("environment", key, points)
-    factory = points[key].load()
+    try:
+        factory = points[key].load()
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"environment '{key}' is {points[key].value}, which cannot be imported: {error}") from error
     options = dict(_parse_option(key, part, factory) for part in query.split("&") if part)
     if target:
         options["target"] = target

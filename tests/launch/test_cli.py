@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch.cli import main
 
@@ -31,6 +34,19 @@ def test_demonstrations_that_do_not_fit_are_refused_before_anything_starts(
     error = fails(capsys, "train", "--demonstrations", "rover_tower_4", "--runs-folder", str(tmp_path / "runs"))
     assert "do not fit" in error
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_gpu_that_is_not_there_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no GPU" in fails(capsys, "train", "--device", "cuda", "--runs-folder", str(tmp_path / "runs"))
+
+
+def test_help_may_be_cut_short() -> None:
+    command = f"set -o pipefail; {sys.executable} -m launch.cli train --help | head -n 1"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_a_run_folder_that_exists_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

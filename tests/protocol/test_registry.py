@@ -36,6 +36,8 @@ def towns(monkeypatch: pytest.MonkeyPatch) -> None:
     added = [
         EntryPoint("town", f"{__name__}:TownEnvironment", registry.GROUP),
         EntryPoint("no_town", f"{__name__}:Town", registry.GROUP),
+        EntryPoint("lost_town", "lost_module:Town", registry.GROUP),
+        EntryPoint("misspelt_town", f"{__name__}:Tonw", registry.GROUP),
     ]
     monkeypatch.setattr(registry, "entry_points", lambda group: [*real(group=group), *added])
 
@@ -68,6 +70,8 @@ def test_options_take_the_types_of_the_signature() -> None:
         ("town?rain=yes", "expected true or false, got 'yes'"),
         ("town?rate=x", "expected a number, got 'x'"),
         ("no_town", "does not follow protocol.environment.Environment"),
+        ("lost_town", "environment 'lost_town' is lost_module:Town, which cannot be imported: No module"),
+        ("misspelt_town", "has no attribute 'Tonw'"),
     ],
 )
 def test_mistakes_are_named(name: str, text: str) -> None:
