@@ -17,7 +17,7 @@ from learner import losses
 from learner.cloning import Cloning
 from learner.critics import Critic
 from learner.memory import keep_freed_memory
-from learner.optimisation import adam_arrays, clip_per_network, load_adam_arrays, part
+from learner.optimisation import NetworkClip, adam_arrays, load_adam_arrays, part
 from learner.replay import Batch
 from learner.settings import LearnerSettings
 from protocol.errors import NumericalError
@@ -65,6 +65,15 @@ class ActorCritic:
             "policy": torch.optim.Adam(policy.parameters(), settings.policy_learning_rate, fused=True),
             "critic": torch.optim.Adam(critic.parameters(), settings.critic_learning_rate, fused=True),
         }
+        self._parameters: list[torch.Tensor] = [*policy.parameters(), *critic.parameters()]
+        self._target_parameters: list[torch.Tensor] = [
+            *self.target_policy.parameters(),
+            *self.target_critic.parameters(),
+        ]
+        self._clips = (
+            NetworkClip(policy, settings.policy_gradient_norm),
+            NetworkClip(critic, settings.critic_gradient_norm),
+        )
         self._generator = torch.Generator().manual_seed(seed)
         if device.type == "cpu":
             keep_freed_memory()
@@ -78,7 +87,6 @@ class ActorCritic:
         Returns means over agents and rows. Raises NumericalError if a loss is not finite; no network is changed then.
         """
         schedule = Schedule.at(progress, self.settings)
-        batch, rewards = batch.to(self.device), [r.to(self.device) for r in rewards]
         for optimiser in self._optimisers.values():
             optimiser.zero_grad(set_to_none=True)
         weights = losses.row_weights(self.layout, batch.rows.active)
@@ -220,14 +228,13 @@ class ActorCritic:
     def _step(self, schedule: Schedule) -> None:
         """Clip, let the optimisers step, move the targets."""
         rates = {"policy": self.settings.policy_learning_rate, "critic": self.settings.critic_learning_rate}
-        clip_per_network(self.policy, self.settings.policy_gradient_norm)
-        clip_per_network(self.critic, self.settings.critic_gradient_norm)
+        for clip in self._clips:
+            clip()
         for name, optimiser in self._optimisers.items():
             optimiser.param_groups[0]["lr"] = rates[name] * schedule.learning_rate
             optimiser.step()
         with torch.no_grad():
-            for target, trained in ((self.target_policy, self.policy), (self.target_critic, self.critic)):
-                torch._foreach_lerp_(list(target.parameters()), list(trained.parameters()), self.settings.target_rate)
+            torch._foreach_lerp_(self._target_parameters, self._parameters, self.settings.target_rate)
 
 
 def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -204,7 +204,7 @@ class _Mixture(torch.autograd.Function):
 
 def _row_tiles(agents: torch.Tensor) -> Iterator[slice]:
     batch, count, width = agents.shape
-    height = max(1, TILE_NUMBERS * 2 // (count * width)) if agents.device.type == "cpu" else batch
+    height = max(1, TILE_NUMBERS // (count * width)) if agents.device.type == "cpu" else batch
     for first in range(0, batch, height):
         yield slice(first, first + height)
 

@@ -11,23 +11,28 @@ from torch import nn
 from protocol.stacked import StackedMLP
 
 
-def clip_per_network(module: nn.Module, largest_norm: float) -> None:
-    """Scale the gradient of every single network of the stacked ones to at most `largest_norm`.
+class NetworkClip:
+    """Scales the gradient of every single network of a module's stacked ones to at most a norm.
 
     Parameters that are not stacked (shared by all agents) count as one network together.
     """
-    stacks = [part for part in module.modules() if isinstance(part, StackedMLP)]
-    stacked = {parameter for stack in stacks for parameter in stack.parameters()}
-    for stack in stacks:
-        gradients = [p.grad for p in stack.parameters() if p.grad is not None]
-        if not gradients:
-            continue
-        norm = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
-        scale = (largest_norm / norm.clamp(min=largest_norm)).view(-1, 1, 1)
-        for gradient in gradients:
-            gradient.mul_(scale)
-    if shared := [p for p in module.parameters() if p not in stacked]:
-        nn.utils.clip_grad_norm_(shared, largest_norm)
+
+    def __init__(self, module: nn.Module, largest_norm: float) -> None:
+        self._largest_norm = largest_norm
+        self._stacks = [list(part.parameters()) for part in module.modules() if isinstance(part, StackedMLP)]
+        stacked = {parameter for stack in self._stacks for parameter in stack}
+        self._shared = [parameter for parameter in module.parameters() if parameter not in stacked]
+
+    def __call__(self) -> None:
+        """Scale what the parameters' `grad` hold now."""
+        for stack in self._stacks:
+            gradients = [p.grad for p in stack if p.grad is not None]
+            if gradients:
+                norm = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
+                scale = (self._largest_norm / norm.clamp(min=self._largest_norm)).view(-1, 1, 1)
+                torch._foreach_mul_(gradients, [scale] * len(gradients))
+        if self._shared:
+            nn.utils.clip_grad_norm_(self._shared, self._largest_norm)
 
 
 def adam_arrays(optimiser: torch.optim.Optimizer) -> Iterator[tuple[str, np.ndarray]]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from learner.optimisation import adam_arrays, clip_per_network, load_adam_arrays, part
+from learner.optimisation import NetworkClip, adam_arrays, load_adam_arrays, part
 from protocol.stacked import StackedMLP
 
 
@@ -28,7 +28,7 @@ def test_each_network_is_clipped_by_its_own_norm() -> None:
     for parameter in module.one.parameters():
         parameter.grad[2] *= 1e-3
     before = {name: p.grad.clone() for name, p in module.named_parameters()}
-    clip_per_network(module, 0.5)
+    NetworkClip(module, 0.5)()
     for stack, networks in (("one", 3), ("two", 2)):
         for k in range(networks):
             names = [name for name in before if name.startswith(stack)]
@@ -47,7 +47,7 @@ def test_each_network_is_clipped_by_its_own_norm() -> None:
 def test_parameters_without_a_gradient_are_left_alone() -> None:
     module = TwoStacksAndAShared()
     module.two.weights[0].grad = torch.ones(2, 3, 2)
-    clip_per_network(module, 1.0)
+    NetworkClip(module, 1.0)()
     assert module.one.weights[0].grad is None
     torch.testing.assert_close(module.two.weights[0].grad.flatten(1).norm(dim=1), torch.ones(2))
 
