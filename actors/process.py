@@ -12,7 +12,8 @@ from actors.evaluation import Evaluator
 from actors.metrics import ActorMetrics, EvaluatorMetrics
 from actors.policy import Policy
 from actors.settings import ActorSettings, EvaluationSettings
-from protocol.channels import Client, Listener
+from protocol.channels import Client, Listener, Refused
+from protocol.errors import InputError
 from protocol.job import Job
 from protocol.layout import Layout
 from protocol.messages import Chunk, Done, Evaluation, Refusal, Weights
@@ -35,7 +36,7 @@ def run_actor(job: Job, settings: ActorSettings, index: int, telemetry: Telemetr
     while not telemetry.stop.is_set():
         with telemetry.stage("wait_for_weights"):
             message = weights.newest(POLL_SECONDS)
-            learner.pump()
+            _pump(learner)
         if message is None or (message.body.session, message.body.version) == collected:
             continue
         learner.forget()  # a chunk of an older version is of no use to anybody
@@ -63,7 +64,7 @@ def run_evaluator(
     while not telemetry.stop.is_set():
         with telemetry.stage("wait_for_weights"):
             message = weights.next(POLL_SECONDS)
-            learner.pump()
+            _pump(learner)
         if message is None or not message.body.evaluate_episodes:
             continue
         if (message.body.session, message.body.version) == done:
@@ -75,6 +76,13 @@ def run_evaluator(
         metrics.count(returns, message.body.version)
         done = (message.body.session, message.body.version)
         learner.submit(Evaluation(*done, len(returns), time.perf_counter() - start), {"returns": returns})
+
+
+def _pump(learner: Client) -> None:
+    try:
+        learner.pump()
+    except Refused as refusal:  # by a learner that cannot read this process: another release
+        raise InputError(f"the learner refuses what this process sends: {refusal}") from refusal
 
 
 def build_policy(job: Job, settings: ActorSettings) -> Policy:

@@ -48,7 +48,7 @@ class LearnerSettings:
     """Arithmetic of the matrix products; parameters and optimisers stay float32."""
     cloning_weight: float = 0.0
     """Weight of a behaviour-cloning term on expert rows in the policy loss; 0 is the paper."""
-    checkpoint_interval: int = 25
+    checkpoint_interval: int = 10
     """Iterations between checkpoints."""
     checkpoints_kept: int = 3
     """Newest checkpoints kept (the one with the best evaluation is kept besides)."""

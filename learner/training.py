@@ -25,7 +25,7 @@ from learner.experience import Evaluated, Experience
 from learner.metrics import LearnerMetrics
 from learner.record import RunRecord
 from learner.settings import LearnerSettings
-from protocol.channels import Refused
+from protocol.channels import Refused, Unanswered
 from protocol.errors import InputError, NumericalError
 from protocol.job import Job
 from protocol.telemetry import Telemetry
@@ -88,6 +88,7 @@ class Training:
         self._checkpoints = CheckpointFolder(job.run_folder / "checkpoints", settings.checkpoints_kept)
         self._metrics = LearnerMetrics(telemetry.registry)
         self._facts = Facts()
+        self._counted_until = time.monotonic()
         self._final_estimate: ReturnEstimate | None = None
         self._figures: dict[int, dict[str, float]] = {}
         self._evaluator = Evaluator(job, evaluation)
@@ -108,7 +109,7 @@ class Training:
                 self._session()
                 return self._finish()
             except Interrupted:
-                self._checkpoint()
+                self._checkpoint_if_possible()
                 self._write_result("interrupted", None)
                 return "interrupted"
             except Refused as error:
@@ -122,7 +123,6 @@ class Training:
         self._restore(session)
         self._publish(session)
         while self._facts.iteration < self._iterations:
-            start = time.monotonic()
             self._abort()
             try:
                 fresh_steps, figures = self._algorithm.iterate(self._facts.iteration / self._iterations, self._abort)
@@ -130,7 +130,7 @@ class Training:
                 raise NumericalError(f"{error} in iteration {self._facts.iteration + 1}") from error
             self._facts.iteration += 1
             self._facts.env_steps += fresh_steps
-            self._facts.wall_seconds += time.monotonic() - start
+            self._count_seconds()
             self._metrics.count_iteration(self._facts.iteration, self._facts.env_steps, figures)
             if self._facts.iteration == self._iterations:
                 self._algorithm.finish()
@@ -158,7 +158,9 @@ class Training:
             if checkpoint.config != self._config:
                 raise InputError(f"the checkpoint was written by another configuration: {self._difference(checkpoint)}")
             self._algorithm.begin(session, checkpoint.learner, checkpoint.rewards)
+            lost_seconds = max(0.0, self._facts.wall_seconds - checkpoint.facts["wall_seconds"])
             self._facts = Facts(**checkpoint.facts)
+            self._facts.wall_seconds += lost_seconds
             self._record.go_on_from(checkpoint.iteration)
             self._figures = {checkpoint.iteration: self._position()}
             log.info("going on from iteration %d", checkpoint.iteration)
@@ -183,6 +185,18 @@ class Training:
             learner, rewards = self._algorithm.state()
             facts = self._facts
             self._checkpoints.write(Checkpoint(facts.iteration, self._config, asdict(facts), learner, rewards))
+
+    def _checkpoint_if_possible(self) -> None:
+        """Before an interrupt; a reward server that was just restarted has nothing to save, the one before counts."""
+        try:
+            self._checkpoint()
+        except (Refused, Unanswered) as error:
+            log.warning("the last checkpoint stays the newest: %s", error)
+
+    def _count_seconds(self) -> None:
+        now = time.monotonic()
+        self._facts.wall_seconds += now - self._counted_until
+        self._counted_until = now
 
     def _note(self, figures: dict[str, float]) -> None:
         """Record the iteration's figures."""
@@ -247,6 +261,7 @@ class Training:
         return "finished"
 
     def _write_result(self, status: str, estimate: ReturnEstimate | None) -> None:
+        self._count_seconds()
         result: dict[str, Any] = {
             "environment": self._job.environment,
             "algorithm": self._job.algorithm,
