@@ -44,8 +44,8 @@ def main() -> None:
     else:
         for result in results:
             print(
-                f"{result['algorithm']:8} {result['precision']:9} {result['steps_per_second']:5.0f} joint steps/s"
-                f" = {result['ratio']:.1f} × MAAC ({result['seconds']:.2f} s, {result['collect_seconds']:.2f} collecting)"
+                f"{result['algorithm']:8} {result['precision']:9} {result['steps_per_second']:5.0f} joint steps/s = {result['ratio']:.1f} × MAAC"
+                f" ({result['seconds']:.2f} s, collecting {result['collect_seconds']:.2f})"
             )
     best = max(float(result["ratio"]) for result in results)
     assert best >= WANTED_RATIO, f"the fastest is {best:.1f} times MAAC, wanted {WANTED_RATIO}"

@@ -11,11 +11,12 @@ import torch
 from slow_reference import agents_of, log_policy, q_values, random_batch, spec_of
 
 from actors.policy import Policy
-from learner import actor_critic
+from learner import actor_critic, critics
 from learner.actor_critic import ActorCritic, Schedule
 from learner.critics import Context, Critic
 from learner.replay import Batch
 from learner.settings import LearnerSettings
+from protocol import stacked
 from protocol.errors import NumericalError
 from protocol.layout import JointRows, Layout, ParameterSharing
 
@@ -131,6 +132,16 @@ def test_row_blocks_do_not_change_the_gradient(monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("sharing", ["agent", "type"])
+def test_tiles_do_not_change_the_gradient(sharing: ParameterSharing, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = random_batch(UNEVEN_LAYOUTS[sharing], 50, 2)
+    whole = gradients(build(sharing), batch, monkeypatch)
+    for module in (stacked, critics):
+        monkeypatch.setattr(module, "TILE_NUMBERS", 7 * HIDDEN)
+    for name, gradient in gradients(build(sharing), batch, monkeypatch).items():
+        torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_the_value_of_what_follows_counts_unless_the_row_is_terminated(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = random_batch(UNEVEN_LAYOUTS["type"], 8, 3)
     changed = dataclasses.replace(batch, next_observations=[o + 1 for o in batch.next_observations])
@@ -223,6 +234,11 @@ def test_draws_follow_the_softmax_and_never_take_a_forbidden_action() -> None:
     frequency = torch.bincount(drawn, minlength=6) / len(drawn)
     torch.testing.assert_close(frequency, logits.softmax(-1)[0], rtol=0, atol=0.01)
     assert (frequency[[0, 3, 5]] == 0).all()
+
+
+def test_a_forbidden_first_action_is_not_drawn_by_a_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.zeros(1))
+    assert actor_critic.draw(torch.tensor([[-1e9, -1e9, 1.0, 2.0]]), torch.Generator()).tolist() == [2]
 
 
 def test_schedule_falls_geometrically_then_stays() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from protocol import stacked
 from protocol.stacked import StackedMLP, uniform
 
 
@@ -47,6 +48,33 @@ def test_gradients_are_those_of_ordinary_layers() -> None:
         layers(x[k]).square().sum().backward()
         torch.testing.assert_close(stack.weights[0].grad[k], layers[0].weight.grad.T)
         torch.testing.assert_close(stack.biases[1].grad[k, 0], layers[2].bias.grad)
+
+
+@pytest.mark.parametrize(("slots", "tile"), [(1, 1 << 17), (1, 20), (3, 40)])
+def test_tiles_backpropagate_as_autograd_does(slots: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two inputs side by side, gradients added to what is there."""
+    monkeypatch.setattr(stacked, "TILE_NUMBERS", tile)
+    generator = torch.Generator().manual_seed(2)
+    stack = StackedMLP(3, (5, 4, 2), generator, 0.1, identity_slots=slots).double()
+    inputs = [torch.randn(3, 24, width, generator=generator, dtype=torch.float64).requires_grad_() for width in (2, 3)]
+    hidden = functional.leaky_relu(
+        torch.cat(inputs, -1) @ stack.weights[0] + stack.biases[0].repeat(1, 24 // slots, 1), 0.1
+    )
+    output = hidden @ stack.weights[1] + stack.biases[1]
+    wanted = [*inputs, *stack.parameters()]
+    expected = torch.autograd.grad(output.square().sum(), wanted, retain_graph=True)
+    torch.testing.assert_close(stack(*inputs), output)
+    for found, gradient in zip(torch.autograd.grad(stack(*inputs).square().sum(), wanted), expected, strict=True):
+        torch.testing.assert_close(found, gradient)
+    for part, y in stack.outputs(*inputs):
+        torch.testing.assert_close(y, output[part])
+    for times in (1, 2):
+        detached = [x.detach() for x in inputs]
+        d_inputs = stack.backpropagate(detached, lambda part, y: 2 * y, to_inputs=True)
+        for x, gradient in zip(d_inputs, expected, strict=False):
+            torch.testing.assert_close(x, gradient)
+        for parameter, gradient in zip(stack.parameters(), expected[2:], strict=True):
+            torch.testing.assert_close(parameter.grad, times * gradient)
 
 
 def test_parameters_start_within_the_customary_bound_and_depend_on_the_generator_alone() -> None:
