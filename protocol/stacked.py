@@ -119,6 +119,8 @@ class _Layers:
             wanted = TILE_NUMBERS // max(max(weight.shape[1:]) for weight in self.weights)
         step = max(1, min(networks, wanted // max(1, rows)))
         height = rows if step > 1 else math.ceil(rows / max(1, round(rows / wanted)))
+        slots = self.biases[0].shape[1]
+        height = math.ceil(height / slots) * slots  # biases per slot repeat in whole rows [B, S]
         for first in range(0, networks, step):
             for row in range(0, rows, height):
                 yield slice(first, first + step), slice(row, row + height)
