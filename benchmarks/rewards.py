@@ -125,7 +125,7 @@ def measure_served() -> dict[str, float]:
             table = state_table(LAYOUT, settings("function"))
             client = RemoteRewards(endpoint, Sender("bench", "learner"), LAYOUT, table, print, alone=True)
             client.begin("bench")
-            pairs = [(measure_forward(), measure_queries(client)) for _ in range(3)]
+            pairs = [(measure_forward(), measure_queries(client)) for _ in range(7)]
             client.close()
         finally:
             server.terminate()

@@ -13,13 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
-from protocol.layout import Block, JointRows
+from protocol.layout import Block
 
 Activation = Literal["relu", "sigmoid"]
+
+LINE = 16
+"""Numbers of float32 in a cache line."""
 
 _aten = torch.ops.aten
 
@@ -86,14 +90,9 @@ class Architecture:
         return self.shapes[layer][-1] - (self.biases if layer == 0 else 1)
 
     def tensors(self, layers: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The weights and the biases of layers (or of gradients) apart, [G, L, d] each."""
+        """Views of the weights and the biases of layers (or of gradients) apart, [G, L, out, columns] each."""
         columns = [(layer, self.split(k)) for k, layer in enumerate(layers)]
-        return [t.flatten(2) for layer, k in columns for t in (layer[..., :k], layer[..., k:])]
-
-    def join(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The inverse of `tensors`."""
-        pairs = zip(tensors[::2], tensors[1::2], self.shapes, strict=True)
-        return [torch.cat([t.unflatten(2, (shape[2], -1)) for t in pair], dim=-1) for *pair, shape in pairs]
+        return [part for layer, k in columns for part in (layer[..., :k], layer[..., k:])]
 
     def initial(self, generator: torch.Generator) -> list[torch.Tensor]:
         """Layers drawn from U(±1/√fan_in)."""
@@ -103,30 +102,24 @@ class Architecture:
             layers.append(torch.empty(shape).uniform_(-bound, bound, generator=generator))
         return layers
 
-    def encode(
-        self, rows: JointRows, b: int, index: torch.Tensor, groups: slice, x: torch.Tensor, work: Workspace
-    ) -> torch.Tensor:
-        """Write the first layer's input for the joint rows `index` [B], of which this is block b.
+    def input(self, shape: Sequence[int], work: Workspace) -> torch.Tensor:
+        """Memory for the first layer's input, [g, B, S, in + biases], of grids of the `shape` [g, B, S]."""
+        width = self.shapes[0][-1]
+        # Rows that begin with a cache line are read faster by products.
+        return work.take("input", *shape, -(-width // LINE) * LINE)[..., :width]
 
-        x: [g, B, S, in + biases], to write to. Returns which of its rows are active agents, [g, B, S] bool.
+    def encode(self, observations: torch.Tensor, actions: torch.Tensor, x: torch.Tensor) -> None:
+        """Write the first layer's input x [g, B, S, in + biases].
+
+        observations, actions: grids of the same g groups, [g, B, S, O] and [g, B, S] (or [g, B, S, A] if continuous).
         """
-        agents = self.block.agent_of_slot.view(-1, self.block.slots)[groups].unsqueeze(1)
-        place = (index[:, None] * self.block.num_agents + agents.clamp_min(0)).flatten()
-        shape = x.shape[:3]
-
-        def gathered(part: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-            found = torch.index_select(part.flatten(0, 1), 0, place, out=out)
-            return found.view(*shape, *found.shape[1:]).to(x.device)
-
         width, end = self.block.observation_dim, self.inputs
-        x[..., :width] = gathered(rows.observations[b], work.take("observations", len(place), width))
-        actions = gathered(rows.actions[b])
+        x[..., :width] = observations
         if self.block.discrete:
-            x[..., width:end].zero_().scatter_(-1, actions.unsqueeze(-1), 1)
+            x[..., width:end].zero_().scatter_(-1, actions.to(x.device).unsqueeze(-1), 1)
         else:
             x[..., width:end] = actions
         x[..., end:] = torch.eye(self.block.slots, device=x.device) if self.agent_identity else 1
-        return gathered(rows.active[b]) & (agents >= 0).to(x.device)
 
 
 def forward(
@@ -146,7 +139,8 @@ def forward(
         activations.append(_ACTIVATE[activation](h))
         stacked = layer.flatten(0, 1)
         out = work.take(f"h{number}", groups * particles, layer.shape[2], rows)
-        h = torch.baddbmm(stacked[..., -1:], stacked[..., :-1], h, out=out)
+        # The bias goes over the hot product: `baddbmm` would spread it over cold memory first.
+        h = torch.bmm(stacked[..., :-1], h, out=out).add_(stacked[..., -1:])
     return h.view(groups, particles, rows), activations
 
 
@@ -165,28 +159,22 @@ def backward(
     """
     grad = cotangent.flatten(0, 1).unsqueeze(1)
     for number, h in reversed(list(enumerate(activations, start=1))):
-        layer, gradient = layers[number], gradients[number].flatten(0, 1)
-        gradient[..., :-1] = torch.bmm(grad, h.mT)
-        torch.sum(grad, dim=-1, out=gradient[..., -1])
+        gradient, weight = gradients[number].flatten(0, 1), layers[number].flatten(0, 1)[..., :-1].mT
         out = work.take(f"grad{number}", *h.shape)
-        weight = layer.flatten(0, 1)[..., :-1].mT
-        # With one output the product is an outer one, for which a matrix product is the slow way.
-        grad = torch.mul(weight, grad, out=out) if layer.shape[2] == 1 else torch.bmm(weight, grad, out=out)
-        _DIFFERENTIATE[activation](grad, h)
+        torch.sum(grad, dim=-1, out=gradient[..., -1])
+        if grad.shape[1] == 1:  # an outer product, for which a matrix product is the slow way
+            gradient[..., :-1] = torch.bmm(grad, h.mT)
+            grad = torch.mul(weight, grad, out=out)
+        else:  # the wide factor in front: faster than the transposed product
+            gradient[..., :-1] = torch.bmm(h, grad.mT).mT
+            grad = torch.bmm(weight, grad, out=out)
+        _DIFFERENTIATE[activation](grad, h, grad_input=grad)
     first = gradients[0].flatten(1, 2)
     torch.bmm(grad.view(len(first), -1, grad.shape[-1]), x, out=first)
 
 
-def _relu_backward(grad: torch.Tensor, h: torch.Tensor) -> None:
-    _aten.threshold_backward.grad_input(grad, h, 0, grad_input=grad)
-
-
-def _sigmoid_backward(grad: torch.Tensor, h: torch.Tensor) -> None:
-    _aten.sigmoid_backward.grad_input(grad, h, grad_input=grad)
-
-
 _ACTIVATE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": torch.relu_, "sigmoid": torch.sigmoid_}
-_DIFFERENTIATE: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] = {
-    "relu": _relu_backward,
-    "sigmoid": _sigmoid_backward,
+_DIFFERENTIATE: dict[str, Callable[..., torch.Tensor]] = {
+    "relu": partial(_aten.threshold_backward.grad_input, threshold=0),
+    "sigmoid": _aten.sigmoid_backward.grad_input,
 }

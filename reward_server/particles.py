@@ -21,7 +21,7 @@ from reward_server.window import Window
 
 TILE_ACTIVATIONS = 1_500_000
 """Hidden activations computed at a time: what the cache next to a core holds, and what bounds the memory."""
-TILE_PARAMETERS = 500_000
+TILE_PARAMETERS = 1_000_000
 """Parameters that a kernel is applied to at a time."""
 QUERY_ROWS = 2_048
 """Rows per group of a query computed at a time."""
@@ -104,7 +104,7 @@ class RewardModel:
         self._generator = torch.Generator().manual_seed(seed)
         self._architectures = architectures(layout, settings, agent_identity)
         self._device = torch.device(device)
-        self._work = Workspace(device=self._device)
+        self._work, self._gathered = Workspace(device=self._device), Workspace()
         self._layers = [
             [torch.nn.Parameter(layer.to(self._device)) for layer in architecture.initial(self._generator)]
             for architecture in self._architectures
@@ -189,33 +189,46 @@ class RewardModel:
         agent = torch.randint(self._window.filled, (batch,), generator=self._generator)
         expert = torch.randint(len(self._expert), (batch,), generator=self._generator)
         for b, layers in enumerate(self._layers):
-            self._differentiate(b, agent, expert, health)
+            self._differentiate(b, self._batch(b, agent, expert), health)
             self._direct(b)
             if health:
                 health.add_layers(layers)
         self._adam.step()
 
-    def _differentiate(self, b: int, agent: torch.Tensor, expert: torch.Tensor, health: Health | None) -> None:
+    def _batch(self, b: int, agent: torch.Tensor, expert: torch.Tensor) -> list[torch.Tensor]:
+        """Observations, actions and active (0. or 1.) of a block: grids [G, 2B, S, …], the agents' rows first."""
+        window, expert_rows = self._window.rows, self._expert
+        observations = self._gathered.take(
+            "observations", len(agent) + len(expert), *expert_rows.observations[b].shape[1:]
+        )
+        torch.index_select(window.observations[b], 0, agent, out=observations[: len(agent)])
+        torch.index_select(expert_rows.observations[b], 0, expert, out=observations[len(agent) :])
+        actions = torch.cat([window.actions[b][agent], expert_rows.actions[b][expert]])
+        active = torch.cat([window.active[b][agent], expert_rows.active[b][expert]])
+        grid = self.layout.blocks[b].grid
+        return [
+            grid(observations),
+            grid(actions).contiguous(),
+            grid(active).to(self._device, torch.float32).contiguous(),
+        ]
+
+    def _differentiate(self, b: int, batch: Sequence[torch.Tensor], health: Health | None) -> None:
         """Write the likelihood's gradients, for these rows of window and expert, into a block's layers.
 
         With the kernel in function space the logits move in their SVGD direction instead, and the layers with them.
         """
-        architecture, slots = self._architectures[b], self.layout.blocks[b].slots
-        half, smoothing = len(agent) * slots, self.settings.label_smoothing
-        labels = torch.tensor([1 - smoothing, smoothing], device=self._device).repeat_interleave(half)
-        sources = ((self._window.rows, agent), (self._expert, expert))
-        for tile in _tiles(self.layout.blocks[b].groups, architecture.activations * 2 * half, TILE_ACTIVATIONS):
+        architecture, block = self._architectures[b], self.layout.blocks[b]
+        rows, smoothing = batch[0].shape[1] * block.slots, self.settings.label_smoothing
+        labels = torch.tensor([1 - smoothing, smoothing], device=self._device).repeat_interleave(rows // 2)
+        for tile in _tiles(block.groups, architecture.activations * rows, TILE_ACTIVATIONS):
             layers = [layer[tile] for layer in self._layers[b]]
-            x = self._work.take("x", len(layers[0]), 2 * half, layers[0].shape[-1])
-            parts = x.unflatten(1, (2, -1, slots)).unbind(1)
-            masks = [
-                architecture.encode(rows, b, index, tile, part, self._work)
-                for (rows, index), part in zip(sources, parts, strict=True)
-            ]
-            active = torch.stack(masks, dim=1).flatten(1).unsqueeze(1).to(x.dtype)
+            observations, actions, active = (part[tile] for part in batch)
+            x = architecture.input(active.shape, self._work)
+            architecture.encode(observations, actions, x)
+            x, active = x.flatten(1, 2), active.flatten(1).unsqueeze(1)
             logits, activations = forward(layers, x, architecture.activation, self._work)
             if health:
-                health.add_logits(logits, labels, active, half)
+                health.add_logits(logits, labels, active, rows // 2)
             score = (labels - torch.sigmoid(logits)) * self._row_weights(active)
             if self.settings.kernel_scope == "function":
                 score = svgd_direction(logits * active, score)
@@ -240,26 +253,31 @@ class RewardModel:
             return
         size = sum(layer[0].numel() for layer in layers)
         for tile in _tiles(self.layout.blocks[b].groups, size, TILE_PARAMETERS):
-            particles, scores = (architecture.tensors([t[tile] for t in part]) for part in (layers, gradients))
+            targets = architecture.tensors([gradient[tile] for gradient in gradients])
+            scores = [target.flatten(2) for target in targets]
+            particles = [part.flatten(2) for part in architecture.tensors([layer[tile] for layer in layers])]
             if scope == "network":
                 directions = network_direction(particles, scores)
             else:
                 directions = [svgd_direction(*pair) for pair in zip(particles, scores, strict=True)]
-            for gradient, direction in zip(gradients, architecture.join(directions), strict=True):
-                gradient[tile] = direction
+            for target, direction in zip(targets, directions, strict=True):
+                target.copy_(direction.view(target.shape))
 
     def _query_block(self, b: int, rows: JointRows, deviation: bool) -> list[torch.Tensor]:
         """Rewards and deviations of a block."""
         architecture, block = self._architectures[b], self.layout.blocks[b]
         answer = torch.empty(1 + deviation, block.groups, len(rows), block.slots, device=self._device)
-        for index in torch.arange(len(rows)).split(max(1, QUERY_ROWS // block.slots)):
-            for tile in _tiles(block.groups, architecture.activations * len(index) * block.slots, TILE_ACTIVATIONS):
+        grids = [block.grid(part[b]) for part in (rows.observations, rows.actions)]
+        for part in _tiles(len(rows), block.slots, QUERY_ROWS):
+            size = architecture.activations * (part.stop - part.start) * block.slots
+            for tile in _tiles(block.groups, size, TILE_ACTIVATIONS):
                 layers = [layer[tile] for layer in self._layers[b]]
-                x = self._work.take("x", len(layers[0]), len(index), block.slots, layers[0].shape[-1])
-                architecture.encode(rows, b, index, tile, x, self._work)
+                observations, actions = (grid[tile, part] for grid in grids)
+                x = architecture.input(observations.shape[:3], self._work)
+                architecture.encode(observations, actions, x)
                 logits, _ = forward(layers, x.flatten(1, 2), architecture.activation, self._work)
                 rewards = functional.softplus(-logits)
-                target = answer[:, tile, index[0] : index[-1] + 1]
+                target = answer[:, tile, part]
                 target[0] = rewards.mean(dim=1).view(target[0].shape)
                 if deviation:
                     target[1] = rewards.std(dim=1, correction=0).view(target[1].shape)
@@ -306,7 +324,7 @@ def _check_rewards(rewards: Sequence[torch.Tensor]) -> None:
 
 
 def _tiles(groups: int, size: int, limit: int) -> Iterator[slice]:
-    """Slices of `groups` groups of `size` numbers each that hold about `limit` numbers, at least one group."""
+    """Slices of `groups` groups (or rows) of `size` numbers each that hold at most `limit` numbers, or one group."""
     step = max(1, limit // max(1, size))
     return (slice(start, min(start + step, groups)) for start in range(0, groups, step))
 

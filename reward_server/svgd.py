@@ -19,9 +19,9 @@ SMALLEST_BANDWIDTH = 1e-8
 
 def squared_distances(particles: torch.Tensor) -> torch.Tensor:
     """Squared Euclidean distances between particles, [..., L, d] → [..., L, L], the diagonal exactly zero."""
-    # Centred first: what is left to cancel in the products below is then of the size of the distances themselves.
-    centred = particles - particles.mean(dim=-2, keepdim=True)
-    products = centred @ centred.mT
+    # Moved to one of them first: what is left to cancel in the products is then of the size of the distances.
+    moved = particles - particles[..., :1, :]
+    products = moved @ moved.mT
     norms = products.diagonal(dim1=-2, dim2=-1)
     distances = (norms[..., :, None] + norms[..., None, :] - 2 * products).clamp_min_(0)
     distances.diagonal(dim1=-2, dim2=-1).zero_()
@@ -52,7 +52,7 @@ def svgd_direction(particles: torch.Tensor, score: torch.Tensor) -> torch.Tensor
     kernel = torch.exp(-distances * inverse) / count
     # Σ_j ∇_{x_j} k(x_j, x_l) = Σ_j k(x_j, x_l) (x_l − x_j) / h: a combination of particles whose weights add up to 0.
     repulsion = (torch.diag_embed(kernel.sum(dim=-1)) - kernel) * (2 * inverse)
-    return kernel @ score + repulsion @ particles
+    return (kernel @ score).add_(repulsion @ particles)
 
 
 def network_direction(particles: Sequence[torch.Tensor], score: Sequence[torch.Tensor]) -> list[torch.Tensor]:

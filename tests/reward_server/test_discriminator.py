@@ -47,9 +47,9 @@ def test_logits_of_every_agent_and_gradients_equal_the_slow_way(
     architecture = Architecture(block, 2, hidden, activation, identity)
     layers = [layer.double().requires_grad_() for layer in architecture.initial(generator)]
     rows = random_rows(layout, 7, generator)
-    index = torch.tensor([5, 0, 5])
-    x = torch.full((block.groups, 3, block.slots, layers[0].shape[-1]), torch.nan, dtype=torch.float64)
-    active = architecture.encode(rows, 0, index, slice(None), x, Workspace())
+    chosen = rows.select(torch.tensor([5, 0, 5]))
+    x = architecture.input((block.groups, 3, block.slots), Workspace(torch.float64)).fill_(torch.nan)
+    architecture.encode(block.grid(chosen.observations[0]), block.grid(chosen.actions[0]), x)
 
     with torch.no_grad():
         work = Workspace(torch.float64)
@@ -63,11 +63,12 @@ def test_logits_of_every_agent_and_gradients_equal_the_slow_way(
         for row in range(3):
             for slot in range(block.slots):
                 agent = int(block.agent_of_slot[g * block.slots + slot])
-                assert bool(active[g, row, slot]) == (agent >= 0 and bool(rows.active[0][index[row], agent]))
-                one_hot = torch.zeros(5)
-                one_hot[rows.actions[0][index[row], max(agent, 0)]] = 1
+                observation, one_hot = torch.zeros(4), torch.zeros(5)
+                if agent >= 0:
+                    observation = chosen.observations[0][row, agent]
+                one_hot[chosen.actions[0][row, agent] if agent >= 0 else 0] = 1
                 bias = torch.eye(block.slots)[slot] if identity else torch.ones(1)
-                inputs = torch.cat([rows.observations[0][index[row], max(agent, 0)], one_hot, bias]).double()
+                inputs = torch.cat([observation, one_hot, bias]).double()
                 for particle in range(2):
                     expected = slow_logit(layers, g, particle, inputs, activation)
                     found = logits[g, particle, row * block.slots + slot]
@@ -82,15 +83,16 @@ def test_continuous_actions_enter_as_they_are() -> None:
     layout = Layout.of(spec, "agent")
     rows = random_rows(layout, 4, torch.Generator().manual_seed(0))
     architecture = Architecture(layout.blocks[0], 1, (4,), "relu", False)
-    x = torch.empty(2, 4, 1, 6)
-    architecture.encode(rows, 0, torch.arange(4), slice(None), x, Workspace())
+    x = architecture.input((2, 4, 1), Workspace())
+    architecture.encode(*(layout.blocks[0].grid(part[0]) for part in (rows.observations, rows.actions)), x)
     torch.testing.assert_close(x[1, :, 0, 3:5], rows.actions[0][:, 1])
 
 
-def test_tensors_and_join_are_inverses() -> None:
+def test_tensors_are_the_weights_and_biases_of_the_layers_in_place() -> None:
     architecture = Architecture(Layout.of(UNEVEN, "type").blocks[0], 2, (6, 3), "relu", True)
     layers = architecture.initial(torch.Generator().manual_seed(0))
     tensors = architecture.tensors(layers)
-    assert [t.shape[-1] for t in tensors] == [6 * 9, 6 * 3, 3 * 6, 3, 3, 1]
-    for layer, joined in zip(layers, architecture.join(tensors), strict=True):
-        assert torch.equal(layer, joined)
+    assert [t.shape[2:] for t in tensors] == [(6, 9), (6, 3), (3, 6), (3, 1), (1, 3), (1, 1)]
+    for tensor in tensors:
+        tensor.zero_()
+    assert not any(layer.any() for layer in layers)

@@ -124,7 +124,7 @@ def test_directions_equal_the_slow_way(
     agent, expert = torch.tensor([3, 39, 0, 3, 17]), torch.tensor([29, 0, 11, 12, 4])
     for b in range(2):
         with torch.no_grad():
-            model._differentiate(b, agent, expert, None)
+            model._differentiate(b, model._batch(b, agent, expert), None)
             model._direct(b)
         expected = slow_directions(model, b, agent, expert_rows, expert)
         for layer, direction in zip(model._layers[b], expected, strict=True):
