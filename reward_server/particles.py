@@ -198,11 +198,11 @@ class RewardModel:
     def _batch(self, b: int, agent: torch.Tensor, expert: torch.Tensor) -> list[torch.Tensor]:
         """Observations, actions and active (0. or 1.) of a block: grids [G, 2B, S, …], the agents' rows first."""
         window, expert_rows = self._window.rows, self._expert
-        observations = self._gathered.take(
-            "observations", len(agent) + len(expert), *expert_rows.observations[b].shape[1:]
-        )
-        torch.index_select(window.observations[b], 0, agent, out=observations[: len(agent)])
-        torch.index_select(expert_rows.observations[b], 0, expert, out=observations[len(agent) :])
+        sources = window.observations[b], expert_rows.observations[b]
+        observations = self._gathered.take("observations", 2 * len(agent), sources[0][0].numel())
+        for source, index, target in zip(sources, (agent, expert), observations.chunk(2), strict=True):
+            torch.index_select(source.flatten(1), 0, index, out=target)
+        observations = observations.unflatten(1, sources[0].shape[1:])
         actions = torch.cat([window.actions[b][agent], expert_rows.actions[b][expert]])
         active = torch.cat([window.active[b][agent], expert_rows.active[b][expert]])
         grid = self.layout.blocks[b].grid
@@ -223,7 +223,7 @@ class RewardModel:
         for tile in _tiles(block.groups, architecture.activations * rows, TILE_ACTIVATIONS):
             layers = [layer[tile] for layer in self._layers[b]]
             observations, actions, active = (part[tile] for part in batch)
-            x = architecture.input(active.shape, self._work)
+            x = self._work.take("input", *active.shape, layers[0].shape[-1])
             architecture.encode(observations, actions, x)
             x, active = x.flatten(1, 2), active.flatten(1).unsqueeze(1)
             logits, activations = forward(layers, x, architecture.activation, self._work)
@@ -273,7 +273,7 @@ class RewardModel:
             for tile in _tiles(block.groups, size, TILE_ACTIVATIONS):
                 layers = [layer[tile] for layer in self._layers[b]]
                 observations, actions = (grid[tile, part] for grid in grids)
-                x = architecture.input(observations.shape[:3], self._work)
+                x = self._work.take("input", *observations.shape[:3], layers[0].shape[-1])
                 architecture.encode(observations, actions, x)
                 logits, _ = forward(layers, x.flatten(1, 2), architecture.activation, self._work)
                 rewards = functional.softplus(-logits)

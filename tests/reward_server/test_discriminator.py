@@ -48,7 +48,7 @@ def test_logits_of_every_agent_and_gradients_equal_the_slow_way(
     layers = [layer.double().requires_grad_() for layer in architecture.initial(generator)]
     rows = random_rows(layout, 7, generator)
     chosen = rows.select(torch.tensor([5, 0, 5]))
-    x = architecture.input((block.groups, 3, block.slots), Workspace(torch.float64)).fill_(torch.nan)
+    x = Workspace(torch.float64).take("x", block.groups, 3, block.slots, layers[0].shape[-1]).fill_(torch.nan)
     architecture.encode(block.grid(chosen.observations[0]), block.grid(chosen.actions[0]), x)
 
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_continuous_actions_enter_as_they_are() -> None:
     layout = Layout.of(spec, "agent")
     rows = random_rows(layout, 4, torch.Generator().manual_seed(0))
     architecture = Architecture(layout.blocks[0], 1, (4,), "relu", False)
-    x = architecture.input((2, 4, 1), Workspace())
+    x = Workspace().take("x", 2, 4, 1, 6)
     architecture.encode(*(layout.blocks[0].grid(part[0]) for part in (rows.observations, rows.actions)), x)
     torch.testing.assert_close(x[1, :, 0, 3:5], rows.actions[0][:, 1])
 
@@ -96,3 +96,14 @@ def test_tensors_are_the_weights_and_biases_of_the_layers_in_place() -> None:
     for tensor in tensors:
         tensor.zero_()
     assert not any(layer.any() for layer in layers)
+
+
+def test_a_workspace_gives_the_same_memory_again_with_rows_an_odd_number_of_cache_lines_apart() -> None:
+    work = Workspace()
+    first = work.take("a", 3, 4, 64)
+    assert first.shape == (3, 4, 64)
+    assert first.stride() == (4 * 80, 80, 1)
+    assert work.take("a", 2, 17).data_ptr() == first.data_ptr()
+    assert work.take("a", 2, 17).stride(0) == 48
+    assert work.take("b", 3).data_ptr() != first.data_ptr()
+    assert work.take("a", 30, 4, 64).shape == (30, 4, 64)
