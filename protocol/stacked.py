@@ -56,16 +56,17 @@ class StackedMLP(nn.Module):
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Output [K, R, out], differentiable once."""
-        return _Apply.apply(self.slope, self.activate_output, len(inputs), *inputs, *self.weights, *self.biases)
+        prepared, layers = self._prepared(inputs)
+        return _Apply.apply(self.slope, self.activate_output, len(prepared), *prepared, *layers.weights, *layers.biases)
 
     @torch.no_grad()
     def outputs(self, *inputs: torch.Tensor) -> Iterator[tuple[Tile, torch.Tensor]]:
         """The output tile by tile, [k, r, out]; each one is overwritten by the next."""
-        layers = self._layers()
-        buffers = layers.buffers(inputs[0])
-        for tile in layers.tiles(inputs[0]):
-            activations = [_like(buffer, inputs[0][tile]) for buffer in buffers]
-            layers.forward(tile, inputs, activations)
+        prepared, layers = self._prepared(inputs)
+        buffers = layers.buffers(prepared[0])
+        for tile in layers.tiles(prepared[0]):
+            activations = [_like(buffer, prepared[0][tile]) for buffer in buffers]
+            layers.forward(tile, prepared, activations)
             yield tile, activations[-1]
 
     @torch.no_grad()
@@ -75,24 +76,27 @@ class StackedMLP(nn.Module):
         """Forward and back in one: `gradient` gets each tile's output and answers the loss's gradient with respect
         to it. Adds to the parameters' `grad`. Returns the gradients of the inputs, or [] unless `to_inputs`.
         """
-        layers = self._layers()
-        d_inputs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs] if to_inputs else []
+        prepared, layers = self._prepared(inputs)
+        d_inputs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in prepared] if to_inputs else []
         add = self.weights[0].grad is not None
         for parameter in () if add else self.parameters():
             parameter.grad = torch.empty_like(parameter)
         gradients = [(w.grad, b.grad) for w, b in zip(self.weights, self.biases, strict=True)]
-        buffers, spare_buffers = layers.buffers(inputs[0]), layers.buffers(inputs[0])
-        for tile in layers.tiles(inputs[0]):
-            activations = [_like(buffer, inputs[0][tile]) for buffer in buffers]
-            spare = [_like(buffer, inputs[0][tile]) for buffer in spare_buffers]
-            layers.forward(tile, inputs, activations)
+        buffers, spare_buffers = layers.buffers(prepared[0]), layers.buffers(prepared[0])
+        for tile in layers.tiles(prepared[0]):
+            activations = [_like(buffer, prepared[0][tile]) for buffer in buffers]
+            spare = [_like(buffer, prepared[0][tile]) for buffer in spare_buffers]
+            layers.forward(tile, prepared, activations)
             d = gradient(tile, activations[-1]).to(activations[-1].dtype)
-            layers.backward(tile, inputs, activations, d, spare, gradients, d_inputs, add)
+            layers.backward(tile, prepared, activations, d, spare, gradients, d_inputs, add)
         return d_inputs
 
-    def _layers(self) -> _Layers:
-        dtype = _product_dtype(self.weights[0])
-        return _Layers(list(self.weights), list(self.biases), self.slope, self.activate_output, dtype)
+    def _prepared(self, inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], _Layers]:
+        """Inputs and layers in the arithmetic of the products."""
+        device = inputs[0].device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weights[0].dtype
+        weights, biases = ([p.to(dtype) for p in parameters] for parameters in (self.weights, self.biases))
+        return [x.to(dtype) for x in inputs], _Layers(weights, biases, self.slope, self.activate_output)
 
 
 def uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> nn.Parameter:
@@ -109,7 +113,6 @@ class _Layers:
     biases: Sequence[torch.Tensor]
     slope: float
     activate_output: bool
-    dtype: torch.dtype
 
     def tiles(self, x: torch.Tensor) -> Iterator[Tile]:
         """Tiles of an input [K, R, …]; such a tile of a contiguous tensor is contiguous."""
@@ -136,9 +139,9 @@ class _Layers:
 
     def forward(self, tile: Tile, inputs: Sequence[torch.Tensor], activations: Sequence[torch.Tensor]) -> None:
         """Fill the activations [k, r, width] of one tile of the inputs."""
-        h = [x[tile].to(activations[0].dtype) for x in inputs]
+        h = [x[tile] for x in inputs]
         for layer, (weight, bias, y) in enumerate(zip(self.weights, self.biases, activations, strict=True)):
-            columns = _by_input(weight[tile[0]].to(y.dtype), h)
+            columns = _by_input(weight[tile[0]], h)
             torch.bmm(h[0], columns[0], out=y)
             for x, part in zip(h[1:], columns[1:], strict=True):
                 torch.baddbmm(y, x, part, out=y)
@@ -168,19 +171,19 @@ class _Layers:
                 d = _leaky_relu_backward(d, activations[layer], self.slope, True, grad_input=spare[layer])
             d_weights, d_bias = (gradient[tile[0]] for gradient in gradients[layer])
             _put(d_bias, d.unflatten(1, (-1, d_bias.shape[1])).sum(1), add)
-            h = [activations[layer - 1]] if layer else [x[tile].to(d.dtype) for x in inputs]
+            h = [activations[layer - 1]] if layer else [x[tile] for x in inputs]
             for x, d_weight in zip(h, _by_input(d_weights, h), strict=True):
                 _put_product(d_weight, x.mT, d, add)
             if layer:
-                d = torch.bmm(d, self.weights[layer][tile[0]].to(d.dtype).mT, out=spare[layer - 1])
-        for d_input, weight in zip(d_inputs, _by_input(self.weights[0][tile[0]].to(d.dtype), inputs), strict=False):
+                d = torch.bmm(d, self.weights[layer][tile[0]].mT, out=spare[layer - 1])
+        for d_input, weight in zip(d_inputs, _by_input(self.weights[0][tile[0]], inputs), strict=False):
             torch.bmm(d, weight.mT, out=d_input[tile])
 
     def _activates(self, layer: int) -> bool:
         return self.activate_output or layer < len(self.weights) - 1
 
     def _empty(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return torch.empty(*x.shape[:2], weight.shape[2], dtype=self.dtype, device=x.device)
+        return weight.new_empty(*x.shape[:2], weight.shape[2])
 
 
 class _Apply(torch.autograd.Function):
@@ -188,7 +191,7 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, slope: float, activate_output: bool, count: int, *tensors: torch.Tensor) -> torch.Tensor:
-        arguments = count, slope, activate_output, _product_dtype(tensors[-1])
+        arguments = count, slope, activate_output
         inputs, layers = _split(tensors, *arguments)
         keep = any(ctx.needs_input_grad)
         activations = layers.room(inputs[0]) if keep else layers.buffers(inputs[0])
@@ -209,7 +212,7 @@ class _Apply(torch.autograd.Function):
         given = len(ctx.needs_input_grad) - 3
         inputs, layers = _split(ctx.saved_tensors[:given], *ctx.arguments)
         activations = ctx.saved_tensors[given:]
-        weights, biases = ([torch.empty_like(p) for p in part] for part in (layers.weights, layers.biases))
+        weights, biases = ([_sums_of(p) for p in part] for part in (layers.weights, layers.biases))
         gradients = list(zip(weights, biases, strict=True))
         wanted = any(ctx.needs_input_grad[3 : 3 + count])
         d_inputs = [gradient.new_empty(x.shape) for x in inputs] if wanted else []
@@ -223,16 +226,16 @@ class _Apply(torch.autograd.Function):
 
 
 def _split(
-    tensors: Sequence[torch.Tensor], count: int, slope: float, activate_output: bool, dtype: torch.dtype
+    tensors: Sequence[torch.Tensor], count: int, slope: float, activate_output: bool
 ) -> tuple[Sequence[torch.Tensor], _Layers]:
     layers = (len(tensors) - count) // 2
     weights, biases = tensors[count : count + layers], tensors[count + layers :]
-    return tensors[:count], _Layers(weights, biases, slope, activate_output, dtype)
+    return tensors[:count], _Layers(weights, biases, slope, activate_output)
 
 
-def _product_dtype(parameter: torch.Tensor) -> torch.dtype:
-    device = parameter.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
+def _sums_of(parameter: torch.Tensor) -> torch.Tensor:
+    """Room for a gradient, to which many tiles may add: at least float32."""
+    return torch.empty_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
 
 
 def _like(buffer: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
