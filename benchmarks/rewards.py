@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +68,15 @@ def update_flop() -> int:
 
 
 def measure_update(scope: str) -> dict[str, float]:
-    """One SVGD update; the floor is measured beside every repeat, since both drift with the machine."""
+    """One SVGD update; the floor is measured before and after every repeat, since both drift with the machine."""
     model = make_model(scope)
     model.update(0.0)
-    seconds, rates = [], []
+    seconds, rates = [], [matmul_rate(repeats=5)]
     for _ in range(REPEATS):
-        rates.append(matmul_rate(repeats=5))
         seconds.append(median_seconds(lambda: model._step(None), 1))
+        rates.append(matmul_rate(repeats=5))
     rate = statistics.median(rates)
+    around = [statistics.mean(pair) for pair in pairwise(rates)]
     floor = update_flop() / rate / 1e9
     return {
         "seconds": statistics.median(seconds),
@@ -82,7 +84,7 @@ def measure_update(scope: str) -> dict[str, float]:
         "seconds_most": max(seconds),
         "floor_seconds": floor,
         "floor_gflop_per_second": rate,
-        "ratio": statistics.median(s * r for s, r in zip(seconds, rates, strict=True)) * 1e9 / update_flop(),
+        "ratio": statistics.median(s * r for s, r in zip(seconds, around, strict=True)) * 1e9 / update_flop(),
         "peak_resident_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
