@@ -16,7 +16,7 @@ from protocol.trajectories import ArrayTable
 from reward_server.discriminator import Architecture, Workspace, backward, forward
 from reward_server.health import Health
 from reward_server.settings import RewardSettings
-from reward_server.svgd import network_direction, svgd_direction
+from reward_server.svgd import svgd_direction, svgd_directions
 from reward_server.window import Window
 
 TILE_ACTIVATIONS = 1_500_000
@@ -256,10 +256,7 @@ class RewardModel:
             targets = architecture.tensors([gradient[tile] for gradient in gradients])
             scores = [target.flatten(2) for target in targets]
             particles = [part.flatten(2) for part in architecture.tensors([layer[tile] for layer in layers])]
-            if scope == "network":
-                directions = network_direction(particles, scores)
-            else:
-                directions = [svgd_direction(*pair) for pair in zip(particles, scores, strict=True)]
+            directions = svgd_directions(particles, scores, one_kernel=scope == "network")
             for target, direction in zip(targets, directions, strict=True):
                 target.copy_(direction.view(target.shape))
 

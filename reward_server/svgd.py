@@ -44,22 +44,33 @@ def svgd_direction(particles: torch.Tensor, score: torch.Tensor) -> torch.Tensor
     particles [..., L, d]; score [..., L, d] = ∇ log p at the particles → [..., L, d].
     One particle: k = 1 and its gradient 0, so the direction is the score itself, to the bit.
     """
-    count = particles.shape[-2]
-    if count == 1:
+    if particles.shape[-2] == 1:
         return score
-    distances = squared_distances(particles)
-    inverse = inverse_bandwidth(distances)
-    kernel = torch.exp(-distances * inverse) / count
-    # Σ_j ∇_{x_j} k(x_j, x_l) = Σ_j k(x_j, x_l) (x_l − x_j) / h: a combination of particles whose weights add up to 0.
-    repulsion = (torch.diag_embed(kernel.sum(dim=-1)) - kernel) * (2 * inverse)
-    return (kernel @ score).add_(repulsion @ particles)
+    return _combine(*_coefficients(squared_distances(particles)), particles, score)
 
 
-def network_direction(particles: Sequence[torch.Tensor], score: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """`svgd_direction` of particles that consist of several tensors: one kernel over all of them.
+def svgd_directions(
+    particles: Sequence[torch.Tensor], score: Sequence[torch.Tensor], one_kernel: bool
+) -> list[torch.Tensor]:
+    """`svgd_direction` of particles that consist of several tensors, with a kernel for each, or with one over all.
 
     particles, score: [..., L, d_k] each → the same shapes.
     """
-    sizes = [part.shape[-1] for part in particles]
-    direction = svgd_direction(torch.cat(list(particles), dim=-1), torch.cat(list(score), dim=-1))
-    return list(direction.split(sizes, dim=-1))
+    distances = torch.stack([squared_distances(part) for part in particles])
+    if one_kernel:
+        distances = distances.sum(dim=0).expand_as(distances)
+    return [_combine(*parts) for parts in zip(*_coefficients(distances), particles, score, strict=True)]
+
+
+def _coefficients(distances: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much of every score and of every particle a direction holds, from squared distances [..., L, L]."""
+    inverse = inverse_bandwidth(distances)
+    kernel = torch.exp(-distances * inverse) / distances.shape[-1]
+    # Σ_j ∇_{x_j} k(x_j, x_l) = Σ_j k(x_j, x_l) (x_l − x_j) / h: a combination of particles whose weights add up to 0.
+    return kernel, (torch.diag_embed(kernel.sum(dim=-1)) - kernel) * (2 * inverse)
+
+
+def _combine(
+    kernel: torch.Tensor, repulsion: torch.Tensor, particles: torch.Tensor, score: torch.Tensor
+) -> torch.Tensor:
+    return (kernel @ score).add_(repulsion @ particles)

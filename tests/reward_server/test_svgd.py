@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from reward_server.svgd import inverse_bandwidth, network_direction, squared_distances, svgd_direction
+from reward_server.svgd import inverse_bandwidth, squared_distances, svgd_direction, svgd_directions
 
 torch.set_num_threads(1)
 
@@ -66,14 +66,16 @@ def test_close_particles_far_from_the_origin_keep_their_precision() -> None:
     torch.testing.assert_close(squared_distances(offset * 1e-2 + 10).double(), exact, rtol=1e-3, atol=1e-7)
 
 
-def test_network_direction_is_one_kernel_over_all_tensors() -> None:
+def test_particles_of_several_tensors_have_one_kernel_over_all_or_one_for_each() -> None:
     sizes = (3, 1, 6)
     x = [torch.randn(2, 4, d, dtype=torch.float64) for d in sizes]
     score = [torch.randn(2, 4, d, dtype=torch.float64) for d in sizes]
     joined = svgd_direction(torch.cat(x, -1), torch.cat(score, -1))
-    torch.testing.assert_close(torch.cat(network_direction(x, score), -1), joined)
-    apart = svgd_direction(x[0], score[0])
-    assert not torch.allclose(joined[..., :3], apart)
+    torch.testing.assert_close(torch.cat(svgd_directions(x, score, one_kernel=True), -1), joined)
+    apart = [svgd_direction(*pair) for pair in zip(x, score, strict=True)]
+    assert not torch.allclose(joined[..., :3], apart[0])
+    for found, expected in zip(svgd_directions(x, score, one_kernel=False), apart, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def run_svgd(x: torch.Tensor, score: object, steps: int, rate: float) -> torch.Tensor:
