@@ -267,17 +267,18 @@ class RewardModel:
         grids = [block.grid(part[b]) for part in (rows.observations, rows.actions)]
         for part in _tiles(len(rows), block.slots, QUERY_ROWS):
             size = architecture.activations * (part.stop - part.start) * block.slots
+            logits = []
             for tile in _tiles(block.groups, size, TILE_ACTIVATIONS):
                 layers = [layer[tile] for layer in self._layers[b]]
                 observations, actions = (grid[tile, part] for grid in grids)
                 x = self._work.take("input", *observations.shape[:3], layers[0].shape[-1])
                 architecture.encode(observations, actions, x)
-                logits, _ = forward(layers, x.flatten(1, 2), architecture.activation, self._work)
-                rewards = functional.softplus(-logits)
-                target = answer[:, tile, part]
-                target[0] = rewards.mean(dim=1).view(target[0].shape)
-                if deviation:
-                    target[1] = rewards.std(dim=1, correction=0).view(target[1].shape)
+                # Copied: the next tile overwrites the workspace.
+                logits.append(forward(layers, x.flatten(1, 2), architecture.activation, self._work)[0].clone())
+            rewards = functional.softplus(-torch.cat(logits)).unflatten(2, (-1, block.slots))
+            answer[0, :, part] = rewards.mean(dim=1)
+            if deviation:
+                answer[1, :, part] = rewards.std(dim=1, correction=0)
         return [block.rows(grid).cpu() * rows.active[b] for grid in answer]
 
     def _tensors(self) -> dict[str, torch.Tensor]:

@@ -191,12 +191,12 @@ class RewardServer:
             columns = [("rewards", rewards), ("deviation", deviations or [])]
             split = {f"{b}.{name}": values.split(counts) for name, blocks in columns for b, values in enumerate(blocks)}
         seconds = time.perf_counter() - start
+        self._metrics.count_batch(counts, [now - query.arrived for query in batch], seconds, self._queries.rows)
         for number, query in enumerate(batch):
             table = rewards_table(self._layout, counts[number], query.deviation)
             arrays: dict[str, np.ndarray] = {name: split[name][number].numpy() for name in table}
             body = Rewards(counts[number], self._model.version, now - query.arrived, seconds, query.deviation)
             self._server.answer(query.request, body, arrays)
-        self._metrics.count_batch(counts, [now - query.arrived for query in batch], seconds, self._queries.rows)
 
     def _refuse(self, request: Request, refusal: Refusal) -> None:
         self._metrics.count_refusal(refusal.cause)
