@@ -29,7 +29,7 @@ lint: $(VENV)/.installed-dev  ## check style and types
 	@$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev  ## measure against the floors of this machine
-	@for file in $(filter-out benchmarks/floors.py benchmarks/imitation.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file $(ARGS) || exit 1; done
+	@failed=0; for file in $(filter-out benchmarks/floors.py benchmarks/imitation.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file $(ARGS) || failed=1; done; exit $$failed
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "python3 must be 3.10 or newer, this is " + sys.version.split()[0])'
