@@ -246,19 +246,18 @@ class RewardModel:
         """Turn the likelihood's gradients into directions: add the prior, and apply a kernel on parameters."""
         scope, architecture, layers = self.settings.kernel_scope, self._architectures[b], self._layers[b]
         gradients = [_gradient(layer) for layer in layers]
-        if self.settings.prior_stddev:
-            for gradient, layer in zip(gradients, layers, strict=True):
-                gradient.sub_(layer, alpha=self.settings.prior_stddev**-2)
+        prior = self.settings.prior_stddev**-2 if self.settings.prior_stddev else 0.0
         if scope in ("function", "none") or architecture.particles == 1:
+            for gradient, layer in zip(gradients, layers, strict=True):
+                gradient.sub_(layer, alpha=prior)
             return
         size = sum(layer[0].numel() for layer in layers)
         for tile in _tiles(self.layout.blocks[b].groups, size, TILE_PARAMETERS):
-            targets = architecture.tensors([gradient[tile] for gradient in gradients])
-            scores = [target.flatten(2) for target in targets]
-            particles = [part.flatten(2) for part in architecture.tensors([layer[tile] for layer in layers])]
+            particles, targets = (architecture.tensors([t[tile] for t in part]) for part in (layers, gradients))
+            scores = [torch.sub(*pair, alpha=prior) for pair in zip(targets, particles, strict=True)]
             directions = svgd_directions(particles, scores, one_kernel=scope == "network")
             for target, direction in zip(targets, directions, strict=True):
-                target.copy_(direction.view(target.shape))
+                target.copy_(direction)
 
     def _query_block(self, b: int, rows: JointRows, deviation: bool) -> list[torch.Tensor]:
         """Rewards and deviations of a block."""

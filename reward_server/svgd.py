@@ -19,13 +19,7 @@ SMALLEST_BANDWIDTH = 1e-8
 
 def squared_distances(particles: torch.Tensor) -> torch.Tensor:
     """Squared Euclidean distances between particles, [..., L, d] → [..., L, L], the diagonal exactly zero."""
-    # Moved to one of them first: what is left to cancel in the products is then of the size of the distances.
-    moved = particles - particles[..., :1, :]
-    products = moved @ moved.mT
-    norms = products.diagonal(dim1=-2, dim2=-1)
-    distances = (norms[..., :, None] + norms[..., None, :] - 2 * products).clamp_min_(0)
-    distances.diagonal(dim1=-2, dim2=-1).zero_()
-    return distances
+    return _distances(particles - particles[..., :1, :])
 
 
 def inverse_bandwidth(distances: torch.Tensor) -> torch.Tensor:
@@ -46,7 +40,8 @@ def svgd_direction(particles: torch.Tensor, score: torch.Tensor) -> torch.Tensor
     """
     if particles.shape[-2] == 1:
         return score
-    return _combine(*_coefficients(squared_distances(particles)), particles, score)
+    moved = particles - particles[..., :1, :]
+    return _combine(*_coefficients(_distances(moved)), moved, score)
 
 
 def svgd_directions(
@@ -54,12 +49,26 @@ def svgd_directions(
 ) -> list[torch.Tensor]:
     """`svgd_direction` of particles that consist of several tensors, with a kernel for each, or with one over all.
 
-    particles, score: [..., L, d_k] each → the same shapes.
+    particles, score: [G, L, ...] each → the same shapes.
     """
-    distances = torch.stack([squared_distances(part) for part in particles])
+    moved = [(part - part[:, :1]).flatten(2) for part in particles]
+    distances = torch.stack([_distances(part) for part in moved])
     if one_kernel:
         distances = distances.sum(dim=0).expand_as(distances)
-    return [_combine(*parts) for parts in zip(*_coefficients(distances), particles, score, strict=True)]
+    parts = zip(*_coefficients(distances), moved, score, strict=True)
+    return [_combine(kernel, repulsion, x, s.flatten(2)).view(s.shape) for kernel, repulsion, x, s in parts]
+
+
+# Only differences of particles matter. The functions below take them `moved`, one of them to the origin: what is left
+# to cancel in products is then of the size of the differences, and not of the particles.
+
+
+def _distances(moved: torch.Tensor) -> torch.Tensor:
+    products = moved @ moved.mT
+    norms = products.diagonal(dim1=-2, dim2=-1)
+    distances = (norms[..., :, None] + norms[..., None, :] - 2 * products).clamp_min_(0)
+    distances.diagonal(dim1=-2, dim2=-1).zero_()
+    return distances
 
 
 def _coefficients(distances: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +79,5 @@ def _coefficients(distances: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return kernel, (torch.diag_embed(kernel.sum(dim=-1)) - kernel) * (2 * inverse)
 
 
-def _combine(
-    kernel: torch.Tensor, repulsion: torch.Tensor, particles: torch.Tensor, score: torch.Tensor
-) -> torch.Tensor:
-    return (kernel @ score).add_(repulsion @ particles)
+def _combine(kernel: torch.Tensor, repulsion: torch.Tensor, moved: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
+    return (kernel @ score).add_(repulsion @ moved)
