@@ -15,11 +15,12 @@ from actors.policy import UniformPolicy
 from actors.process import build_policy
 from launch.config import Config
 from launch.run_folder import write_atomically
+from launch.topology import make_job
 from learner.checkpoint import CheckpointFolder, read_checkpoint
 from learner.optimisation import part
 from protocol.demonstrations import Demonstrations, resolve
 from protocol.errors import InputError
-from protocol.job import Endpoints, Job
+from protocol.job import Endpoints
 
 FRESH_SEED = 1_000_003
 """Start states that no training run of a small seed evaluates on."""
@@ -35,7 +36,7 @@ def main(run: Path, episodes: int, paired: bool, best: bool = False) -> int:
         raise InputError(f"--episodes must be at least 1, got {episodes}")
     config = Config.from_yaml(_read(run / "config.yaml"), str(run / "config.yaml"))
     torch.set_num_threads(config.threads)
-    policy = build_policy(_job(config, run), config.actor)
+    policy = build_policy(make_job(config, "", run, Endpoints("", "", "", "")), config.actor)
     folder = run / "checkpoints"
     checkpoint = CheckpointFolder(folder, 1).newest()
     if best and (folder / "best").exists():
@@ -88,7 +89,7 @@ def _row(
 
 def _print(run: Path, iteration: int, random: float, rows: list[dict[str, Any]]) -> None:
     table = Table(title=f"{run}, iteration {iteration}: true return per agent and episode")
-    for column in ("starts", "actions", "episodes", "return", "± standard error", "random", "expert", "normalised"):
+    for column in ("starts", "actions", "episodes", "return", "± s.e.", "random", "expert", "normalised"):
         table.add_column(column, justify="right")
     for row in rows:
         expert, normalized = row["expert_return"], row["normalized_return"]
@@ -110,21 +111,3 @@ def _read(path: Path) -> str:
         return path.read_text()
     except OSError as error:
         raise InputError(f"{path.parent} is not the folder of a run: {error.strerror}: {path.name}") from error
-
-
-def _job(config: Config, run: Path) -> Job:
-    return Job(
-        run_id="",
-        run_folder=run,
-        environment=config.environment,
-        demonstrations=config.demonstrations,
-        demonstration_episodes=config.demonstration_episodes,
-        algorithm=config.algorithm,
-        seed=config.seed,
-        steps=config.steps,
-        actors=config.actors,
-        parameter_sharing=config.parameter_sharing,
-        device=config.device,
-        threads=config.threads,
-        endpoints=Endpoints("", "", "", ""),
-    )
