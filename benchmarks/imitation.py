@@ -1,10 +1,10 @@
-"""How well imitation works, and cloning beside it: `python benchmarks/imitation.py 8=expert_8.safetensors --jobs 2`.
+"""How well imitation works, and cloning beside it: `python benchmarks/imitation.py rover_tower_8 berlin --jobs 2`.
 
-For every number of agents (8 or 4, with a demonstrations file of each), number of demonstration episodes, method and
-seed: one serial run of `bm3il train`, judged by `bm3il evaluate --paired` (from the demonstrations' own start states,
-where the expert's return is known) and on fresh starts. Prints a table of means over seeds [smallest, largest] of
-the normalised return (0 random, 1 expert), and when the curve first passed 0.5, 0.8 and 0.9. All figures go to
-`imitation.json` in the folder of the runs.
+For every preset (`PRESET`, or `PRESET=FILE` for other demonstrations), number of demonstration episodes, method and
+seed: one serial run of `bm3il train`, whose final evaluation (from the demonstrations' own start states, if the preset
+says so) gives the normalised return (0 random, 1 expert); `bm3il evaluate` adds fresh starts, drawn and greedy.
+Prints a table of means over seeds [smallest, largest], and when the curve first passed 0.5, 0.8 and 0.9. All figures
+go to `imitation.json` in the folder of the runs; runs that are there already are not repeated.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from pathlib import Path
 from typing import Any
 
 THRESHOLDS = (0.5, 0.8, 0.9)
-METHODS = {
-    "bm3il": ["--algorithm", "bm3il"],
+ALGORITHMS = ("bc", "ma-gail", "mtmfil", "ma-daac", "bayesian-ma-daac", "bm3il", "maac")
+METHODS = {name: ["--algorithm", name] for name in ALGORITHMS} | {
     "bm3il+cloning": ["--algorithm", "bm3il", "--learner.cloning-weight", "2", "--reward.learning-rate", "2e-4"],
-    "bc": ["--algorithm", "bc"],
 }
+WITHOUT_DEMONSTRATIONS = ("maac",)
 
 
 @dataclass(frozen=True)
 class Trial:
     """One run."""
 
-    agents: str
+    preset: str
     demonstrations: str
     episodes: int
     method: str
@@ -45,21 +45,21 @@ class Trial:
 
     @property
     def name(self) -> str:
-        return f"{self.agents}-agents-{self.episodes or 'all'}-{self.method}-{self.steps}-seed-{self.seed}"
+        return f"{self.preset}-{self.episodes or 'all'}-{self.method}-{self.steps}-seed-{self.seed}"
 
 
-def run(trial: Trial, folder: Path) -> dict[str, Any]:
+def run(trial: Trial, folder: Path, episodes: int) -> dict[str, Any]:
     """Train and judge; returns the figures of the run."""
     place = folder / trial.name
     if not (place / "evaluation.json").exists():
         train = [
-            *("train", "--mode", "serial", "--preset", f"rover_tower_{trial.agents}"),
-            *("--demonstrations", trial.demonstrations, "--demonstration-episodes", str(trial.episodes)),
+            *("train", "--mode", "serial", "--preset", trial.preset, "--demonstration-episodes", str(trial.episodes)),
+            *(("--demonstrations", trial.demonstrations) if trial.demonstrations else ()),
             *("--seed", str(trial.seed), "--steps", str(trial.steps)),
             *("--run", trial.name, "--runs-folder", str(folder)),
             *METHODS[trial.method],
         ]
-        for command in (train, ["evaluate", str(place), "--episodes", "2000", "--paired"]):
+        for command in (train, ["evaluate", str(place), "--episodes", str(episodes)]):
             done = subprocess.run(
                 [sys.executable, "-m", "launch.cli", *command],
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -75,9 +75,8 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
         curve = [{k: float(row[k]) for k in CURVE} for row in csv.DictReader(file)]
     return {
         "trial": trial.__dict__,
-        "paired": rows["paired", "drawn"]["normalized_return"],
-        "paired_greedy": rows["paired", "greedy"]["normalized_return"],
-        "paired_return": rows["paired", "drawn"]["return_mean"],
+        "normalized_return": result["normalized_return"],
+        "return": result["return_mean"],
         "fresh_return": rows["fresh", "drawn"]["return_mean"],
         "fresh_greedy_return": rows["fresh", "greedy"]["return_mean"],
         "wall_seconds": result["wall_seconds"],
@@ -87,6 +86,7 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
     }
 
 
+COLUMNS = (("normalized_return", 3), ("return", 1), ("fresh_return", 1), ("fresh_greedy_return", 1))
 CURVE = ("env_steps", "wall_seconds", "normalized_return")
 
 
@@ -97,18 +97,18 @@ def _first(curve: list[dict[str, float]], level: float) -> dict[str, float] | No
 def table(figures: Sequence[dict[str, Any]]) -> list[str]:
     """Lines of a Markdown table: a row per setting, means over seeds."""
     lines = [
-        "| agents | episodes | steps | method | paired | paired, greedy | fresh | to 0.5 / 0.8 / 0.9 | wall, s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| preset | episodes | steps | method | normalised | return | fresh | greedy | to 0.5 / 0.8 / 0.9 | wall, s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, int, int, str], list[dict[str, Any]]] = {}
     for row in figures:
         trial = row["trial"]
-        groups.setdefault((trial["agents"], trial["episodes"], trial["steps"], trial["method"]), []).append(row)
-    for (agents, episodes, steps, method), rows in groups.items():
+        groups.setdefault((trial["preset"], trial["episodes"], trial["steps"], trial["method"]), []).append(row)
+    for (preset, episodes, steps, method), rows in groups.items():
         reached = " / ".join(_reached([row["reached"][str(level)] for row in rows]) for level in THRESHOLDS)
         cells = [
-            *(agents, episodes or "all", "–" if method == "bc" else f"{steps:,}", method),
-            *(_spread(rows, key, digits) for key, digits in (("paired", 3), ("paired_greedy", 3), ("fresh_return", 1))),
+            *(preset, episodes or "all", "–" if method == "bc" else f"{steps:,}", method),
+            *(_spread(rows, key, digits) for key, digits in COLUMNS),
             *("–" if method == "bc" else reached, _spread(rows, "wall_seconds", 0)),
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -130,25 +130,28 @@ def _reached(points: list[dict[str, float] | None]) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("demonstrations", nargs="+", help="AGENTS=FILE")
-    parser.add_argument("--episodes", type=int, nargs="+", default=[0, 50, 20, 5])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("presets", nargs="+", help="PRESET or PRESET=FILE")
+    parser.add_argument("--episodes", type=int, nargs="+", default=[0, 50, 20, 5], help="0: all")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["bc", "bm3il"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=200_000)
+    parser.add_argument("--evaluate", type=int, default=2_000, help="fresh episodes of the judgement")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=Path("runs/imitation"))
     given = parser.parse_args(arguments)
-    files = dict(item.split("=", 1) for item in given.demonstrations)
+    files = dict((*item.split("=", 1), "")[:2] for item in given.presets)
     trials = [
-        Trial(agents, str(Path(file).resolve()), episodes, method, seed, given.steps)
-        for (agents, file), episodes, method, seed in product(files.items(), given.episodes, given.methods, given.seeds)
+        Trial(preset, file and str(Path(file).resolve()), episodes, method, seed, given.steps)
+        for seed, (preset, file), episodes, method in product(given.seeds, files.items(), given.episodes, given.methods)
+        if method not in WITHOUT_DEMONSTRATIONS or not episodes
     ]
     given.folder.mkdir(parents=True, exist_ok=True)
     start, figures = time.monotonic(), []
     with ThreadPoolExecutor(given.jobs) as pool:
-        for number, row in enumerate(pool.map(lambda trial: run(trial, given.folder), trials), start=1):
+        for number, row in enumerate(pool.map(lambda trial: run(trial, given.folder, given.evaluate), trials), start=1):
             figures.append(row)
-            print(f"{number}/{len(trials)} {row['paired']:.3f} after {time.monotonic() - start:.0f} s", file=sys.stderr)
+            name, score = trials[number - 1].name, row["normalized_return"]
+            print(f"{number}/{len(trials)} {name}: {score:.3f}, {time.monotonic() - start:.0f} s", file=sys.stderr)
     (given.folder / "imitation.json").write_text(json.dumps(figures, indent=1))
     print("\n".join(table(figures)))
     return 0
