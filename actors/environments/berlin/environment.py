@@ -1,0 +1,241 @@
+"""Berlin: commuters on a road network that slows down as it fills (§5.2 of the paper).
+
+The paper's environment was never released; this is a documented reconstruction on real data. Each agent stands for a
+number of vehicles, and has a type: where it lives and where it works.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from actors.environments.berlin.scenario import Scenario
+from actors.environments.berlin.scenario_file import load_scenario
+from actors.environments.berlin.variants import split_variant
+from protocol.environment import Starts, TimeStep
+from protocol.errors import InputError
+from protocol.specs import EnvironmentSpec, TypeSpec
+
+MINUTES_OF_DAY = 1440.0
+TIME_COLUMNS = 5
+
+
+class Berlin:
+    """E days of N commuters on K locations, roads 0..R−1 and facilities R..K−1.
+
+    Action: the next location, or the present one to stay. In a step of Δ minutes an agent leaves a road that n agents
+    are on with probability 1 − (1 − 1/τ)^Δ, τ = max(T₀, n/load · T₀) minutes, at least 1; a facility at once. After
+    the move it gets `right_reward` if it is where the hour says that it should be (at work in working hours, else at
+    home) and `wrong_reward` if not. A day is truncated after `steps` steps.
+
+    Observation, 2K + 2F + 5 wide: own location one-hot (K); how full each location is (K); own home and work one-hot
+    (F each); the part of the day that is over, sine and cosine of the hour, and when own working hours begin and end as
+    parts of the day (0 and 0 on a day off). How full: of a road (n + 1)/(n + 1 + load), which grows with its count n
+    and is about a half where it begins to slow down; of a facility n/N.
+
+    Start states, where days differ (see `variants`): `work_start_minute` and `work_end_minute` [E, N],
+    `slow_from_minute` and `slow_until_minute` [E, R]; where they do not, there are none.
+    """
+
+    def __init__(
+        self, num_envs: int, scenario: str = "berlin46", types: int = 10, agents: int = 50, flow_scale: float = 0.0
+    ) -> None:
+        """scenario: a name, or a file, perhaps with a variant behind it: `berlin46-incidents`.
+        flow_scale: how strongly agents slow each other down, smaller is stronger; 0 takes the scenario's own.
+        Raises InputError for what the scenario does not offer.
+        """
+        if num_envs < 1:
+            raise InputError(f"berlin: expected num_envs ≥ 1, got {num_envs}")
+        if not flow_scale >= 0:
+            raise InputError(f"berlin: flow_scale must be at least 0, got {flow_scale}")
+        name, self.variant = split_variant(scenario)
+        self.scenario, self.num_envs = load_scenario(name), num_envs
+        self.load_agents = self.scenario.load_agents * self.variant.load_factor
+        if flow_scale:
+            self.load_agents = self.load_agents * (flow_scale / self.scenario.flow_scale)
+        commuters = self.scenario.agent_types(types, agents)
+        self.spec = _spec(scenario, self.scenario, commuters, types, agents, flow_scale)
+        counts = [count for _, _, count in commuters]
+        first = self.scenario.num_roads
+        self.home = np.repeat([first + home for home, _, _ in commuters], counts)
+        self.work = np.repeat([first + work for _, work, _ in commuters], counts)
+        self._allowed = self.scenario.allowed
+        self._leaving, self._fullness = _tables(
+            self.scenario, self.load_agents, self.variant.incident_load_factor, agents
+        )
+        self._allocate()
+
+    @property
+    def locations(self) -> np.ndarray:
+        """[E, N] where everybody is now, copied."""
+        return self._location.reshape(self.num_envs, -1).copy()
+
+    @property
+    def minute(self) -> float:
+        """Minutes after midnight."""
+        return self.scenario.day_start_minute + self._step * self.scenario.step_minutes
+
+    def reset(self, seed: int, starts: Starts | None = None) -> TimeStep:
+        """Start E new days with everybody at home. Raises InputError for start states of another environment."""
+        self._random = np.random.default_rng(seed)
+        self._conditions = self.draw_starts(seed) if starts is None else self._checked(starts)
+        self._step = 0
+        shape = (self.num_envs, len(self.home))
+        self._work_start = self._conditions.get("work_start_minute", np.full(shape, self.scenario.work_start_minute))
+        self._work_end = self._conditions.get("work_end_minute", np.full(shape, self.scenario.work_end_minute))
+        self._observation[..., : self.scenario.num_locations] = 0
+        day = self.scenario.steps * self.scenario.step_minutes
+        hours = np.stack([self._work_start, self._work_end], axis=-1)
+        at_work = (self._work_end > self._work_start)[..., None]
+        self._observation[..., -2:] = (hours - self.scenario.day_start_minute) / day * at_work
+        self._location[:] = np.tile(self.home, self.num_envs)
+        self._observe()
+        self._reward.fill(0)
+        self._set_flags(active=True, truncated=False)
+        return self._now
+
+    def draw_starts(self, seed: int) -> dict[str, np.ndarray]:
+        """The start states of `reset(seed)`, to be given to `reset(starts=…)` later."""
+        variant, scenario, random = self.variant, self.scenario, np.random.default_rng([seed, 1])
+        if not variant.varies:
+            return {}
+        agents, roads = (self.num_envs, len(self.home)), (self.num_envs, scenario.num_roads)
+        shift = np.round(random.uniform(-1, 1, agents) * variant.shift_minutes / scenario.step_minutes)
+        at_work = random.random(agents) >= variant.absence
+        work = [
+            minute + shift * scenario.step_minutes for minute in (scenario.work_start_minute, scenario.work_end_minute)
+        ]
+        slow = random.permuted(np.tile(np.arange(roads[1]) < variant.incidents, (roads[0], 1)), axis=1)
+        rush = random.choice([scenario.work_start_minute, scenario.work_end_minute], roads)
+        begin = rush + random.uniform(-1, 1, roads) * variant.rush_minutes
+        return {
+            "work_start_minute": work[0] * at_work,
+            "work_end_minute": work[1] * at_work,
+            "slow_from_minute": begin * slow,
+            "slow_until_minute": (begin + variant.incident_minutes) * slow,
+        }
+
+    def step(self, actions: Sequence[np.ndarray]) -> TimeStep:
+        """Everybody who can leave moves on. actions: per type [E, X_m] locations.
+
+        Raises ValueError for an action out of range, or one that its mask forbids.
+        """
+        if self._step >= self.scenario.steps:
+            self._set_flags(active=False, truncated=True)
+            self._reward.fill(0)
+            return self._now
+        action = np.concatenate([np.asarray(a, np.int64) for a in actions], axis=1).ravel()
+        places = self.scenario.num_locations
+        # A negative number is a huge one when it is read without its sign: one comparison for both ends.
+        if action.view(np.uint64).max() >= places:
+            raise ValueError(f"Berlin: actions must lie in 0..{places - 1}")
+        if not self._allowed.ravel().take(self._location * places + action).all():
+            raise ValueError("Berlin: an action leads to a location that is no next one of the agent's: see the masks")
+        leaving = self._leaving.ravel().take(self._cell).ravel()
+        self._random.random(dtype=np.float32, out=self._chance)
+        leaves = self._chance < leaving.take(self._day_offset + self._location)
+        self._observation_flat[self._one_hot_base + self._location] = 0
+        np.copyto(self._location, action, where=leaves)
+        self._step += 1
+        self._observe()
+        self._judge()
+        if self._step == self.scenario.steps:
+            self._set_flags(active=True, truncated=True)
+        return self._now
+
+    def _observe(self) -> None:
+        """Count who is where, and write down what everybody sees and may do next."""
+        places, facilities, agents = self.scenario.num_locations, self.scenario.num_facilities, len(self.home)
+        self._observation_flat[self._one_hot_base + self._location] = 1
+        counts = np.bincount(self._day_offset + self._location, minlength=self.num_envs * places)
+        np.add(self._cell_base, counts.reshape(self.num_envs, places), out=self._cell)
+        if self.variant.incidents:
+            slow = self._conditions["slow_from_minute"] <= self.minute
+            slow &= self.minute < self._conditions["slow_until_minute"]
+            self._cell[:, : slow.shape[1]] += slow * (places * (agents + 1))
+        fullness = self._fullness.ravel().take(self._cell)
+        self._observation[..., places : 2 * places] = fullness[:, None]
+        angle = 2 * math.pi * self.minute / MINUTES_OF_DAY
+        now = (self._step / self.scenario.steps, math.sin(angle), math.cos(angle))
+        column = 2 * (places + facilities)
+        self._observation[..., column : column + 3] = now
+        np.take(self._allowed, self._location, axis=0, out=self._mask_rows, mode="clip")
+
+    def _judge(self) -> None:
+        minute = self.minute
+        working = (self._work_start <= minute) & (minute < self._work_end)
+        right = np.where(working, self.work, self.home) == self._location.reshape(working.shape)
+        self._reward[:] = np.where(right, self.scenario.right_reward, self.scenario.wrong_reward)
+
+    def _allocate(self) -> None:
+        """One array for all types, of which a time step shows each type its part."""
+        envs, agents, places = self.num_envs, len(self.home), self.scenario.num_locations
+        width, facilities = self.spec.types[0].observation_dim, self.scenario.num_facilities
+        self._observation = np.zeros((envs, agents, width), np.float32)
+        self._observation_flat = self._observation.reshape(-1)
+        mask = np.zeros((envs, agents, places), bool)
+        self._mask_rows = mask.reshape(-1, places)
+        self._reward = np.zeros((envs, agents), np.float32)
+        active = np.ones((envs, agents), bool)
+        self._location = np.tile(self.home, envs)
+        self._chance = np.empty(envs * agents, np.float32)
+        self._one_hot_base = np.arange(envs * agents) * width
+        self._day_offset = np.repeat(np.arange(envs) * places, agents)
+        self._cell_base = np.tile(np.arange(places) * (agents + 1), (envs, 1))
+        self._cell = self._cell_base.copy()
+        first = self.scenario.num_roads
+        for column, place in ((2 * places, self.home), (2 * places + facilities, self.work)):
+            self._observation[:, np.arange(agents), column + place - first] = 1
+        parts = [slice(o, o + t.count) for o, t in zip(self.spec.offsets, self.spec.types, strict=True)]
+        self._now = TimeStep(
+            observations=[self._observation[:, part] for part in parts],
+            action_masks=[mask[:, part] for part in parts],
+            active=[active[:, part] for part in parts],
+            rewards=[self._reward[:, part] for part in parts],
+            terminated=np.zeros(envs, bool),
+            truncated=np.zeros(envs, bool),
+        )
+
+    def _set_flags(self, active: bool, truncated: bool) -> None:
+        for array in self._now.active:
+            array[:] = active
+        self._now.truncated.fill(truncated)
+
+    def _checked(self, starts: Starts) -> dict[str, np.ndarray]:
+        expected = {name: array.shape for name, array in self.draw_starts(0).items()}
+        found = {name: array.shape for name, array in starts.items()}
+        if found != expected:
+            raise InputError(f"{self.spec.name}: expected start states {expected or 'none'}, found {found or 'none'}")
+        for name, array in starts.items():
+            if not (np.abs(array) <= 1e6).all():
+                raise InputError(f"{self.spec.name}: {name} must hold minutes, at most a million")
+        return {name: np.asarray(array, np.float64) for name, array in starts.items()}
+
+
+def _spec(
+    name: str, scenario: Scenario, commuters: list[tuple[int, int, int]], types: int, agents: int, flow_scale: float
+) -> EnvironmentSpec:
+    places, facilities = scenario.num_locations, scenario.num_facilities
+    width = 2 * places + 2 * facilities + TIME_COLUMNS
+    specs = tuple(TypeSpec(f"home{home}-work{work}", count, width, places) for home, work, count in commuters)
+    coupling = f"&flow_scale={flow_scale:g}" if flow_scale else ""
+    return EnvironmentSpec(f"berlin?scenario={name}&types={types}&agents={agents}{coupling}", specs, scenario.steps)
+
+
+def _tables(
+    scenario: Scenario, load_agents: np.ndarray, incident_load_factor: float, agents: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probability of leaving, and fullness, of each location that n = 0..N agents are on: [2, K, N + 1] float32, first
+    of roads as they are, then of slow ones."""
+    places, roads = scenario.num_locations, scenario.num_roads
+    count = np.arange(agents + 1)
+    leaving, fullness = np.ones((2, places, agents + 1), np.float32), np.empty((2, places, agents + 1), np.float32)
+    fullness[:, roads:] = count / agents
+    for row, factor in enumerate((1.0, incident_load_factor)):
+        load = (load_agents * factor)[:, None]
+        minutes = np.maximum(1, scenario.free_flow_minutes[:, None] * np.maximum(1, count / load))
+        leaving[row, :roads] = 1 - (1 - 1 / minutes) ** scenario.step_minutes
+        fullness[row, :roads] = (count + 1) / (count + 1 + load)
+    return leaving, fullness
