@@ -8,6 +8,7 @@ Tensors, for the type number m of the spec; a row is one joint step, episodes fo
 - `m.observations` [rows, X_m, O_m] float32, seen before the action.
 - `m.actions` [rows, X_m] integers, or [rows, X_m, A_m] float32 if continuous.
 - `m.action_masks` [rows, X_m, A_m] and `m.active` [rows, X_m] bool; a tensor that is all true is left out.
+- `NAME.xz` [bytes] uint8 in place of observations or masks NAME that xz makes much smaller: the bytes of the array.
 - `episode_lengths` [episodes] int64, `returns` [episodes, N] float32 (NaN where unknown), `groups` [episodes] int64.
 - `starts.<name>` [episodes, …]: start states, as `Environment.reset` takes them.
 """
@@ -30,6 +31,7 @@ from safetensors.numpy import save as serialise
 from protocol.demonstration_checks import check_episodes, check_type
 from protocol.errors import InputError
 from protocol.job import Job
+from protocol.packing import MAX_UNPACKED_BYTES, PACKED, packed, unpacked
 from protocol.specs import EnvironmentSpec
 from protocol.trajectories import Trajectories
 
@@ -221,6 +223,10 @@ class Demonstrations:
             tensors[f"{m}.actions"] = self.actions[m].astype(small) if agent_type.discrete else self.actions[m]
             optional = {f"{m}.action_masks": self.action_masks[m], f"{m}.active": self.active[m]}
             tensors |= {name: array for name, array in optional.items() if not array.all()}
+            for name in (f"{m}.observations", f"{m}.action_masks"):
+                if name in tensors and (compressed := packed(tensors[name])) is not None:
+                    del tensors[name]
+                    tensors[name + PACKED] = compressed
         return {name: np.ascontiguousarray(array) for name, array in tensors.items()}
 
     def _metadata(self) -> dict[str, str]:
@@ -272,7 +278,7 @@ def _read(file: Any) -> Demonstrations:
     header = _header(file.metadata() or {})
     spec = EnvironmentSpec.from_json(header.get("spec"))
     names = set(file.keys())
-    _check_names(spec, {name for name in names if not START_NAME.fullmatch(name)})
+    _check_names(spec, [name.removesuffix(PACKED) for name in names if not START_NAME.fullmatch(name)])
 
     def read(name: str, *dtypes: str) -> np.ndarray:
         found = file.get_slice(name).get_dtype()
@@ -284,11 +290,24 @@ def _read(file: Any) -> Demonstrations:
         name.removeprefix("starts."): read(name, *NUMBERS) for name in sorted(names) if START_NAME.fullmatch(name)
     }
     types = list(enumerate(spec.types))
-    observations = [read(f"{m}.observations", "F32") for m, _ in types]
+    lengths = read("episode_lengths", "I64")
+    rows = int(lengths.clip(0, MAX_UNPACKED_BYTES).sum())
+
+    def unpack(name: str, dtype: type, *shape: int) -> np.ndarray:
+        return unpacked(name, read(name + PACKED, "U8"), dtype, (rows, *shape))
+
+    observations = [
+        unpack(f"{m}.observations", np.float32, t.count, t.observation_dim)
+        if f"{m}.observations{PACKED}" in names
+        else read(f"{m}.observations", "F32")
+        for m, t in types
+    ]
 
     def flags(m: int, name: str, *width: int) -> np.ndarray:
         if f"{m}.{name}" in names:
             return read(f"{m}.{name}", "BOOL")
+        if f"{m}.{name}{PACKED}" in names:
+            return unpack(f"{m}.{name}", bool, spec.types[m].count, *width)
         # No memory until it is copied: the width may be a lie, which only the comparison with an environment shows.
         return np.broadcast_to(np.ones((), bool), (*observations[m].shape[:2], *width))
 
@@ -302,7 +321,7 @@ def _read(file: Any) -> Demonstrations:
         ],
         action_masks=[flags(m, "action_masks", t.action_dim) for m, t in types],
         active=[flags(m, "active") for m, _ in types],
-        episode_lengths=read("episode_lengths", "I64"),
+        episode_lengths=lengths,
         returns=read("returns", "F32"),
         groups=read("groups", "I64"),
         starts=starts,
@@ -330,7 +349,8 @@ def _header(metadata: Mapping[str, str]) -> dict[str, Any]:
     return header
 
 
-def _check_names(spec: EnvironmentSpec, names: set[str]) -> None:
+def _check_names(spec: EnvironmentSpec, found: Sequence[str]) -> None:
+    names = set(found)
     numbers = range(spec.num_types)
     required = {"episode_lengths", "returns", "groups"}
     required |= {f"{m}.{name}" for m in numbers for name in ("observations", "actions")}
@@ -339,3 +359,5 @@ def _check_names(spec: EnvironmentSpec, names: set[str]) -> None:
         raise InputError(f"tensors are missing: {', '.join(missing)}")
     if extra := sorted(names - allowed):
         raise InputError(f"unexpected tensors: {', '.join(extra[:5])}")
+    if len(names) < len(found):
+        raise InputError("a tensor is there twice, packed and unpacked")

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from actors.environments.berlin.environment import Berlin
+from actors.experts.commuters import CongestionAware
 from actors.rollout import Acts
 from protocol.errors import InputError
+from protocol.registry import make_environment
 from protocol.specs import EnvironmentSpec
 
 ARRIVED = 0.1
@@ -42,9 +45,14 @@ class RoverTowerExpert:
 
 def expert_for(spec: EnvironmentSpec) -> Acts:
     """The scripted expert of an environment. Raises InputError if there is none."""
-    if spec.name.partition("?")[0] == "rover_tower":
+    name = spec.name.partition("?")[0]
+    if name == "rover_tower":
         return RoverTowerExpert()
-    raise InputError(f"no scripted expert for '{spec.name}'; there is one for rover_tower")
+    if name == "berlin":
+        environment = make_environment(spec.name, 1)
+        assert isinstance(environment, Berlin)
+        return CongestionAware(environment)
+    raise InputError(f"no scripted expert for '{spec.name}'; there is one for rover_tower and for berlin")
 
 
 def _direction(way: np.ndarray) -> np.ndarray:

@@ -73,6 +73,17 @@ class Berlin:
         return self._location.reshape(self.num_envs, -1).copy()
 
     @property
+    def counts(self) -> np.ndarray:
+        """[E, K] how many agents are at each location, copied."""
+        places = self.scenario.num_locations
+        return np.bincount(self._day_offset + self._location, minlength=self.num_envs * places).reshape(-1, places)
+
+    @property
+    def leave_chance(self) -> np.ndarray:
+        """[E, K] the probability with which each agent that is at a location leaves it in the next step."""
+        return self._leaving.ravel().take(self._cell)
+
+    @property
     def minute(self) -> float:
         """Minutes after midnight."""
         return self.scenario.day_start_minute + self._step * self.scenario.step_minutes

@@ -1,0 +1,198 @@
+"""Scripted commuters for Berlin: they act on what the agents observe, and on nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from actors.environments.berlin.environment import Berlin
+from actors.policy import sample
+from protocol.registry import make_environment
+
+FORBIDDEN = -1e9
+EQUILIBRIUM_DAYS = 20
+EQUILIBRIUM_ROUNDS = 15
+
+
+class _Commuters:
+    """What all of them share: reading the observations of a `Berlin` of this kind."""
+
+    def __init__(self, environment: Berlin) -> None:
+        self.scenario = scenario = environment.scenario
+        self._counts = [t.count for t in environment.spec.types]
+        self._home, self._work = environment.home, environment.work
+        self._places, self._facilities = scenario.num_locations, scenario.num_facilities
+
+    def act(
+        self,
+        observations: Sequence[np.ndarray],
+        action_masks: Sequence[np.ndarray],
+        generator: torch.Generator,
+        greedy: bool = False,
+    ) -> list[np.ndarray]:
+        """Next locations, [E, X_m] int64 each. observations: [E, X_m, O], masks: [E, X_m, K] per type."""
+        seen = np.concatenate(observations, axis=1)
+        location = seen[..., : self._places].argmax(axis=-1)
+        chosen = self._choose(seen, location, generator, greedy)
+        return np.split(chosen, np.cumsum(self._counts)[:-1], axis=1)
+
+    def _choose(self, seen: np.ndarray, location: np.ndarray, generator: torch.Generator, greedy: bool) -> np.ndarray:
+        """Next locations [E, N] of agents that see `seen` [E, N, O] and are at `location` [E, N]."""
+        raise NotImplementedError
+
+    def _step(self, seen: np.ndarray) -> int:
+        return round(float(seen[0, 0, 2 * (self._places + self._facilities)]) * self.scenario.steps)
+
+    def _hours(self, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Minutes [E, N] when own working hours begin and end; both 0 on a day off."""
+        scenario = self.scenario
+        at_work = seen[..., -1] > 0
+        hours = scenario.day_start_minute + seen[..., -2:] * (scenario.steps * scenario.step_minutes)
+        return hours[..., 0] * at_work, hours[..., 1] * at_work
+
+
+class StayHome(_Commuters):
+    """Nobody ever leaves home: the local optimum of the shy."""
+
+    def _choose(self, seen: np.ndarray, location: np.ndarray, generator: torch.Generator, greedy: bool) -> np.ndarray:
+        return location
+
+
+class FreeFlow(_Commuters):
+    """Everybody takes the way that is fastest on empty roads, and leaves as late as that would allow."""
+
+    def __init__(self, environment: Berlin) -> None:
+        super().__init__(environment)
+        scenario, first = self.scenario, environment.scenario.num_roads
+        self._next = np.tile(np.arange(self._places), (2, len(self._home), 1))
+        self._minutes = np.zeros((2, len(self._home)))
+        for way, (origins, destinations) in enumerate(((self._home, self._work), (self._work, self._home))):
+            for origin, destination in set(zip(origins.tolist(), destinations.tolist(), strict=True)):
+                agents = np.flatnonzero((origins == origin) & (destinations == destination))
+                roads = scenario.way(origin - first, destination - first)
+                for here, there in zip([origin, *roads], [*roads, destination], strict=True):
+                    self._next[way, agents, here] = there
+                self._minutes[way, agents] = scenario.free_flow_minutes[roads].sum()
+
+    def _choose(self, seen: np.ndarray, location: np.ndarray, generator: torch.Generator, greedy: bool) -> np.ndarray:
+        minute = self.scenario.day_start_minute + self._step(seen) * self.scenario.step_minutes
+        start, end = self._hours(seen)
+        to_work = (start - self._minutes[0] <= minute) & (minute < end - self._minutes[1])
+        agent = np.arange(len(self._home))
+        return np.where(to_work, self._next[0, agent, location], self._next[1, agent, location])
+
+
+class CongestionAware(_Commuters):
+    """The time-dependent fastest ways, and departures, in the traffic that everybody's choices make.
+
+    Each agent maximises what it expects of the rest of the day. How fast every road is at every step is anticipated: it
+    is what simulated days showed in which everybody acted on the last round's anticipation, averaged over rounds (the
+    method of successive averages). Choices are a logit over the values, which spreads agents of one kind over ways and
+    departures that are nearly as good (a stochastic user equilibrium). What an agent sees corrects what it anticipates:
+    the way out of its own road, and the roads that it could enter.
+    """
+
+    def __init__(self, environment: Berlin, temperature: float = 1.5, trust: float = 0.15) -> None:
+        """temperature: of the logit, in rewards.   trust: in what is seen on the next roads, 0..1."""
+        super().__init__(environment)
+        self._temperature, self._trust = temperature, trust
+        self._successors, self._forbidden = _successors(self.scenario.allowed)
+        pairs = np.stack([self._home, self._work], axis=1)
+        self._kinds, self._kind_of_agent = np.unique(pairs, axis=0, return_inverse=True)
+        self._shifts = math.ceil(environment.variant.shift_minutes / self.scenario.step_minutes)
+        self._leaving = np.ones((self.scenario.steps + 1, self._places))
+        self._leaving[:, : self.scenario.num_roads] = self._chance_to_leave(np.zeros(self.scenario.num_roads))
+        for number in range(EQUILIBRIUM_ROUNDS):
+            self._value = self._values()
+            experienced = self._simulate(environment.spec.name, number)
+            self._leaving += (experienced - self._leaving) / (number + 1)
+        self._value = self._values()
+
+    def _choose(self, seen: np.ndarray, location: np.ndarray, generator: torch.Generator, greedy: bool) -> np.ndarray:
+        step, roads = self._step(seen), self.scenario.num_roads
+        ahead = self._ahead(step)
+        worth = ahead[self._kind_of_agent, self._hours_index(seen)]
+        fullness = seen[..., self._places : self._places + roads].astype(np.float64)
+        delay = np.zeros(seen.shape[:2] + (self._places,))
+        delay[..., :roads] = 1 / self._chance_to_leave(fullness / (1 - fullness)) - 1 / self._leaving[step + 1, :roads]
+        worth = worth - self._trust * self._step_cost * delay.clip(-self.scenario.steps, self.scenario.steps)
+        np.put_along_axis(
+            worth,
+            location[..., None],
+            np.take_along_axis(ahead[self._kind_of_agent, self._hours_index(seen)], location[..., None], 2),
+            2,
+        )
+        options = self._successors[location]
+        score = np.take_along_axis(worth, options, axis=2) + self._forbidden[location]
+        if greedy:
+            choice = score.argmax(axis=-1)
+        else:
+            choice = sample(torch.as_tensor(score / self._temperature), generator).numpy()
+        return np.take_along_axis(options, choice[..., None], axis=2)[..., 0]
+
+    @property
+    def _step_cost(self) -> float:
+        return self.scenario.right_reward - self.scenario.wrong_reward
+
+    def _hours_index(self, seen: np.ndarray) -> np.ndarray:
+        """[E, N] which of `_work_hours` an agent has today."""
+        start, end = self._hours(seen)
+        shift = np.round((start - self.scenario.work_start_minute) / self.scenario.step_minutes).astype(int)
+        return np.where(end > start, shift + self._shifts, 2 * self._shifts + 1)
+
+    def _due(self, minute: float) -> np.ndarray:
+        """[kinds, hours, K] the reward of being at each location at this minute."""
+        scenario = self.scenario
+        shift = np.arange(-self._shifts, self._shifts + 1) * scenario.step_minutes
+        working = (scenario.work_start_minute + shift <= minute) & (minute < scenario.work_end_minute + shift)
+        place = np.where(np.append(working, False), self._kinds[:, 1:], self._kinds[:, :1])
+        reward = np.full((*place.shape, self._places), scenario.wrong_reward)
+        np.put_along_axis(reward, place[..., None], scenario.right_reward, axis=2)
+        return reward
+
+    def _ahead(self, step: int) -> np.ndarray:
+        """[kinds, hours, K] what being at each location after this step is worth, the step's reward included."""
+        minute = self.scenario.day_start_minute + (step + 1) * self.scenario.step_minutes
+        return self._due(minute) + self._value[step + 1]
+
+    def _values(self) -> np.ndarray:
+        """[T + 1, kinds, hours, K] expected reward of the rest of the day, by backward induction."""
+        hours = 2 * self._shifts + 2
+        self._value = np.zeros((self.scenario.steps + 1, len(self._kinds), hours, self._places))
+        for step in reversed(range(self.scenario.steps)):
+            ahead = self._ahead(step)
+            options = ahead[..., self._successors] + self._forbidden
+            share = np.exp((options - options.max(axis=-1, keepdims=True)) / self._temperature)
+            moved = (share * options).sum(axis=-1) / share.sum(axis=-1)
+            leaving = self._leaving[step]
+            self._value[step] = leaving * moved + (1 - leaving) * ahead
+        return self._value
+
+    def _simulate(self, name: str, number: int) -> np.ndarray:
+        """[T + 1, K] the mean chance to leave of those who were there; what was anticipated where nobody was."""
+        days = make_environment(name, EQUILIBRIUM_DAYS)
+        assert isinstance(days, Berlin)
+        generator = torch.Generator().manual_seed(number)
+        now, experienced = days.reset(number), self._leaving.copy()
+        for step in range(self.scenario.steps):
+            now = days.step(self.act(now.observations, now.action_masks, generator))
+            counts = days.counts
+            there = counts.sum(axis=0)
+            mean = (counts * days.leave_chance).sum(axis=0) / there.clip(min=1)
+            experienced[step + 1] = np.where(there > 0, mean, self._leaving[step + 1])
+        return experienced
+
+    def _chance_to_leave(self, crowding: np.ndarray) -> np.ndarray:
+        """Of the roads [..., R], with n/load of them: the environment's rule."""
+        minutes = np.maximum(1, self.scenario.free_flow_minutes * np.maximum(1, crowding))
+        return 1 - (1 - 1 / minutes) ** self.scenario.step_minutes
+
+
+def _successors(allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Next locations [K, S] of every location, itself among them, and [K, S] 0 or what forbids a padding."""
+    most = allowed.sum(axis=1).max()
+    order = np.argsort(~allowed, axis=1, kind="stable")[:, :most]
+    return order, np.where(np.take_along_axis(allowed, order, axis=1), 0.0, FORBIDDEN)
