@@ -116,6 +116,18 @@ def check_environment(args: list[str]) -> int:
     return check_environment(options.environment)
 
 
+def calibrate(args: list[str]) -> int:
+    """what a day of commuting is worth to random, naive and congestion-aware agents"""
+    parser = _parser("calibrate")
+    parser.add_argument("environment", help="e.g. 'berlin?types=10&agents=50'")
+    parser.add_argument("--days", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(args)
+    from launch.calibration import calibrate
+
+    return calibrate(options.environment, options.days, options.seed)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "resume": resume,
@@ -123,6 +135,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "status": status,
     "demonstrations": demonstrations,
     "check-environment": check_environment,
+    "calibrate": calibrate,
 }
 
 

@@ -81,7 +81,7 @@ class Layout:
     def to_rows(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """Per type [B, X_m, …] → joint rows per block, [B, N_b, …], copied."""
         return [
-            torch.cat([torch.as_tensor(arrays[m]) for m in block.types], dim=1)
+            torch.from_numpy(np.concatenate([arrays[m] for m in block.types], axis=1))
             if len(block.types) > 1
             else torch.tensor(arrays[block.types[0]])
             for block in self.blocks

@@ -41,11 +41,14 @@ class EnvironmentSpec:
     """The agents of an environment, grouped by type; `episode_length` is the most joint steps of an episode.
 
     Agents are numbered type by type: agent `offsets[m] + x` is the x-th agent of type m.
+    view: what observations and actions mean, in words, where environments of equal widths could be mistaken for each
+        other; demonstrations fit only an environment of the same view.
     """
 
     name: str
     types: tuple[TypeSpec, ...]
     episode_length: int
+    view: str = ""
 
     def __post_init__(self) -> None:
         if not self.types:
@@ -88,7 +91,7 @@ class EnvironmentSpec:
                 )
                 for t in value["types"]
             )
-            return cls(str(value["name"]), types, value["episode_length"])
+            return cls(str(value["name"]), types, value["episode_length"], str(value.get("view", "")))
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"not an environment spec: {error!r}") from error
 
@@ -97,6 +100,8 @@ class EnvironmentSpec:
 
         Names of the environments are not compared: what counts is that the arrays mean the same.
         """
+        if self.view != other.view:
+            return f"expected '{self.view}', found '{other.view}'"
         if self.num_types != other.num_types:
             return f"expected {self.num_types} agent types, found {other.num_types}"
         for mine, theirs in zip(self.types, other.types, strict=True):

@@ -112,30 +112,26 @@ class CongestionAware(_Commuters):
         self._value = self._values()
 
     def _choose(self, seen: np.ndarray, location: np.ndarray, generator: torch.Generator, greedy: bool) -> np.ndarray:
-        step, roads = self._step(seen), self.scenario.num_roads
-        ahead = self._ahead(step)
-        worth = ahead[self._kind_of_agent, self._hours_index(seen)]
-        fullness = seen[..., self._places : self._places + roads].astype(np.float64)
-        delay = np.zeros(seen.shape[:2] + (self._places,))
-        delay[..., :roads] = 1 / self._chance_to_leave(fullness / (1 - fullness)) - 1 / self._leaving[step + 1, :roads]
-        worth = worth - self._trust * self._step_cost * delay.clip(-self.scenario.steps, self.scenario.steps)
-        np.put_along_axis(
-            worth,
-            location[..., None],
-            np.take_along_axis(ahead[self._kind_of_agent, self._hours_index(seen)], location[..., None], 2),
-            2,
-        )
+        step = self._step(seen)
+        worth = self._ahead(step)[self._kind_of_agent, self._hours_index(seen)]
         options = self._successors[location]
         score = np.take_along_axis(worth, options, axis=2) + self._forbidden[location]
+        score -= self._trust * self._delay_cost(seen, step)[np.arange(len(seen))[:, None, None], options]
         if greedy:
             choice = score.argmax(axis=-1)
         else:
             choice = sample(torch.as_tensor(score / self._temperature), generator).numpy()
         return np.take_along_axis(options, choice[..., None], axis=2)[..., 0]
 
-    @property
-    def _step_cost(self) -> float:
-        return self.scenario.right_reward - self.scenario.wrong_reward
+    def _delay_cost(self, seen: np.ndarray, step: int) -> np.ndarray:
+        """[E, K] what entering each location costs more than was anticipated, as full as it looks now."""
+        scenario, roads = self.scenario, self.scenario.num_roads
+        fullness = seen[..., self._places : self._places + roads].max(axis=1).astype(np.float64)
+        chance = self._chance_to_leave(fullness / (1 - fullness))
+        delay_steps = (1 / chance - 1 / self._leaving[step + 1, :roads]).clip(-scenario.steps, scenario.steps)
+        cost = np.zeros((len(seen), self._places))
+        cost[:, :roads] = (scenario.right_reward - scenario.wrong_reward) * delay_steps
+        return cost
 
     def _hours_index(self, seen: np.ndarray) -> np.ndarray:
         """[E, N] which of `_work_hours` an agent has today."""

@@ -15,11 +15,12 @@ from actors.environments.berlin.scenario import Scenario
 from actors.environments.berlin.scenario_file import load_scenario
 from actors.environments.berlin.variants import split_variant
 from protocol.environment import Starts, TimeStep
-from protocol.errors import InputError
+from protocol.errors import InputError, unknown_name
 from protocol.specs import EnvironmentSpec, TypeSpec
 
 MINUTES_OF_DAY = 1440.0
 TIME_COLUMNS = 5
+SIGHTS = ("all", "near")
 
 
 class Berlin:
@@ -40,23 +41,33 @@ class Berlin:
     """
 
     def __init__(
-        self, num_envs: int, scenario: str = "berlin46", types: int = 10, agents: int = 50, flow_scale: float = 0.0
+        self,
+        num_envs: int,
+        scenario: str = "berlin46",
+        types: int = 10,
+        agents: int = 50,
+        flow_scale: float = 0.0,
+        sight: str = "all",
     ) -> None:
         """scenario: a name, or a file, perhaps with a variant behind it: `berlin46-incidents`.
         flow_scale: how strongly agents slow each other down, smaller is stronger; 0 takes the scenario's own.
+        sight: `all`, or `near`: how full a location is shows only to those who are there or could go there next.
         Raises InputError for what the scenario does not offer.
         """
         if num_envs < 1:
             raise InputError(f"berlin: expected num_envs ≥ 1, got {num_envs}")
         if not flow_scale >= 0:
             raise InputError(f"berlin: flow_scale must be at least 0, got {flow_scale}")
+        if sight not in SIGHTS:
+            raise unknown_name("sight", sight, SIGHTS)
+        self._sees_all = sight == "all"
         name, self.variant = split_variant(scenario)
         self.scenario, self.num_envs = load_scenario(name), num_envs
         self.load_agents = self.scenario.load_agents * self.variant.load_factor
         if flow_scale:
             self.load_agents = self.load_agents * (flow_scale / self.scenario.flow_scale)
         commuters = self.scenario.agent_types(types, agents)
-        self.spec = _spec(scenario, self.scenario, commuters, types, agents, flow_scale)
+        self.spec = _spec(scenario, self.scenario, commuters, types, agents, flow_scale, sight)
         counts = [count for _, _, count in commuters]
         first = self.scenario.num_roads
         self.home = np.repeat([first + home for home, _, _ in commuters], counts)
@@ -166,13 +177,17 @@ class Berlin:
             slow = self._conditions["slow_from_minute"] <= self.minute
             slow &= self.minute < self._conditions["slow_until_minute"]
             self._cell[:, : slow.shape[1]] += slow * (places * (agents + 1))
+        np.take(self._allowed, self._location, axis=0, out=self._mask_rows, mode="clip")
         fullness = self._fullness.ravel().take(self._cell)
-        self._observation[..., places : 2 * places] = fullness[:, None]
+        seen = self._observation[..., places : 2 * places]
+        if self._sees_all:
+            seen[:] = fullness[:, None]
+        else:
+            np.multiply(fullness[:, None], self._mask_rows.reshape(seen.shape), out=seen)
         angle = 2 * math.pi * self.minute / MINUTES_OF_DAY
         now = (self._step / self.scenario.steps, math.sin(angle), math.cos(angle))
         column = 2 * (places + facilities)
         self._observation[..., column : column + 3] = now
-        np.take(self._allowed, self._location, axis=0, out=self._mask_rows, mode="clip")
 
     def _judge(self) -> None:
         minute = self.minute
@@ -226,13 +241,21 @@ class Berlin:
 
 
 def _spec(
-    name: str, scenario: Scenario, commuters: list[tuple[int, int, int]], types: int, agents: int, flow_scale: float
+    name: str,
+    scenario: Scenario,
+    commuters: list[tuple[int, int, int]],
+    types: int,
+    agents: int,
+    flow_scale: float,
+    sight: str,
 ) -> EnvironmentSpec:
     places, facilities = scenario.num_locations, scenario.num_facilities
     width = 2 * places + 2 * facilities + TIME_COLUMNS
     specs = tuple(TypeSpec(f"home{home}-work{work}", count, width, places) for home, work, count in commuters)
-    coupling = f"&flow_scale={flow_scale:g}" if flow_scale else ""
-    return EnvironmentSpec(f"berlin?scenario={name}&types={types}&agents={agents}{coupling}", specs, scenario.steps)
+    options = f"types={types}&agents={agents}" + (f"&flow_scale={flow_scale:g}" if flow_scale else "")
+    options += f"&sight={sight}" if sight != "all" else ""
+    view = f"{scenario.name}, {sight} loads seen"
+    return EnvironmentSpec(f"berlin?scenario={name}&{options}", specs, scenario.steps, view)
 
 
 def _tables(

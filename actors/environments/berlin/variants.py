@@ -1,4 +1,4 @@
-"""Named ways in which a scenario asks more of a learner: `berlin46-incidents` is the scenario `berlin46` with incidents.
+"""Named ways in which a scenario asks more of a learner: `berlin46-incidents` is `berlin46` with incidents.
 
 They were fixed before any algorithm was compared on them.
 """
