@@ -128,6 +128,38 @@ def calibrate(args: list[str]) -> int:
     return calibrate(options.environment, options.days, options.seed)
 
 
+def scenario(args: list[str]) -> int:
+    """import a road network as a scenario, look into one, draw its map"""
+    parser = _parser("scenario")
+    actions = parser.add_subparsers(dest="action", required=True, parser_class=_Parser)
+    imports = actions.add_parser("import", help="from a folder of MATSim or TNTP files")
+    imports.add_argument("folder", type=Path)
+    imports.add_argument("--output", type=Path, required=True, help="a .json file")
+    imports.add_argument("--name", default="", help="default: the folder's")
+    imports.add_argument("--roads", type=int, default=46, help="an even number; 0 takes all links as they are")
+    imports.add_argument("--facilities", type=int, default=10)
+    imports.add_argument("--flow-scale", type=float, default=0.0, help="0: a median road holds 0.6 agents")
+    imports.add_argument("--minutes-per-unit", type=float, default=1.0, help="of the times in TNTP files")
+    imports.add_argument(
+        "--radius",
+        type=float,
+        default=0.0,
+        help="only trips so near the middle, in the network's unit (metres, MATSim)",
+    )
+    inspect = actions.add_parser("inspect", help="say what a scenario holds")
+    inspect.add_argument("scenario", help="a .json file, or the name of one that comes with bm3il")
+    inspect.add_argument("--picture", type=Path, help="draw the map into this file")
+    options = parser.parse_args(args)
+    from actors.environments.berlin.aggregation import Hours
+    from launch import scenario
+
+    if options.action == "inspect":
+        return scenario.inspect(options.scenario, options.picture)
+    size = options.roads, options.facilities, options.minutes_per_unit, options.radius
+    hours = Hours(flow_scale=options.flow_scale)
+    return scenario.import_folder(options.folder, options.output, options.name, *size, hours)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "resume": resume,
@@ -135,6 +167,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "status": status,
     "demonstrations": demonstrations,
     "check-environment": check_environment,
+    "scenario": scenario,
     "calibrate": calibrate,
 }
 

@@ -1,0 +1,248 @@
+"""From a road network of any size to a scenario of few roads and facilities.
+
+1. Junctions: centres of where people live and work (k-means on cells, so that the outer parts get some, too), each
+   moved to a large junction nearby. 2. Zones: every node belongs to the junction with the shortest way there and back.
+3. Roads join junctions whose zones are joined by links both ways: first the spanning tree that carries most trips,
+then a second road for dead ends, then by trips, where pairs whose fastest way runs through a third junction come last.
+A road has the time of the real fastest way, and the capacity of all links that cross from zone to zone. 4. Facilities
+are the junctions with the least person-weighted distance to homes and works (greedy start, then swaps).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import networkx as nx
+import numpy as np
+from scipy.cluster.vq import kmeans2
+from scipy.sparse.csgraph import dijkstra
+from scipy.spatial import cKDTree
+from scipy.spatial.distance import cdist
+
+from actors.environments.berlin.raw_network import SMALLEST_MINUTES, RawNetwork
+from actors.environments.berlin.scenario import Scenario
+from protocol.errors import InputError
+
+SEED = 2020
+CELLS_ACROSS = 40
+NEAR_NODES = 40
+ROADS_PER_JUNCTION = 3
+REDUNDANT, REDUNDANT_WEIGHT = 0.97, 0.02
+TYPICAL_LOAD_AGENTS = 0.6
+"""What a median road holds, unless a flow scale is given: as in the calibrated Berlin."""
+
+
+@dataclass(frozen=True)
+class Hours:
+    """The day of a scenario, and how much agents are in each other's way. flow_scale 0: see `TYPICAL_LOAD_AGENTS`."""
+
+    step_minutes: float = 10.0
+    steps: int = 100
+    day_start_minute: float = 300.0
+    work_start_minute: float = 480.0
+    work_end_minute: float = 1020.0
+    vehicles_per_agent: float = 100.0
+    flow_scale: float = 0.0
+    right_reward: float = 5.8
+    wrong_reward: float = -4.1
+
+
+@dataclass(frozen=True)
+class _Roads:
+    """Junctions and the roads between them."""
+
+    names: tuple[str, ...]
+    xy: np.ndarray
+    tail: np.ndarray
+    head: np.ndarray
+    minutes: np.ndarray
+    capacity: np.ndarray
+
+
+def aggregate(raw: RawNetwork, name: str, roads: int, facilities: int, hours: Hours) -> Scenario:
+    """A scenario of so many roads (an even number, in pairs of directions) and facilities; 0 roads: links as they are.
+
+    Raises InputError if the network is too small for it.
+    """
+    net = _as_it_is(raw) if roads == 0 else _aggregated(raw, roads, max(facilities, round(roads / ROADS_PER_JUNCTION)))
+    kinds, junction = _facilities(raw, net, facilities)
+    homes, works = junction[: kinds.count("home")], junction[kinds.count("home") :]
+    home = cdist(raw.home_xy, net.xy[homes]).argmin(axis=1)
+    work = cdist(raw.work_xy, net.xy[works]).argmin(axis=1) + len(homes)
+    pairs: Counter[tuple[int, int]] = Counter()
+    for key, trips in zip(zip(home.tolist(), work.tolist(), strict=True), raw.trips, strict=True):
+        pairs[key] += trips
+    load = net.minutes / 60 * net.capacity
+    scale = hours.flow_scale or TYPICAL_LOAD_AGENTS * hours.vehicles_per_agent / float(np.median(load))
+    return Scenario(
+        **{**vars(hours), "flow_scale": scale},
+        name=name,
+        source=f"aggregated from {raw.source}",
+        junction_names=net.names,
+        junction_xy=net.xy,
+        tail=net.tail,
+        head=net.head,
+        free_flow_minutes=net.minutes,
+        load_vehicles=load,
+        kinds=kinds,
+        facility_names=tuple(net.names[j] for j in junction),
+        facility_junction=junction,
+        facility_xy=net.xy[junction],
+        transitions=_transitions(net, junction),
+        demand=np.array([(*pair, trips) for pair, trips in pairs.most_common()]),
+    )
+
+
+def _as_it_is(raw: RawNetwork) -> _Roads:
+    keep = raw.largest_component()
+    number = np.cumsum(keep) - 1
+    links = keep[raw.tail] & keep[raw.head] & (raw.tail != raw.head)
+    names = tuple(np.array(raw.node_names)[keep].tolist())
+    ends = number[raw.tail[links]], number[raw.head[links]]
+    return _Roads(names, raw.node_xy[keep], *ends, raw.minutes[links], raw.capacity[links])
+
+
+def _aggregated(raw: RawNetwork, roads: int, junctions: int) -> _Roads:
+    if roads % 2 or roads < 2 * junctions:
+        raise InputError(
+            f"expected an even number of at least {2 * junctions} roads for {junctions} junctions, got {roads}"
+        )
+    graph = raw.graph()
+    hubs = _junctions(raw, junctions)
+    away, before = dijkstra(graph, indices=hubs, return_predecessors=True)
+    zone = (away + dijkstra(graph.T.tocsr(), indices=hubs)).argmin(axis=0)
+    capacity, links = np.zeros((2, junctions, junctions))
+    crossing = (zone[raw.tail] != zone[raw.head]) & raw.through[raw.tail] & raw.through[raw.head]
+    places = zone[raw.tail[crossing]], zone[raw.head[crossing]]
+    np.add.at(capacity, places, raw.capacity[crossing])
+    np.add.at(links, places, 1)
+    flow = _flows(raw, hubs, zone, before)
+    pairs = _chosen(away[:, hubs], links, flow, roads // 2)
+    tail = np.array([end for a, b in pairs for end in (a, b)])
+    head = np.array([end for a, b in pairs for end in (b, a)])
+    names = tuple(raw.node_names[hub] for hub in hubs)
+    minutes = np.maximum(away[:, hubs][tail, head], SMALLEST_MINUTES)
+    return _Roads(names, raw.node_xy[hubs], tail, head, minutes, capacity[tail, head])
+
+
+def _junctions(raw: RawNetwork, count: int) -> np.ndarray:
+    """[count] nodes, all different."""
+    usable = np.flatnonzero(raw.largest_component())
+    if len(usable) < count:
+        raise InputError(f"{raw.source}: {count} junctions were asked for, the network has {len(usable)} nodes")
+    points, weights = np.concatenate([raw.home_xy, raw.work_xy]), np.tile(raw.trips, 2)
+    cell_size = max(np.ptp(points, axis=0).max() / CELLS_ACROSS, 1e-9)
+    _, cell = np.unique(np.floor(points / cell_size), axis=0, return_inverse=True)
+    totals = np.bincount(cell.ravel(), weights)
+    centre = np.stack([np.bincount(cell.ravel(), weights * points[:, d]) / totals for d in (0, 1)], axis=1)
+    repeats = np.ceil(np.sqrt(totals / totals.min())).clip(max=100).astype(int)
+    if len(centre) > count:
+        centre = kmeans2(np.repeat(centre, repeats, axis=0), count, iter=60, minit="++", seed=SEED, missing="warn")[0]
+    size = np.bincount(raw.tail, raw.capacity, len(raw.node_names)) + np.bincount(
+        raw.head, raw.capacity, len(raw.node_names)
+    )
+    tree, chosen = cKDTree(raw.node_xy[usable]), list[int]()
+    for point in centre[:count]:
+        distance, near = tree.query(point, min(NEAR_NODES, len(usable)))
+        distance, near = np.atleast_1d(distance), usable[np.atleast_1d(near)]
+        score = size[near] * np.exp(-distance / max(distance.mean(), 1e-9))
+        score[np.isin(near, chosen)] = -1
+        if score.max() > 0:
+            chosen.append(int(near[score.argmax()]))
+    for node in usable[np.argsort(-size[usable], kind="stable")]:
+        if len(chosen) < count and node not in chosen:
+            chosen.append(int(node))
+    return np.array(chosen)
+
+
+def _flows(raw: RawNetwork, hubs: np.ndarray, zone: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """[J, J] trips that cross from zone to zone, there and back, on the fastest ways between the zones' junctions."""
+    tree = cKDTree(raw.node_xy)
+    trips = np.zeros((len(hubs), len(hubs)))
+    np.add.at(trips, (zone[tree.query(raw.home_xy)[1]], zone[tree.query(raw.work_xy)[1]]), raw.trips)
+    trips += trips.T
+    flow = np.zeros_like(trips)
+    for origin, destination in np.argwhere(trips):
+        way = [hubs[destination]]
+        while way[-1] != hubs[origin] and before[origin, way[-1]] >= 0:
+            way.append(before[origin, way[-1]])
+        zones = zone[way[::-1]]
+        step = zones[:-1] != zones[1:]
+        np.add.at(flow, (zones[:-1][step], zones[1:][step]), trips[origin, destination])
+    return flow
+
+
+def _chosen(minutes: np.ndarray, links: np.ndarray, flow: np.ndarray, count: int) -> list[tuple[int, int]]:
+    """`count` pairs of junctions to be joined by a road in each direction."""
+    graph = nx.Graph()
+    graph.add_nodes_from(range(len(minutes)))
+    for a, b in np.argwhere(np.triu((links > 0) & (links.T > 0), 1)).tolist():
+        via = (minutes[a] + minutes[:, b]), (minutes[b] + minutes[:, a])
+        others = np.delete(np.stack(via), [a, b], axis=1).min(axis=1, initial=np.inf)
+        redundant = max(minutes[a, b] / others[0], minutes[b, a] / others[1]) >= REDUNDANT
+        trips = flow[a, b] + flow[b, a] + 1e-6
+        graph.add_edge(a, b, weight=trips * (REDUNDANT_WEIGHT if redundant else 1))
+    if not nx.is_connected(graph) or graph.number_of_edges() < count:
+        raise InputError(
+            f"the zones of {len(minutes)} junctions are joined by {graph.number_of_edges()} pairs of roads, "
+            f"{count} were asked for: ask for fewer --roads"
+        )
+    chosen = {tuple(sorted(edge)) for edge in nx.maximum_spanning_edges(graph, weight="weight", data=False)}
+    by_weight = sorted(graph.edges(data="weight"), key=lambda edge: -edge[2])
+    candidates = [tuple(sorted(edge[:2])) for edge in by_weight]
+    for junction in sorted(graph, key=lambda j: -flow[j].sum()):
+        if sum(junction in pair for pair in chosen) == 1 and len(chosen) < count:
+            chosen |= set([pair for pair in candidates if junction in pair and pair not in chosen][:1])
+    chosen |= set([pair for pair in candidates if pair not in chosen][: count - len(chosen)])
+    return sorted(chosen)
+
+
+def _facilities(raw: RawNetwork, net: _Roads, count: int) -> tuple[tuple[str, ...], np.ndarray]:
+    """Kinds, homes first, and junctions, all different."""
+    if not 2 <= count <= len(net.names):
+        raise InputError(f"expected 2..{len(net.names)} facilities for as many junctions, got {count}")
+    wanted = {"home": count // 2, "work": count - count // 2}
+    cost = {
+        kind: cdist(points, net.xy) * raw.trips[:, None]
+        for kind, points in (("home", raw.home_xy), ("work", raw.work_xy))
+    }
+    chosen: dict[str, list[int]] = {"home": [], "work": []}
+
+    def total(kind: str, junctions: list[int]) -> float:
+        return float(cost[kind][:, junctions].min(axis=1).sum())
+
+    def free() -> list[int]:
+        return [j for j in range(len(net.names)) if j not in (*chosen["home"], *chosen["work"])]
+
+    for _ in range(max(wanted.values())):
+        for kind in wanted:
+            if len(chosen[kind]) < wanted[kind]:
+                chosen[kind].append(min(free(), key=lambda j, kind=kind: total(kind, [*chosen[kind], j])))  # type: ignore[misc]
+    improved = True
+    while improved:
+        improved = False
+        for kind, junctions in chosen.items():
+            for place in range(len(junctions)):
+                best = total(kind, junctions)
+                for other in free():
+                    tried = [*junctions[:place], other, *junctions[place + 1 :]]
+                    if (value := total(kind, tried)) < best * (1 - 1e-9):
+                        best, junctions[place], improved = value, other, True
+    kinds = ("home",) * wanted["home"] + ("work",) * wanted["work"]
+    return kinds, np.array([*chosen["home"], *chosen["work"]])
+
+
+def _transitions(net: _Roads, facilities: np.ndarray) -> np.ndarray:
+    """No turning back on a road, unless there is no other way on."""
+    roads, exits = range(len(net.tail)), np.bincount(net.tail, minlength=len(net.names))
+    moves = [
+        (a, b)
+        for a in roads
+        for b in np.flatnonzero(net.tail == net.head[a]).tolist()
+        if net.head[b] != net.tail[a] or exits[net.head[a]] == 1
+    ]
+    for place, junction in enumerate(facilities, start=len(net.tail)):
+        moves += [(road, place) for road in np.flatnonzero(net.head == junction).tolist()]
+        moves += [(place, road) for road in np.flatnonzero(net.tail == junction).tolist()]
+    return np.array(moves)
