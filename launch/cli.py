@@ -144,7 +144,7 @@ def scenario(args: list[str]) -> int:
         "--radius",
         type=float,
         default=0.0,
-        help="only trips so near the middle, in the network's unit (metres, MATSim)",
+        help="only trips so near the middle; in MATSim, metres",
     )
     inspect = actions.add_parser("inspect", help="say what a scenario holds")
     inspect.add_argument("scenario", help="a .json file, or the name of one that comes with bm3il")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from protocol import demonstration_checks
+from protocol import demonstration_checks, packing
 from protocol.demonstrations import Demonstrations, resolve
 from protocol.errors import InputError
 from protocol.specs import EnvironmentSpec, TypeSpec
@@ -315,3 +317,44 @@ def test_names_are_resolved(tmp_path: Path) -> None:
     assert resolve(str(own)) == own
     with pytest.raises(InputError, match=r"rover_tower_4, rover_tower_8.*bm3il demonstrations record"):
         resolve("rover_tower_9")
+
+
+@pytest.fixture
+def packed_file(demonstrations: Demonstrations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file whose observations of buses are packed: they repeat."""
+    monkeypatch.setattr(packing, "PACKED_FROM_BYTES", 1)
+    repeated = [np.zeros_like(demonstrations.observations[0]), demonstrations.observations[1]]
+    replace(demonstrations, observations=repeated).save(tmp_path / "packed.safetensors")
+    return tmp_path / "packed.safetensors"
+
+
+def test_what_repeats_is_packed_and_comes_back(packed_file: Path, demonstrations: Demonstrations) -> None:
+    assert "0.observations.xz" in load_file(packed_file)
+    assert "0.observations" not in load_file(packed_file)
+    loaded = Demonstrations.load(packed_file)
+    assert (loaded.observations[0] == 0).all()
+    np.testing.assert_array_equal(loaded.observations[1], demonstrations.observations[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "packed", "message"),
+    [
+        ("0.observations.xz", b"no xz at all", "expected xz"),
+        ("0.observations.xz", lzma.compress(bytes(8)), "bytes when unpacked, found 8"),
+        ("0.observations.xz", lzma.compress(bytes(10 * 19 * 3 * 4 * 4)), None),
+        ("0.action_masks.xz", lzma.compress(bytes([2]) * (19 * 3 * 5)), "expected bytes of 0 and 1"),
+        ("episode_lengths.xz", lzma.compress(bytes(40)), "a tensor is there twice"),
+    ],
+)
+def test_hostile_packed_tensors_are_refused(packed_file: Path, name: str, packed: bytes, message: str | None) -> None:
+    tensors = load_file(packed_file)
+    with safe_open(packed_file, "np") as file:
+        metadata = file.metadata()
+    tensors.pop(name.removesuffix(".xz") if "mask" in name else name, None)
+    tensors[name] = np.frombuffer(packed, np.uint8)
+    save_file(tensors, packed_file, metadata)
+    if message is None:  # what is too long is cut, so that it never takes more memory than it should
+        assert Demonstrations.load(packed_file).observations[0].shape == (19, 3, 4)
+        return
+    with pytest.raises(InputError, match=message):
+        Demonstrations.load(packed_file)

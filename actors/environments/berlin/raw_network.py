@@ -50,7 +50,7 @@ class RawNetwork:
                 raise InputError(f"{self.source}: {what} {int(np.argmin(good)) + 1} lacks {wanted[what]}")
 
     def within(self, radius: float) -> RawNetwork:
-        """Only trips with both ends within `radius` (in the unit of the nodes) of the middle, the median of all works."""
+        """Only trips with both ends within `radius` (the nodes' unit) of the middle, the median of all works."""
         middle = np.median(self.work_xy, axis=0)
         ends = np.stack([self.home_xy, self.work_xy])
         near = (np.linalg.norm(ends - middle, axis=2) <= radius).all(axis=0)
