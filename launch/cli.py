@@ -66,10 +66,13 @@ def evaluate(args: list[str]) -> int:
     parser.add_argument("--episodes", type=int, default=2000, help="fresh episodes")
     parser.add_argument("--paired", action="store_true", help="also from the start states of the demonstrations")
     parser.add_argument("--best", action="store_true", help="the best checkpoint instead of the newest")
+    parser.add_argument("--pictures", action="store_true", help="maps and loads beside the demonstrations'")
+    parser.add_argument("--hour", type=float, default=-1.0, help="of the map, e.g. 8.5; default: the busiest")
     options = parser.parse_args(args)
     from launch import evaluate
 
-    return evaluate.main(options.run, options.episodes, options.paired, options.best)
+    shown = options.pictures, options.hour
+    return evaluate.main(options.run, options.episodes, options.paired, options.best, *shown)
 
 
 def status(args: list[str]) -> int:

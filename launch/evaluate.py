@@ -26,9 +26,10 @@ FRESH_SEED = 1_000_003
 """Start states that no training run of a small seed evaluates on."""
 
 
-def main(run: Path, episodes: int, paired: bool, best: bool = False) -> int:
+def main(run: Path, episodes: int, paired: bool, best: bool = False, pictures: bool = False, hour: float = -1.0) -> int:
     """Print a table of true returns per agent and episode, and write it to `evaluation.json` in the run's folder.
 
+    pictures: also draw what is seen of the policy and of the demonstrations; hour: of the map, negative the busiest.
     paired: also play from the very start states of the demonstrations, where the expert's return is known.
     best: the checkpoint with the highest evaluation return instead of the newest.
     """
@@ -52,8 +53,20 @@ def main(run: Path, episodes: int, paired: bool, best: bool = False) -> int:
     if paired:
         rows += _paired_rows(config, policy)
     _print(run, checkpoint.iteration, float(random.mean()), rows)
+    if pictures:
+        _draw(config, policy, run / "pictures", hour)
     write_atomically(run / "evaluation.json", json.dumps({"iteration": checkpoint.iteration, "rows": rows}, indent=1))
     return 0
+
+
+def _draw(config: Config, policy: Any, folder: Path, hour: float) -> None:
+    from launch.pictures import draw_pictures
+
+    if not config.demonstrations:
+        raise InputError("pictures show the demonstrations beside the policy, and this run had none")
+    demonstrations = Demonstrations.load(resolve(config.demonstrations))
+    for path in draw_pictures(config.environment, policy, demonstrations, folder, hour):
+        print(path)
 
 
 def _paired_rows(config: Config, policy: Any) -> list[dict[str, Any]]:

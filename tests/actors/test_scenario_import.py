@@ -15,7 +15,7 @@ from launch.cli import main
 from protocol.errors import InputError
 from protocol.registry import make_environment
 
-SIZE = 4
+SIZE = 6
 
 
 def imported(folder: Path, output: Path, *options: str) -> Scenario:
@@ -32,26 +32,26 @@ def grid_links() -> list[tuple[int, int]]:
 
 @pytest.fixture
 def tntp(tmp_path: Path) -> Path:
-    """A grid of 16 nodes, all of them zones."""
+    """A grid of 36 nodes, all of them zones."""
     folder = tmp_path / "grid"
     folder.mkdir()
     links = "\n".join(f"\t{a}\t{b}\t1000\t1\t5\t0.15\t4\t0\t0\t1\t;" for a, b in grid_links())
     (folder / "grid_net.tntp").write_text(
-        f"<NUMBER OF ZONES> 16\n<FIRST THRU NODE> 1\n<END OF METADATA>\n\n~ from to capacity\n{links}\n"
+        f"<NUMBER OF ZONES> 36\n<FIRST THRU NODE> 1\n<END OF METADATA>\n\n~ from to capacity\n{links}\n"
     )
     nodes = "\n".join(f"{n + 1}\t{n // SIZE}\t{n % SIZE}\t;" for n in range(SIZE**2))
     (folder / "grid_node.tntp").write_text(f"Node\tX\tY\t;\n{nodes}\n")
     random = np.random.default_rng(0)
-    lines = ["<NUMBER OF ZONES> 16", "<END OF METADATA>", ""]
-    for origin in range(1, 17):
-        lines += [f"Origin \t{origin}", "".join(f"{d} : {random.integers(0, 90)}.0;  " for d in range(1, 17))]
+    lines = ["<NUMBER OF ZONES> 36", "<END OF METADATA>", ""]
+    for origin in range(1, 37):
+        lines += [f"Origin \t{origin}", "".join(f"{d} : {random.integers(0, 90)}.0;  " for d in range(1, 37))]
     (folder / "grid_trips.tntp").write_text("\n".join(lines))
     return folder
 
 
 @pytest.fixture
 def matsim(tmp_path: Path) -> Path:
-    """The same grid, kilometres wide, with forty commuters."""
+    """The same grid, kilometres wide, with ninety commuters."""
     folder = tmp_path / "matsim"
     folder.mkdir()
     nodes = "".join(f'<node id="n{n + 1}" x="{n // SIZE * 1000}" y="{n % SIZE * 1000}"/>' for n in range(SIZE**2))
@@ -64,10 +64,10 @@ def matsim(tmp_path: Path) -> Path:
     )
     random = np.random.default_rng(1)
     persons = ""
-    for person in range(40):
+    for person in range(90):
         stops = "".join(
             f'<act type="{kind}" x="{x}" y="{y}"/>'
-            for kind, (x, y) in zip("hw", random.uniform(0, 3000, (2, 2)), strict=True)
+            for kind, (x, y) in zip("hw", random.uniform(0, 5000, (2, 2)), strict=True)
         )
         persons += f'<person id="{person}"><plan selected="yes">{stops}</plan></person>'
     with gzip.open(folder / "plans.xml.gz", "wt") as file:
@@ -86,9 +86,9 @@ def test_tntp_links_as_they_are(tntp: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["tntp", "matsim"])
 def test_aggregation_gives_what_was_asked_for(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(kind)
-    scenario = imported(folder, tmp_path / "s.json", "--roads", "8", "--facilities", "4")
-    assert (scenario.num_roads, scenario.num_facilities, scenario.kinds) == (8, 4, ("home", "home", "work", "work"))
-    again = imported(folder, tmp_path / "again.json", "--roads", "8", "--facilities", "4")
+    scenario = imported(folder, tmp_path / "s.json", "--roads", "18", "--facilities", "4")
+    assert (scenario.num_roads, scenario.num_facilities, scenario.kinds) == (18, 4, ("home", "home", "work", "work"))
+    again = imported(folder, tmp_path / "again.json", "--roads", "18", "--facilities", "4")
     np.testing.assert_array_equal(scenario.transitions, again.transitions)
     environment = make_environment(f"berlin?scenario={tmp_path / 's.json'}&types=1&agents=4", 2)
     assert isinstance(environment, Berlin)
@@ -111,7 +111,7 @@ def test_without_coordinates_a_layout_is_made(tntp: Path, tmp_path: Path) -> Non
     [
         ("grid_net.tntp", "1000\t1\t5", "1000\t1\t-5", "line 6: expected a time ≥ 0"),
         ("grid_net.tntp", "1000\t1\t5", "oops\t1\t5", "line 6: expected numbers"),
-        ("grid_node.tntp", "16\t3\t3", "17\t3\t3", "1 nodes of the network have no coordinates, the first is 16"),
+        ("grid_node.tntp", "36\t5\t5", "37\t5\t5", "1 nodes of the network have no coordinates, the first is 36"),
         ("grid_trips.tntp", "1 : ", "1 ; ", "expected 'destination : trips'"),
     ],
 )

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import networkx as nx
 import numpy as np
 from scipy.cluster.vq import kmeans2
-from scipy.sparse.csgraph import dijkstra
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components, dijkstra
 from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
 
@@ -234,15 +235,16 @@ def _facilities(raw: RawNetwork, net: _Roads, count: int) -> tuple[tuple[str, ..
 
 
 def _transitions(net: _Roads, facilities: np.ndarray) -> np.ndarray:
-    """No turning back on a road, unless there is no other way on."""
-    roads, exits = range(len(net.tail)), np.bincount(net.tail, minlength=len(net.names))
-    moves = [
-        (a, b)
-        for a in roads
-        for b in np.flatnonzero(net.tail == net.head[a]).tolist()
-        if net.head[b] != net.tail[a] or exits[net.head[a]] == 1
-    ]
+    """No turning back on a road, unless there is no other way on; anywhere, if roads would not be connected else."""
+    follows = net.head[:, None] == net.tail
+    back = follows & (net.tail[:, None] == net.head)
+    exits = np.bincount(net.tail, minlength=len(net.names))
+    onward = follows & ~(back & (exits[net.head] > 1)[:, None])
+    if connected_components(csr_array(onward), directed=True, connection="strong")[0] > 1:
+        onward = follows
+    moves = [np.argwhere(onward)]
     for place, junction in enumerate(facilities, start=len(net.tail)):
-        moves += [(road, place) for road in np.flatnonzero(net.head == junction).tolist()]
-        moves += [(place, road) for road in np.flatnonzero(net.tail == junction).tolist()]
-    return np.array(moves)
+        arriving, leaving = np.flatnonzero(net.head == junction), np.flatnonzero(net.tail == junction)
+        moves.append(np.stack([arriving, np.full(len(arriving), place)], axis=1))
+        moves.append(np.stack([np.full(len(leaving), place), leaving], axis=1))
+    return np.concatenate(moves)

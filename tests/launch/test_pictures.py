@@ -1,0 +1,56 @@
+"""Pictures of a run on Berlin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from actors.environments.berlin.environment import Berlin
+from actors.experts.commuters import StayHome
+from actors.policy import UniformPolicy
+from launch import pictures
+from launch.pictures import Days, draw_pictures
+from protocol.demonstrations import Demonstrations, resolve
+from protocol.errors import InputError
+
+ENVIRONMENT = "berlin?types=10&agents=50&sight=near"
+
+
+def test_all_pictures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "DAYS", 2)
+    demonstrations = Demonstrations.load(resolve("berlin46"))
+    paths = draw_pictures(ENVIRONMENT, UniformPolicy(), demonstrations, tmp_path / "pictures", 8.5)
+    assert [path.name for path in paths] == ["map.png", "loads.png", "places.png", "day.gif"]
+    for path in paths[:3]:
+        assert matplotlib.image.imread(path).std() > 0.05  # something is on it
+
+
+def test_counts_are_means_over_days() -> None:
+    days = Days("", np.array([[[0, 1, 1]], [[2, 1, 0]]]))
+    np.testing.assert_allclose(days.counts(4), [[1, 1.5, 0.5, 0]])
+
+
+def test_locations_are_read_from_observations() -> None:
+    berlin = Berlin(3)
+    now = berlin.reset(0)
+    for _ in range(5):
+        now = berlin.step(StayHome(berlin).act(now.observations, now.action_masks, None))  # type: ignore[arg-type]
+    found = pictures._locations([seen[:, None] for seen in now.observations], berlin.scenario.num_locations)
+    np.testing.assert_array_equal(found[:, 0], berlin.locations)
+
+
+def test_an_hour_is_the_step_that_it_falls_in() -> None:
+    berlin = Berlin(1)
+    assert (pictures._step_at(berlin, 8.0), pictures._clock(berlin, 18)) == (18, "08:00")
+    assert pictures._step_at(berlin, 8.1) == 18
+    with pytest.raises(InputError, match="--hour must lie in the day"):
+        pictures._step_at(berlin, 3)
+
+
+def test_other_environments_have_no_map(tmp_path: Path) -> None:
+    demonstrations = Demonstrations.load(resolve("rover_tower_8"))
+    with pytest.raises(InputError, match="pictures of berlin only"):
+        draw_pictures("rover_tower?pairs=4", UniformPolicy(), demonstrations, tmp_path, -1)
