@@ -66,7 +66,7 @@ def aggregate(raw: RawNetwork, name: str, roads: int, facilities: int, hours: Ho
 
     Raises InputError if the network is too small for it.
     """
-    net = _as_it_is(raw) if roads == 0 else _aggregated(raw, roads, max(facilities, round(roads / ROADS_PER_JUNCTION)))
+    net = _as_it_is(raw) if roads == 0 else _aggregated(raw, roads, facilities)
     kinds, junction = _facilities(raw, net, facilities)
     homes, works = junction[: kinds.count("home")], junction[kinds.count("home") :]
     home = cdist(raw.home_xy, net.xy[homes]).argmin(axis=1)
@@ -104,11 +104,20 @@ def _as_it_is(raw: RawNetwork) -> _Roads:
     return _Roads(names, raw.node_xy[keep], *ends, raw.minutes[links], raw.capacity[links])
 
 
-def _aggregated(raw: RawNetwork, roads: int, junctions: int) -> _Roads:
-    if roads % 2 or roads < 2 * junctions:
+def _aggregated(raw: RawNetwork, roads: int, facilities: int) -> _Roads:
+    """As many roads as asked for, between as few junctions as are joined by so many."""
+    fewest = max(facilities, round(roads / ROADS_PER_JUNCTION))
+    if roads % 2 or roads < 2 * fewest:
         raise InputError(
-            f"expected an even number of at least {2 * junctions} roads for {junctions} junctions, got {roads}"
+            f"expected an even number of roads, at least {2 * fewest} with {facilities} facilities: {roads}"
         )
+    for junctions in range(fewest, roads // 2 + 1):
+        if net := _joined(raw, roads, junctions):
+            return net
+    raise InputError(f"{raw.source}: no choice of junctions is joined by {roads} roads: ask for fewer --roads")
+
+
+def _joined(raw: RawNetwork, roads: int, junctions: int) -> _Roads | None:
     graph = raw.graph()
     hubs = _junctions(raw, junctions)
     away, before = dijkstra(graph, indices=hubs, return_predecessors=True)
@@ -120,6 +129,8 @@ def _aggregated(raw: RawNetwork, roads: int, junctions: int) -> _Roads:
     np.add.at(links, places, 1)
     flow = _flows(raw, hubs, zone, before)
     pairs = _chosen(away[:, hubs], links, flow, roads // 2)
+    if pairs is None:
+        return None
     tail = np.array([end for a, b in pairs for end in (a, b)])
     head = np.array([end for a, b in pairs for end in (b, a)])
     names = tuple(raw.node_names[hub] for hub in hubs)
@@ -174,8 +185,8 @@ def _flows(raw: RawNetwork, hubs: np.ndarray, zone: np.ndarray, before: np.ndarr
     return flow
 
 
-def _chosen(minutes: np.ndarray, links: np.ndarray, flow: np.ndarray, count: int) -> list[tuple[int, int]]:
-    """`count` pairs of junctions to be joined by a road in each direction."""
+def _chosen(minutes: np.ndarray, links: np.ndarray, flow: np.ndarray, count: int) -> list[tuple[int, int]] | None:
+    """`count` pairs of junctions to be joined by a road in each direction; None if there are not so many."""
     graph = nx.Graph()
     graph.add_nodes_from(range(len(minutes)))
     for a, b in np.argwhere(np.triu((links > 0) & (links.T > 0), 1)).tolist():
@@ -185,10 +196,7 @@ def _chosen(minutes: np.ndarray, links: np.ndarray, flow: np.ndarray, count: int
         trips = flow[a, b] + flow[b, a] + 1e-6
         graph.add_edge(a, b, weight=trips * (REDUNDANT_WEIGHT if redundant else 1))
     if not nx.is_connected(graph) or graph.number_of_edges() < count:
-        raise InputError(
-            f"the zones of {len(minutes)} junctions are joined by {graph.number_of_edges()} pairs of roads, "
-            f"{count} were asked for: ask for fewer --roads"
-        )
+        return None
     chosen = {tuple(sorted(edge)) for edge in nx.maximum_spanning_edges(graph, weight="weight", data=False)}
     by_weight = sorted(graph.edges(data="weight"), key=lambda edge: -edge[2])
     candidates = [tuple(sorted(edge[:2])) for edge in by_weight]
