@@ -97,7 +97,8 @@ class ActorCritic:
             part = _cut(batch, rows), [r[rows] for r in rewards], [w[:, rows].flatten(1, 2) for w in weights]
             sums.append(self._backward(*part, schedule.temperature))
         totals = {name: torch.stack([s[name] for s in sums]).sum().item() / self.num_groups for name in sums[0]}
-        totals["entropy"] = -totals["policy_loss"] / schedule.temperature
+        if self.settings.policy == "actor":  # the loss of Eq. 13 has this value, see `losses.policy_loss`
+            totals["entropy"] = -totals["policy_loss"] / schedule.temperature
         if cloning is not None:
             cloning_loss = cloning.loss(self.policy)
             (self.settings.cloning_weight * cloning_loss).backward()
@@ -211,11 +212,12 @@ class ActorCritic:
     ) -> torch.Tensor:
         """The policies of one block: their loss."""
         mask = _grid(self.layout.blocks[b], batch.action_masks[b])
+        improve = losses.boltzmann_loss if self.settings.policy == "boltzmann" else losses.policy_loss
         total = torch.zeros((), device=self.device)
 
         def gradient(tile: Tile, output: torch.Tensor) -> torch.Tensor:
             logits = output.float().masked_fill_(~mask[tile], FORBIDDEN_LOGIT)
-            loss, d_logits = losses.policy_loss(logits, q[tile], temperature, weight[tile])
+            loss, d_logits = improve(logits, q[tile], temperature, weight[tile])
             total.add_(loss)
             return d_logits
 

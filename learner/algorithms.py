@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from learner.critics import Context
+from learner.settings import LearnerSettings
 from protocol.errors import unknown_name
-from reward_server.settings import RewardSettings
+from reward_server.settings import KernelScope, RewardSettings, Source
 
 
 @dataclass(frozen=True)
@@ -17,21 +18,36 @@ class Algorithm:
     bayesian: whether the settings' number of particles is used; otherwise L = 1, a plain discriminator.
     imitates: whether the reward is learned; otherwise it is the environment's.
     clones: behaviour cloning: no critic, no reward, no environment steps.
+    as_released: as the authors' code, where it differs from the text: an agent's own type is left out of the attention,
+        and the SVGD kernel acts on each parameter tensor by itself. (Its query comes from the state alone, as all do.)
     """
 
     context: Context
     bayesian: bool = False
     imitates: bool = True
     clones: bool = False
+    as_released: bool = False
 
     def reward_settings(self, settings: RewardSettings) -> RewardSettings:
         """The settings with which the reward server runs this algorithm."""
         particles = settings.particles if self.bayesian else 1
-        return replace(settings, particles=particles, source="learned" if self.imitates else "environment")
+        source: Source = "learned" if self.imitates else "environment"
+        scope: KernelScope = "tensor" if self.as_released else settings.kernel_scope
+        return replace(settings, particles=particles, source=source, kernel_scope=scope)
+
+    def learner_settings(self, settings: LearnerSettings) -> LearnerSettings:
+        """The settings with which the learner runs this algorithm."""
+        return replace(
+            settings,
+            attend_own_type=settings.attend_own_type and not self.as_released,
+            # It centres a learned reward, and has nothing to say about a true one.
+            reward_offset=settings.reward_offset if self.imitates else 0.0,
+        )
 
 
 ALGORITHMS = {
     "bm3il": Algorithm("types", bayesian=True),
+    "bm3il-released": Algorithm("types", bayesian=True, as_released=True),
     "ma-gail": Algorithm("none"),
     "ma-daac": Algorithm("agents"),
     "bayesian-ma-daac": Algorithm("agents", bayesian=True),

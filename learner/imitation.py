@@ -46,6 +46,7 @@ class Imitation:
         telemetry: Telemetry,
     ) -> None:
         kind = algorithm(job.algorithm)
+        settings = kind.learner_settings(settings)
         device = choose_device(job.device)
         critic = Critic(
             policy.layout,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from actors.policy import FORBIDDEN_LOGIT
 from protocol.layout import Layout
 
 
@@ -51,6 +52,24 @@ def policy_loss(
     gain = torch.sub(log_policy.mul_(temperature), q)
     gradient = gain.sub_((policy * gain).sum(-1, keepdim=True)).mul_(policy).mul_(weight.unsqueeze(-1))
     return -temperature * (weight * entropy).sum(), gradient
+
+
+def boltzmann_loss(
+    logits: torch.Tensor, q: torch.Tensor, temperature: float, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ weight · KL(p ‖ π), p(a|s) ∝ exp(Q(s,a,ã)/temperature) the Boltzmann policy of Eq. 12 with β = 1/temperature,
+    and its gradient with respect to the logits, π − p.
+
+    Eq. 12 needs the others' actions, which whoever acts cannot know; the policy network is what p is distilled into.
+    An action whose logit is forbidden (-1e9) has p = 0.
+
+    logits (masked), q: [..., A]; weight: [...] → (scalar, [..., A]).
+    """
+    allowed = logits > FORBIDDEN_LOGIT / 2
+    log_target = (q / temperature).masked_fill(~allowed, FORBIDDEN_LOGIT).log_softmax(-1)
+    target, log_policy = log_target.exp(), logits.log_softmax(-1)
+    divergence = (target * (log_target - log_policy)).sum(-1)
+    return (weight * divergence).sum(), (log_policy.exp() - target).mul_(weight.unsqueeze(-1))
 
 
 def cloning_loss(log_policy: torch.Tensor, action: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,8 @@ class LearnerSettings:
     """Attention heads; must divide `hidden`."""
     attend_own_type: bool = True
     """The attention of Eq. 11 runs over all types (the text); false leaves the agent's own out (the released code)."""
+    policy: Literal["actor", "boltzmann"] = "actor"
+    """What policies move towards: Eq. 13's gradient, or the Boltzmann policy over Q (Eq. 12) at the temperature."""
     updates: int = 10
     """Critic and policy updates per iteration."""
     batch_size: int = 256

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Source = Literal["learned", "environment"]
+KernelScope = Literal["function", "tensor", "network", "none"]
+
 
 @dataclass(frozen=True)
 class RewardSettings:
     """Discriminators, their particles, and how queries are batched."""
 
-    source: Literal["learned", "environment"] = "learned"
+    source: Source = "learned"
     """`environment` answers the true reward through the same path: to train experts and to debug."""
     particles: int = 4
     """L, SVGD particles per discriminator (algorithms without SVGD force 1)."""
@@ -18,7 +21,7 @@ class RewardSettings:
     """Widths of the hidden layers of a discriminator."""
     activation: Literal["relu", "sigmoid"] = "relu"
     """Activation of the hidden layers."""
-    kernel_scope: Literal["function", "tensor", "network", "none"] = "function"
+    kernel_scope: KernelScope = "function"
     """What the SVGD kernel acts on: logits, each parameter tensor, the whole network; `none` is a plain ensemble."""
     likelihood_scale: float = 0.0
     """Rows that the likelihood of Eq. 3 counts as: its mean is multiplied by this. 0: the rows of the batch (a sum)."""

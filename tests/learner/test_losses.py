@@ -112,6 +112,33 @@ def test_value_of_the_policy_loss_is_the_entropy() -> None:
     assert float(loss) == pytest.approx(-0.5 * 1.5 * math.log(2), rel=1e-6)
 
 
+def test_boltzmann_loss_is_the_divergence_from_equation_12(logits: torch.Tensor, q: torch.Tensor) -> None:
+    weight = torch.rand(3, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    loss, gradient = losses.boltzmann_loss(logits, q, TEMPERATURE, weight)
+    expected, log_policy = 0.0, logits.log_softmax(-1)
+    for g in range(3):
+        for r in range(4):
+            allowed = [a for a in range(5) if logits[g, r, a] > MASKED / 2]
+            total = sum(math.exp(float(q[g, r, a]) / TEMPERATURE) for a in allowed)
+            for a in allowed:
+                p = math.exp(float(q[g, r, a]) / TEMPERATURE) / total
+                expected += float(weight[g, r]) * p * (math.log(p) - float(log_policy[g, r, a]))
+    assert float(loss) == pytest.approx(expected, rel=1e-9)
+    variable = logits.clone().requires_grad_()
+    losses.boltzmann_loss(variable, q, TEMPERATURE, weight)[0].backward()
+    torch.testing.assert_close(gradient, variable.grad)
+    assert (gradient[logits <= MASKED / 2] == 0).all()
+
+
+def test_following_the_boltzmann_loss_ends_at_equation_12(logits: torch.Tensor, q: torch.Tensor) -> None:
+    weight = torch.ones(3, 4, dtype=torch.float64)
+    followed = logits.clone()
+    for _ in range(3_000):
+        followed -= losses.boltzmann_loss(followed, q, TEMPERATURE, weight)[1]
+    wanted = (q / TEMPERATURE).masked_fill(logits <= MASKED / 2, MASKED).softmax(-1)
+    torch.testing.assert_close(followed.softmax(-1), wanted, atol=1e-3, rtol=0)
+
+
 def test_cloning_loss_is_the_weighted_likelihood(logits: torch.Tensor) -> None:
     log_policy = logits.log_softmax(-1)
     action, weight = torch.ones(3, 4, dtype=torch.int64), torch.full((3, 4), 0.5, dtype=torch.float64)

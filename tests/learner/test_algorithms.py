@@ -1,0 +1,66 @@
+"""The table of algorithms: what a row forces, and that every row trains on both environments by name."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from learner.algorithms import ALGORITHMS, algorithm
+from learner.settings import LearnerSettings
+from protocol.errors import InputError
+from reward_server.settings import RewardSettings
+
+TINY = {
+    "rover_tower_8": ["--actor.steps-per-iteration", "50", "--steps", "100"],
+    "berlin": ["--actor.steps-per-iteration", "100", "--steps", "200"],
+}
+QUICK = [
+    *("--mode", "serial", "--demonstration-episodes", "1", "--seed", "3", "--learner.updates", "2"),
+    *("--learner.batch-size", "16", "--reward.batch-size", "16", "--reward.updates", "1", "--cloning.updates", "2"),
+    *("--cloning.iterations", "2", "--cloning.batch-size", "16", "--evaluation.episodes", "2"),
+    *("--evaluation.final-episodes", "2", "--evaluation.starts", "fresh", "--learner.window-steps", "400"),
+    *("--reward.window-steps", "400"),
+]
+
+
+def test_the_released_code_differs_from_the_text() -> None:
+    released, text = algorithm("bm3il-released"), algorithm("bm3il")
+    assert text.learner_settings(LearnerSettings()).attend_own_type
+    assert not released.learner_settings(LearnerSettings()).attend_own_type
+    assert text.reward_settings(RewardSettings()).kernel_scope == "function"
+    assert released.reward_settings(RewardSettings()).kernel_scope == "tensor"
+    assert released.context == text.context
+
+
+def test_only_bayesian_rows_have_particles() -> None:
+    particles = {name: row.reward_settings(RewardSettings(particles=4)).particles for name, row in ALGORITHMS.items()}
+    assert {name for name, count in particles.items() if count == 4} == {"bm3il", "bm3il-released", "bayesian-ma-daac"}
+
+
+def test_a_true_reward_is_not_centred() -> None:
+    settings = LearnerSettings(reward_offset=0.7)
+    assert algorithm("maac").learner_settings(settings).reward_offset == 0
+    assert algorithm("bm3il").learner_settings(settings).reward_offset == 0.7
+
+
+def test_an_unknown_one_names_the_nearest() -> None:
+    with pytest.raises(InputError, match="bm3il"):
+        algorithm("bm3li")
+
+
+@pytest.mark.parametrize("preset", TINY)
+@pytest.mark.parametrize("name", [*ALGORITHMS, "boltzmann"])
+def test_every_algorithm_trains_by_name(name: str, preset: str, tmp_path: Path) -> None:
+    asked = ["--learner.policy", "boltzmann"] if name == "boltzmann" else ["--algorithm", name]
+    place = ["--runs-folder", str(tmp_path), "--run", "tiny"]
+    assert main(["train", "--preset", preset, *TINY[preset], *QUICK, *asked, *place]) == 0
+    result = json.loads((tmp_path / "tiny" / "result.json").read_text())
+    assert result["status"] == "finished"
+    with (tmp_path / "tiny" / "curve.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) >= 2
+    assert all(value not in ("nan", "inf") for row in rows for value in row.values())
