@@ -4,6 +4,7 @@ The demonstrations that ship with the package were made by
 
     bm3il demonstrations record "rover_tower?pairs=4" --episodes 100 --seed 0 --output rover_tower_8.safetensors
     bm3il demonstrations record "rover_tower?pairs=2" --episodes 100 --seed 0 --output rover_tower_4.safetensors
+    bm3il demonstrations record "berlin?types=10&agents=50&sight=near" --episodes 100 --output berlin46.safetensors
 """
 
 from __future__ import annotations
