@@ -1,0 +1,170 @@
+"""Somebody else's environments, through PettingZoo's parallel API."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mpe2")
+from gymnasium import spaces
+
+from launch.cli import main
+from launch.environment_check import check_environment
+from protocol.errors import InputError
+from protocol.registry import make_environment
+
+SPREAD = "pettingzoo:mpe2.simple_spread_v3"
+
+
+class Dying:
+    """Two agents count; the first dies after two steps, the other terminates after four. The second has a mask."""
+
+    possible_agents = ["walker_0", "walker_1"]  # noqa: RUF012
+    max_cycles = 9
+
+    def __init__(self, bonus: float = 1.0, shape: int = 1) -> None:
+        self.bonus, self.shape = bonus, shape
+        self.unwrapped = self
+
+    def observation_space(self, name: str) -> Any:
+        seen = spaces.Box(-9, 9, (self.shape if name == "walker_1" else 1,))
+        return spaces.Dict({"observation": seen, "action_mask": spaces.MultiBinary(3)})
+
+    def action_space(self, name: str) -> Any:
+        return spaces.Discrete(3)
+
+    def reset(self, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        self.agents, self.steps, self.start = list(self.possible_agents), 0, seed % 5
+        return self.observed(), {}
+
+    def observed(self) -> dict[str, Any]:
+        value = np.full(1, self.start + self.steps, np.float32)
+        return {name: {"observation": value, "action_mask": np.array([1, 0, 1])} for name in self.agents}
+
+    def step(self, actions: dict[str, int]) -> tuple[Any, ...]:
+        assert set(actions) == set(self.agents)
+        self.steps += 1
+        over = {name: self.steps >= (2 if name == "walker_0" else 4) for name in self.agents}
+        rewards = {name: self.bonus * actions[name] for name in self.agents}
+        result = self.observed(), rewards, over, dict.fromkeys(self.agents, False), {}
+        self.agents = [name for name in self.agents if not over[name]]
+        return result
+
+    def close(self) -> None:
+        self.agents = []
+
+
+@pytest.fixture(autouse=True)
+def module(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("dying")
+    module.parallel_env = Dying  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "dying", module)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        SPREAD,
+        f"{SPREAD}?arguments=N:4,max_cycles:10,continuous_actions:true",
+        "pettingzoo:mpe2.simple_adversary_v3",
+        "pettingzoo:mpe2.simple_tag_v3?arguments=max_cycles:7",
+        "pettingzoo:dying",
+    ],
+)
+def test_they_keep_the_contract(name: str) -> None:
+    assert check_environment(name) == 0
+
+
+def test_types_are_read_from_names_or_given() -> None:
+    spec = make_environment("pettingzoo:mpe2.simple_tag_v3", 1).spec
+    assert [(t.name, t.count) for t in spec.types] == [("adversary", 3), ("agent", 1)]
+    given = make_environment(f"{SPREAD}?types=agent_2,agent_0+agent_1", 1).spec
+    assert [(t.name, t.count) for t in given.types] == [("agent_2", 1), ("type1", 2)]
+
+
+def test_agents_that_die_are_inactive_and_the_last_ends_the_episode() -> None:
+    environment = make_environment("pettingzoo:dying?arguments=bonus:2", 2)
+    now = environment.reset(0)
+    assert now.action_masks[0][0].tolist() == [[True, False, True]] * 2
+    history = []
+    for _ in range(5):
+        now = environment.step([np.full((2, 2), 2)])
+        history.append((now.active[0][0].tolist(), now.rewards[0][0].tolist(), bool(now.terminated[0])))
+    assert history == [
+        ([True, True], [4, 4], False),
+        ([False, True], [4, 4], False),
+        ([False, True], [0, 4], False),
+        ([False, True], [0, 4], True),
+        ([False, False], [0, 0], True),
+    ]
+    assert not now.truncated.any()
+
+
+def test_a_time_limit_truncates() -> None:
+    environment = make_environment(f"{SPREAD}?arguments=max_cycles:3", 2)
+    environment.reset(0)
+    for _ in range(3):
+        now = environment.step([np.zeros((2, 3), int)])
+    assert now.truncated.all()
+    assert not now.terminated.any()
+    assert now.active[0].all()
+
+
+def test_seeds_decide_and_copies_differ() -> None:
+    environment = make_environment(SPREAD, 2)
+    first = environment.reset(1).observations[0].copy()
+    assert (environment.reset(2).observations[0] != first).any()
+    np.testing.assert_array_equal(environment.reset(1).observations[0], first)
+    assert (first[0] != first[1]).any()
+
+
+def test_boxes_are_scaled() -> None:
+    environment = make_environment(f"{SPREAD}?arguments=continuous_actions:true", 1)
+    space = environment._spaces["agent_0"][1]  # type: ignore[attr-defined]
+    for given, expected in ((-1, space.low), (1, space.high), (0, (space.low + space.high) / 2)):
+        found = environment._action("agent_0", np.full(space.shape, given, np.float32))  # type: ignore[attr-defined]
+        np.testing.assert_allclose(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pettingzoo:mpe2.simple_spraed_v3", "cannot be imported"),
+        ("pettingzoo:json", "offers no parallel_env"),
+        ("pettingzoo", "offers no parallel_env"),
+        (f"{SPREAD}?types=agent_0", "types must name each agent once"),
+        (f"{SPREAD}?arguments=M:3", "does not take these arguments"),
+        (f"{SPREAD}?arguments=N", "expected NAME:VALUE"),
+        ("pettingzoo:dying?arguments=shape:2", "walker_0 and walker_1 differ"),
+    ],
+)
+def test_what_cannot_be_made_is_said(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_environment(name, 1)
+
+
+def test_an_environment_must_tell_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Dying, "max_cycles", None)
+    with pytest.raises(InputError, match="episode_length"):
+        make_environment("pettingzoo:dying", 1)
+    assert make_environment("pettingzoo:dying?episode_length=5", 1).spec.episode_length == 5
+
+
+def test_start_states_are_refused() -> None:
+    with pytest.raises(InputError, match="cannot start from given states"):
+        make_environment(SPREAD, 1).reset(0, {"places": np.zeros((1, 2))})
+
+
+def test_it_trains(tmp_path: Path) -> None:
+    tiny = ["--steps", "50", "--actor.steps-per-iteration", "25", "--learner.updates", "1", "--learner.batch-size", "8"]
+    few = ["--evaluation.episodes", "2", "--evaluation.final-episodes", "2", "--evaluation.starts", "fresh"]
+    place = ["--runs-folder", str(tmp_path), "--run", "spread", "--mode", "serial", "--demonstrations", ""]
+    assert main(["train", "--environment", SPREAD, "--algorithm", "maac", *tiny, *few, *place]) == 0
+    result = SimpleNamespace(**json.loads((tmp_path / "spread" / "result.json").read_text()))
+    assert (result.status, result.environment) == ("finished", SPREAD)
