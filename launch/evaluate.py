@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.evaluation import ReturnEstimate, evaluate
-from actors.policy import UniformPolicy
+from actors.policy import Policy, UniformPolicy
 from actors.process import build_policy
 from launch.config import Config
 from launch.run_folder import write_atomically
 from launch.topology import make_job
 from learner.checkpoint import CheckpointFolder, read_checkpoint
+from learner.imitation import build_critic
 from learner.optimisation import part
 from protocol.demonstrations import Demonstrations, resolve
 from protocol.errors import InputError
@@ -54,19 +55,29 @@ def main(run: Path, episodes: int, paired: bool, best: bool = False, pictures: b
         rows += _paired_rows(config, policy)
     _print(run, checkpoint.iteration, float(random.mean()), rows)
     if pictures:
-        _draw(config, policy, run / "pictures", hour)
+        _draw(config, policy, checkpoint.learner, run / "pictures", hour)
     write_atomically(run / "evaluation.json", json.dumps({"iteration": checkpoint.iteration, "rows": rows}, indent=1))
     return 0
 
 
-def _draw(config: Config, policy: Any, folder: Path, hour: float) -> None:
-    from launch.pictures import draw_pictures
+def _draw(config: Config, policy: Policy, learner: dict[str, Any], folder: Path, hour: float) -> None:
+    from launch.pictures import draw_attention, draw_pictures
 
-    if not config.demonstrations:
+    folder.mkdir(exist_ok=True)
+    job = make_job(config, "", folder, Endpoints("", "", "", ""))
+    if parameters := part(learner, "critic"):
+        critic = build_critic(job, config.learner, config.actor, policy.layout)
+        critic.load_state_dict({name: torch.tensor(value) for name, value in parameters.items()})
+        if draw_attention(critic, config.environment, policy, folder / "attention.png"):
+            print(folder / "attention.png")
+    if not config.environment.startswith("berlin"):
+        print("maps, loads and places are drawn for berlin only")
+    elif not config.demonstrations:
         raise InputError("pictures show the demonstrations beside the policy, and this run had none")
-    demonstrations = Demonstrations.load(resolve(config.demonstrations))
-    for path in draw_pictures(config.environment, policy, demonstrations, folder, hour):
-        print(path)
+    else:
+        demonstrations = Demonstrations.load(resolve(config.demonstrations))
+        for path in draw_pictures(config.environment, policy, demonstrations, folder, hour):
+            print(path)
 
 
 def _paired_rows(config: Config, policy: Any) -> list[dict[str, Any]]:

@@ -23,12 +23,16 @@ from rich.progress import track
 from actors.environments.berlin.environment import Berlin
 from actors.environments.berlin.map import COLOURS, HOME_COLOUR, WORK_COLOUR, draw_map
 from actors.rollout import Acts, rollout
+from learner.attention import attention_by_type
+from learner.critics import Critic
+from learner.replay import Replay
 from protocol.demonstrations import Demonstrations
 from protocol.errors import InputError
 from protocol.registry import make_environment
 
 LOAD_LABEL = "agents on the road / agents that it holds at free speed"
 DAYS = 50
+ATTENTION_EPISODES = 10
 SEED = 1_000_003
 DOTS_PER_INCH = 100
 FRAMES_PER_SECOND = 7
@@ -74,6 +78,25 @@ def draw_pictures(
     for name, draw in track(drawings.items(), "drawing", transient=True):
         draw(folder / name)
     return [folder / name for name in drawings]
+
+
+def draw_attention(critic: Critic, environment: str, policy: Acts, path: Path) -> bool:
+    """Which type listens to which, while the policy plays; false if the critic weighs nobody."""
+    played = rollout(make_environment(environment, ATTENTION_EPISODES), policy, SEED)
+    layout = critic.layout
+    matrix = attention_by_type(critic, Replay(layout, played.terminated.size).add(played))
+    if matrix is None:
+        return False
+    names = [kind.name for kind in layout.spec.types]
+    figure = Figure(figsize=(2.5 + 0.55 * len(names), 1.8 + 0.5 * len(names)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(matrix, cmap=COLOURS, vmin=0)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="listened to", ylabel="listening type")
+    figure.colorbar(image, ax=axes, label="attention, mean over heads and agents")
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+    return True
 
 
 def _locations(observations: list[np.ndarray], places: int) -> np.ndarray:

@@ -77,6 +77,17 @@ class Critic(nn.Module):
             for block, head, *inputs in zip(self.layout.blocks, self.heads, encoded, *contexts, strict=True)
         ]
 
+    @torch.no_grad()
+    def attention(self, rows: JointRows) -> torch.Tensor | None:
+        """α of every agent slot over the entities, mean over heads, [B, slots, K]; None where nothing is weighed.
+
+        Slots are those of the grids, block after block; entities are types (or agents) block after block.
+        """
+        if self.others is None or self.context == "uniform_types":
+            return None
+        grids = [block.grid(x).flatten(1, 2) for block, x in zip(self.layout.blocks, rows.observations, strict=True)]
+        return self.others.weights(self.encode(grids), rows)
+
     def encode(self, observations: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """e^i per block [G, B·S, H], from the observations as grids [G, B·S, O]."""
         return [encoder(x) for encoder, x in zip(self.encoders, observations, strict=True)]
@@ -132,6 +143,18 @@ class _Attention(nn.Module):
             part.unflatten(1, shape).movedim(0, 1).flatten(1, 2)
             for part, shape in zip(mixed.split([g * s for g, s in shapes], dim=1), shapes, strict=True)
         ]
+
+    def weights(self, encoded: Sequence[torch.Tensor], rows: JointRows) -> torch.Tensor:
+        """The attention as it reads in Eq. 11, for people to look at: [B, slots, K], mean over heads."""
+        agents = torch.cat([e.unflatten(1, (len(rows), -1)).movedim(1, 0).flatten(1, 2) for e in encoded], dim=1)
+        entities, present = self._entities(rows)
+        visible = present.unsqueeze(1)
+        if self.visible is not None:
+            visible = visible & self.visible.to(present.device)
+        queries = (agents @ self.query).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        keys = (entities @ self.key).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        scores = queries @ keys.mT / math.sqrt(keys.shape[-1])
+        return (scores.masked_fill(~visible.unsqueeze(1), FORBIDDEN_SCORE).softmax(-1) * visible.unsqueeze(1)).mean(1)
 
     def _entities(self, rows: JointRows) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings [B, K, H] and presence [B, K] of what can be attended to, block after block."""

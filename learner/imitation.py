@@ -21,7 +21,7 @@ from learner.settings import LearnerSettings
 from protocol.demonstrations import Demonstrations
 from protocol.errors import InputError
 from protocol.job import Job
-from protocol.layout import JointRows
+from protocol.layout import JointRows, Layout
 from protocol.seeds import derive_seed
 from protocol.telemetry import Telemetry
 from reward_server.client import RewardService
@@ -48,15 +48,7 @@ class Imitation:
         kind = algorithm(job.algorithm)
         settings = kind.learner_settings(settings)
         device = choose_device(job.device)
-        critic = Critic(
-            policy.layout,
-            kind.context,
-            settings.hidden,
-            settings.heads,
-            settings.attend_own_type,
-            torch.Generator().manual_seed(derive_seed(job.seed, "critic")),
-            actor.agent_identity,
-        )
+        critic = build_critic(job, settings, actor, policy.layout)
         self.policy = policy
         self._settings = settings
         self._imitates = kind.imitates
@@ -127,6 +119,20 @@ class Imitation:
                 with self._telemetry.stage("query"):
                     rewards = self._rewards.rewards(ticket)
                 yield batch, rewards
+
+
+def build_critic(job: Job, settings: LearnerSettings, actor: ActorSettings, layout: Layout) -> Critic:
+    """The critics of the job's algorithm, at the start that its seed gives."""
+    kind = algorithm(job.algorithm)
+    return Critic(
+        layout,
+        kind.context,
+        settings.hidden,
+        settings.heads,
+        kind.learner_settings(settings).attend_own_type,
+        torch.Generator().manual_seed(derive_seed(job.seed, "critic")),
+        actor.agent_identity,
+    )
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,0 +1,83 @@
+"""The attention that people look at is the one that the critics use."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from slow_reference import agents_of, random_rows, spec_of
+
+from learner.attention import attention_by_type
+from learner.critics import Context, Critic
+from protocol.layout import Layout, ParameterSharing
+
+SPEC = spec_of((3, 4, 3), (2, 5, 2), (1, 4, 3))
+
+
+def build(context: Context, sharing: ParameterSharing, heads: int = 1, own: bool = True) -> Critic:
+    return Critic(Layout.of(SPEC, sharing), context, 6, heads, own, torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("sharing", ["agent", "type"])
+@pytest.mark.parametrize("context", ["types", "agents"])
+def test_the_mixture_is_made_with_these_weights(context: Context, sharing: ParameterSharing) -> None:
+    critic = build(context, sharing)
+    rows = random_rows(critic.layout, 4, torch.Generator().manual_seed(2))
+    rows.observations = [x.float() for x in rows.observations]
+    assert critic.others is not None
+    grids = [b.grid(x).flatten(1, 2) for b, x in zip(critic.layout.blocks, rows.observations, strict=True)]
+    mixed = critic.contexts(critic.encode(grids), rows)[0]
+    parts = [
+        part.unflatten(1, (4, block.slots)).movedim(1, 0).flatten(1, 2)
+        for block, part in zip(critic.layout.blocks, mixed, strict=True)
+    ]
+    weights = critic.attention(rows)
+    assert weights is not None
+    values = critic.others._entities(rows)[0] @ critic.others.value
+    torch.testing.assert_close(weights @ values, torch.cat(parts, dim=1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sharing", ["agent", "type"])
+@pytest.mark.parametrize("context", ["types", "agents"])
+def test_types_are_means_over_their_active_agents(context: Context, sharing: ParameterSharing) -> None:
+    critic = build(context, sharing, heads=2)
+    layout = critic.layout
+    rows = random_rows(layout, 5, torch.Generator().manual_seed(3))
+    rows.observations = [x.float() for x in rows.observations]
+    weights, found = critic.attention(rows), attention_by_type(critic, rows)
+    assert weights is not None
+    assert found is not None
+    slots = [int(place) for b in layout.blocks for place in b.agent_of_slot]
+    owners = [b for b, block in enumerate(layout.blocks) for _ in block.agent_of_slot]
+    targets = [
+        block.types[int(m)]
+        for block in layout.blocks
+        for m in (block.type_of_agent if context == "agents" else range(len(block.types)))
+    ]
+    expected, seen = np.zeros((3, 3)), np.zeros(3)
+    for slot, (b, place) in enumerate(zip(owners, slots, strict=True)):
+        if place < 0:
+            continue
+        own = layout.blocks[b].types[int(layout.blocks[b].type_of_agent[place])]
+        for row in range(5):
+            if rows.active[b][row, place]:
+                seen[own] += 1
+                for entity, target in enumerate(targets):
+                    expected[own, target] += float(weights[row, slot, entity])
+    np.testing.assert_allclose(found, expected / seen[:, None], atol=1e-5)
+    assert len(agents_of(layout)) == sum(place >= 0 for place in slots)
+
+
+def test_what_is_left_out_gets_nothing() -> None:
+    critic = build("types", "type", own=False)
+    rows = random_rows(critic.layout, 5, torch.Generator().manual_seed(3))
+    rows.observations = [x.float() for x in rows.observations]
+    found = attention_by_type(critic, rows)
+    assert found is not None
+    np.testing.assert_array_equal(np.diag(found), 0)
+
+
+@pytest.mark.parametrize("context", ["none", "uniform_types"])
+def test_a_critic_without_weights_has_none(context: Context) -> None:
+    critic = build(context, "type")
+    assert attention_by_type(critic, random_rows(critic.layout, 2, torch.Generator().manual_seed(0))) is None
