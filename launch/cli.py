@@ -86,7 +86,7 @@ def status(args: list[str]) -> int:
 
 
 def demonstrations(args: list[str]) -> int:
-    """record, import or inspect demonstrations"""
+    """record, import, clean or inspect demonstrations"""
     parser = _parser("demonstrations")
     actions = parser.add_subparsers(dest="action", required=True, parser_class=_Parser)
     record = actions.add_parser("record", help="let the scripted expert of an environment play")
@@ -97,6 +97,9 @@ def demonstrations(args: list[str]) -> int:
     imports = actions.add_parser("import", help="from an npz of the paper's authors")
     imports.add_argument("file", type=Path)
     imports.add_argument("--output", type=Path, required=True)
+    clean = actions.add_parser("clean", help="leave out actions that their masks forbid")
+    clean.add_argument("file", type=Path)
+    clean.add_argument("--output", type=Path, required=True)
     inspect = actions.add_parser("inspect", help="say what a file holds")
     inspect.add_argument("file", help="a file, or the name of one that comes with bm3il")
     options = parser.parse_args(args)
@@ -106,6 +109,8 @@ def demonstrations(args: list[str]) -> int:
         return demonstrations.inspect(options.file)
     if options.action == "import":
         return demonstrations.import_file(options.file, options.output)
+    if options.action == "clean":
+        return demonstrations.clean(options.file, options.output)
     return demonstrations.record(options.environment, options.episodes, options.seed, options.output)
 
 

@@ -32,6 +32,15 @@ def import_file(file: Path, output: Path) -> int:
     return _save(import_rover_tower(file), output)
 
 
+def clean(file: Path, output: Path) -> int:
+    """Copy a file, with agents inactive where they do what their masks forbid. Raises InputError."""
+    _refuse_existing(output)
+    demonstrations = Demonstrations.load(resolve(file), ignore_forbidden=True)
+    left_out = sum(int((~active).sum()) for active in demonstrations.active)
+    print(f"{left_out} actions are of inactive agents now")
+    return _save(demonstrations, output)
+
+
 def inspect(name: str) -> int:
     """Print what a file holds. Raises InputError if it is not a valid one."""
     path = resolve(name)

@@ -10,6 +10,7 @@ from protocol.errors import InputError
 from protocol.specs import EnvironmentSpec, TypeSpec
 
 ROWS_AT_ONCE = 8_192
+FORBIDDEN = "actions are forbidden by their masks"
 
 
 def check_episodes(
@@ -58,7 +59,8 @@ def check_type(
                 count, where = wrong_values.get(what, (0, f"row {first + row}, agent {agent}"))
                 wrong_values[what] = count + int(wrong.sum()), where
     for what, (count, where) in wrong_values.items():
-        raise InputError(f"type '{name}': {count} {what}, the first in {where}")
+        advice = "; `bm3il demonstrations clean` leaves them out" if what == FORBIDDEN else ""
+        raise InputError(f"type '{name}': {count} {what}, the first in {where}{advice}")
 
 
 def _wrong(
@@ -69,12 +71,16 @@ def _wrong(
     if not agent_type.discrete:
         return wrong | {"action values are not within −1..1": ~(np.abs(actions) <= 1)}
     last = agent_type.action_dim - 1
-    known = np.clip(actions, 0, last)
-    allowed = np.take_along_axis(masks, known[..., None], axis=2)[..., 0]
     return wrong | {
-        f"actions are not in 0..{last}": actions != known,
-        "actions are forbidden by their masks": active & ~allowed,
+        f"actions are not in 0..{last}": (actions < 0) | (actions > last),
+        FORBIDDEN: active & ~allowed_by(masks, actions),
     }
+
+
+def allowed_by(masks: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """Whether each action [rows, X_m] is one that its mask [rows, X_m, A_m] allows (the nearest, if out of range)."""
+    known = np.clip(actions, 0, masks.shape[2] - 1)
+    return np.take_along_axis(masks, known[..., None], axis=2)[..., 0]
 
 
 def _expect_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:

@@ -28,7 +28,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialise
 
-from protocol.demonstration_checks import check_episodes, check_type
+from protocol.demonstration_checks import allowed_by, check_episodes, check_type
 from protocol.errors import InputError
 from protocol.job import Job
 from protocol.packing import MAX_UNPACKED_BYTES, PACKED, packed, unpacked
@@ -151,14 +151,15 @@ class Demonstrations:
             raise InputError(f"cannot write the demonstrations {path}: {error}") from error
 
     @classmethod
-    def load(cls, path: str | Path) -> Demonstrations:
+    def load(cls, path: str | Path, ignore_forbidden: bool = False) -> Demonstrations:
         """Map a file into memory and check all of it. It must not change while it is in use.
 
+        ignore_forbidden: agents are taken as inactive where they do what their masks forbid, instead of refusing them.
         Raises InputError, naming the file and what is wrong, for anything that `save` would not have written.
         """
         try:
             with safe_open(path, framework="pt") as file:
-                return _read(file)
+                return _read(file, ignore_forbidden)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         except (OSError, SafetensorError, ValueError) as error:
@@ -274,7 +275,7 @@ def load_demonstrations(job: Job, spec: EnvironmentSpec) -> Demonstrations | Non
     return demonstrations
 
 
-def _read(file: Any) -> Demonstrations:
+def _read(file: Any, ignore_forbidden: bool) -> Demonstrations:
     header = _header(file.metadata() or {})
     spec = EnvironmentSpec.from_json(header.get("spec"))
     names = set(file.keys())
@@ -311,16 +312,24 @@ def _read(file: Any) -> Demonstrations:
         # No memory until it is copied: the width may be a lie, which only the comparison with an environment shows.
         return np.broadcast_to(np.ones((), bool), (*observations[m].shape[:2], *width))
 
+    actions = [
+        read(f"{m}.actions", *INTEGERS).astype(np.int64) if t.discrete else read(f"{m}.actions", "F32")
+        for m, t in types
+    ]
+    masks = [flags(m, "action_masks", t.action_dim) for m, t in types]
+    active = [flags(m, "active") for m, _ in types]
+    if ignore_forbidden:
+        active = [
+            activity & allowed_by(mask, action) if t.discrete else activity
+            for t, activity, mask, action in zip(spec.types, active, masks, actions, strict=True)
+        ]
     demonstrations = Demonstrations(
         spec=spec,
         origin=str(header.get("origin", "")),
         observations=observations,
-        actions=[
-            read(f"{m}.actions", *INTEGERS).astype(np.int64) if t.discrete else read(f"{m}.actions", "F32")
-            for m, t in types
-        ],
-        action_masks=[flags(m, "action_masks", t.action_dim) for m, t in types],
-        active=[flags(m, "active") for m, _ in types],
+        actions=actions,
+        action_masks=masks,
+        active=active,
         episode_lengths=lengths,
         returns=read("returns", "F32"),
         groups=read("groups", "I64"),

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from launch.cli import main
 from protocol import demonstration_checks, packing
 from protocol.demonstrations import Demonstrations, resolve
 from protocol.errors import InputError
@@ -358,3 +359,24 @@ def test_hostile_packed_tensors_are_refused(packed_file: Path, name: str, packed
         return
     with pytest.raises(InputError, match=message):
         Demonstrations.load(packed_file)
+
+
+def test_forbidden_actions_are_counted_refused_and_left_out_on_demand(
+    demonstrations: Demonstrations, tmp_path: Path
+) -> None:
+    path, output = tmp_path / "wrong.safetensors", tmp_path / "clean.safetensors"
+    demonstrations.save(path)
+    tensors = load_file(path)
+    with safe_open(path, "np") as file:
+        metadata = file.metadata()
+    rows, agents = demonstrations.active[0].nonzero()
+    for row, agent in zip(rows[:3], agents[:3], strict=True):
+        tensors["0.action_masks"][row, agent, demonstrations.actions[0][row, agent]] = False
+    save_file(tensors, path, metadata)
+    first = f"3 actions are forbidden by their masks, the first in row {rows[0]}, agent {agents[0]}; `bm3il"
+    with pytest.raises(InputError, match=first):
+        Demonstrations.load(path)
+    assert main(["demonstrations", "clean", str(path), "--output", str(output)]) == 0
+    active = Demonstrations.load(output).active[0]
+    assert (~active[rows[:3], agents[:3]]).all()
+    assert active.sum() == demonstrations.active[0].sum() - 3
