@@ -31,7 +31,7 @@ from safetensors.numpy import save as serialise
 from protocol.demonstration_checks import allowed_by, check_episodes, check_type
 from protocol.errors import InputError
 from protocol.job import Job
-from protocol.packing import MAX_UNPACKED_BYTES, PACKED, packed, unpacked
+from protocol.packing import MAX_UNPACKED_BYTES, PACKED, Tensors, packed
 from protocol.specs import EnvironmentSpec
 from protocol.trajectories import Trajectories
 
@@ -278,51 +278,11 @@ def load_demonstrations(job: Job, spec: EnvironmentSpec) -> Demonstrations | Non
 def _read(file: Any, ignore_forbidden: bool) -> Demonstrations:
     header = _header(file.metadata() or {})
     spec = EnvironmentSpec.from_json(header.get("spec"))
-    names = set(file.keys())
-    _check_names(spec, [name.removesuffix(PACKED) for name in names if not START_NAME.fullmatch(name)])
-
-    def read(name: str, *dtypes: str) -> np.ndarray:
-        found = file.get_slice(name).get_dtype()
-        if found not in dtypes:
-            raise InputError(f"tensor '{name}': expected {' or '.join(dtypes)}, found {found}")
-        return file.get_tensor(name).numpy()
-
-    starts = {
-        name.removeprefix("starts."): read(name, *NUMBERS) for name in sorted(names) if START_NAME.fullmatch(name)
-    }
-    types = list(enumerate(spec.types))
-    lengths = read("episode_lengths", "I64")
-    rows = int(lengths.clip(0, MAX_UNPACKED_BYTES).sum())
-
-    def unpack(name: str, dtype: type, *shape: int) -> np.ndarray:
-        return unpacked(name, read(name + PACKED, "U8"), dtype, (rows, *shape))
-
-    observations = [
-        unpack(f"{m}.observations", np.float32, t.count, t.observation_dim)
-        if f"{m}.observations{PACKED}" in names
-        else read(f"{m}.observations", "F32")
-        for m, t in types
-    ]
-
-    def flags(m: int, name: str, *width: int) -> np.ndarray:
-        if f"{m}.{name}" in names:
-            return read(f"{m}.{name}", "BOOL")
-        if f"{m}.{name}{PACKED}" in names:
-            return unpack(f"{m}.{name}", bool, spec.types[m].count, *width)
-        # No memory until it is copied: the width may be a lie, which only the comparison with an environment shows.
-        return np.broadcast_to(np.ones((), bool), (*observations[m].shape[:2], *width))
-
-    actions = [
-        read(f"{m}.actions", *INTEGERS).astype(np.int64) if t.discrete else read(f"{m}.actions", "F32")
-        for m, t in types
-    ]
-    masks = [flags(m, "action_masks", t.action_dim) for m, t in types]
-    active = [flags(m, "active") for m, _ in types]
-    if ignore_forbidden:
-        active = [
-            activity & allowed_by(mask, action) if t.discrete else activity
-            for t, activity, mask, action in zip(spec.types, active, masks, actions, strict=True)
-        ]
+    tensors = Tensors(file)
+    start_names = sorted(name for name in tensors.names if START_NAME.fullmatch(name))
+    _check_names(spec, [name.removesuffix(PACKED) for name in tensors.names - set(start_names)])
+    lengths = tensors.read("episode_lengths", "I64")
+    observations, actions, masks, active = _columns(tensors, spec, lengths, ignore_forbidden)
     demonstrations = Demonstrations(
         spec=spec,
         origin=str(header.get("origin", "")),
@@ -331,14 +291,38 @@ def _read(file: Any, ignore_forbidden: bool) -> Demonstrations:
         action_masks=masks,
         active=active,
         episode_lengths=lengths,
-        returns=read("returns", "F32"),
-        groups=read("groups", "I64"),
-        starts=starts,
+        returns=tensors.read("returns", "F32"),
+        groups=tensors.read("groups", "I64"),
+        starts={name.removeprefix("starts."): tensors.read(name, *NUMBERS) for name in start_names},
     )
     for key, found in (("episodes", demonstrations.num_episodes), ("rows", demonstrations.num_rows)):
         if header.get(key) != found:
             raise InputError(f"the header says {header.get(key)!r} {key}, the tensors hold {found}")
     return demonstrations
+
+
+def _columns(
+    tensors: Tensors, spec: EnvironmentSpec, lengths: np.ndarray, ignore_forbidden: bool
+) -> tuple[list[np.ndarray], ...]:
+    """Observations, actions, masks and active, one array per type each."""
+    rows = int(lengths.clip(0, MAX_UNPACKED_BYTES).sum())
+    columns: tuple[list[np.ndarray], ...] = ([], [], [], [])
+    for m, t in enumerate(spec.types):
+        seen = tensors.unpack(f"{m}.observations", "F32", (rows, t.count, t.observation_dim))
+        action = tensors.read(f"{m}.actions", *(INTEGERS if t.discrete else ("F32",)))
+        action = action.astype(np.int64) if t.discrete else action
+        mask, active = (
+            tensors.unpack(f"{m}.{name}", "BOOL", (rows, t.count, *width))
+            if tensors.has(f"{m}.{name}")
+            # No memory until it is copied: the width may be a lie, which only the comparison with an environment shows.
+            else np.broadcast_to(np.ones((), bool), (*seen.shape[:2], *width))
+            for name, width in (("action_masks", (t.action_dim,)), ("active", ()))
+        )
+        if ignore_forbidden and t.discrete:
+            active = active & allowed_by(mask, action)
+        for column, array in zip(columns, (seen, action, mask, active), strict=True):
+            column.append(array)
+    return columns
 
 
 def _header(metadata: Mapping[str, str]) -> dict[str, Any]:

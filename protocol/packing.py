@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lzma
 import math
+from typing import Any
 
 import numpy as np
 
@@ -39,3 +40,28 @@ def unpacked(name: str, small: np.ndarray, dtype: type, shape: tuple[int, ...]) 
     if dtype is bool and np.frombuffer(data, np.uint8).max(initial=0) > 1:
         raise InputError(f"tensor '{name}': expected bytes of 0 and 1")
     return np.frombuffer(bytearray(data), dtype).reshape(shape)
+
+
+class Tensors:
+    """The tensors of an open safetensors file, untrusted: dtypes are checked, packed ones are unpacked."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.names = set(file.keys())
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor is there, packed or not."""
+        return name in self.names or name + PACKED in self.names
+
+    def read(self, name: str, *dtypes: str) -> np.ndarray:
+        """A tensor as it lies in the file. Raises InputError for another dtype."""
+        found = self._file.get_slice(name).get_dtype()
+        if found not in dtypes:
+            raise InputError(f"tensor '{name}': expected {' or '.join(dtypes)}, found {found}")
+        return self._file.get_tensor(name).numpy()
+
+    def unpack(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A tensor that may be packed; only a packed one is held to the shape here. Raises InputError."""
+        if name + PACKED in self.names:
+            return unpacked(name, self.read(name + PACKED, "U8"), bool if dtype == "BOOL" else np.float32, shape)
+        return self.read(name, dtype)

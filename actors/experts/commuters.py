@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from actors.environments.berlin.environment import Berlin
-from actors.policy import sample
+from actors.policy import FORBIDDEN_LOGIT, sample
 from protocol.registry import make_environment
 
-FORBIDDEN = -1e9
 EQUILIBRIUM_DAYS = 20
 EQUILIBRIUM_ROUNDS = 15
 
 
-class _Commuters:
+class _Commuters(ABC):
     """What all of them share: reading the observations of a `Berlin` of this kind."""
 
     def __init__(self, environment: Berlin) -> None:
@@ -39,9 +39,9 @@ class _Commuters:
         chosen = self._choose(seen, location, generator, greedy)
         return np.split(chosen, np.cumsum(self._counts)[:-1], axis=1)
 
+    @abstractmethod
     def _choose(self, seen: np.ndarray, location: np.ndarray, generator: torch.Generator, greedy: bool) -> np.ndarray:
         """Next locations [E, N] of agents that see `seen` [E, N, O] and are at `location` [E, N]."""
-        raise NotImplementedError
 
     def _step(self, seen: np.ndarray) -> int:
         return round(float(seen[0, 0, 2 * (self._places + self._facilities)]) * self.scenario.steps)
@@ -191,4 +191,4 @@ def _successors(allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Next locations [K, S] of every location, itself among them, and [K, S] 0 or what forbids a padding."""
     most = allowed.sum(axis=1).max()
     order = np.argsort(~allowed, axis=1, kind="stable")[:, :most]
-    return order, np.where(np.take_along_axis(allowed, order, axis=1), 0.0, FORBIDDEN)
+    return order, np.where(np.take_along_axis(allowed, order, axis=1), 0.0, FORBIDDEN_LOGIT)
