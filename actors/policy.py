@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from protocol.errors import InputError
+from actors import gaussian
 from protocol.layout import Layout
+from protocol.specs import EnvironmentSpec
 from protocol.stacked import StackedMLP
 from protocol.trajectories import ArrayTable
 
@@ -18,20 +19,20 @@ FORBIDDEN_LOGIT = -1e9
 
 
 class Policy(nn.Module):
-    """π^i(a|s^i) of every agent; one network per parameter group of `layout`."""
+    """π^i(a|s^i) of every agent; one network per parameter group of `layout`.
+
+    Networks put out the logits of discrete actions, or what `actors.gaussian` makes continuous ones of.
+    """
 
     def __init__(
         self, layout: Layout, hidden: Sequence[int], generator: torch.Generator, agent_identity: bool = False
     ) -> None:
         super().__init__()
-        for t in layout.spec.types:
-            if not t.discrete:
-                raise InputError(f"type '{t.name}' has continuous actions; this release learns discrete ones only")
         self.layout = layout
         self.networks = nn.ModuleList(
             StackedMLP(
                 block.groups,
-                (block.observation_dim, *hidden, block.action_dim),
+                (block.observation_dim, *hidden, block.action_dim if block.discrete else 2 * block.action_dim),
                 generator,
                 identity_slots=block.slots if agent_identity else 1,
             )
@@ -39,13 +40,17 @@ class Policy(nn.Module):
         )
 
     def logits(self, block_index: int, observations: torch.Tensor, action_masks: torch.Tensor) -> torch.Tensor:
-        """Masked logits of one block: observations [G, B, S, O], action_masks [G, B, S, A] → [G, B, S, A].
+        """Masked logits of a block of discrete actions: observations [G, B, S, O], action_masks [G, B, S, A] →
+        [G, B, S, A].
 
         A forbidden action has the logit -1e9: its probability is exactly 0, and 0·log 0 stays finite.
         """
-        _groups, rows, slots, _ = observations.shape
-        logits = self.networks[block_index](observations.flatten(1, 2)).unflatten(1, (rows, slots))
-        return logits.masked_fill(~action_masks, FORBIDDEN_LOGIT)
+        return self.outputs(block_index, observations).masked_fill(~action_masks, FORBIDDEN_LOGIT)
+
+    def outputs(self, block_index: int, observations: torch.Tensor) -> torch.Tensor:
+        """What the networks of one block say: observations [G, B, S, O] → [G, B, S, A], or [G, B, S, 2·A] if
+        continuous."""
+        return self.networks[block_index](observations.flatten(1, 2)).unflatten(1, observations.shape[1:3])
 
     @torch.no_grad()
     def act(
@@ -55,13 +60,18 @@ class Policy(nn.Module):
         generator: torch.Generator,
         greedy: bool = False,
     ) -> list[np.ndarray]:
-        """Draw actions (or take the likeliest): per type [E, X_m, …] → [E, X_m] int64."""
+        """Draw actions (or take the likeliest; of continuous ones the centre): per type [E, X_m, …] → [E, X_m] int64,
+        or [E, X_m, A_m] float32."""
         actions = []
         block_rows = zip(self.layout.to_rows(observations), self.layout.to_rows(action_masks), strict=True)
         for b, (observation, mask) in enumerate(block_rows):
             block = self.layout.blocks[b]
-            logits = block.rows(self.logits(b, block.grid(observation), block.grid(mask)))
-            actions.append(logits.argmax(-1) if greedy else sample(logits, generator))
+            if block.discrete:
+                logits = block.rows(self.logits(b, block.grid(observation), block.grid(mask)))
+                actions.append(logits.argmax(-1) if greedy else sample(logits, generator))
+            else:
+                output = block.rows(self.outputs(b, block.grid(observation)))
+                actions.append(gaussian.mode(output) if greedy else gaussian.draw(output, generator)[0])
         return [action.numpy() for action in self.layout.by_type(actions)]
 
     def to_arrays(self) -> dict[str, np.ndarray]:
@@ -87,6 +97,9 @@ class Policy(nn.Module):
 class UniformPolicy:
     """Draws every allowed action with the same probability: the zero of the normalised return."""
 
+    def __init__(self, spec: EnvironmentSpec) -> None:
+        self._spec = spec
+
     def act(
         self,
         observations: Sequence[np.ndarray],
@@ -97,7 +110,9 @@ class UniformPolicy:
         """As `Policy.act`; `greedy` makes no difference."""
         return [
             sample(torch.zeros(mask.shape).masked_fill(~torch.as_tensor(mask), FORBIDDEN_LOGIT), generator).numpy()
-            for mask in action_masks
+            if agent_type.discrete
+            else torch.empty(mask.shape).uniform_(-1, 1, generator=generator).numpy()
+            for agent_type, mask in zip(self._spec.types, action_masks, strict=True)
         ]
 
 

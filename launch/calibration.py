@@ -32,7 +32,7 @@ def calibrate(name: str, days: int, seed: int) -> int:
         raise InputError(f"--days must be at least 2, got {days}")
     console = Console(highlight=False)
     makers: dict[str, type] = {"stay at home": StayHome, "free flow": FreeFlow, "congestion-aware": CongestionAware}
-    policies: dict[str, Acts] = {"random": UniformPolicy()}
+    policies: dict[str, Acts] = {"random": UniformPolicy(environment.spec)}
     policies |= {label: maker(environment) for label, maker in makers.items()}
     table = Table("policy", "return per agent and day", "95 %", "days", title=environment.spec.name)
     means = {}

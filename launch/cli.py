@@ -89,8 +89,11 @@ def demonstrations(args: list[str]) -> int:
     """record, import, clean or inspect demonstrations"""
     parser = _parser("demonstrations")
     actions = parser.add_subparsers(dest="action", required=True, parser_class=_Parser)
-    record = actions.add_parser("record", help="let the scripted expert of an environment play")
-    record.add_argument("environment")
+    record = actions.add_parser("record", help="let the scripted expert of an environment play, or the policy of a run")
+    record.add_argument("environment", nargs="?", help="of the scripted expert")
+    record.add_argument("--run", type=Path, help="the folder of a run, whose policy plays where it was trained")
+    record.add_argument("--best", action="store_true", help="the run's best checkpoint instead of the newest")
+    record.add_argument("--greedy", action="store_true", help="the run's likeliest actions instead of drawn ones")
     record.add_argument("--episodes", type=int, default=100)
     record.add_argument("--seed", type=int, default=0)
     record.add_argument("--output", type=Path, required=True)
@@ -111,7 +114,12 @@ def demonstrations(args: list[str]) -> int:
         return demonstrations.import_file(options.file, options.output)
     if options.action == "clean":
         return demonstrations.clean(options.file, options.output)
-    return demonstrations.record(options.environment, options.episodes, options.seed, options.output)
+    if (options.environment is None) == (options.run is None):
+        raise InputError("name either an environment, whose scripted expert plays, or a run with --run")
+    size = options.episodes, options.seed, options.output
+    if options.run is not None:
+        return demonstrations.record_run(options.run, options.best, options.greedy, *size)
+    return demonstrations.record(options.environment, *size)
 
 
 def check_environment(args: list[str]) -> int:

@@ -11,6 +11,7 @@ from rich.table import Table
 from actors.experts import recording
 from actors.experts.importers import import_rover_tower
 from actors.experts.scripted import expert_for
+from launch.trained import load_trained
 from protocol.demonstrations import Demonstrations, resolve
 from protocol.errors import InputError
 from protocol.registry import make_environment
@@ -24,6 +25,17 @@ def record(environment: str, episodes: int, seed: int, output: Path) -> int:
     played = make_environment(environment, max(1, min(episodes, ENVIRONMENTS_AT_ONCE)))
     origin = f"scripted expert of {environment}, seed {seed}"
     return _save(recording.record(played, expert_for(played.spec), episodes, seed, origin), output)
+
+
+def record_run(run: Path, best: bool, greedy: bool, episodes: int, seed: int, output: Path) -> int:
+    """Let the policy of a run play in the run's environment, and save what it did. Raises InputError."""
+    _refuse_existing(output)
+    trained = load_trained(run, best)
+    name = trained.config.environment
+    played = make_environment(name, max(1, min(episodes, ENVIRONMENTS_AT_ONCE)))
+    how = f"{trained.config.algorithm}, iteration {trained.checkpoint.iteration}, {'greedy' if greedy else 'drawn'}"
+    origin = f"policy of run {run.name} ({how}) in {name}, seed {seed}"
+    return _save(recording.record(played, trained.policy, episodes, seed, origin, greedy), output)
 
 
 def import_file(file: Path, output: Path) -> int:

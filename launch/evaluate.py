@@ -11,17 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.evaluation import ReturnEstimate, evaluate
-from actors.policy import Policy, UniformPolicy
-from actors.process import build_policy
+from actors.policy import UniformPolicy
 from launch.config import Config
 from launch.run_folder import write_atomically
-from launch.topology import make_job
-from learner.checkpoint import CheckpointFolder, read_checkpoint
+from launch.trained import Trained, load_trained
 from learner.imitation import build_critic
 from learner.optimisation import part
 from protocol.demonstrations import Demonstrations, resolve
 from protocol.errors import InputError
-from protocol.job import Endpoints
 
 FRESH_SEED = 1_000_003
 """Start states that no training run of a small seed evaluates on."""
@@ -36,17 +33,9 @@ def main(run: Path, episodes: int, paired: bool, best: bool = False, pictures: b
     """
     if episodes < 1:
         raise InputError(f"--episodes must be at least 1, got {episodes}")
-    config = Config.from_yaml(_read(run / "config.yaml"), str(run / "config.yaml"))
-    torch.set_num_threads(config.threads)
-    policy = build_policy(make_job(config, "", run, Endpoints("", "", "", "")), config.actor)
-    folder = run / "checkpoints"
-    checkpoint = CheckpointFolder(folder, 1).newest()
-    if best and (folder / "best").exists():
-        checkpoint = read_checkpoint(folder / (folder / "best").read_text().strip())
-    if checkpoint is None:
-        raise InputError(f"{run} has no checkpoint to evaluate")
-    policy.load_arrays(part(checkpoint.learner, "policy"))
-    random = evaluate(config.environment, UniformPolicy(), episodes, FRESH_SEED)
+    trained = load_trained(run, best)
+    config, policy, checkpoint = trained.config, trained.policy, trained.checkpoint
+    random = evaluate(config.environment, UniformPolicy(policy.layout.spec), episodes, FRESH_SEED)
     rows: list[dict[str, Any]] = []
     for greedy in (False, True):
         estimate = ReturnEstimate.of(evaluate(config.environment, policy, episodes, FRESH_SEED, greedy))
@@ -55,18 +44,18 @@ def main(run: Path, episodes: int, paired: bool, best: bool = False, pictures: b
         rows += _paired_rows(config, policy)
     _print(run, checkpoint.iteration, float(random.mean()), rows)
     if pictures:
-        _draw(config, policy, checkpoint.learner, run / "pictures", hour)
+        _draw(trained, run / "pictures", hour)
     write_atomically(run / "evaluation.json", json.dumps({"iteration": checkpoint.iteration, "rows": rows}, indent=1))
     return 0
 
 
-def _draw(config: Config, policy: Policy, learner: dict[str, Any], folder: Path, hour: float) -> None:
+def _draw(trained: Trained, folder: Path, hour: float) -> None:
     from launch.pictures import draw_attention, draw_pictures
 
     folder.mkdir(exist_ok=True)
-    job = make_job(config, "", folder, Endpoints("", "", "", ""))
-    if parameters := part(learner, "critic"):
-        critic = build_critic(job, config.learner, config.actor, policy.layout)
+    config, policy = trained.config, trained.policy
+    if parameters := part(trained.checkpoint.learner, "critic"):
+        critic = build_critic(trained.job, config.learner, config.actor, policy.layout)
         critic.load_state_dict({name: torch.tensor(value) for name, value in parameters.items()})
         if draw_attention(critic, config.environment, policy, folder / "attention.png"):
             print(folder / "attention.png")
@@ -88,7 +77,9 @@ def _paired_rows(config: Config, policy: Any) -> list[dict[str, Any]]:
         raise InputError("the demonstrations hold no start states; evaluate without --paired")
     starts, count = demonstrations.starts, demonstrations.num_episodes
     expert = demonstrations.return_mean
-    random = float(evaluate(config.environment, UniformPolicy(), count, FRESH_SEED, starts=starts).mean())
+    random = float(
+        evaluate(config.environment, UniformPolicy(policy.layout.spec), count, FRESH_SEED, starts=starts).mean()
+    )
     rows = []
     for greedy in (False, True):
         returns = evaluate(config.environment, policy, count, FRESH_SEED, greedy, starts)
@@ -128,10 +119,3 @@ def _print(run: Path, iteration: int, random: float, rows: list[dict[str, Any]])
             "–" if normalized is None else f"{normalized:.3f}",
         )
     Console().print(table)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError as error:
-        raise InputError(f"{path.parent} is not the folder of a run: {error.strerror}: {path.name}") from error

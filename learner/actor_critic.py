@@ -97,8 +97,6 @@ class ActorCritic:
             part = _cut(batch, rows), [r[rows] for r in rewards], [w[:, rows].flatten(1, 2) for w in weights]
             sums.append(self._backward(*part, schedule.temperature))
         totals = {name: torch.stack([s[name] for s in sums]).sum().item() / self.num_groups for name in sums[0]}
-        if self.settings.policy == "actor":  # the loss of Eq. 13 has this value, see `losses.policy_loss`
-            totals["entropy"] = -totals["policy_loss"] / schedule.temperature
         if cloning is not None:
             cloning_loss = cloning.loss(self.policy)
             (self.settings.cloning_weight * cloning_loss).backward()
@@ -157,7 +155,11 @@ class ActorCritic:
         for context, gradients in zip(contexts, d_contexts, strict=True):
             torch.autograd.backward(context, gradients)
         torch.autograd.backward(encoded, [e.grad for e in own])
-        return sums
+        return sums | self._entropy(sums["policy_loss"], temperature)
+
+    def _entropy(self, policy_loss: torch.Tensor, temperature: float) -> dict[str, torch.Tensor]:
+        """Of the policies, which the value of Eq. 13's loss tells (see `losses.policy_loss`)."""
+        return {"entropy": -policy_loss / temperature} if self.settings.policy == "actor" else {}
 
     def _targets(self, batch: Batch, rewards: list[torch.Tensor], temperature: float) -> list[torch.Tensor]:
         """y of Eq. 8 per block [G, B·S]; ã' from actions that the target policies draw with the next masks."""
@@ -178,17 +180,28 @@ class ActorCritic:
                 encoded[b], *(context[b] for context in contexts)
             ):
                 values[tile] = losses.soft_value(q.float(), logits[b][tile], temperature)
-            continues = _grid(block, batch.next_active[b] & ~batch.terminated.unsqueeze(1))
-            reward = _grid(block, rewards[b]) - self.settings.reward_offset
-            targets.append(losses.critic_target(reward, values, continues, self.settings.discount))
+            targets.append(self._target(block, batch.next_active[b], batch.terminated, rewards[b], values))
         return targets
+
+    def _target(
+        self,
+        block: Block,
+        next_active: torch.Tensor,
+        terminated: torch.Tensor,
+        reward: torch.Tensor,
+        value: torch.Tensor,
+    ) -> torch.Tensor:
+        """y of one block [G, B·S] from v(s') [G, B·S]; the others are joint rows."""
+        continues = grid(block, next_active & ~terminated.unsqueeze(1))
+        centred = grid(block, reward) - self.settings.reward_offset
+        return losses.critic_target(centred, value, continues, self.settings.discount)
 
     def _judge(
         self, b: int, seen: list[torch.Tensor], batch: Batch, target: torch.Tensor, weight: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """The critics' heads of one block: Q [G, B·S, A], their loss, its gradients with respect to `seen`."""
         block = self.layout.blocks[b]
-        actions = _grid(block, batch.rows.actions[b])
+        actions = grid(block, batch.rows.actions[b])
         q_values = torch.empty(*actions.shape, block.action_dim, device=self.device)
         total = torch.zeros((), device=self.device)
 
@@ -211,7 +224,7 @@ class ActorCritic:
         weight: torch.Tensor,
     ) -> torch.Tensor:
         """The policies of one block: their loss."""
-        mask = _grid(self.layout.blocks[b], batch.action_masks[b])
+        mask = grid(self.layout.blocks[b], batch.action_masks[b])
         improve = losses.boltzmann_loss if self.settings.policy == "boltzmann" else losses.policy_loss
         total = torch.zeros((), device=self.device)
 
@@ -225,7 +238,7 @@ class ActorCritic:
         return total
 
     def _grids(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [_grid(block, tensor) for block, tensor in zip(self.layout.blocks, rows, strict=True)]
+        return [grid(block, tensor) for block, tensor in zip(self.layout.blocks, rows, strict=True)]
 
     def _step(self, schedule: Schedule) -> None:
         """Clip, let the optimisers step, move the targets."""
@@ -250,7 +263,7 @@ def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return (shares <= threshold.unsqueeze(-1)).sum(-1)
 
 
-def _grid(block: Block, rows: torch.Tensor) -> torch.Tensor:
+def grid(block: Block, rows: torch.Tensor) -> torch.Tensor:
     """Joint rows [B, N_b, …] → [G, B·S, …], contiguous: read many times, network by network."""
     return block.grid(rows).flatten(1, 2).contiguous()
 

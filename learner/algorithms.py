@@ -19,7 +19,7 @@ class Algorithm:
     imitates: whether the reward is learned; otherwise it is the environment's.
     clones: behaviour cloning: no critic, no reward, no environment steps.
     as_released: as the authors' code, where it differs from the text: an agent's own type is left out of the attention,
-        and the SVGD kernel acts on each parameter tensor by itself. (Its query comes from the state alone, as all do.)
+        the query comes from the state alone, and the SVGD kernel acts on each parameter tensor by itself.
     """
 
     context: Context
@@ -40,6 +40,7 @@ class Algorithm:
         return replace(
             settings,
             attend_own_type=settings.attend_own_type and not self.as_released,
+            query="state" if self.as_released else settings.query,
             # It centres a learned reward, and has nothing to say about a true one.
             reward_offset=settings.reward_offset if self.imitates else 0.0,
         )

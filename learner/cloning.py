@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from actors import gaussian
 from actors.policy import Policy
 from learner import losses
 from learner.optimisation import adam_arrays, load_adam_arrays, part
@@ -39,9 +40,14 @@ class Cloning:
         weights = losses.row_weights(self._layout, rows.active)
         terms = []
         for b, block in enumerate(self._layout.blocks):
-            masks = block.grid(self._masks[b].index_select(0, index).to(device))
-            log_policy = policy.logits(b, block.grid(rows.observations[b]), masks).float().log_softmax(-1)
-            terms.append(losses.cloning_loss(log_policy, block.grid(rows.actions[b]), weights[b]))
+            observations, actions = block.grid(rows.observations[b]), block.grid(rows.actions[b])
+            if block.discrete:
+                masks = block.grid(self._masks[b].index_select(0, index).to(device))
+                log_policy = policy.logits(b, observations, masks).float().log_softmax(-1)
+                terms.append(losses.cloning_loss(log_policy, actions, weights[b]))
+            else:
+                log_density = gaussian.log_density(policy.outputs(b, observations).float(), actions)
+                terms.append(-(weights[b] * log_density).sum())
         return torch.stack(terms).sum()
 
     def state(self) -> np.ndarray:

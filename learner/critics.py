@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from learner.mean_field import action_vectors, mean_actions
-from protocol.layout import JointRows, Layout
+from protocol.layout import Block, JointRows, Layout
 from protocol.stacked import TILE_NUMBERS, StackedMLP, uniform
 
 Context = Literal["types", "uniform_types", "agents", "none"]
@@ -31,7 +32,7 @@ _softmax_backward = torch.ops.aten._softmax_backward_data
 class Critic(nn.Module):
     """Q^i(s^i, ·, ã^i) for every agent and every own action, in one pass.
 
-    e^i = relu(W^i s^i); ã^i as `_Attention` says; Q^i = head^i([e^i, ã^i]) with one hidden layer.
+    e^i = relu(W^i s^i); ã^i as `Attention` says; Q^i = head^i([e^i, ã^i]) with one hidden layer.
     """
 
     def __init__(
@@ -47,21 +48,23 @@ class Critic(nn.Module):
         super().__init__()
         self.layout, self.context = layout, context
         width = hidden if context == "none" else 2 * hidden
+        ends = [self._ends(block) for block in layout.blocks]
         self.encoders = nn.ModuleList(
             StackedMLP(
                 b.groups,
-                (b.observation_dim, hidden),
+                (width_in, hidden),
                 generator,
                 activate_output=True,
                 identity_slots=b.slots if agent_identity else 1,
             )
-            for b in layout.blocks
+            for b, (width_in, _) in zip(layout.blocks, ends, strict=True)
         )
         self.heads = nn.ModuleList(
-            StackedMLP(b.groups, (width, hidden, b.action_dim), generator, slope=LEAKY_SLOPE) for b in layout.blocks
+            StackedMLP(b.groups, (width, hidden, width_out), generator, slope=LEAKY_SLOPE)
+            for b, (_, width_out) in zip(layout.blocks, ends, strict=True)
         )
         self.others = (
-            None if context == "none" else _Attention(layout, context, hidden, heads, attend_own_type, generator)
+            None if context == "none" else Attention(layout, context, hidden, heads, attend_own_type, generator)
         )
 
     def forward(self, rows: JointRows) -> list[torch.Tensor]:
@@ -88,6 +91,10 @@ class Critic(nn.Module):
         grids = [block.grid(x).flatten(1, 2) for block, x in zip(self.layout.blocks, rows.observations, strict=True)]
         return self.others.weights(self.encode(grids), rows)
 
+    def _ends(self, block: Block) -> tuple[int, int]:
+        """Widths of what the encoders see and of what the heads say."""
+        return block.observation_dim, block.action_dim
+
     def encode(self, observations: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """e^i per block [G, B·S, H], from the observations as grids [G, B·S, O]."""
         return [encoder(x) for encoder, x in zip(self.encoders, observations, strict=True)]
@@ -97,7 +104,17 @@ class Critic(nn.Module):
         return [] if self.others is None else [self.others(encoded, rows)]
 
 
-class _Attention(nn.Module):
+@dataclass(frozen=True)
+class Scene:
+    """What there is to look at in B joint rows: keys W_k e_k/√d (None if all weigh the same) and values V e_k
+    [B, K, H] of K entities, and whether each is present [B, K]."""
+
+    keys: torch.Tensor | None
+    values: torch.Tensor
+    present: torch.Tensor
+
+
+class Attention(nn.Module):
     """ã^i = Σ_k α_k V e_k, α = softmax_k((W_k e_k)·(W_q e^i)/√d): §3.2.3, Eq. 11.
 
     The entities k are the M types, e_m = relu(E_m ā_m), or the N agents, e_j = relu(E^j [s^j, a^j]).
@@ -128,21 +145,29 @@ class _Attention(nn.Module):
         shapes = [(block.groups, block.slots) for block in self.layout.blocks]
         parts = [e.unflatten(1, (len(rows), -1)).movedim(1, 0).flatten(1, 2) for e in encoded]
         agents = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        entities, present = self._entities(rows)
-        visible = (
-            present.unsqueeze(1) if self.visible is None else present.unsqueeze(1) & self.visible.to(present.device)
-        )
-        values = entities @ self.value
-        if self.context == "uniform_types":
-            weights = visible / visible.sum(-1, keepdim=True).clamp(min=1)
-            mixed = torch.bmm(weights.to(values.dtype), values).expand(-1, agents.shape[1], -1)
-        else:
-            keys = (entities @ self.key) / math.sqrt(values.shape[-1] // self.heads)
-            mixed = _Mixture.apply(agents, keys, values, self.query, visible, self.heads)
+        mixed = self.mix(agents, self.scene(rows))
         return [
             part.unflatten(1, shape).movedim(0, 1).flatten(1, 2)
             for part, shape in zip(mixed.split([g * s for g, s in shapes], dim=1), shapes, strict=True)
         ]
+
+    def scene(self, rows: JointRows) -> Scene:
+        """What the others do in these rows."""
+        entities, present = self._entities(rows)
+        if self.context == "uniform_types":
+            return Scene(None, entities @ self.value, present)
+        keys = (entities @ self.key) / math.sqrt(self.key.shape[-1] // self.heads)
+        return Scene(keys, entities @ self.value, present)
+
+    def mix(self, agents: torch.Tensor, scene: Scene, slots: slice = slice(None)) -> torch.Tensor:
+        """ã^i [B, n, H] of the agents e^i [B, n, H] in these n slots, which are numbered block after block."""
+        visible = scene.present.unsqueeze(1)
+        if self.visible is not None:
+            visible = visible & self.visible[slots].to(visible.device)
+        if scene.keys is None:
+            weights = visible / visible.sum(-1, keepdim=True).clamp(min=1)
+            return torch.bmm(weights.to(scene.values.dtype), scene.values).expand(-1, agents.shape[1], -1)
+        return _Mixture.apply(agents, scene.keys, scene.values, self.query, visible, self.heads)
 
     def weights(self, encoded: Sequence[torch.Tensor], rows: JointRows) -> torch.Tensor:
         """The attention as it reads in Eq. 11, for people to look at: [B, slots, K], mean over heads."""

@@ -10,6 +10,7 @@ import torch
 
 from actors.policy import Policy
 from actors.settings import ActorSettings
+from learner.action_critic import ActionActorCritic, ActionCritic
 from learner.actor_critic import ActorCritic
 from learner.algorithms import algorithm
 from learner.cloning import Cloning
@@ -52,7 +53,8 @@ class Imitation:
         self.policy = policy
         self._settings = settings
         self._imitates = kind.imitates
-        self._actor_critic = ActorCritic(policy, critic, settings, device, derive_seed(job.seed, "next-actions"))
+        kinds = ActionActorCritic if isinstance(critic, ActionCritic) else ActorCritic
+        self._actor_critic = kinds(policy, critic, settings, device, derive_seed(job.seed, "next-actions"))
         self._replay = Replay(policy.layout, settings.window_steps)
         self._generator = torch.Generator().manual_seed(derive_seed(job.seed, "replay"))
         self._cloning: Cloning | None = None
@@ -122,14 +124,22 @@ class Imitation:
 
 
 def build_critic(job: Job, settings: LearnerSettings, actor: ActorSettings, layout: Layout) -> Critic:
-    """The critics of the job's algorithm, at the start that its seed gives."""
+    """The critics of the job's algorithm, at the start that its seed gives.
+
+    Raises InputError for a Boltzmann policy over continuous actions.
+    """
     kind = algorithm(job.algorithm)
-    return Critic(
+    settings = kind.learner_settings(settings)
+    discrete = all(block.discrete for block in layout.blocks)
+    if settings.policy == "boltzmann" and not discrete:
+        raise InputError("learner.policy boltzmann needs discrete actions; leave it out for continuous ones")
+    critic = Critic if discrete and settings.query == "state" else ActionCritic
+    return critic(
         layout,
         kind.context,
         settings.hidden,
         settings.heads,
-        kind.learner_settings(settings).attend_own_type,
+        settings.attend_own_type,
         torch.Generator().manual_seed(derive_seed(job.seed, "critic")),
         actor.agent_identity,
     )

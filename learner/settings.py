@@ -16,6 +16,9 @@ class LearnerSettings:
     """Attention heads; must divide `hidden`."""
     attend_own_type: bool = True
     """The attention of Eq. 11 runs over all types (the text); false leaves the agent's own out (the released code)."""
+    query: Literal["state", "state_action"] = "state"
+    """What an agent's attention and critic are computed from: e^i(s), so that one pass gives Q of all own actions, or
+    e^i(s, a^i) as in the text, with a pass for each own action. Continuous actions always take the second."""
     policy: Literal["actor", "boltzmann"] = "actor"
     """What policies move towards: Eq. 13's gradient, or the Boltzmann policy over Q (Eq. 12) at the temperature."""
     updates: int = 10

@@ -93,7 +93,9 @@ class Training:
         self._figures: dict[int, dict[str, float]] = {}
         self._evaluator = Evaluator(job, evaluation)
         with telemetry.stage("baseline"):
-            random_returns = self._evaluator.returns(UniformPolicy(), evaluation.final_episodes)
+            random_returns = self._evaluator.returns(
+                UniformPolicy(self._algorithm.policy.layout.spec), evaluation.final_episodes
+            )
         self._random_return = float(random_returns.mean())
         self._expert_return = self._evaluator.expert_return
 

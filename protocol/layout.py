@@ -131,7 +131,7 @@ class JointRows:
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], layout: Layout) -> JointRows:
         """Copy out of a message whose arrays were checked against `array_table`.
 
-        Raises ProtocolError (cause `bad_value`) for actions out of range or observations that are not finite.
+        Raises ProtocolError (cause `bad_value`) for actions out of range and observations that are not finite.
         """
         rows = cls(
             *(
@@ -143,12 +143,9 @@ class JointRows:
             # A finite sum has finite terms, and costs a tenth of looking at each of them.
             if not torch.isfinite(observations.sum()) and not torch.isfinite(observations).all():
                 raise ProtocolError("bad_value", "an observation is not finite")
-            if (
-                block.discrete
-                and actions.numel()
-                and not 0 <= int(actions.min()) <= int(actions.max()) < block.action_dim
-            ):
-                raise ProtocolError("bad_value", f"actions must lie in 0..{block.action_dim - 1}")
+            least, most = (0, block.action_dim - 1) if block.discrete else (-1, 1)
+            if actions.numel() and not (least <= actions.min() and actions.max() <= most):
+                raise ProtocolError("bad_value", f"actions must lie in {least}..{most}")
         return rows
 
     @staticmethod

@@ -78,13 +78,9 @@ class Trajectories:
         for agent_type, actions, observations in zip(spec.types, self.actions, self.observations, strict=True):
             if not np.isfinite(observations).all():
                 raise ProtocolError("bad_value", f"type '{agent_type.name}': an observation is not finite")
-            if agent_type.discrete:
-                if actions.size and not (actions.min() >= 0 and actions.max() < agent_type.action_dim):
-                    raise ProtocolError(
-                        "bad_value", f"type '{agent_type.name}': actions must lie in 0..{agent_type.action_dim - 1}"
-                    )
-            elif not np.isfinite(actions).all():
-                raise ProtocolError("bad_value", f"type '{agent_type.name}': an action is not finite")
+            least, most = (0, agent_type.action_dim - 1) if agent_type.discrete else (-1, 1)
+            if actions.size and not (least <= actions.min() and actions.max() <= most):  # NaN is not either
+                raise ProtocolError("bad_value", f"type '{agent_type.name}': actions must lie in {least}..{most}")
 
     @staticmethod
     def array_table(spec: EnvironmentSpec, steps: int, episodes: int) -> ArrayTable:

@@ -30,7 +30,9 @@ class DrawsStarts(Protocol):
         ...
 
 
-def record(environment: Environment, expert: Acts, episodes: int, seed: int, origin: str) -> Demonstrations:
+def record(
+    environment: Environment, expert: Acts, episodes: int, seed: int, origin: str, greedy: bool = False
+) -> Demonstrations:
     """Let an expert play `episodes` episodes; each starts anew, so each is a group of its own.
 
     Raises InputError for less than one episode.
@@ -41,7 +43,7 @@ def record(environment: Environment, expert: Acts, episodes: int, seed: int, ori
     starts: list[dict[str, np.ndarray]] = []
     for first in range(0, episodes, environment.num_envs):
         batch_seed = derive_seed(seed, "recording", first)
-        played.append(rollout(environment, expert, batch_seed).to_arrays())
+        played.append(rollout(environment, expert, batch_seed, greedy).to_arrays())
         starts.append(environment.draw_starts(batch_seed) if isinstance(environment, DrawsStarts) else {})
     arrays = {}
     for name in played[0]:

@@ -22,14 +22,14 @@ def mean_return(berlin: Berlin, policy: Acts) -> float:
 @pytest.mark.parametrize(("types", "agents"), [(5, 50), (10, 50), (15, 60)])
 def test_interactions_matter(types: int, agents: int) -> None:
     berlin = Berlin(DAYS, types=types, agents=agents)
-    random, expert = mean_return(berlin, UniformPolicy()), mean_return(berlin, CongestionAware(berlin))
+    random, expert = mean_return(berlin, UniformPolicy(berlin.spec)), mean_return(berlin, CongestionAware(berlin))
     assert (expert - mean_return(berlin, FreeFlow(berlin))) / (expert - random) >= 0.1
 
 
 def test_on_empty_roads_the_free_flow_way_is_near_the_best() -> None:
     berlin = Berlin(DAYS, flow_scale=1e6)
     aware, naive = (mean_return(berlin, policy(berlin)) for policy in (CongestionAware, FreeFlow))
-    assert abs(aware - naive) < 0.02 * (aware - mean_return(berlin, UniformPolicy()))
+    assert abs(aware - naive) < 0.02 * (aware - mean_return(berlin, UniformPolicy(berlin.spec)))
 
 
 def test_free_flow_is_at_work_in_time_where_roads_are_empty() -> None:

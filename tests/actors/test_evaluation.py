@@ -8,6 +8,7 @@ import pytest
 from actors import evaluation
 from actors.evaluation import ReturnEstimate, evaluate
 from actors.policy import UniformPolicy
+from protocol.registry import make_environment
 
 
 def test_standard_error_over_independent_episodes() -> None:
@@ -28,7 +29,9 @@ def test_copies_of_an_episode_do_not_make_the_estimate_surer() -> None:
 
 def test_evaluations_repeat_and_their_episodes_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "EPISODES_AT_ONCE", 4)
-    one, again, other = (evaluate("rover_tower?pairs=2", UniformPolicy(), 10, seed) for seed in (3, 3, 4))
+    environment = "rover_tower?pairs=2"
+    uniform = UniformPolicy(make_environment(environment, 1).spec)
+    one, again, other = (evaluate(environment, uniform, 10, seed) for seed in (3, 3, 4))
     assert one.shape == (10, 4)
     assert np.array_equal(one, again)
     assert not np.array_equal(one, other)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from actors.policy import Policy, UniformPolicy, sample
-from protocol.errors import InputError
 from protocol.layout import Layout, ParameterSharing
 from protocol.specs import EnvironmentSpec, TypeSpec
 
@@ -80,7 +79,8 @@ def test_the_same_generator_draws_the_same_actions() -> None:
 
 def test_the_uniform_policy_draws_every_allowed_action_alike() -> None:
     masks = [np.tile(np.array([True, False, True]), (20_000, 1, 1))]
-    (actions,) = UniformPolicy().act([np.zeros((20_000, 1, 2))], masks, torch.Generator().manual_seed(0))
+    spec = EnvironmentSpec("toy", (TypeSpec("a", 1, 2, 3),), 5)
+    (actions,) = UniformPolicy(spec).act([np.zeros((20_000, 1, 2))], masks, torch.Generator().manual_seed(0))
     assert not (actions == 1).any()
     assert abs((actions == 0).mean() - 0.5) < 0.02
 
@@ -110,7 +110,15 @@ def test_parameters_travel_as_arrays() -> None:
     assert received.sha256() != sent.sha256()  # copies
 
 
-def test_continuous_actions_are_refused_by_name() -> None:
-    spec = EnvironmentSpec("toy", (TypeSpec("arm", 1, 2, 2, discrete=False),), 5)
-    with pytest.raises(InputError, match="arm"):
-        Policy(Layout.of(spec, "agent"), (8,), torch.Generator())
+def test_continuous_actions_stay_within_their_bounds() -> None:
+    spec = EnvironmentSpec("toy", (TypeSpec("arm", 2, 3, 2, discrete=False), TypeSpec("leg", 1, 3, 2)), 5)
+    policy = Policy(Layout.of(spec, "type"), (8,), torch.Generator().manual_seed(0))
+    observations = [np.random.default_rng(0).normal(size=(400, t.count, 3)).astype(np.float32) for t in spec.types]
+    masks = [np.ones((400, t.count, 2), bool) for t in spec.types]
+    for acts in (policy, UniformPolicy(spec)):
+        arm, leg = acts.act(observations, masks, torch.Generator().manual_seed(0))
+        assert (arm.shape, arm.dtype, leg.dtype) == ((400, 2, 2), np.float32, np.int64)
+        assert 0.5 < np.abs(arm).max() <= 1
+        assert abs(arm.mean()) < 0.3
+    greedy = policy.act(observations, masks, torch.Generator(), greedy=True)[0]
+    np.testing.assert_array_equal(greedy, policy.act(observations, masks, torch.Generator(), greedy=True)[0])

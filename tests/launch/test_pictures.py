@@ -22,7 +22,7 @@ ENVIRONMENT = "berlin?types=10&agents=50&sight=near"
 def test_all_pictures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "DAYS", 2)
     demonstrations = Demonstrations.load(resolve("berlin46"))
-    paths = draw_pictures(ENVIRONMENT, UniformPolicy(), demonstrations, tmp_path / "pictures", 8.5)
+    paths = draw_pictures(ENVIRONMENT, UniformPolicy(demonstrations.spec), demonstrations, tmp_path / "pictures", 8.5)
     assert [path.name for path in paths] == ["map.png", "loads.png", "places.png", "day.gif"]
     for path in paths[:3]:
         assert matplotlib.image.imread(path).std() > 0.05  # something is on it
@@ -53,4 +53,4 @@ def test_an_hour_is_the_step_that_it_falls_in() -> None:
 def test_other_environments_have_no_map(tmp_path: Path) -> None:
     demonstrations = Demonstrations.load(resolve("rover_tower_8"))
     with pytest.raises(InputError, match="pictures of berlin only"):
-        draw_pictures("rover_tower?pairs=4", UniformPolicy(), demonstrations, tmp_path, -1)
+        draw_pictures("rover_tower?pairs=4", UniformPolicy(demonstrations.spec), demonstrations, tmp_path, -1)

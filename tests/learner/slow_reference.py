@@ -105,6 +105,12 @@ def one_hot(action: int, width: int) -> torch.Tensor:
     return torch.tensor([float(a == action) for a in range(width)])
 
 
+def vector(rows: JointRows, layout: Layout, row: int, agent: Agent) -> torch.Tensor:
+    """The action vector of one agent in one row."""
+    action = rows.actions[agent.block][row, agent.place]
+    return one_hot(int(action), layout.blocks[agent.block].action_dim) if action.ndim == 0 else action
+
+
 def q_values(
     critic: Critic, rows: JointRows, heads: int, attend_own_type: bool, row: int, agent: Agent
 ) -> torch.Tensor:
@@ -120,8 +126,12 @@ def context(
     critic: Critic, rows: JointRows, heads: int, attend_own_type: bool, row: int, agent: Agent, own: torch.Tensor
 ) -> torch.Tensor:
     """ã^i [H] (Eq. 11); 0 if there is nothing to see."""
+    return weighed(critic, heads, own, entities(critic, rows, attend_own_type, row, agent))
+
+
+def weighed(critic: Critic, heads: int, own: torch.Tensor, seen: list[torch.Tensor]) -> torch.Tensor:
+    """The attention of e^i over embeddings, [H]."""
     attention = critic.others
-    seen = entities(critic, rows, attend_own_type, row, agent)
     width = len(own) // heads
     mixed = []
     for head in range(heads):
@@ -145,18 +155,12 @@ def entities(critic: Critic, rows: JointRows, attend_own_type: bool, row: int, a
     if critic.context == "agents":
         for other in everybody:
             if other != agent and rows.active[other.block][row, other.place]:
-                width = layout.blocks[other.block].action_dim
-                action = one_hot(int(rows.actions[other.block][row, other.place]), width)
-                both = torch.cat([rows.observations[other.block][row, other.place], action])
+                both = torch.cat([rows.observations[other.block][row, other.place], vector(rows, layout, row, other)])
                 seen.append(mlp(critic.others.embeddings[other.block], other.group, 0, both).clamp(min=0))
         return seen
     for m in range(layout.spec.num_types):
         members = [other for other in everybody if other.type == m]
-        vectors = [
-            one_hot(int(rows.actions[other.block][row, other.place]), layout.spec.types[m].action_dim)
-            for other in members
-            if rows.active[other.block][row, other.place]
-        ]
+        vectors = [vector(rows, layout, row, other) for other in members if rows.active[other.block][row, other.place]]
         if vectors and (attend_own_type or agent.type != m):
             b = members[0].block
             number = layout.blocks[b].types.index(m)

@@ -18,6 +18,7 @@ TINY = {
     "rover_tower_8": ["--actor.steps-per-iteration", "50", "--steps", "100"],
     "berlin": ["--actor.steps-per-iteration", "100", "--steps", "200"],
 }
+OPTIONS = {"boltzmann": ["--learner.policy", "boltzmann"], "state_action": ["--learner.query", "state_action"]}
 QUICK = [
     *("--mode", "serial", "--demonstration-episodes", "1", "--seed", "3", "--learner.updates", "2"),
     *("--learner.batch-size", "16", "--reward.batch-size", "16", "--reward.updates", "1", "--cloning.updates", "2"),
@@ -53,9 +54,9 @@ def test_an_unknown_one_names_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("preset", TINY)
-@pytest.mark.parametrize("name", [*ALGORITHMS, "boltzmann"])
+@pytest.mark.parametrize("name", [*ALGORITHMS, *OPTIONS])
 def test_every_algorithm_trains_by_name(name: str, preset: str, tmp_path: Path) -> None:
-    asked = ["--learner.policy", "boltzmann"] if name == "boltzmann" else ["--algorithm", name]
+    asked = OPTIONS.get(name, ["--algorithm", name])
     place = ["--runs-folder", str(tmp_path), "--run", "tiny"]
     assert main(["train", "--preset", preset, *TINY[preset], *QUICK, *asked, *place]) == 0
     result = json.loads((tmp_path / "tiny" / "result.json").read_text())
@@ -64,3 +65,34 @@ def test_every_algorithm_trains_by_name(name: str, preset: str, tmp_path: Path) 
         rows = list(csv.DictReader(file))
     assert len(rows) >= 2
     assert all(value not in ("nan", "inf") for row in rows for value in row.values())
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_trains_with_continuous_actions(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("mpe2")
+    environment = "pettingzoo:mpe2.simple_spread_v3?arguments=continuous_actions:true,max_cycles:5"
+    start = ["train", "--mode", "serial", "--environment", environment, *QUICK, "--runs-folder", str(tmp_path)]
+    size = ["--actor.steps-per-iteration", "20", "--steps", "40"]
+    assert main([*start, *size, "--algorithm", "maac", "--demonstrations", "", "--run", "expert"]) == 0
+    recorded = str(tmp_path / "recorded.safetensors")
+    expert = str(tmp_path / "expert")
+    assert main(["demonstrations", "record", "--run", expert, "--episodes", "3", "--output", recorded]) == 0
+    assert main([*start, *size, "--algorithm", name, "--demonstrations", recorded, "--run", "tiny"]) == 0
+    assert json.loads((tmp_path / "tiny" / "result.json").read_text())["status"] == "finished"
+
+
+def test_a_boltzmann_policy_needs_discrete_actions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("mpe2")
+    environment = "pettingzoo:mpe2.simple_spread_v3?arguments=continuous_actions:true"
+    asked = [
+        "--algorithm",
+        "maac",
+        "--learner.policy",
+        "boltzmann",
+        "--demonstrations",
+        "",
+        "--runs-folder",
+        str(tmp_path),
+    ]
+    assert main(["train", "--mode", "serial", "--environment", environment, *QUICK, *asked]) == 2
+    assert "boltzmann needs discrete actions" in capsys.readouterr().err

@@ -1,0 +1,53 @@
+"""What a run has learned, from its folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from actors.policy import Policy
+from actors.process import build_policy
+from launch.config import Config
+from launch.topology import make_job
+from learner.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
+from learner.optimisation import part
+from protocol.errors import InputError
+from protocol.job import Endpoints, Job
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The configuration of a run, its policy, and the checkpoint that it is from."""
+
+    config: Config
+    job: Job
+    policy: Policy
+    checkpoint: Checkpoint
+
+
+def load_trained(run: Path, best: bool = False) -> Trained:
+    """The newest checkpoint of a run's folder, or the one with the highest evaluation return.
+
+    Raises InputError if this is no run, or it has no checkpoint.
+    """
+    config = Config.from_yaml(_read(run / "config.yaml"), str(run / "config.yaml"))
+    torch.set_num_threads(config.threads)
+    job = make_job(config, "", run, Endpoints("", "", "", ""))
+    policy = build_policy(job, config.actor)
+    folder = run / "checkpoints"
+    checkpoint = CheckpointFolder(folder, 1).newest()
+    if best and (folder / "best").exists():
+        checkpoint = read_checkpoint(folder / (folder / "best").read_text().strip())
+    if checkpoint is None:
+        raise InputError(f"{run} has no checkpoint yet: let it run until the first is written (`bm3il status {run}`)")
+    policy.load_arrays(part(checkpoint.learner, "policy"))
+    return Trained(config, job, policy, checkpoint)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise InputError(f"{path.parent} is not the folder of a run: {error.strerror}: {path.name}") from error

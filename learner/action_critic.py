@@ -1,0 +1,163 @@
+"""Critics of one own action at a time, Q^i(s^i, a^i, ã^i): for continuous actions, and for the attention of the text.
+
+The critics of `learner.critics` give Q of all own actions in one pass, because nothing before their last layer knows
+the own action. Here e^i = relu(W^i [s^i, a^i]), the query of Eq. 11 is W_q e^i(s^i, a^i), and Q^i = head^i([e^i, ã^i])
+is one number, so that discrete actions take one pass each.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+
+from actors import gaussian
+from actors.policy import FORBIDDEN_LOGIT
+from learner import losses
+from learner.actor_critic import ActorCritic, draw, grid
+from learner.critics import Critic, Scene
+from learner.mean_field import action_vectors
+from learner.replay import Batch
+from protocol.layout import Block, JointRows
+
+
+class ActionCritic(Critic):
+    """Q^i(s^i, a^i, ã^i) of every agent; one network per parameter group, as in `Critic`."""
+
+    def _ends(self, block: Block) -> tuple[int, int]:
+        return block.observation_dim + block.action_dim, 1
+
+    def forward(self, rows: JointRows) -> list[torch.Tensor]:
+        """Joint rows → per block Q of every own action [G, B, S, A], or of the own action taken [G, B, S] if it is
+        continuous; the others act as they did."""
+        scene = self.scene(rows)
+        values = []
+        for b, block in enumerate(self.layout.blocks):
+            observations = grid(block, rows.observations[b])
+            if block.discrete:
+                q = self.of_all_actions(b, observations, scene)
+            else:
+                q = self.of(b, observations, grid(block, rows.actions[b]), scene)
+            values.append(q.unflatten(1, (len(rows), block.slots)))
+        return values
+
+    def scene(self, rows: JointRows) -> Scene | None:
+        """What the others do in these rows; None if the critics do not see it."""
+        return None if self.others is None else self.others.scene(rows)
+
+    def of(self, b: int, observations: torch.Tensor, actions: torch.Tensor, scene: Scene | None) -> torch.Tensor:
+        """Q of one block [G, B·S] for observations [G, B·S, O] and own action vectors [G, B·S, A]."""
+        encoded = self.encoders[b](observations, actions)
+        if self.others is None or scene is None:
+            return self.heads[b](encoded).squeeze(-1)
+        block, batch = self.layout.blocks[b], len(scene.values)
+        agents = encoded.unflatten(1, (batch, -1)).movedim(1, 0).flatten(1, 2)
+        mixed = self.others.mix(agents, scene, self._slots[b])
+        context = mixed.unflatten(1, (block.groups, block.slots)).movedim(0, 1).flatten(1, 2)
+        return self.heads[b](encoded, context).squeeze(-1)
+
+    def of_all_actions(self, b: int, observations: torch.Tensor, scene: Scene | None) -> torch.Tensor:
+        """Q of every own action of a block of discrete ones, [G, B·S, A]."""
+        width = self.layout.blocks[b].action_dim
+        one_hot = torch.eye(width, dtype=observations.dtype, device=observations.device)
+        shape = (*observations.shape[:2], width)
+        return torch.stack([self.of(b, observations, a.expand(shape), scene) for a in one_hot], dim=-1)
+
+    @torch.no_grad()
+    def attention(self, rows: JointRows) -> torch.Tensor | None:
+        """As `Critic.attention`, of the own actions taken."""
+        if self.others is None or self.context == "uniform_types":
+            return None
+        encoded = [
+            self.encoders[b](grid(block, rows.observations[b]), grid(block, action_vectors(block, rows.actions[b])))
+            for b, block in enumerate(self.layout.blocks)
+        ]
+        return self.others.weights(encoded, rows)
+
+    @property
+    def _slots(self) -> list[slice]:
+        ends = list(accumulate(block.groups * block.slots for block in self.layout.blocks))
+        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+class ActionActorCritic(ActorCritic):
+    """The actor-critic over an `ActionCritic`.
+
+    Discrete actions as in `ActorCritic`, exact over the own action. Continuous ones: y = r + γ (Q̄(s',a',ã') −
+    temperature · log π(a'|s')) with a' drawn from the target policy (Eq. 8), and the policy moves along the gradient of
+    Q(s,a,ã) − temperature · log π(a|s) with respect to a reparameterised a.
+    """
+
+    critic: ActionCritic
+    target_critic: ActionCritic
+
+    def _backward(
+        self, batch: Batch, rewards: list[torch.Tensor], weights: list[torch.Tensor], temperature: float
+    ) -> dict[str, torch.Tensor]:
+        names = ("critic_loss", "policy_loss", "value", "entropy")
+        sums = {name: torch.zeros((), device=self.device) for name in names}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
+            targets = self._targets(batch, rewards, temperature)
+            scene = self.critic.scene(batch.rows)
+            seen = None if scene is None else _fixed(scene)
+            loss = torch.zeros((), device=self.device)
+            for b, (target, weight) in enumerate(zip(targets, weights, strict=True)):
+                block = self.layout.blocks[b]
+                observations, actions = grid(block, batch.rows.observations[b]), grid(block, batch.rows.actions[b])
+                if block.discrete:
+                    q = self.critic.of_all_actions(b, observations, scene).float()
+                    taken = q.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+                    policy_loss = self._improve(b, observations, batch, q.detach(), temperature, weight)
+                    figures = {"policy_loss": policy_loss} | self._entropy(policy_loss, temperature)
+                else:
+                    taken = self.critic.of(b, observations, actions, scene).float()
+                    figures = self._improve_continuous(b, observations, seen, temperature, weight)
+                loss = loss + (weight * (taken - target) ** 2).sum()
+                for name, value in figures.items():
+                    sums[name] += value
+                sums["value"] += (weight * target).sum()
+        loss.backward()
+        return sums | {"critic_loss": loss.detach()}
+
+    def _improve_continuous(
+        self, b: int, observations: torch.Tensor, scene: Scene | None, temperature: float, weight: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Add the gradients of the policies of one block; nothing is added to the critics'."""
+        network = self.policy.networks[b]
+        action, log_density = gaussian.draw(network(observations).float(), self._generator)
+        q = self.critic.of(b, observations, action, scene).float()
+        loss = (weight * (temperature * log_density - q)).sum()
+        torch.autograd.backward(loss, inputs=list(network.parameters()))
+        return {"policy_loss": loss.detach(), "entropy": -(weight * log_density.detach()).sum()}
+
+    @torch.no_grad()
+    def _targets(self, batch: Batch, rewards: list[torch.Tensor], temperature: float) -> list[torch.Tensor]:
+        drawn = [self._draw(b, batch) for b in range(len(self.layout.blocks))]
+        actions = [
+            block.rows(action.unflatten(1, (-1, block.slots)))
+            for block, (action, _) in zip(self.layout.blocks, drawn, strict=True)
+        ]
+        scene = self.target_critic.scene(JointRows(batch.next_observations, actions, batch.next_active))
+        targets = []
+        for b, (action, likelihood) in enumerate(drawn):
+            block, observations = self.layout.blocks[b], grid(self.layout.blocks[b], batch.next_observations[b])
+            if block.discrete:
+                q = self.target_critic.of_all_actions(b, observations, scene).float()
+                value = losses.soft_value(q, likelihood, temperature)
+            else:
+                value = self.target_critic.of(b, observations, action, scene).float() - temperature * likelihood
+            targets.append(self._target(block, batch.next_active[b], batch.terminated, rewards[b], value))
+        return targets
+
+    def _draw(self, b: int, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Next actions of one block by the target policies, and their masked logits [G, B·S, A] or log densities."""
+        block = self.layout.blocks[b]
+        output = self.target_policy.networks[b](grid(block, batch.next_observations[b])).float()
+        if not block.discrete:
+            return gaussian.draw(output, self._generator)
+        logits = output.masked_fill(~grid(block, batch.next_action_masks[b]), FORBIDDEN_LOGIT)
+        return draw(logits, self._generator), logits
+
+
+def _fixed(scene: Scene) -> Scene:
+    return Scene(None if scene.keys is None else scene.keys.detach(), scene.values.detach(), scene.present)
