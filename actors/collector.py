@@ -22,9 +22,10 @@ class Collector:
         spec = make_environment(job.environment, 1).spec
         self.environment = make_environment(job.environment, episodes_per_chunk(settings, spec, job.actors))
 
-    def collect(self, policy: Policy, version: int) -> Trajectories:
-        """The chunk of this version: a pure function of (weights, run seed, actor index, version)."""
-        return rollout(self.environment, policy, derive_seed(self._seed, "rollout", self._index, version))
+    def collect(self, policy: Policy, *stream: int | str) -> Trajectories:
+        """The chunk of this stream, in lockstep the version: a pure function of (weights, run seed, actor index,
+        stream)."""
+        return rollout(self.environment, policy, derive_seed(self._seed, "rollout", self._index, *stream))
 
 
 def episodes_per_chunk(settings: ActorSettings, spec: EnvironmentSpec, actors: int) -> int:

@@ -20,35 +20,86 @@ from protocol.messages import Chunk, Done, Evaluation, Refusal, Weights
 from protocol.registry import make_environment
 from protocol.seeds import derive_seed
 from protocol.telemetry import Telemetry
-from protocol.trajectories import ArrayTable
+from protocol.trajectories import ArrayTable, Trajectories
 
 POLL_SECONDS = 0.2
+CREDITS = 2
+"""Chunks of one actor that the learner has not taken yet; with so many, a streaming actor pauses."""
 
 
 def run_actor(job: Job, settings: ActorSettings, index: int, telemetry: Telemetry) -> None:
-    """Collect one chunk per policy version and send it until it is acknowledged; ends when told to stop."""
+    """Collect chunks and send each until it is acknowledged; ends when told to stop.
+
+    In lockstep one chunk per policy version. In async chunk after chunk with the newest weights there are.
+    """
     torch.set_num_threads(job.threads)
-    collector = Collector(job, settings, index)
-    policy = build_policy(job, settings)
-    weights, learner = _connect(job, policy, telemetry)
-    metrics = ActorMetrics(telemetry.registry)
-    collected: tuple[str, int] | None = None
+    actor = _Actor(job, settings, index, telemetry)
     while not telemetry.stop.is_set():
-        with telemetry.stage("wait_for_weights"):
-            message = weights.newest(POLL_SECONDS)
-            _pump(learner)
-        if message is None or (message.body.session, message.body.version) == collected:
-            continue
-        learner.forget()  # a chunk of an older version is of no use to anybody
-        policy.load_arrays(message.arrays)
+        if job.mode == "async":
+            actor.stream()
+        else:
+            actor.follow()
+
+
+class _Actor:
+    """`weights_of`: session and version of the weights that the policy has, None before the first."""
+
+    def __init__(self, job: Job, settings: ActorSettings, index: int, telemetry: Telemetry) -> None:
+        self._index, self._telemetry = index, telemetry
+        self._collector = Collector(job, settings, index)
+        self._policy = build_policy(job, settings)
+        self._weights, self._learner = _connect(job, self._policy, telemetry)
+        self._metrics = ActorMetrics(telemetry.registry)
+        self._weights_of: tuple[str, int] | None = None
+        self._chunks = 0
+
+    def follow(self) -> None:
+        """Lockstep: wait a while for new weights, and play one chunk with them."""
+        if not self._refresh(POLL_SECONDS) or self._weights_of is None:
+            return
+        self._learner.forget()  # a chunk of an older version is of no use to anybody
+        session, version = self._weights_of
+        chunk, seconds = self._collect(version)
+        self._send(chunk, seconds, session, version, version + 1)
+
+    def stream(self) -> None:
+        """Async: one chunk with the newest weights; a pause while the learner has not taken the chunks before."""
+        before = self._weights_of
+        waits = before is None or self._learner.pending >= CREDITS
+        self._refresh(POLL_SECONDS / 10 if waits else 0.0)
+        if before is not None and self._weights_of is not None and before[0] != self._weights_of[0]:
+            self._learner.forget()  # the learner went back to a checkpoint: older chunks are of no use
+        if self._weights_of is None or self._learner.pending >= CREDITS:
+            return
+        session, version = self._weights_of
+        self._chunks += 1
+        chunk, seconds = self._collect(self._telemetry.sender.incarnation, self._chunks)
+        self._refresh(0.0)
+        if self._weights_of[0] == session:
+            self._send(chunk, seconds, session, version, self._weights_of[1])
+
+    def _refresh(self, wait_seconds: float) -> bool:
+        """Take the newest weights; whether they are others than before."""
+        with self._telemetry.stage("wait_for_weights"):
+            _pump(self._learner)  # first: an actor that may go on shall do so with what was published until then
+            message = self._weights.newest(wait_seconds)
+        if message is None or (message.body.session, message.body.version) == self._weights_of:
+            return False
+        self._weights_of = (message.body.session, message.body.version)
+        self._policy.load_arrays(message.arrays)
+        return True
+
+    def _collect(self, *stream: int | str) -> tuple[Trajectories, float]:
         start = time.perf_counter()
-        with telemetry.stage("collect"):
-            chunk = collector.collect(policy, message.body.version)
-        collected = (message.body.session, message.body.version)
-        metrics.count(chunk, message.body.version, learner.pending)
+        with self._telemetry.stage("collect"):
+            chunk = self._collector.collect(self._policy, *stream)
+        return chunk, time.perf_counter() - start
+
+    def _send(self, chunk: Trajectories, seconds: float, session: str, version: int, next_version: int) -> None:
+        self._metrics.count(chunk, version, self._learner.pending)
         steps, episodes = chunk.terminated.shape
-        body = Chunk(*collected, index, steps, episodes, time.perf_counter() - start)
-        learner.submit(body, chunk.to_arrays())
+        body = Chunk(session, version, next_version, self._index, steps, episodes, seconds)
+        self._learner.submit(body, chunk.to_arrays())
 
 
 def run_evaluator(

@@ -40,7 +40,8 @@ class Config:
     algorithm: str = "bm3il"
     """bm3il, ma-gail, ma-daac, bayesian-ma-daac, mtmfil, bc (behaviour cloning), expert or maac (on true rewards)."""
     mode: Mode = "lockstep"
-    """lockstep: many processes; serial: the same in one process, to debug. Both end with the same bits."""
+    """lockstep: many processes that wait for each other; serial: the same in one process, to debug: both end with the
+    same bits. async: actors stream without waiting, for throughput."""
     seed: int = 0
     """In lockstep it determines everything."""
     steps: int = 200_000

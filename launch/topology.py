@@ -130,6 +130,7 @@ def make_job(config: Config, run_id: str, run_folder: Path, endpoints: Endpoints
         demonstrations=config.demonstrations,
         demonstration_episodes=config.demonstration_episodes,
         algorithm=config.algorithm,
+        mode=config.mode,
         seed=config.seed,
         steps=config.steps,
         actors=config.actors,

@@ -57,6 +57,7 @@ class Imitation:
         self._actor_critic = kinds(policy, critic, settings, device, derive_seed(job.seed, "next-actions"))
         self._replay = Replay(policy.layout, settings.window_steps)
         self._generator = torch.Generator().manual_seed(derive_seed(job.seed, "replay"))
+        self._asked: deque[tuple[Batch, int]] = deque()
         self._cloning: Cloning | None = None
         if settings.cloning_weight and demonstrations is not None:
             seed = derive_seed(job.seed, "cloning")
@@ -65,6 +66,7 @@ class Imitation:
 
     def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None) -> None:
         """Start a session on both sides, from a checkpoint's arrays or from the seed."""
+        self._asked.clear()
         self._rewards.begin(session, rewards)
         if learner is None:
             return
@@ -85,15 +87,11 @@ class Imitation:
             fresh = [self._replay.add(chunk) for chunk in chunks]
             figures: dict[str, float] = {}
             if self._imitates:
-                self._rewards.observe(_joined(fresh))
+                self._rewards.observe(joined(fresh))
                 _, figures = self._rewards.update(progress)
         totals: dict[str, float] = {}
         for batch, rewards in self._batches():
-            with self._telemetry.stage("update"):
-                update = self._actor_critic.update(batch, rewards, progress, self._cloning)
-            for name, value in update.items():
-                totals[name] = totals.get(name, 0.0) + value / self._settings.updates
-            totals["reward"] = totals.get("reward", 0.0) + _mean(rewards) / self._settings.updates
+            self._train(batch, rewards, progress, totals)
         return sum(chunk.num_steps for chunk in chunks), figures | totals
 
     def state(self) -> tuple[Arrays, Arrays]:
@@ -108,19 +106,32 @@ class Imitation:
     def finish(self) -> None:
         """Nothing: the policy of the last iteration is the result."""
 
+    def _train(self, batch: Batch, rewards: list[torch.Tensor], progress: float, totals: dict[str, float]) -> None:
+        """One update; its figures are added to `totals`, means over the iteration."""
+        with self._telemetry.stage("update"):
+            update = self._actor_critic.update(batch, rewards, progress, self._cloning)
+        for name, value in (update | {"reward": _mean(rewards)}).items():
+            totals[name] = totals.get(name, 0.0) + value / self._settings.updates
+
+    def _ask(self) -> None:
+        """Draw a batch and ask for its rewards."""
+        batch = self._replay.sample(self._settings.batch_size, self._generator)
+        true_rewards = None if self._imitates else batch.rewards
+        self._asked.append((batch, self._rewards.submit(batch.rows, true_rewards)))
+
     def _batches(self) -> Iterator[tuple[Batch, list[torch.Tensor]]]:
         """Batches with the rewards of the current particles; the next queries travel while one is trained on."""
-        waiting: deque[tuple[Batch, int]] = deque()
         for number in range(self._settings.updates + PREFETCHED_BATCHES):
             if number < self._settings.updates:
-                batch = self._replay.sample(self._settings.batch_size, self._generator)
-                true_rewards = None if self._imitates else batch.rewards
-                waiting.append((batch, self._rewards.submit(batch.rows, true_rewards)))
-            if waiting and number >= PREFETCHED_BATCHES:
-                batch, ticket = waiting.popleft()
-                with self._telemetry.stage("query"):
-                    rewards = self._rewards.rewards(ticket)
-                yield batch, rewards
+                self._ask()
+            if self._asked and number >= PREFETCHED_BATCHES:
+                yield self._answered()
+
+    def _answered(self) -> tuple[Batch, list[torch.Tensor]]:
+        """The batch that was asked for first, and its rewards."""
+        batch, ticket = self._asked.popleft()
+        with self._telemetry.stage("query"):
+            return batch, self._rewards.rewards(ticket)
 
 
 def build_critic(job: Job, settings: LearnerSettings, actor: ActorSettings, layout: Layout) -> Critic:
@@ -154,7 +165,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _joined(rows: list[JointRows]) -> JointRows:
+def joined(rows: list[JointRows]) -> JointRows:
     blocks = range(len(rows[0].observations))
     return JointRows(
         [torch.cat([r.observations[b] for r in rows]) for b in blocks],

@@ -13,6 +13,7 @@ from learner.experience import Experience, LocalExperience, RemoteExperience
 from learner.imitation import Imitation
 from learner.record import RunRecord
 from learner.settings import CloningSettings, LearnerSettings
+from learner.streaming import StreamedExperience, StreamedImitation
 from learner.training import Iterated, Training, iterations_for
 from protocol.demonstrations import load_demonstrations
 from protocol.errors import InputError
@@ -37,7 +38,12 @@ def run_learner(
     """Train with actors and a reward server in other processes; returns the status, as `Training.run` does."""
     torch.set_num_threads(job.threads)
     policy = build_policy(job, actor)
-    experience = RemoteExperience(job, policy, actor, settings.deadline_seconds, telemetry)
+    experience: RemoteExperience
+    if job.mode == "async":
+        lag, deadline_seconds = settings.max_policy_lag, settings.deadline_seconds
+        experience = StreamedExperience(job, policy, actor, lag, deadline_seconds, telemetry)
+    else:
+        experience = RemoteExperience(job, policy, actor, settings.deadline_seconds, telemetry)
     rewards = RemoteRewards(
         job.endpoints.rewards,
         telemetry.sender,
@@ -45,6 +51,7 @@ def run_learner(
         state_table(policy.layout, reward, actor.agent_identity),
         telemetry.count_drop,
         settings.deadline_seconds,
+        alone=job.mode != "async",
     )
     return _train(job, settings, cloning, actor, evaluation, config_yaml, experience, rewards, policy, telemetry)
 
@@ -86,7 +93,8 @@ def _train(
         algorithm_run: Iterated = BehaviourCloning(policy, demonstrations, cloning, job.seed)
         iterations = cloning.iterations
     else:
-        algorithm_run = Imitation(job, settings, actor, policy, demonstrations, experience, rewards, telemetry)
+        kind = StreamedImitation if job.mode == "async" else Imitation
+        algorithm_run = kind(job, settings, actor, policy, demonstrations, experience, rewards, telemetry)
         iterations = iterations_for(job.steps, actor, job, policy)
     record = RunRecord(job.run_folder)
     return Training(

@@ -74,6 +74,8 @@ class Replay:
     def add(self, trajectories: Trajectories) -> JointRows:
         """Take in whole episodes, overwriting the oldest rows; returns the fresh transitions' rows, copied."""
         lengths = torch.as_tensor(trajectories.lengths)
+        if self._fits_whole(lengths):
+            return self._add_whole(trajectories)
         step = torch.arange(trajectories.terminated.shape[0] + 1)
         kept = step <= lengths.unsqueeze(1)
         index = (self._cursor + torch.arange(int(kept.sum()))) % self.capacity
@@ -116,6 +118,34 @@ class Replay:
         self._terminated.copy_(torch.tensor(arrays["terminated"]))
         self._has_successor.copy_(torch.tensor(arrays["has_successor"]))
         self._cursor = int(arrays["cursor"][0])
+
+    def _fits_whole(self, lengths: torch.Tensor) -> bool:
+        """Whether episodes of full length can go to where whole episodes lie, without touching the ring's end."""
+        rows = self.layout.spec.episode_length + 1
+        ends = self._cursor + len(lengths) * rows
+        return self._cursor % rows == 0 and ends <= self.capacity and bool((lengths == rows - 1).all())
+
+    def _add_whole(self, trajectories: Trajectories) -> JointRows:
+        """As `add`, with one copy from where the arrays lie: what streams in are mostly whole episodes."""
+        rows, episodes = self.layout.spec.episode_length + 1, trajectories.num_episodes
+        end = self._cursor + episodes * rows
+        place = slice(self._cursor, end)
+        for field, stored in self._columns.items():
+            arrays = getattr(trajectories, field)
+            for block, column in zip(self.layout.blocks, stored, strict=True):
+                target, first = column[place].unflatten(0, (episodes, rows)), 0
+                for m in block.types:
+                    steps = torch.from_numpy(np.asarray(arrays[m])).transpose(0, 1)
+                    target[:, : steps.shape[1], first : first + steps.shape[2]] = steps
+                    first += steps.shape[2]
+                if arrays[0].shape[0] < rows:
+                    target[:, -1] = 0  # as `_with_last_row`
+        step = torch.arange(rows)
+        self._terminated[place] = _with_last_row(torch.as_tensor(trajectories.terminated)).T.flatten()
+        self._has_successor[place] = (step < rows - 1).repeat(episodes)
+        index = torch.arange(self._cursor, end)[self._has_successor[place]]
+        self._cursor = end % self.capacity
+        return self._rows(index)
 
     def _episode_major(self, arrays: list[np.ndarray]) -> list[torch.Tensor]:
         """A field of the trajectories as joint rows per block, [E, T+1, N_b, …]."""

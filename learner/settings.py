@@ -53,6 +53,9 @@ class LearnerSettings:
     """Arithmetic of the matrix products; parameters and optimisers stay float32."""
     cloning_weight: float = 0.0
     """Weight of a behaviour-cloning term on expert rows in the policy loss; 0 is the paper."""
+    max_policy_lag: int = 4
+    """Async: iterations that the policy of a chunk may be behind the one that it trains; the learner waits for actors
+    that would fall back further."""
     checkpoint_interval: int = 10
     """Iterations between checkpoints."""
     checkpoints_kept: int = 3

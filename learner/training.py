@@ -210,7 +210,6 @@ class Training:
             "env_steps": facts.env_steps,
             "steps": facts.env_steps / facts.iteration * self._iterations,
             "random_return": self._random_return,
-            "policy_lag": 0.0,
             "steps_per_second": facts.env_steps / max(facts.wall_seconds, 1e-9),
         }
         if self._expert_return is not None:

@@ -27,7 +27,7 @@ from protocol.messages import MAX_ARRAYS, MAX_MESSAGE_BYTES, Message, Refusal, S
 log = logging.getLogger(__name__)
 
 ZERO_COPY_BYTES = 1 << 16
-ANSWERS_KEPT = 8
+ANSWERS_KEPT = 32
 CLIENTS_KEPT = 4096
 FIRST_RESEND_SECONDS = 1.0
 LAST_RESEND_SECONDS = 8.0
@@ -81,8 +81,9 @@ class Server:
         frames = encode(self._sender, message.sequence, body, arrays)
         answers = self._answers_of(message.sender)
         answers[message.sequence] = frames
-        while len(answers) > ANSWERS_KEPT:
-            answers.popitem(last=False)
+        answered = [sequence for sequence, kept in answers.items() if kept is not None]
+        for sequence in answered[:-ANSWERS_KEPT]:  # what is under way stays, or a resent request would be done twice
+            del answers[sequence]
         self._send(request.peer, frames)
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from protocol.specs import ParameterSharing
 
-Mode = Literal["lockstep", "serial"]
+Mode = Literal["lockstep", "async", "serial"]
 Role = Literal["actor", "learner", "reward-server", "evaluator"]
 
 
@@ -40,6 +40,7 @@ class Job:
     demonstrations: str
     demonstration_episodes: int
     algorithm: str
+    mode: Mode
     seed: int
     steps: int
     actors: int

@@ -48,11 +48,15 @@ class Weights:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Actor → learner: whole episodes collected with policy `version`. Arrays: `Trajectories.to_arrays`."""
+    """Actor → learner: whole episodes collected with policy `version`. Arrays: `Trajectories.to_arrays`.
+
+    next_version: the oldest version that the actor's next chunk can be of.
+    """
 
     kind: ClassVar[str] = "chunk"
     session: str
     version: int
+    next_version: int
     actor: int
     steps: int
     episodes: int

@@ -153,6 +153,18 @@ class RemoteRewards:
         self.particles_version = statistics.particles_version
         return statistics.particles_version, dict(statistics.values)
 
+    def begin_update(self, rows: JointRows, progress: float) -> tuple[int, int]:
+        """`observe` and `update` without waiting for them; the ticket is for `end_update`. Queries that are asked
+        afterwards are answered by the updated particles. The rows must stay as they are until then."""
+        observed = self._client.submit(Observe(self._session, len(rows)), rows.to_arrays())
+        return observed, self._client.submit(Update(self._session, progress))
+
+    def end_update(self, ticket: tuple[int, int]) -> tuple[int, dict[str, float]]:
+        """As `update` answers."""
+        observed, updated = (self._result(part, self._deadline_seconds) for part in ticket)
+        assert isinstance(observed.body, Done)
+        return updated.body.particles_version, dict(updated.body.values)
+
     def submit(self, rows: JointRows, true_rewards: list[torch.Tensor] | None = None, deviation: bool = False) -> int:
         """As in `RewardService`; with `deviation`, `answer` also gives the standard deviation over particles."""
         body = Query(self._session, len(rows), deviation, self._alone)

@@ -38,7 +38,7 @@ def test_flags_win_over_the_preset() -> None:
         (["--sed", "3"], "did you mean --seed"),
         (["--learner.batchsize=3"], "did you mean --learner.batch-size"),
         (["--seed", "many"], "--seed"),
-        (["--mode", "quick"], "'lockstep', 'serial'"),
+        (["--mode", "quick"], "'lockstep', 'async', 'serial'"),
         (["--seed"], "Missing value for argument '--seed'"),
         (["stray"], "stray"),
     ],

@@ -145,3 +145,15 @@ def test_eight_nodes_compute_what_one_computes(tmp_path: Path) -> None:
         if nodes == "8":
             assert all(f"node {number} " in output for number in range(8))
     assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("role", ["actor", "reward-server", "learner", "evaluator"])
+def test_an_async_run_outlives_any_process(tmp_path: Path, role: str) -> None:
+    process = start(tmp_path, "run", "--mode", "async", "--actors", "2")
+    wait_for(lambda: iterations(tmp_path, "run") >= 12, process)
+    victim = wait_for(lambda: worker(process, role), process)
+    victim.send_signal(signal.SIGKILL)
+    output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 0, output
+    result = result_of(tmp_path, "run")
+    assert (result["status"], result["iterations"], result["env_steps"]) == ("finished", 30, 3000)

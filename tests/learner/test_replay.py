@@ -116,3 +116,29 @@ def test_a_restored_ring_samples_and_overwrites_alike() -> None:
         assert torch.equal(one.rows.observations[b], other.rows.observations[b])
         assert torch.equal(one.next_observations[b], other.next_observations[b])
     assert torch.equal(one.terminated, other.terminated)
+
+
+@pytest.mark.parametrize("batches", [1, 3, 7])
+def test_whole_episodes_take_a_short_way_to_the_same_rows(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rings = []
+    for whole in (True, False):
+        if not whole:
+            monkeypatch.setattr(Replay, "_fits_whole", lambda *_: False)
+        replay, fresh = Replay(LAYOUT, 20), []
+        for batch in range(batches):
+            numbers = [2 * batch, 2 * batch + 1]
+            fresh.append(replay.add(episodes(numbers, [5, 5], [True, False])))
+        rings.append((replay.state(), fresh))
+    (short, fresh), (long, expected) = rings
+    for name, array in long.items():
+        np.testing.assert_array_equal(short[name], array, err_msg=name)
+    for rows, wanted in zip(fresh, expected, strict=True):
+        for name, array in wanted.to_arrays().items():
+            np.testing.assert_array_equal(rows.to_arrays()[name], array)
+
+
+def test_the_short_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Replay, "_episode_major", lambda *_: pytest.fail("the long way"))
+    replay = Replay(LAYOUT, 20)
+    for _ in range(3):
+        replay.add(episodes([1, 2], [5, 5], [True, False]))

@@ -49,6 +49,7 @@ def run(
         demonstrations="rover_tower_4",
         demonstration_episodes=10,
         algorithm=name,
+        mode="serial",
         seed=seed,
         steps=ITERATIONS * STEPS_PER_ITERATION,
         actors=actor_count,

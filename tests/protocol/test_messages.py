@@ -150,6 +150,10 @@ def test_no_mutation_does_anything_but_raise_a_protocol_error(data: st.DataObjec
 
 
 def test_bodies_with_numbers_take_integers_for_floats() -> None:
-    for body in (Statistics(1, {"loss": 2}), Chunk("s", 1, 0, 25, 4, 1), Status("actor", 0, 0, 1, "x", "", {"a": 1})):
+    for body in (
+        Statistics(1, {"loss": 2}),
+        Chunk("s", 1, 2, 0, 25, 4, 1),
+        Status("actor", 0, 0, 1, "x", "", {"a": 1}),
+    ):
         raw = [bytes(part) for part in encode(SENDER, 1, body)]
         assert decode(raw, "run", lambda _: {}).body == body

@@ -1,0 +1,255 @@
+"""Async mode: `python benchmarks/streaming.py [wire] [busy] [scaling] [--json FILE]`.
+
+wire: MB/s of chunks from an actor's socket into the replay, beside raw pyzmq at the same message size with one copy.
+busy: the part of its time in which the learner of a Rover Tower run computes instead of waiting.
+scaling: joint steps per second of 1 to 32 actors, when every step of the environment takes 10 ms more.
+All ratios are inside one run. The last two start whole runs with `bm3il train`, on whatever else the machine does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+import zmq
+
+from actors.policy import Policy
+from actors.settings import ActorSettings
+from learner.replay import Replay
+from learner.streaming import StreamedExperience
+from protocol.channels import Client
+from protocol.job import Endpoints, Job
+from protocol.layout import Layout
+from protocol.messages import Chunk, Sender
+from protocol.registry import make_environment
+from protocol.telemetry import Telemetry
+from protocol.trajectories import Trajectories
+
+ENVIRONMENT, EPISODES = "berlin?scenario=berlin46&types=10&agents=50", 4
+CHUNKS, ROUNDS = 30, 5
+WANTED_WIRE, WANTED_BUSY, WANTED_SCALING = 0.6, 0.95, 0.9
+WAITING = ("collect", "query", "wait_for_particles")
+LATENCY = """
+import time
+from actors.environments.rover_tower import RoverTower
+
+class Slow(RoverTower):
+    def step(self, actions):
+        time.sleep(0.01)
+        return super().step(actions)
+"""
+
+
+def wire() -> dict[str, float]:
+    """Medians over rounds of MB/s, and their ratio; sender and receiver have a core each."""
+    torch.set_num_threads(1)
+    arrays = _chunk()
+    megabytes = sum(array.nbytes for array in arrays.values()) / 1e6
+    ours, raw = [], []
+    for _ in range(ROUNDS):
+        ours.append(CHUNKS * megabytes / _time_ours())
+        raw.append(CHUNKS * megabytes / _time_raw(arrays))
+    ratios = [a / b for a, b in zip(ours, raw, strict=True)]
+    return {
+        "chunk_megabytes": megabytes,
+        "bm3il_megabytes_per_second": statistics.median(ours),
+        "pyzmq_megabytes_per_second": statistics.median(raw),
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+    }
+
+
+def _chunk() -> dict[str, np.ndarray]:
+    spec = make_environment(ENVIRONMENT, 1).spec
+    table = Trajectories.array_table(spec, spec.episode_length, EPISODES)
+    arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in table.items()}
+    arrays["lengths"][:] = spec.episode_length
+    return arrays
+
+
+def _time_ours() -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        endpoints = Endpoints(*(f"ipc://{folder}/{name}" for name in ("e", "w", "r", "c")))
+        steps = EPISODES * make_environment(ENVIRONMENT, 1).spec.episode_length
+        job = Job("run", Path(folder), ENVIRONMENT, "", 0, "maac", "async", 0, 1, 1, "type", "cpu", 1, endpoints)
+        telemetry = Telemetry("learner", 0, Sender("run", "learner-0"), 0, "127.0.0.1")
+        layout = Layout.of(make_environment(ENVIRONMENT, 1).spec, "type")
+        policy = Policy(layout, (4,), torch.Generator().manual_seed(0))
+        settings = ActorSettings(steps_per_iteration=steps)
+        experience = StreamedExperience(job, policy, settings, 4, 60.0, telemetry)
+        experience.publish("s", 0, policy, 0)
+        replay = Replay(layout, 4 * steps)
+        process = multiprocessing.get_context("spawn").Process(target=_send_ours, args=(endpoints,))
+        process.start()
+        replay.add(experience.collect(lambda: None)[0])  # the sender is up
+        start = time.perf_counter()
+        for _ in range(CHUNKS):
+            replay.add(experience.collect(lambda: None)[0])
+        seconds = time.perf_counter() - start
+        process.join()
+        experience.close()
+        telemetry.close()
+    return seconds
+
+
+def _send_ours(endpoints: Endpoints) -> None:
+    arrays = _chunk()
+    steps = make_environment(ENVIRONMENT, 1).spec.episode_length
+    client = Client(endpoints.experience, Sender("run", "actor-0"), lambda _: {}, lambda _: None)
+    for _ in range(CHUNKS + 1):
+        while client.pending >= 2:
+            client.pump(0.1)
+        client.submit(Chunk("s", 0, 0, 0, steps, EPISODES, 0.0), arrays)
+    while client.pending:
+        client.pump(0.1)
+
+
+def _time_raw(arrays: dict[str, np.ndarray]) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        socket = zmq.Context.instance().socket(zmq.PULL)
+        socket.bind(f"ipc://{folder}/raw")
+        size = sum(array.nbytes for array in arrays.values())
+        process = multiprocessing.get_context("spawn").Process(target=_send_raw, args=(f"ipc://{folder}/raw", size))
+        process.start()
+        ring = np.zeros((4, size), np.uint8)
+        ring[0] = np.frombuffer(socket.recv(copy=False).buffer, np.uint8)
+        start = time.perf_counter()
+        for number in range(CHUNKS):
+            ring[number % 4] = np.frombuffer(socket.recv(copy=False).buffer, np.uint8)
+        seconds = time.perf_counter() - start
+        process.join()
+        socket.close(linger=0)
+    return seconds
+
+
+def _send_raw(endpoint: str, size: int) -> None:
+    socket = zmq.Context.instance().socket(zmq.PUSH)
+    socket.set_hwm(2)
+    socket.connect(endpoint)
+    data = np.zeros(size, np.uint8)
+    for _ in range(CHUNKS + 1):
+        socket.send(data, copy=False)
+    socket.close(linger=60_000)
+    zmq.Context.instance().term()  # the memory that is being sent must outlive the last chunk
+
+
+def busy(folder: Path) -> dict[str, float]:
+    """From a quarter of the run on: one minus waiting seconds per second."""
+    with _run(folder, "busy", "--preset", "rover_tower_8", "--steps", "120000", "--actors", "1") as run:
+        first = _until(run, 30_000)
+        last = _until(run, 110_000)
+    waiting = {stage: last.seconds(stage) - first.seconds(stage) for stage in WAITING}
+    wall = last.time - first.time
+    return {"busy": 1 - sum(waiting.values()) / wall, "wall_seconds": wall} | waiting
+
+
+def scaling(folder: Path) -> dict[str, float]:
+    """Joint steps per second by number of actors, and the smallest part of linear."""
+    package = folder / "slow"
+    (package / "slow-1.0.dist-info").mkdir(parents=True)
+    (package / "slow_environment.py").write_text(LATENCY)
+    (package / "slow-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: slow\nVersion: 1.0\n")
+    points = "[bm3il.environments]\nslow = slow_environment:Slow\n"
+    (package / "slow-1.0.dist-info" / "entry_points.txt").write_text(points)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])
+    rates: dict[str, float] = {}
+    for actors in (1, 2, 4, 8, 16, 32):
+        cheap = ["--learner.updates", "1", "--learner.batch-size", "32", "--reward.updates", "1"]
+        size = ["--steps", "100000000", "--actors", str(actors), "--actor.steps-per-iteration", str(400 * actors)]
+        options = [*("--environment", "slow?pairs=4", "--demonstrations", "rover_tower_8"), *cheap, *size]
+        options += ["--learner.checkpoint-interval", "100000", "--evaluation.interval", "100000"]
+        options += ["--evaluation.starts", "fresh", "--evaluation.final-episodes", "1", "--reward.batch-size", "32"]
+        with _run(folder, f"actors-{actors}", *options) as run:
+            first = _until(run, 4000 * actors)
+            time.sleep(10)
+            last = _scrape(run)
+            assert last is not None
+        rates[str(actors)] = (last.steps - first.steps) / (last.time - first.time)
+    return rates | {"linear": min(rate / rates["1"] / int(actors) for actors, rate in rates.items())}
+
+
+class Scraped:
+    """The learner's metrics at a time."""
+
+    def __init__(self, text: str) -> None:
+        self.time, self._text = time.monotonic(), text
+        found = re.search(r"^bm3il_learner_env_steps (\S+)", text, re.M)
+        self.steps = float(found.group(1)) if found else 0.0
+
+    def seconds(self, stage: str) -> float:
+        """All seconds spent in a stage."""
+        found = re.search(rf'^bm3il_learner_stage_seconds_sum{{stage="{stage}"}} (\S+)', self._text, re.M)
+        return float(found.group(1)) if found else 0.0
+
+
+@contextmanager
+def _run(folder: Path, name: str, *options: str) -> Iterator[Path]:
+    command = [sys.executable, "-m", "launch.cli", "train", "--mode", "async", "--run", name]
+    with (folder / f"{name}.log").open("w") as log:
+        process = subprocess.Popen([*command, "--runs-folder", str(folder), *options], stdout=log, stderr=log)
+        try:
+            yield folder / name
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=60)
+
+
+def _until(run: Path, steps: int) -> Scraped:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if (scraped := _scrape(run)) is not None and scraped.steps >= steps:
+            return scraped
+        time.sleep(0.2)
+    raise TimeoutError(f"{run} did not come to {steps} steps; see its .log")
+
+
+def _scrape(run: Path) -> Scraped | None:
+    try:
+        targets = json.loads((run / "targets.json").read_text())
+        address = next(t["targets"][0] for t in targets if t["labels"]["role"] == "learner")
+        return Scraped(urllib.request.urlopen(f"http://{address}/metrics", timeout=5).read().decode())
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def main() -> None:
+    """Measure, print, and fail if a bar is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help="wire, busy, scaling; default: all")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    parts, missed, results = given.parts or ["wire", "busy", "scaling"], [], dict[str, Any]()
+    with tempfile.TemporaryDirectory() as folder:
+        for part in parts:
+            results[part] = wire() if part == "wire" else {"busy": busy, "scaling": scaling}[part](Path(folder))
+            print(part, json.dumps(results[part]))
+    if given.json:
+        given.json.write_text(json.dumps(results))
+    bars = {"wire": ("ratio", WANTED_WIRE), "busy": ("busy", WANTED_BUSY), "scaling": ("linear", WANTED_SCALING)}
+    for part, (figure, wanted) in bars.items():
+        if part in results and results[part][figure] < wanted:
+            missed.append(f"{part}: {results[part][figure]:.2f}, wanted {wanted}")
+    assert not missed, "; ".join(missed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Async mode: chunks as they come, rewards that travel while the learner computes (design: throughput before bits)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+
+from actors.policy import Policy
+from actors.process import CREDITS
+from actors.settings import ActorSettings
+from learner.experience import REPEAT_SECONDS, RemoteExperience
+from learner.imitation import Arrays, Imitation, joined
+from protocol.channels import Request
+from protocol.errors import ProtocolError
+from protocol.job import Job
+from protocol.messages import Chunk, Done
+from protocol.telemetry import Telemetry
+from protocol.trajectories import Trajectories
+from reward_server.client import RemoteRewards
+
+log = logging.getLogger(__name__)
+
+PATIENCE_SECONDS = 10.0
+"""How long the learner waits for an actor that would pass the bound of the policy lag, before it goes on without it."""
+MAX_ACTORS = 65_536
+
+
+class StreamedExperience(RemoteExperience):
+    """Chunks of whichever actors there are, in the order in which they came.
+
+    An iteration takes as many chunks as the job has actors, so that updates per fresh step are the same as in lockstep.
+    A chunk is acknowledged when it is taken: an actor with too many unacknowledged ones pauses. If the policy of an
+    actor could fall more than `max_policy_lag` iterations behind, the learner pauses until its chunk has come.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        policy: Policy,
+        actor: ActorSettings,
+        max_policy_lag: int,
+        deadline_seconds: float,
+        telemetry: Telemetry,
+    ) -> None:
+        super().__init__(job, policy, actor, deadline_seconds, telemetry)
+        self._share, self._actors = job.actors, MAX_ACTORS
+        self._max_policy_lag, self._telemetry = max_policy_lag, telemetry
+        self._queue: deque[tuple[Request, Trajectories]] = deque()
+        self._next_version: dict[int, int] = {}
+        """Of each actor that may be at work: the oldest version that its next chunk can be of."""
+
+    def publish(self, session: str, version: int, policy: Policy, evaluate_episodes: int) -> None:
+        if session != self._current[0]:
+            for request, _ in self._queue:
+                self._server.answer(request, Done("stale"))
+            self._queue.clear()
+            self._next_version.clear()
+        super().publish(session, version, policy, evaluate_episodes)
+
+    def collect(self, abort: Callable[[], None]) -> list[Trajectories]:
+        start = repeated = time.monotonic()
+        self._weights.pump()
+        self._receive(0)
+        while len(self._queue) < self._share or self._behind():
+            abort()
+            now = time.monotonic()
+            if now - start > self._deadline_seconds:
+                raise TimeoutError(
+                    f"{len(self._queue)} of {self._share} chunks from actors within {self._deadline_seconds:.0f} s"
+                )
+            if len(self._queue) >= self._share and now - start > PATIENCE_SECONDS:
+                self._give_up_on(self._behind())
+            self._weights.pump(repeat=now - repeated > REPEAT_SECONDS)
+            if now - repeated > REPEAT_SECONDS:
+                log.info("%d of %d chunks since %.0f s", len(self._queue), self._share, now - start)
+                repeated = now
+            self._receive(0.02)
+        return self._take()
+
+    def _take(self) -> list[Trajectories]:
+        for actor in self._pausing():
+            self._next_version[actor] = self._current[1]
+        taken = [self._queue.popleft() for _ in range(self._share)]
+        lags = [self._current[1] - request.message.body.version for request, _ in taken]
+        for (request, _), lag in zip(taken, lags, strict=True):
+            self._metrics.policy_lag.observe(lag)
+            self._server.answer(request, Done("taken"))
+        self._metrics.waiting.set(len(self._queue))
+        self._telemetry.numbers["policy_lag"] = sum(lags) / len(lags)
+        return [trajectories for _, trajectories in taken]
+
+    def _behind(self) -> list[int]:
+        """Actors at work whose next chunk could be too old once this iteration is done."""
+        oldest, pausing = self._current[1] + 1 - self._max_policy_lag, self._pausing()
+        return [actor for actor, version in self._next_version.items() if version < oldest and actor not in pausing]
+
+    def _pausing(self) -> list[int]:
+        """Actors that wait for a chunk to be taken, and will then look for the newest weights."""
+        waiting = Counter(request.message.body.actor for request, _ in self._queue)
+        return [actor for actor, chunks in waiting.items() if chunks >= CREDITS]
+
+    def _give_up_on(self, actors: list[int]) -> None:
+        if actors:
+            log.warning("going on without actors %s: no chunk for %.0f s", actors, PATIENCE_SECONDS)
+        for actor in actors:
+            del self._next_version[actor]
+
+    def _receive(self, timeout_seconds: float) -> None:
+        for request in self._server.poll(timeout_seconds):
+            if isinstance(request.message.body, Chunk):
+                self._enqueue(request)
+            else:
+                self._server.answer(request, Done(self._accept(request)))
+
+    def _enqueue(self, request: Request) -> None:
+        body = request.message.body
+        session, version = self._current
+        if body.session != session or not version - self._max_policy_lag <= body.version <= version:
+            self._count_drop("stale")
+            self._server.answer(request, Done("stale"))
+            return
+        try:
+            trajectories = Trajectories.from_arrays(request.message.arrays, self._spec)
+        except ProtocolError as error:
+            self._count_drop(error.cause)
+            log.warning("dropped a chunk of %s: %s", request.message.sender.name, error)
+            self._server.answer(request, Done("dropped"))
+            return
+        self._next_version[body.actor] = body.next_version
+        self._queue.append((request, trajectories))
+        self._metrics.waiting.set(len(self._queue))
+
+
+class StreamedImitation(Imitation):
+    """Algorithm 1 without its waits.
+
+    The rewards of an iteration's batches are asked for during the iteration before, so they are there when they are
+    needed; the particles are updated meanwhile. Their version is at most two updates behind.
+    """
+
+    _rewards: RemoteRewards
+
+    def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None) -> None:
+        super().begin(session, learner, rewards)
+        self._updating: tuple[int, int] | None = None
+
+    def iterate(self, progress: float, abort: Callable[[], None]) -> tuple[int, dict[str, float]]:
+        with self._telemetry.stage("collect"):
+            chunks = self._experience.collect(abort)
+        with self._telemetry.stage("observe"):
+            fresh = joined([self._replay.add(chunk) for chunk in chunks])
+        while len(self._asked) < self._settings.updates:
+            self._ask()
+        figures: dict[str, float] = {}
+        if self._imitates:
+            with self._telemetry.stage("wait_for_particles"):
+                if self._updating is not None:
+                    _, figures = self._rewards.end_update(self._updating)
+            self._updating = self._rewards.begin_update(fresh, progress)
+        totals: dict[str, float] = {}
+        for _ in range(self._settings.updates):
+            batch, rewards = self._answered()
+            self._ask()
+            self._train(batch, rewards, progress, totals)
+        return sum(chunk.num_steps for chunk in chunks), figures | totals

@@ -1,0 +1,151 @@
+"""Async mode: which chunks are taken when, how far policies may lag, and that a run outlives its processes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from actors.policy import Policy
+from actors.process import CREDITS
+from actors.settings import ActorSettings
+from learner import streaming
+from learner.streaming import StreamedExperience
+from protocol.channels import Client
+from protocol.job import Endpoints, Job
+from protocol.layout import Layout
+from protocol.messages import Chunk, Done, Sender
+from protocol.registry import make_environment
+from protocol.telemetry import Telemetry
+from protocol.trajectories import Trajectories
+
+ENVIRONMENT = "rover_tower?pairs=2"
+SPEC = make_environment(ENVIRONMENT, 1).spec
+MAX_LAG = 2
+
+
+class Learner:
+    """A learner's side with a share of two chunks, and clients that play actors."""
+
+    def __init__(self, folder: Path) -> None:
+        endpoints = Endpoints(*(f"ipc://{folder}/{name}" for name in ("e", "w", "r", "c")))
+        job = Job("run", folder, ENVIRONMENT, "", 0, "maac", "async", 0, 1000, 2, "type", "cpu", 1, endpoints)
+        self.telemetry = Telemetry("learner", 0, Sender("run", "learner-0"), 0, "127.0.0.1")
+        self.policy = Policy(Layout.of(SPEC, "type"), (4,), torch.Generator().manual_seed(0))
+        settings = ActorSettings(steps_per_iteration=50)
+        self.experience = StreamedExperience(job, self.policy, settings, MAX_LAG, 3.0, self.telemetry)
+        self.actors = [
+            Client(endpoints.experience, Sender("run", f"actor-{i}"), lambda _: {}, lambda _: None) for i in range(3)
+        ]
+        self.publish(0)
+
+    def publish(self, version: int, session: str = "s") -> None:
+        self.experience.publish(session, version, self.policy, 0)
+
+    def send(self, actor: int, version: int, next_version: int, mark: float, session: str = "s") -> int:
+        """A chunk of one episode whose observations are all `mark`; returns its ticket."""
+        steps = SPEC.episode_length
+        table = Trajectories.array_table(SPEC, steps, 1)
+        arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in table.items()}
+        arrays["lengths"][:] = steps
+        arrays["0.observations"][:] = mark
+        return self.actors[actor].submit(Chunk(session, version, next_version, actor, steps, 1, 0.0), arrays)
+
+    def collect(self) -> list[float]:
+        return [float(chunk.observations[0][0, 0, 0, 0]) for chunk in self.experience.collect(lambda: None)]
+
+    def note(self, actor: int, ticket: int) -> str:
+        answer = self.actors[actor].result(ticket, 3.0)
+        assert isinstance(answer.body, Done)
+        return answer.body.note
+
+    def close(self) -> None:
+        self.experience.close()
+        for actor in self.actors:
+            actor.close()
+        self.telemetry.close()
+
+
+@pytest.fixture
+def learner(tmp_path: Path) -> Iterator[Learner]:
+    built = Learner(tmp_path)
+    yield built
+    built.close()
+
+
+def test_an_iteration_takes_its_share_from_whoever_sent(learner: Learner) -> None:
+    tickets = [learner.send(2, 0, 0, mark) for mark in (1, 2)] + [learner.send(0, 0, 0, 3)]
+    learner.experience._receive(1.0)
+    assert len(learner.collect()) == 2
+    assert learner.note(2, tickets[0]) == "taken"
+    with pytest.raises(TimeoutError, match="1 of 2 chunks"):
+        learner.collect()
+
+
+def test_a_chunk_is_acknowledged_when_it_is_taken(learner: Learner) -> None:
+    first = [learner.send(0, 0, 0, 1), learner.send(0, 0, 0, 2)]
+    learner.collect()
+    assert [learner.note(0, ticket) for ticket in first] == ["taken", "taken"]
+    waiting = learner.send(0, 0, 0, 3)
+    learner.experience._receive(0.5)
+    learner.actors[0].pump(0.2)
+    assert learner.actors[0].take(waiting) is None
+    assert learner.actors[0].pending == 1
+
+
+def test_the_learner_waits_for_an_actor_that_would_fall_back_too_far(learner: Learner) -> None:
+    learner.send(0, 0, 0, 1)
+    learner.send(1, 0, 0, 2)
+    learner.collect()
+    for version in (1, 2):  # meanwhile actor 1 is at work on a chunk of version 0
+        learner.publish(version)
+        learner.send(0, version, version, 10 + version)
+        learner.send(0, version, version, 20 + version)
+        if version == 2:
+            threading.Timer(0.5, lambda: learner.send(1, 0, 2, 99)).start()
+        taken = learner.collect()
+    assert taken == [12, 22]
+    assert learner.experience._queue[0][0].message.body.actor == 1  # it was waited for, though two were there
+
+
+def test_an_actor_that_is_gone_is_not_waited_for_for_ever(
+    learner: Learner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(streaming, "PATIENCE_SECONDS", 0.3)
+    learner.send(0, 0, 0, 1)
+    learner.send(1, 0, 0, 2)
+    learner.collect()
+    learner.publish(2)
+    for mark in (3, 4):
+        learner.send(0, 2, 2, mark)
+    assert learner.collect() == [3, 4]
+    assert "going on without actors [1]" in caplog.text
+
+
+def test_an_actor_without_credit_is_not_behind(learner: Learner) -> None:
+    learner.publish(2)
+    for mark in range(CREDITS):
+        learner.send(0, 2, 0, mark)
+    assert learner.collect() == [0, 1]
+
+
+@pytest.mark.parametrize(("session", "version"), [("old", 5), ("s", 1), ("s", 6)])
+def test_what_is_too_old_is_not_trained_on(learner: Learner, session: str, version: int) -> None:
+    learner.publish(5)
+    ticket = learner.send(0, version, version, 1, session)
+    learner.experience._receive(1.0)
+    assert learner.note(0, ticket) == "stale"
+    assert not learner.experience._queue
+
+
+def test_a_new_session_forgets_the_chunks_of_the_last(learner: Learner) -> None:
+    ticket = learner.send(0, 0, 0, 1)
+    learner.experience._receive(1.0)
+    assert len(learner.experience._queue) == 1
+    learner.publish(0, "another")
+    assert learner.note(0, ticket) == "stale"
+    assert not learner.experience._queue
