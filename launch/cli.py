@@ -99,6 +99,9 @@ def demonstrations(args: list[str]) -> int:
     record.add_argument("--output", type=Path, required=True)
     imports = actions.add_parser("import", help="from an npz of the paper's authors")
     imports.add_argument("file", type=Path)
+    imports.add_argument(
+        "--environment", default="", help="of a day in a town: 'berlin?scenario=FILE&types=1&agents=50'"
+    )
     imports.add_argument("--output", type=Path, required=True)
     clean = actions.add_parser("clean", help="leave out actions that their masks forbid")
     clean.add_argument("file", type=Path)
@@ -111,7 +114,7 @@ def demonstrations(args: list[str]) -> int:
     if options.action == "inspect":
         return demonstrations.inspect(options.file)
     if options.action == "import":
-        return demonstrations.import_file(options.file, options.output)
+        return demonstrations.import_file(options.file, options.environment, options.output)
     if options.action == "clean":
         return demonstrations.clean(options.file, options.output)
     if (options.environment is None) == (options.run is None):
@@ -148,7 +151,7 @@ def scenario(args: list[str]) -> int:
     """import a road network as a scenario, look into one, draw its map"""
     parser = _parser("scenario")
     actions = parser.add_subparsers(dest="action", required=True, parser_class=_Parser)
-    imports = actions.add_parser("import", help="from a folder of MATSim or TNTP files")
+    imports = actions.add_parser("import", help="from a folder of MATSim or TNTP files, or of a town's two tables")
     imports.add_argument("folder", type=Path)
     imports.add_argument("--output", type=Path, required=True, help="a .json file")
     imports.add_argument("--name", default="", help="default: the folder's")

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.experts import recording
-from actors.experts.importers import import_rover_tower
+from actors.experts.importers import import_day, import_rover_tower
 from actors.experts.scripted import expert_for
 from launch.trained import load_trained
 from protocol.demonstrations import Demonstrations, resolve
@@ -38,10 +38,18 @@ def record_run(run: Path, best: bool, greedy: bool, episodes: int, seed: int, ou
     return _save(recording.record(played, trained.policy, episodes, seed, origin, greedy), output)
 
 
-def import_file(file: Path, output: Path) -> int:
-    """Convert an npz of the Rover Tower experts of the paper's authors. Raises InputError."""
+def import_file(file: Path, environment: str, output: Path) -> int:
+    """Convert an npz of the paper's authors: of their Rover Tower experts, or of a day in the town of `environment`.
+
+    Raises InputError.
+    """
     _refuse_existing(output)
-    return _save(import_rover_tower(file), output)
+    if not environment:
+        return _save(import_rover_tower(file), output)
+    demonstrations, left_out = import_day(file, environment)
+    if left_out:
+        print(f"{left_out} moves are no single transition of the scenario: their agents are inactive in these steps")
+    return _save(demonstrations, output)
 
 
 def clean(file: Path, output: Path) -> int:

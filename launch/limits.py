@@ -20,6 +20,7 @@ AT_LEAST_1 = (
     "learner.updates",
     "learner.batch_size",
     "learner.window_steps",
+    "learner.max_policy_lag",
     "learner.checkpoint_interval",
     "learner.checkpoints_kept",
     "cloning.updates",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from actors.environments.berlin.raw_network import RawNetwork
 from actors.environments.berlin.scenario import Scenario
 from actors.environments.berlin.scenario_file import format_scenario, load_scenario
 from actors.environments.berlin.tntp import read_tntp
+from actors.environments.berlin.town import LOCATIONS, TRANSITIONS, read_town
 from launch.run_folder import write_atomically
 from protocol.errors import InputError
 
@@ -27,16 +29,19 @@ def import_folder(
     radius: float,
     hours: Hours,
 ) -> int:
-    """Make a scenario of a folder of MATSim or TNTP files. Raises InputError.
+    """Make a scenario of a folder of MATSim or TNTP files, or of the two tables of a town. Raises InputError.
 
     radius: keep trips within it of the middle, in the unit of the network's coordinates; 0 keeps all.
     """
     if output.exists():
         raise InputError(f"{output} exists; take another --output")
-    raw = _read(folder, minutes_per_unit)
-    if radius:
-        raw = raw.within(radius)
-    scenario = aggregate(raw, name or folder.name, roads, facilities, hours)
+    if (folder / LOCATIONS).exists():
+        scenario = replace(read_town(folder, hours.flow_scale or 1.0), name=name or folder.name)
+    else:
+        raw = _read(folder, minutes_per_unit)
+        if radius:
+            raw = raw.within(radius)
+        scenario = aggregate(raw, name or folder.name, roads, facilities, hours)
     write_atomically(output, format_scenario(scenario))
     _print(scenario)
     return 0
@@ -66,7 +71,7 @@ def _read(folder: Path, minutes_per_unit: float) -> RawNetwork:
         return read_matsim(network[0], plans[0])
     raise InputError(
         f"{folder} holds neither a MATSim network and plans (network.xml.gz, plans.xml.gz) "
-        "nor TNTP files (NAME_net.tntp, NAME_trips.tntp)"
+        f"nor TNTP files (NAME_net.tntp, NAME_trips.tntp) nor a town's tables ({LOCATIONS}, {TRANSITIONS})"
     )
 
 

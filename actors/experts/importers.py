@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from actors.environments.berlin.environment import Berlin
 from actors.environments.rover_tower import RoverTower
 from protocol.demonstrations import Demonstrations
 from protocol.errors import InputError
+from protocol.registry import make_environment
+from protocol.trajectories import Trajectories
 
 MAX_UNPACKED_BYTES = 1 << 30
 
@@ -29,6 +32,59 @@ def import_rover_tower(path: str | Path, keep_duplicates: bool = False) -> Demon
         return _convert(_read(Path(path)), Path(path).name, keep_duplicates)
     except (OSError, EOFError, zipfile.BadZipFile, ValueError) as error:  # InputError is a ValueError
         raise InputError(f"{path}: expected an npz of Rover Tower demonstrations: {error}") from error
+
+
+def import_day(path: str | Path, environment: str) -> tuple[Demonstrations, int]:
+    """Demonstrations from an npz of one recorded day in a town, and how many recorded moves were left out.
+
+    Field `person_location` [T+1, N]: where each of N persons is in each minute, numbered as in the `locations.csv` that
+    the scenario was made of: facilities before roads. What they saw is worked out by the environment. A move that is
+    no single transition of the scenario is left out: its agent is inactive in that step.
+    Raises InputError if the file is not such an npz, or its day does not fit the environment.
+    """
+    town = make_environment(environment, 1)
+    if not isinstance(town, Berlin):
+        raise InputError(f"'{environment}' is no berlin, and a day can be imported into nothing else")
+    try:
+        with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as file:
+            if sum(entry.file_size for entry in archive.infolist()) > MAX_UNPACKED_BYTES:
+                raise InputError(f"it unpacks to more than the {MAX_UNPACKED_BYTES} bytes allowed")
+            recorded = _field(file, "person_location", None).astype(np.int64)
+    except (OSError, EOFError, zipfile.BadZipFile, ValueError) as error:
+        raise InputError(f"{path}: expected an npz of a day in a town: {error}") from error
+    facilities, places = town.scenario.num_facilities, town.scenario.num_locations
+    steps, agents = town.spec.episode_length, town.spec.num_agents
+    if recorded.ndim != 2 or recorded.shape[0] < steps + 1 or recorded.shape[1] != agents:
+        raise InputError(f"{path}: expected {steps + 1} or more minutes of {agents} persons, found {recorded.shape}")
+    if recorded.min() < 0 or recorded.max() >= places:
+        raise InputError(f"{path}: locations must lie in 0..{places - 1}")
+    location = np.where(recorded < facilities, recorded + town.scenario.num_roads, recorded - facilities)
+    if (location[0] != town.home).any():
+        raise InputError(f"{path}: person {int((location[0] != town.home).argmax())} does not begin the day at home")
+    trajectories, left_out = _replayed(town, location[: steps + 1])
+    origin = f"recorded day {Path(path).name}; {left_out} moves left out"
+    return Demonstrations.from_trajectories(trajectories, town.spec, origin), left_out
+
+
+def _replayed(town: Berlin, location: np.ndarray) -> tuple[Trajectories, int]:
+    """A day [T+1, N] as one episode."""
+    spec, steps = town.spec, len(location) - 1
+    table = Trajectories.array_table(spec, steps, 1)
+    arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in table.items()}
+    arrays["lengths"][:], arrays["truncated"][-1] = steps, True
+    parts = [slice(o, o + t.count) for o, t in zip(spec.offsets, spec.types, strict=True)]
+    allowed = town.scenario.allowed[location[:-1], location[1:]]
+    town.reset(0)
+    for t in range(steps + 1):
+        now = town.show(location[t][None], t)
+        for m, part in enumerate(parts):
+            arrays[f"{m}.observations"][t], arrays[f"{m}.action_masks"][t] = now.observations[m], now.action_masks[m]
+            arrays[f"{m}.active"][t] = allowed[t, part] if t < steps else True
+            if t < steps:
+                arrays[f"{m}.actions"][t] = np.where(allowed[t, part], location[t + 1, part], location[t, part])
+            if t:
+                arrays[f"{m}.rewards"][t - 1] = now.rewards[m]
+    return Trajectories.from_arrays(arrays, spec), int((~allowed).sum())
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

@@ -118,6 +118,22 @@ class Berlin:
         self._set_flags(active=True, truncated=False)
         return self._now
 
+    def show(self, locations: np.ndarray, step: int) -> TimeStep:
+        """What everybody sees and may do at `step` of a day on which they are at `locations` [E, N]. After `reset`.
+
+        Raises ValueError for a location that there is not.
+        """
+        if locations.shape != (self.num_envs, len(self.home)) or not (
+            locations.min() >= 0 and locations.max() < self.scenario.num_locations
+        ):
+            raise ValueError(f"Berlin: expected locations [{self.num_envs}, {len(self.home)}] of the scenario")
+        self._observation_flat[self._one_hot_base + self._location] = 0
+        self._location[:] = locations.ravel()
+        self._step = step
+        self._observe()
+        self._judge()
+        return self._now
+
     def draw_starts(self, seed: int) -> dict[str, np.ndarray]:
         """The start states of `reset(seed)`, to be given to `reset(starts=…)` later."""
         variant, scenario, random = self.variant, self.scenario, np.random.default_rng([seed, 1])
