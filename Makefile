@@ -8,14 +8,15 @@ BIN := $(VENV)/bin
 flag = $(if $($(1)),--$(2) '$($(1))')
 FLAGS = $(call flag,PRESET,preset) $(call flag,NODES,nodes) $(call flag,ALGORITHM,algorithm) \
 	$(call flag,ENVIRONMENT,environment) $(call flag,DEMONSTRATIONS,demonstrations) $(call flag,RUN,run) \
-	$(call flag,SEED,seed) $(call flag,STEPS,steps) $(call flag,ACTORS,actors) $(call flag,MODE,mode) $(ARGS)
+	$(call flag,SEED,seed) $(call flag,STEPS,steps) $(call flag,ACTORS,actors) $(call flag,MODE,mode) \
+	$(call flag,HOSTFILE,hostfile) $(ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help launch test lint bench
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "Variables of launch: NODES PRESET ALGORITHM ENVIRONMENT DEMONSTRATIONS RUN SEED STEPS ACTORS MODE ARGS"
+	@echo "Variables of launch: NODES PRESET ALGORITHM ENVIRONMENT DEMONSTRATIONS RUN SEED STEPS ACTORS MODE HOSTFILE ARGS"
 
 launch: $(VENV)/.installed  ## train, by default from the demonstrations that come with bm3il
 	@$(BIN)/bm3il train $(FLAGS)

@@ -54,6 +54,9 @@ class Config:
     """Actor processes; they share the steps of an iteration. 0: one per node."""
     nodes: int = 1
     """Nodes that the processes are spread over, one supervisor on each."""
+    hostfile: str = ""
+    """File that names the hosts of the nodes, one a line, this machine first; empty: Slurm's allocation, or nodes that
+    are simulated on this machine."""
     parameter_sharing: ParameterSharing = "type"
     """One network per agent (the paper), or per type of agents."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

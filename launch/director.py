@@ -17,7 +17,7 @@ from launch.supervisor import StopRequests, Supervisor
 from launch.topology import Plan
 from protocol.channels import Server
 from protocol.errors import InputError
-from protocol.messages import Done, Sender, Status
+from protocol.messages import Done, Status
 from protocol.telemetry import STOP, Telemetry
 from protocol.trajectories import ArrayTable
 
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 SILENT_SECONDS = 10.0
 STUCK_SECONDS = 60.0
 REMOTE_GRACE_SECONDS = 2.0
+LOST_NODE_SECONDS = 15.0
 ADDRESS = re.compile(r"[\w.:\[\]-]{1,255}:\d{1,5}")
 
 
@@ -72,6 +73,15 @@ class Director:
                 lines.append(f"{name} has been in '{status.stage}' for {inside:.0f} s")
         return lines
 
+    def lost_nodes(self) -> list[int]:
+        """Nodes whose supervisors were heard, and are no longer; each is told once."""
+        now = time.monotonic()
+        lost = [
+            name for name in self._supervisors if name in self._heard and now - self._heard[name] > LOST_NODE_SECONDS
+        ]
+        self._supervisors -= set(lost)
+        return sorted(int(name.rpartition("-")[2]) for name in lost)
+
     def wait_for_nodes(self) -> None:
         """Wait a while until the other nodes' supervisors have stopped, too."""
         deadline = time.monotonic() + REMOTE_GRACE_SECONDS
@@ -108,7 +118,7 @@ class Director:
 
 def direct(plan: Plan, progress: Progress, stopped: StopRequests) -> Outcome:
     """Lead a run from the first node to its end; returns how it ended. Nothing is left running."""
-    telemetry = Telemetry("supervisor", 0, Sender(plan.run_id, "supervisor-0"), 0, plan.nodes[0].address)
+    telemetry = Telemetry("supervisor", 0, plan.sender("supervisor-0"), 0, plan.nodes[0].address)
     director = Director(plan, telemetry)
     supervisor = Supervisor(plan, 0, telemetry, progress.note)
     outcome: Outcome | None = None
@@ -117,6 +127,9 @@ def direct(plan: Plan, progress: Progress, stopped: StopRequests) -> Outcome:
         while outcome is None and not stopped.count:
             director.pump(0.1)
             outcome = supervisor.watch() or director.remote_outcome()
+            for node in director.lost_nodes():
+                progress.note(f"node {node} is lost; its processes go on here")
+                supervisor.adopt(node)
             progress.show(director.statuses.get("learner-0"), director.worries())
     finally:
         end = supervisor.stop_learner(stopped, director.pump)
@@ -130,7 +143,7 @@ def direct(plan: Plan, progress: Progress, stopped: StopRequests) -> Outcome:
 
 def follow(plan: Plan, node: int, stopped: StopRequests, say: Callable[[str], None]) -> None:
     """Run another node's part: until the director says stop, or has not been heard for long."""
-    telemetry = Telemetry("supervisor", node, Sender(plan.run_id, f"supervisor-{node}"), node, plan.nodes[node].address)
+    telemetry = Telemetry("supervisor", node, plan.sender(f"supervisor-{node}"), node, plan.nodes[node].address)
     supervisor = Supervisor(plan, node, telemetry, say)
     telemetry.start_heartbeat(plan.endpoints.control)
     outcome: Outcome | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from launch.director import direct, follow
 from launch.lifeline import bind_to_parent
 from launch.progress import Progress
 from launch.supervisor import StopRequests
+from launch.topology import Plan
 from protocol.errors import InputError
 
 
@@ -22,11 +24,16 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     stopped = StopRequests()
     stopped.install()
-    try:
-        plan, node = rendezvous.meet()
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
+    with tempfile.TemporaryDirectory(prefix="bm3il-") as private:  # only its owner may enter it
+        try:
+            plan, node = rendezvous.meet(Path(private))
+        except InputError as error:
+            print(error, file=sys.stderr)
+            return 2
+        return _run(plan, node, stopped)
+
+
+def _run(plan: Plan, node: int, stopped: StopRequests) -> int:
     if node > 0:
         follow(plan, node, stopped, lambda line: print(line, flush=True))
         return 0

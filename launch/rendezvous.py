@@ -7,46 +7,49 @@ in `meet`. The first rank gets what to run, and later the wish to stop, as lines
 from __future__ import annotations
 
 import faulthandler
+import ipaddress
 import json
+import os
 import random
 import secrets
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import msgpack
+import psutil
 
 from launch import lifeline, run_folder
+from launch.backends import rank_command
 from launch.config import Config
 from launch.outcome import CRASHED, Outcome
 from launch.supervisor import StopRequests
-from launch.topology import LISTENERS, Node, Plan, Process, place, tcp_endpoints
+from launch.topology import LISTENERS, LOOPBACK, Node, Plan, Process, place, tcp_endpoints
 from protocol.errors import InputError
+from protocol.keys import Keys
 
 RENDEZVOUS_SECONDS = 120.0
 KILL_AFTER_SECONDS = 3.0
 STOP_LINE = "stop"
-ADDRESS = "127.0.0.1"
 PORTS = range(20_000, 32_000)
 
 
 def run_nodes(config: Config, folder: Path, stopped: StopRequests) -> Outcome:
-    """Run on `config.nodes` nodes through mpiexec; returns how the run ended, as its first node wrote it down."""
-    mpiexec = Path(sys.prefix, "bin", "mpiexec")  # another MPI's mpiexec would start N worlds of one rank
-    if not mpiexec.exists():
-        raise InputError(f"{mpiexec} is missing: install bm3il with its dependency mpich in this environment")
-    program = [str(mpiexec), "-n", str(config.nodes), sys.executable, "-m", "launch.node"]
+    """Run on `config.nodes` nodes; returns how the run ended, as its first node wrote it down."""
+    program = rank_command(config)
     # A session of its own: Ctrl-C reaches only this process, which then asks the first node for an orderly end.
     with subprocess.Popen(lifeline.command(program), stdin=subprocess.PIPE, start_new_session=True) as mpi:
         order: dict[str, Any] = {
             "run_folder": str(folder),
             "config_yaml": config.to_yaml(),
             "run_id": secrets.token_hex(8),
+            "keys": Keys.create().to_text(),
         }
         order["processes"] = [asdict(process) for process in place(config)]
         _tell(mpi, json.dumps(order))
@@ -66,9 +69,10 @@ def run_nodes(config: Config, folder: Path, stopped: StopRequests) -> Outcome:
     return Outcome(result["exit_code"], result.get("error", ""))
 
 
-def meet() -> tuple[Plan, int]:
+def meet(private: Path) -> tuple[Plan, int]:
     """Exchange what the nodes must know of each other; returns the plan of the run and the number of this node.
 
+    private: a folder that only its owner may enter, for the keys of the run.
     A rank that never comes ends the others after `RENDEZVOUS_SECONDS`, with a traceback.
     Raises InputError, on all nodes alike, if they cannot work together.
     """
@@ -80,14 +84,69 @@ def meet() -> tuple[Plan, int]:
 
     MPI.pickle.__init__(msgpack.packb, msgpack.unpackb)  # type: ignore[misc]
     world = MPI.COMM_WORLD
+    _gather_quietly(world)
     order = json.loads(sys.stdin.readline() or "{}") if world.rank == 0 else None
+    _gather_quietly(world)  # the first may have waited for its input
+    order, reached = world.bcast(order), world.allgather((socket.gethostname(), addresses()))
+    facts: list[dict[str, Any]] = []
     with ExitStack() as held:  # the ports stay taken until everybody knows theirs
-        node = Node(socket.gethostname(), ADDRESS, _free_ports(ADDRESS, held))
-        order, facts = world.bcast(order), world.allgather(asdict(node))
+        chosen = common_addresses(reached)
+        if chosen is not None:
+            facts = world.allgather(asdict(_this_node(chosen[world.rank], held)))
         number, size = world.rank, world.size
         MPI.Finalize()
     faulthandler.cancel_dump_traceback_later()
-    return _plan(order, facts, size), number
+    if chosen is None:
+        raise InputError(f"the nodes have no network in common: {reached}")
+    keys_file = private / "keys.json"
+    Keys.from_text(order["keys"]).save(keys_file)
+    return replace(_plan(order, facts, size), keys_file=str(keys_file)), number
+
+
+def addresses() -> list[str]:
+    """IPv4 addresses of this machine with their networks, `10.0.0.7/24`, without the loopback's."""
+    found = []
+    for name, parts in psutil.net_if_addrs().items():
+        up = name in (states := psutil.net_if_stats()) and states[name].isup
+        for part in parts:
+            if up and part.family == socket.AF_INET and not part.address.startswith("127.") and part.netmask:
+                found.append(str(ipaddress.ip_interface(f"{part.address}/{part.netmask}")))
+    return found
+
+
+def common_addresses(reached: Sequence[tuple[str, Sequence[str]]]) -> list[str] | None:
+    """Of (host, addresses) of all nodes: the address of each by which the others reach it.
+
+    The loopback if all are one machine; else those in the first network of the first node in which all of them are;
+    None if there is none.
+    """
+    if len({host for host, _ in reached}) == 1:
+        return [LOOPBACK] * len(reached)
+    of_node = [[ipaddress.ip_interface(address) for address in found] for _, found in reached]
+    for first in of_node[0]:
+        same = [next((a for a in found if a.network == first.network), None) for found in of_node]
+        if all(same):
+            return [str(a.ip) for a in same if a is not None]
+    return None
+
+
+def _gather_quietly(world: Any) -> None:
+    """Wait for all ranks without spinning, as MPI's blocking calls do."""
+    request = world.Ibarrier()
+    while not request.Test():
+        time.sleep(0.02)
+
+
+def _this_node(address: str, held: ExitStack) -> Node:
+    gpus = Path("/proc/driver/nvidia/gpus")
+    return Node(
+        host=socket.gethostname(),
+        address=address,
+        ports=_free_ports(address, held),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_bytes=psutil.virtual_memory().total,
+        gpus=len(list(gpus.iterdir())) if gpus.is_dir() else 0,
+    )
 
 
 def listen_for_stop(stopped: StopRequests) -> None:
@@ -101,11 +160,10 @@ def _plan(order: dict[str, Any], facts: list[dict[str, Any]], size: int) -> Plan
     config = Config.from_yaml(order.get("config_yaml", ""), "config.yaml")
     if size != config.nodes:
         raise InputError(
-            f"expected {config.nodes} nodes, but MPI made a world of {size}: is its mpiexec another MPI's?"
+            f"expected {config.nodes} nodes, but MPI made a world of {size}: "
+            "is it another MPI's mpiexec, or an srun without pmi2?"
         )
-    nodes = tuple(Node(fact["host"], fact["address"], tuple(fact["ports"])) for fact in facts)
-    if len({node.host for node in nodes}) > 1:
-        raise InputError("the nodes must be on one machine: traffic between machines is not encrypted yet")
+    nodes = tuple(Node(**(fact | {"ports": tuple(fact["ports"])})) for fact in facts)
     processes = tuple(Process(**process) for process in order["processes"])
     return Plan(
         order["run_id"], order["run_folder"], order["config_yaml"], nodes, processes, tcp_endpoints(nodes, processes)

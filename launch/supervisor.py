@@ -51,20 +51,29 @@ class Supervisor:
         say: Callable[[str], None],
         command: Callable[[Process], list[str]] = worker_command,
     ) -> None:
-        self._say = say
+        self._say, self._plan, self._command = say, plan, command
         self._metrics = SupervisorMetrics(telemetry.registry)
-        logs = Path(plan.run_folder, "logs")
-        logs.mkdir(exist_ok=True)
-        env = os.environ | dict.fromkeys(THREAD_VARIABLES, str(plan.config.threads))
-        self._children = [
-            Child(process, command(process), plan.to_json(), logs / f"{process.name}.log", env)
-            for process in plan.on(node)
-        ]
+        self._children = self._made(node)
 
     def start(self) -> None:
         """Start all processes of the node; none waits for another."""
         for child in self._children:
             child.spawn()
+
+    def adopt(self, node: int) -> None:
+        """Start the processes of a node that was lost, here."""
+        for child in (adopted := self._made(node)):
+            child.spawn()
+        self._children += adopted
+
+    def _made(self, node: int) -> list[Child]:
+        logs = Path(self._plan.run_folder, "logs")
+        logs.mkdir(parents=True, exist_ok=True)  # a node may have no part in the disk of the first
+        env = os.environ | dict.fromkeys(THREAD_VARIABLES, str(self._plan.config.threads))
+        return [
+            Child(process, self._command(process), self._plan.to_json(), logs / f"{process.name}.log", env)
+            for process in self._plan.on(node)
+        ]
 
     def watch(self) -> Outcome | None:
         """Start again what crashed. Returns how the run ended once a process of this node has decided it."""

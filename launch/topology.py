@@ -11,8 +11,11 @@ import dacite
 from launch.config import Config
 from protocol.errors import InputError
 from protocol.job import Endpoints, Job
+from protocol.keys import Keys
+from protocol.messages import Sender
 
 MAX_IPC_PATH_BYTES = 107
+LOOPBACK = "127.0.0.1"
 
 LISTENERS = {"experience": "learner", "weights": "learner", "rewards": "reward-server", "control": "supervisor"}
 """Which role listens on which endpoint; `control` is the director's, the supervisor of node 0."""
@@ -34,16 +37,33 @@ class Process:
 
 @dataclass(frozen=True)
 class Node:
-    """One node: the address that its processes are reached at, and free ports for those of them that listen."""
+    """One node: the address that its processes are reached at, and free ports for those of them that listen; what it
+    has, as far as known."""
 
     host: str
-    address: str = "127.0.0.1"
+    address: str = LOOPBACK
     ports: tuple[int, ...] = ()
+    cores: int = 0
+    memory_bytes: int = 0
+    gpus: int = 0
+
+    @property
+    def description(self) -> str:
+        """For people."""
+        parts = [self.host]
+        if self.address != LOOPBACK:
+            parts.append(self.address)
+        if self.cores:
+            parts.append(f"{self.cores} cores, {self.memory_bytes / 2**30:.0f} GiB, {self.gpus or 'no'} GPU")
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that the nodes and processes of one start of a run must agree on."""
+    """All that the nodes and processes of one start of a run must agree on.
+
+    keys_file: where this node keeps the keys of the run; empty on a single node, whose sockets are files.
+    """
 
     run_id: str
     run_folder: str
@@ -51,6 +71,11 @@ class Plan:
     nodes: tuple[Node, ...]
     processes: tuple[Process, ...]
     endpoints: Endpoints
+    keys_file: str = ""
+
+    def sender(self, name: str) -> Sender:
+        """Who the process of this name is for the others. Raises InputError if the keys cannot be read."""
+        return Sender(self.run_id, name, keys=Keys.load(Path(self.keys_file)) if self.keys_file else None)
 
     @property
     def config(self) -> Config:
@@ -66,7 +91,7 @@ class Plan:
         lines = []
         for number, node in enumerate(self.nodes):
             names = [f"supervisor-{number}", *(process.name for process in self.on(number))]
-            lines.append(f"node {number} ({node.host}): {' '.join(names)}")
+            lines.append(f"node {number} ({node.description}): {' '.join(names)}")
             for name, role in LISTENERS.items():
                 if self._node(role) == number:
                     lines.append(f"    {name:<10} {getattr(self.endpoints, name)}")

@@ -17,7 +17,6 @@ from launch.config import Config
 from launch.outcome import attempt
 from launch.topology import Plan, make_job
 from protocol.job import Job
-from protocol.messages import Sender
 from protocol.telemetry import Telemetry
 
 
@@ -27,7 +26,7 @@ def main(role: str, index: int) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     plan = Plan.from_json(sys.stdin.read())
     process = next(p for p in plan.processes if (p.role, p.index) == (role, index))
-    sender = Sender(plan.run_id, process.name)
+    sender = plan.sender(process.name)
     telemetry = Telemetry(role, index, sender, process.node, plan.nodes[process.node].address)
     signal.signal(signal.SIGTERM, lambda *_: telemetry.stop.set())
     telemetry.start_heartbeat(plan.endpoints.control)

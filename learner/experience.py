@@ -87,7 +87,7 @@ class RemoteExperience:
         self._steps = self._spec.episode_length
         self._episodes = episodes_per_chunk(actor, self._spec, job.actors)
         self._server = Server(job.endpoints.experience, telemetry.sender, self._schema, telemetry.count_drop)
-        self._weights = Broadcaster(job.endpoints.weights, telemetry.sender)
+        self._weights = Broadcaster(job.endpoints.weights, telemetry.sender, telemetry.count_drop)
         self._chunks: dict[int, tuple[int, Trajectories]] = {}
         self._metrics = ChunkMetrics(telemetry.registry)
         self._evaluated: list[Evaluated] = []

@@ -5,6 +5,7 @@
   repeats the answer instead of the work. So a request takes effect exactly once per server start, over any cut.
 - **Broadcast** (`Broadcaster` XPUB → `Listener` SUB): policy weights. A late subscriber gets the newest at once.
 
+Over TCP all of them speak CURVE with the keys of their sender (`protocol.keys`).
 Whatever cannot be decoded is counted by cause, logged once per sender and cause, and dropped.
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 import zmq
 
 from protocol.errors import InputError, ProtocolError
+from protocol.keys import secure_client, secure_server
 from protocol.messages import MAX_ARRAYS, MAX_MESSAGE_BYTES, Message, Refusal, Schema, Sender, decode, encode
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class Server:
     def __init__(self, endpoint: str, sender: Sender, schema: Schema, count_drop: CountDrop) -> None:
         self._socket = _socket(zmq.ROUTER)
         self._socket.router_handover = True
+        secure_server(self._socket, endpoint, sender.keys, count_drop)
         _bind(self._socket, endpoint)
         self._sender, self._schema = sender, schema
         self._drops = _Drops(count_drop)
@@ -132,6 +135,7 @@ class Client:
     def __init__(self, endpoint: str, sender: Sender, schema: Schema, count_drop: CountDrop) -> None:
         self.endpoint = endpoint
         self._socket = _socket(zmq.DEALER)
+        secure_client(self._socket, endpoint, sender.keys)
         self._socket.connect(endpoint)
         self._sender, self._schema = sender, schema
         self._drops = _Drops(count_drop)
@@ -229,9 +233,10 @@ class Client:
 class Broadcaster:
     """The sending end of a broadcast: never blocks; a slow listener loses messages, and `pump` repeats the newest."""
 
-    def __init__(self, endpoint: str, sender: Sender) -> None:
+    def __init__(self, endpoint: str, sender: Sender, count_drop: CountDrop) -> None:
         self._socket = _socket(zmq.XPUB)
         self._socket.setsockopt(zmq.XPUB_VERBOSE, 1)
+        secure_server(self._socket, endpoint, sender.keys, count_drop)
         _bind(self._socket, endpoint)
         self._sender = sender
         self._sequence = 0
@@ -261,6 +266,7 @@ class Listener:
     def __init__(self, endpoint: str, sender: Sender, schema: Schema, count_drop: CountDrop) -> None:
         self._socket = _socket(zmq.SUB)
         self._socket.subscribe(b"")
+        secure_client(self._socket, endpoint, sender.keys)
         self._socket.connect(endpoint)
         self._sender, self._schema = sender, schema
         self._drops = _Drops(count_drop)

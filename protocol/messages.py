@@ -20,6 +20,7 @@ import msgpack
 import numpy as np
 
 from protocol.errors import ProtocolError
+from protocol.keys import Keys
 from protocol.trajectories import ArrayTable
 
 PROTOCOL_VERSION = 1
@@ -189,11 +190,15 @@ BODIES: dict[str, type[Any]] = {body.kind: body for body in Body.__args__}  # ty
 
 @dataclass(frozen=True)
 class Sender:
-    """Who sends: the run, the name within it, and a random id of this start (a restart is a new incarnation)."""
+    """Who sends: the run, the name within it, and a random id of this start (a restart is a new incarnation).
+
+    keys: with which it proves over TCP that it belongs to the run; they are in no message.
+    """
 
     run: str
     name: str
     incarnation: str = field(default_factory=lambda: secrets.token_hex(8))
+    keys: Keys | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def numbers(kind: type, prefix: str = "") -> list[str]:
         ("learner: {hidden: true}", "learner.hidden must be int, got True"),
         ("learner: 3", "learner must hold keys and values"),
         ("actor: {hidden: [1, x]}", "actor.hidden must be"),
-        ("mode: quick", "mode must be one of lockstep, serial"),
+        ("mode: quick", "mode must be one of lockstep, async, serial"),
         ("- 1", "expected keys and values"),
         ("a: [", "is not YAML"),
         ("!!python/object/apply:os.system [ls]", "is not YAML"),

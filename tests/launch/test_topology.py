@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.backends import rank_command
 from launch.config import load_preset
-from launch.rendezvous import PORTS, _free_ports, _plan
+from launch.rendezvous import PORTS, _free_ports, _plan, common_addresses
 from launch.topology import Node, Plan, Process, ipc_endpoints, place, tcp_endpoints
 from protocol.errors import InputError
 
@@ -57,11 +58,29 @@ def test_ports_are_free_and_not_for_outgoing_connections() -> None:
     assert set(ports) <= set(PORTS)
 
 
-def test_a_world_of_the_wrong_size_and_other_machines_are_refused() -> None:
+def test_a_world_of_the_wrong_size_is_refused() -> None:
     config = replace(load_preset("rover_tower_8"), nodes=2)
     order = {"config_yaml": config.to_yaml(), "run_folder": "r", "run_id": "i", "processes": []}
     facts = [{"host": host, "address": "127.0.0.1", "ports": [1, 2, 3, 4]} for host in ("a", "b")]
     with pytest.raises(InputError, match="a world of 1"):
         _plan(order, facts[:1], 1)
-    with pytest.raises(InputError, match="on one machine"):
-        _plan(order, facts, 2)
+    assert [node.host for node in _plan(order, facts, 2).nodes] == ["a", "b"]
+
+
+def test_nodes_are_reached_in_a_network_that_all_are_in() -> None:
+    one = ("a", ["10.0.0.1/24", "192.168.1.1/24"])
+    assert common_addresses([one, one]) == ["127.0.0.1", "127.0.0.1"]
+    assert common_addresses([one, ("b", ["192.168.1.9/24"])]) == ["192.168.1.1", "192.168.1.9"]
+    assert common_addresses([one, ("b", ["192.168.2.9/24"])]) is None
+
+
+def test_a_backend_for_hosts_slurm_and_one_machine(tmp_path: Path) -> None:
+    config = replace(load_preset("rover_tower_8"), nodes=2)
+    assert rank_command(config, {})[1:3] == ["-n", "2"]
+    slurm = rank_command(config, {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"})
+    assert slurm[:2] == ["srun", "--mpi=pmi2"]
+    (tmp_path / "hosts").write_text("# ours\nsub0\n")
+    with pytest.raises(InputError, match="asked for 2 nodes, but there are 1 hosts"):
+        rank_command(replace(config, hostfile=str(tmp_path / "hosts")), {})
+    with pytest.raises(InputError, match="write one host a line"):
+        rank_command(replace(config, hostfile=str(tmp_path / "none")), {})

@@ -14,6 +14,7 @@ import zmq
 
 from protocol.channels import Broadcaster, Client, Listener, Refused, Request, Server, Unanswered
 from protocol.errors import InputError
+from protocol.keys import Keys
 from protocol.messages import Done, GetState, Refusal, Sender, Weights
 
 DEADLINE_SECONDS = 10.0
@@ -180,12 +181,12 @@ def test_a_taken_endpoint_is_an_error_for_people() -> None:
     taken = zmq.Context.instance().socket(zmq.ROUTER)
     port = taken.bind_to_random_port("tcp://127.0.0.1")
     with pytest.raises(InputError, match=f"cannot listen on tcp://127.0.0.1:{port}"):
-        Server(f"tcp://127.0.0.1:{port}", Sender("run", "server"), schema, lambda cause: None)
+        Server(f"tcp://127.0.0.1:{port}", Sender("run", "server", keys=Keys.create()), schema, lambda cause: None)
     taken.close(linger=0)
 
 
 def test_a_late_listener_gets_the_newest_broadcast(endpoint: str) -> None:
-    broadcaster = Broadcaster(endpoint, Sender("run", "learner"))
+    broadcaster = Broadcaster(endpoint, Sender("run", "learner"), lambda cause: None)
     for version in range(3):
         broadcaster.publish(Weights("s", version, 0), ARRAY)
     listener = Listener(endpoint, Sender("run", "actor"), schema, lambda cause: None)

@@ -1,0 +1,58 @@
+"""What starts one supervisor per node: Slurm's srun, mpiexec over a list of hosts, or mpiexec on this machine alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from launch.config import Config
+from protocol.errors import InputError
+
+SLURM_JOB, SLURM_NODES = "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES"
+
+
+def rank_command(config: Config, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The command that runs `launch.node` once per node, the first with our standard input.
+
+    Inside a Slurm allocation srun; with `hostfile` mpiexec on the hosts that it names; else simulated nodes here.
+    Raises InputError if the allocation or the file has too few nodes.
+    """
+    node = [sys.executable, "-m", "launch.node"]
+    if config.hostfile:
+        _expect(len(_hosts(config.hostfile)), config.nodes, f"hosts in {config.hostfile}")
+        # Without auto-cleanup the other supervisors outlive one that dies; UCX would take namespaces for one host.
+        return [_mpiexec(), "-f", config.hostfile, "-ppn", "1", "-n", str(config.nodes), "-disable-auto-cleanup",
+                "-genv", "UCX_TLS", "tcp,self", *node]  # fmt: skip
+    if in_slurm(environment):
+        _expect(int(environment.get(SLURM_NODES, "1")), config.nodes, "nodes in this Slurm allocation")
+        # One node that is lost shall not take the others with it.
+        return ["srun", "--mpi=pmi2", "--no-kill", "--kill-on-bad-exit=0", "--input=0", f"--nodes={config.nodes}",
+                f"--ntasks={config.nodes}", "--ntasks-per-node=1", *node]  # fmt: skip
+    return [_mpiexec(), "-n", str(config.nodes), *node]
+
+
+def in_slurm(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process stands in an allocation of several nodes."""
+    return SLURM_JOB in environment and environment.get(SLURM_NODES, "1") != "1"
+
+
+def _mpiexec() -> str:
+    mpiexec = Path(sys.prefix, "bin", "mpiexec")  # another MPI's mpiexec would start N worlds of one rank
+    if not mpiexec.exists():
+        raise InputError(f"{mpiexec} is missing: install bm3il with its dependency mpich in this environment")
+    return str(mpiexec)
+
+
+def _hosts(path: str) -> list[str]:
+    try:
+        lines = [line.partition("#")[0].strip() for line in Path(path).read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the hosts in {path}: {error}; write one host a line") from error
+    return [line for line in lines if line]
+
+
+def _expect(found: int, wanted: int, what: str) -> None:
+    if found < wanted:
+        raise InputError(f"asked for {wanted} nodes, but there are {found} {what}")
