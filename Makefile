@@ -12,7 +12,7 @@ FLAGS = $(call flag,PRESET,preset) $(call flag,NODES,nodes) $(call flag,ALGORITH
 	$(call flag,HOSTFILE,hostfile) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help launch test lint bench
+.PHONY: help launch test lint bench fuzz
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,7 +30,10 @@ lint: $(VENV)/.installed-dev  ## check style and types
 	@$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev  ## measure against the floors of this machine
-	@failed=0; for file in $(filter-out benchmarks/floors.py benchmarks/imitation.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file $(ARGS) || failed=1; done; exit $$failed
+	@failed=0; for file in $(filter-out benchmarks/floors.py benchmarks/imitation.py benchmarks/fuzz.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file $(ARGS) || failed=1; done; exit $$failed
+
+fuzz: $(VENV)/.installed-dev  ## hostile bytes against everything that reads some (ARGS="--cases 1000000")
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py $(ARGS)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "python3 must be 3.10 or newer, this is " + sys.version.split()[0])'
