@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -51,7 +52,18 @@ def create(config: Config) -> Path:
     except InputError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    _announce(folder)
     return folder.resolve()
+
+
+def _announce(folder: Path) -> None:
+    """Link to the run's `targets.json` from a folder that holds those of all runs: Prometheus takes a wildcard in the
+    name of a file only. Without it the run goes on."""
+    link = folder.parent / ".targets" / f"{folder.name}.json"
+    with contextlib.suppress(OSError):
+        link.parent.mkdir(exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path("..", folder.name, "targets.json"))
 
 
 def open_existing(folder: Path) -> Config:

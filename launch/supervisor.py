@@ -52,7 +52,7 @@ class Supervisor:
         command: Callable[[Process], list[str]] = worker_command,
     ) -> None:
         self._say, self._plan, self._command = say, plan, command
-        self._metrics = SupervisorMetrics(telemetry.registry)
+        self._metrics = SupervisorMetrics(telemetry.registry, Path(plan.run_folder))
         self._children = self._made(node)
 
     def start(self) -> None:

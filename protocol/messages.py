@@ -303,7 +303,9 @@ def _arrays(table: list[Any], frames: Sequence[Any], expected: ArrayTable) -> Ar
     arrays: Arrays = {}
     for entry, frame in zip(table, frames, strict=True):
         match entry:
-            case [str(name), str(dtype), list(shape)] if len(shape) <= MAX_RANK and dtype in DTYPES:
+            case [str(name), str(dtype), list(shape)] if (
+                len(shape) <= MAX_RANK and dtype in DTYPES and all(type(n) is int for n in shape)
+            ):
                 pass
             case _:
                 raise ProtocolError("array_table", "an entry of the array table is not [name, dtype, shape]")

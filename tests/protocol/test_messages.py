@@ -97,6 +97,7 @@ def test_every_body_survives_the_wire() -> None:
         (with_header(arrays=[["a", "float32"]]), "frame"),
         (with_header(arrays=[["a", "float32"]] * 3), "array_table"),
         (with_header(arrays=[["0.active", "object", [3, 1]]] * 3), "array_table"),
+        (with_header(arrays=[["0.active", "bool", [3.0, 1]]] * 3), "array_table"),  # equal to [3, 1], and no shape
         (with_header(arrays=[["0.active", "bool", [1] * 9]] * 3), "array_table"),
         (with_header(arrays=[["0.active", "bool", [3, 2]]] * 3), "array_table"),
         (frames()[:-1], "frame"),
