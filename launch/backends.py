@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from launch.config import Config
 from protocol.errors import InputError
+
+PLAIN_TRANSPORT = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp"}
+"""For MPICH: MPI exchanges a few addresses here. UCX takes containers for one host, and its addresses are so long that
+Slurm's PMI2 was seen to cut them in two."""
 
 SLURM_JOB, SLURM_NODES = "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES"
 
@@ -22,14 +27,14 @@ def rank_command(config: Config, environment: Mapping[str, str] = os.environ) ->
     node = [sys.executable, "-m", "launch.node"]
     if config.hostfile:
         _expect(len(_hosts(config.hostfile)), config.nodes, f"hosts in {config.hostfile}")
-        # Without auto-cleanup the other supervisors outlive one that dies; UCX would take namespaces for one host.
-        return [_mpiexec(), "-f", config.hostfile, "-ppn", "1", "-n", str(config.nodes), "-disable-auto-cleanup",
-                "-genv", "UCX_TLS", "tcp,self", *node]  # fmt: skip
+        # Without auto-cleanup the other supervisors outlive one that dies.
+        options = ["-f", config.hostfile, "-ppn", "1", "-n", str(config.nodes), "-disable-auto-cleanup"]
+        return [_mpiexec(), *options, *node]
     if in_slurm(environment):
         _expect(int(environment.get(SLURM_NODES, "1")), config.nodes, "nodes in this Slurm allocation")
         # One node that is lost shall not take the others with it.
-        return ["srun", "--mpi=pmi2", "--no-kill", "--kill-on-bad-exit=0", "--input=0", f"--nodes={config.nodes}",
-                f"--ntasks={config.nodes}", "--ntasks-per-node=1", *node]  # fmt: skip
+        return [_srun(), "--mpi=pmi2", "--no-kill", "--kill-on-bad-exit=0", "--input=0",
+                f"--nodes={config.nodes}", f"--ntasks={config.nodes}", "--ntasks-per-node=1", *node]  # fmt: skip
     return [_mpiexec(), "-n", str(config.nodes), *node]
 
 
@@ -43,6 +48,12 @@ def _mpiexec() -> str:
     if not mpiexec.exists():
         raise InputError(f"{mpiexec} is missing: install bm3il with its dependency mpich in this environment")
     return str(mpiexec)
+
+
+def _srun() -> str:
+    if (srun := shutil.which("srun")) is None:
+        raise InputError("this is a Slurm allocation, but there is no srun on the PATH")
+    return srun
 
 
 def _hosts(path: str) -> list[str]:

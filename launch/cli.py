@@ -49,6 +49,19 @@ def train(args: list[str]) -> int:
     return run.train(parse_config(args))
 
 
+def submit(args: list[str]) -> int:
+    """submit a new run to Slurm, as a job that comes back after a preemption"""
+    parser = _parser("submit")
+    parser.add_argument("--time", default="24:00:00", help="Slurm's time limit; the run goes on in another start")
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="e.g. partition=gpu")
+    parser.add_argument("--dry-run", action="store_true", help="print the batch script instead")
+    parser.epilog = "All other options are those of `bm3il train`."
+    options, train_options = parser.parse_known_args(args)
+    from launch import slurm
+
+    return slurm.submit(train_options, options.time, options.sbatch, options.dry_run)
+
+
 def resume(args: list[str]) -> int:
     """go on with a run from its newest checkpoint"""
     parser = _parser("resume")
@@ -181,6 +194,7 @@ def scenario(args: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
+    "submit": submit,
     "resume": resume,
     "evaluate": evaluate,
     "status": status,

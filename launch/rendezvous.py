@@ -26,7 +26,7 @@ import msgpack
 import psutil
 
 from launch import lifeline, run_folder
-from launch.backends import rank_command
+from launch.backends import PLAIN_TRANSPORT, rank_command
 from launch.config import Config
 from launch.outcome import CRASHED, Outcome
 from launch.supervisor import StopRequests
@@ -35,16 +35,41 @@ from protocol.errors import InputError
 from protocol.keys import Keys
 
 RENDEZVOUS_SECONDS = 120.0
+MEETINGS = 3
+"""How often the nodes are started if they do not find each other."""
+MET = "targets.json"
+"""A file of the run folder that is there once the first node leads."""
 KILL_AFTER_SECONDS = 3.0
 STOP_LINE = "stop"
 PORTS = range(20_000, 32_000)
 
 
 def run_nodes(config: Config, folder: Path, stopped: StopRequests) -> Outcome:
-    """Run on `config.nodes` nodes; returns how the run ended, as its first node wrote it down."""
+    """Run on `config.nodes` nodes; returns how the run ended, as its first node wrote it down.
+
+    Raises InputError if the nodes cannot be started as the configuration asks.
+    """
     program = rank_command(config)
+    for attempt in range(1, MEETINGS + 1):
+        start = time.monotonic()
+        code = _run_ranks(program, config, folder, stopped)
+        # What mpiexec or srun return says little (it may be 0 after a lost rank): the first node's word counts.
+        result = run_folder.read_result(folder)
+        if "exit_code" in result:
+            return Outcome(result["exit_code"], result.get("error", ""))
+        early = time.monotonic() - start < RENDEZVOUS_SECONDS and not (folder / MET).exists()
+        if stopped.count or not early or attempt == MEETINGS:
+            break
+        print(f"the nodes did not meet (code {code}); trying again", file=sys.stderr)
+    return Outcome(CRASHED, f"the nodes ended without a result (code {code})")
+
+
+def _run_ranks(program: list[str], config: Config, folder: Path, stopped: StopRequests) -> int:
+    (folder / MET).unlink(missing_ok=True)
     # A session of its own: Ctrl-C reaches only this process, which then asks the first node for an orderly end.
-    with subprocess.Popen(lifeline.command(program), stdin=subprocess.PIPE, start_new_session=True) as mpi:
+    with subprocess.Popen(
+        lifeline.command(program), stdin=subprocess.PIPE, start_new_session=True, env=PLAIN_TRANSPORT | os.environ
+    ) as mpi:
         order: dict[str, Any] = {
             "run_folder": str(folder),
             "config_yaml": config.to_yaml(),
@@ -62,11 +87,7 @@ def run_nodes(config: Config, folder: Path, stopped: StopRequests) -> Outcome:
             if time.monotonic() > kill_at:
                 mpi.kill()
             time.sleep(0.1)
-    # What mpiexec returns says little (it may be 0 after a lost rank): the first node's word counts.
-    result = run_folder.read_result(folder)
-    if "exit_code" not in result:
-        return Outcome(CRASHED, f"the nodes ended without a result (mpiexec: {mpi.returncode})")
-    return Outcome(result["exit_code"], result.get("error", ""))
+    return int(mpi.returncode)
 
 
 def meet(private: Path) -> tuple[Plan, int]:

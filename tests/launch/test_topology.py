@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import socket
 from collections import Counter
 from contextlib import ExitStack
@@ -74,11 +75,12 @@ def test_nodes_are_reached_in_a_network_that_all_are_in() -> None:
     assert common_addresses([one, ("b", ["192.168.2.9/24"])]) is None
 
 
-def test_a_backend_for_hosts_slurm_and_one_machine(tmp_path: Path) -> None:
+def test_a_backend_for_hosts_slurm_and_one_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: f"/cluster/{name}")
     config = replace(load_preset("rover_tower_8"), nodes=2)
     assert rank_command(config, {})[1:3] == ["-n", "2"]
     slurm = rank_command(config, {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"})
-    assert slurm[:2] == ["srun", "--mpi=pmi2"]
+    assert slurm[:2] == ["/cluster/srun", "--mpi=pmi2"]
     (tmp_path / "hosts").write_text("# ours\nsub0\n")
     with pytest.raises(InputError, match="asked for 2 nodes, but there are 1 hosts"):
         rank_command(replace(config, hostfile=str(tmp_path / "hosts")), {})

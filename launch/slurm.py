@@ -1,0 +1,108 @@
+"""`bm3il submit`: a run as a batch job of Slurm, which comes back after a preemption and after its time limit."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch import run, run_folder
+from launch.config import Config, parse_config
+from launch.run_folder import write_atomically
+from protocol.errors import InputError
+
+NOTICE_SECONDS = 120
+"""How long before its time limit the job is told: Slurm is coarse, and up to a minute early or late."""
+
+SCRIPT = """\
+#!/bin/bash
+# {name}: written by `bm3il submit`. It begins the run, or goes on with it from its newest checkpoint.
+#SBATCH --job-name=bm3il-{name}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node=1
+#SBATCH --time={time}
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output={log}
+#SBATCH --signal=B:USR1@{notice}
+#SBATCH --no-kill
+{extra}
+cd {cwd}
+stopped=
+# Slurm tells that the time is nearly over (USR1) or that somebody more important comes (TERM): checkpoint and end.
+trap 'stopped=time; kill -TERM "$run"' USR1
+trap 'stopped=preempted; kill -TERM "$run"' TERM
+if [ -e {folder}/config.yaml ]; then
+    {python} -m launch.cli resume {folder} &
+else
+    {python} -m launch.cli train {options} &
+fi
+run=$!
+wait "$run"
+code=$?
+if [ -n "$stopped" ]; then
+    wait "$run" # the first wait ended with the signal
+    code=$?
+fi
+if [ "$stopped" = time ] && [ "$code" = 130 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 600 # until Slurm ends this start of the job
+elif [ "$stopped" = preempted ]; then
+    sleep 600 # a job that ends by itself in its grace time would not come back
+fi
+exit "$code"
+"""
+
+
+def submit(args: Sequence[str], time: str, options: Sequence[str], dry_run: bool) -> int:
+    """Write the batch script beside the run's folder and submit it; with `dry_run` only print it.
+
+    args: of `bm3il train`.   time: Slurm's limit, `HH:MM:SS`.   options: more lines for sbatch, `partition=gpu`.
+    Raises InputError for what `bm3il train` would refuse, and without Slurm.
+    """
+    config = run_folder.named(run.check(parse_config(list(args))))
+    text = script(config, args, time, options)
+    if dry_run:
+        print(text, end="")
+        return 0
+    if shutil.which("sbatch") is None:
+        raise InputError("there is no sbatch here: submit from a machine of the cluster, or use --dry-run")
+    folder = Path(config.runs_folder).resolve()
+    path = folder / f"{config.run}.sbatch"
+    if path.exists() or (folder / config.run).exists():
+        raise InputError(f"{folder / config.run} was submitted or run before; take another --run")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot create {folder}: {error.strerror}") from error
+    write_atomically(path, text)
+    done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        path.unlink()
+        raise InputError(f"sbatch refuses the job: {done.stderr.strip()}")
+    print(f"job {done.stdout.strip()}: {path}\nlog: {_log(config)}\nrun: {folder / config.run}")
+    return 0
+
+
+def script(config: Config, args: Sequence[str], time: str, options: Sequence[str]) -> str:
+    """The batch script of a run with a name."""
+    given = [*args] if "--run" in args else [*args, "--run", config.run]
+    return SCRIPT.format(
+        name=config.run,
+        nodes=config.nodes,
+        time=time,
+        log=_log(config),
+        notice=NOTICE_SECONDS,
+        extra="".join(f"#SBATCH --{option}\n" for option in options),
+        cwd=shlex.quote(str(Path.cwd())),
+        folder=shlex.quote(str(Path(config.runs_folder).resolve() / config.run)),
+        python=shlex.quote(sys.executable),
+        options=shlex.join(given),
+    )
+
+
+def _log(config: Config) -> Path:
+    return Path(config.runs_folder).resolve() / f"{config.run}.slurm.log"
