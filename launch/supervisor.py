@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from launch.child import Child, worker_command
@@ -51,9 +52,9 @@ class Supervisor:
         say: Callable[[str], None],
         command: Callable[[Process], list[str]] = worker_command,
     ) -> None:
-        self._say, self._plan, self._command = say, plan, command
+        self._say, self._plan, self._node, self._command = say, plan, node, command
         self._metrics = SupervisorMetrics(telemetry.registry, Path(plan.run_folder))
-        self._children = self._made(node)
+        self._children = self._made([process.name for process in plan.on(node)])
 
     def start(self) -> None:
         """Start all processes of the node; none waits for another."""
@@ -62,17 +63,22 @@ class Supervisor:
 
     def adopt(self, node: int) -> None:
         """Start the processes of a node that was lost, here."""
-        for child in (adopted := self._made(node)):
+        theirs = self._plan.on(node)
+        moved = tuple(replace(p, node=self._node) if p in theirs else p for p in self._plan.processes)
+        self._plan = replace(self._plan, processes=moved)
+        adopted = self._made([process.name for process in theirs])
+        for child in adopted:
             child.spawn()
         self._children += adopted
 
-    def _made(self, node: int) -> list[Child]:
+    def _made(self, names: Collection[str]) -> list[Child]:
         logs = Path(self._plan.run_folder, "logs")
         logs.mkdir(parents=True, exist_ok=True)  # a node may have no part in the disk of the first
         env = os.environ | dict.fromkeys(THREAD_VARIABLES, str(self._plan.config.threads))
         return [
             Child(process, self._command(process), self._plan.to_json(), logs / f"{process.name}.log", env)
-            for process in self._plan.on(node)
+            for process in self._plan.processes
+            if process.name in names
         ]
 
     def watch(self) -> Outcome | None:

@@ -199,3 +199,18 @@ def _sleepers(token: str) -> list[psutil.Process]:
         if command[-1:] == [token] and SLEEP in command and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(process)
     return found
+
+
+def test_the_processes_of_a_lost_node_go_on_here(tmp_path: Path, telemetry: Telemetry) -> None:
+    processes = (Process("learner", 0, 0), Process("actor", 0, 1))
+    config = load_preset("rover_tower_8")
+    nodes = (Node("here"), Node("there", "10.0.0.9"))
+    plan = Plan("run", str(tmp_path), config.to_yaml(), nodes, processes, ipc_endpoints(tmp_path))
+    echo = "import json, sys, time; print(json.load(sys.stdin)['processes'], flush=True); time.sleep(60)"
+    supervisor = Supervisor(plan, 0, telemetry, lambda _: None, lambda p: [sys.executable, "-c", echo])
+    supervisor.start()
+    log = tmp_path / "logs" / "actor-0.log"
+    assert not log.exists()
+    supervisor.adopt(1)
+    watch(supervisor, lambda: log.exists() and "'actor', 'index': 0, 'node': 0" in log.read_text())
+    end(supervisor)
