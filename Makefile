@@ -12,7 +12,7 @@ FLAGS = $(call flag,PRESET,preset) $(call flag,NODES,nodes) $(call flag,ALGORITH
 	$(call flag,HOSTFILE,hostfile) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help launch submit test lint bench fuzz
+.PHONY: help launch submit test lint bench chaos fuzz
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,10 +30,14 @@ lint: $(VENV)/.installed-dev  ## check style and types
 	@$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev  ## measure against the floors of this machine
-	@failed=0; for file in $(filter-out benchmarks/floors.py benchmarks/imitation.py benchmarks/fuzz.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file $(ARGS) || failed=1; done; exit $$failed
+	@failed=0; for file in $(filter-out benchmarks/floors.py benchmarks/imitation.py benchmarks/fuzz.py benchmarks/chaos.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file $(ARGS) || failed=1; done; exit $$failed
 
 submit: $(VENV)/.installed  ## submit a run to Slurm, with the variables of launch
 	@$(BIN)/bm3il submit $(FLAGS)
+
+SECONDS ?= 600
+chaos: $(VENV)/.installed-dev  ## kill and stop processes of runs at random: SECONDS=600 SEED=1 MODE=lockstep
+	@$(BIN)/python benchmarks/chaos.py --seconds $(SECONDS) $(call flag,SEED,seed) $(call flag,MODE,mode) $(ARGS)
 
 fuzz: $(VENV)/.installed-dev  ## hostile bytes against everything that reads some (ARGS="--cases 1000000")
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py $(ARGS)

@@ -1,0 +1,31 @@
+"""The example is YAML whose parts fit each other, and starts what bm3il understands."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import yaml
+
+from launch.config import parse_config
+
+FILE = Path(__file__).resolve().parents[2] / "deploy" / "kubernetes" / "job.yaml"
+
+
+def test_the_job_uses_what_it_claims() -> None:
+    job, claim = yaml.safe_load_all(FILE.read_text())
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
+    assert volumes["runs"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+
+
+def test_its_command_is_one_of_ours() -> None:
+    job, _ = yaml.safe_load_all(FILE.read_text())
+    (script,) = job["spec"]["template"]["spec"]["containers"][0]["args"]
+    words = shlex.split(script.splitlines()[-1])
+    assert words[:3] == ["exec", "bm3il", "train"]
+    config = parse_config(words[3:])
+    assert (config.mode, config.runs_folder, config.run) == ("async", "/runs", "night")
+    assert f"{config.runs_folder}/{config.run}/config.yaml" in script
