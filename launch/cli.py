@@ -62,6 +62,17 @@ def submit(args: list[str]) -> int:
     return slurm.submit(train_options, options.time, options.sbatch, options.dry_run)
 
 
+def join(args: list[str]) -> int:
+    """add actors to an async run that is under way"""
+    parser = _parser("join")
+    parser.add_argument("ticket", type=Path, help="the join.json of the run's folder, or a copy of it (mode 600)")
+    parser.add_argument("--actors", type=int, default=1)
+    options = parser.parse_args(args)
+    from launch.join import join
+
+    return join(options.ticket, options.actors)
+
+
 def resume(args: list[str]) -> int:
     """go on with a run from its newest checkpoint"""
     parser = _parser("resume")
@@ -195,6 +206,7 @@ def scenario(args: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "submit": submit,
+    "join": join,
     "resume": resume,
     "evaluate": evaluate,
     "status": status,

@@ -27,6 +27,8 @@ SILENT_SECONDS = 10.0
 STUCK_SECONDS = 60.0
 REMOTE_GRACE_SECONDS = 2.0
 LOST_NODE_SECONDS = 15.0
+JOINED = re.compile(r"actor-\d{1,6}")
+"""Names of actors that may come to an async run."""
 ADDRESS = re.compile(r"[\w.:\[\]-]{1,255}:\d{1,5}")
 
 
@@ -38,6 +40,7 @@ class Director:
         self._server = Server(plan.endpoints.control, telemetry.sender, _schema, telemetry.count_drop)
         self._supervisors = {f"supervisor-{node}" for node in range(1, len(plan.nodes))}
         self._names = self._supervisors | {process.name for process in plan.processes}
+        self._takes_more = plan.config.mode == "async"
         self._targets: dict[str, tuple[str, str, int]] = {}
         self._heard: dict[str, float] = {}
         self.statuses: dict[str, Status] = {}
@@ -48,7 +51,7 @@ class Director:
         """Take in heartbeats, waiting up to `timeout_seconds` for the first."""
         for request in self._server.poll(timeout_seconds):
             name, status = request.message.sender.name, request.message.body
-            if name in self._names:
+            if name in self._names or (self._takes_more and JOINED.fullmatch(name)):
                 self.statuses[name], self._heard[name] = status, time.monotonic()
             self._server.answer(request, Done(STOP if self.stopping else ""))
         self._write_targets()

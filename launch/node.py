@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launch import rendezvous, run_folder
 from launch.director import direct, follow
+from launch.join import ticket
 from launch.lifeline import bind_to_parent
 from launch.progress import Progress
 from launch.supervisor import StopRequests
@@ -40,7 +41,8 @@ def _run(plan: Plan, node: int, stopped: StopRequests) -> int:
     threading.Thread(target=rendezvous.listen_for_stop, args=(stopped,), daemon=True).start()
     progress = Progress()
     progress.plan(plan)
-    outcome = direct(plan, progress, stopped)
+    with ticket(plan):
+        outcome = direct(plan, progress, stopped)
     run_folder.conclude(Path(plan.run_folder), plan.config, outcome)
     return 0
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from launch import rendezvous, run_folder
 from launch.config import Config
 from launch.director import direct
+from launch.join import ticket
 from launch.outcome import CRASHED, INTERRUPTED, Outcome, attempt
 from launch.progress import Progress
 from launch.supervisor import StopRequests
@@ -93,7 +94,8 @@ def _run_node(config: Config, folder: Path, progress: Progress, stopped: StopReq
             ipc_endpoints(Path(sockets)),
         )
         progress.plan(plan)
-        return direct(plan, progress, stopped)
+        with ticket(plan):
+            return direct(plan, progress, stopped)
 
 
 def _run_serial(config: Config, folder: Path, progress: Progress, stopped: StopRequests) -> Outcome:
