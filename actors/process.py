@@ -87,6 +87,7 @@ class _Actor:
             return False
         self._weights_of = (message.body.session, message.body.version)
         self._policy.load_arrays(message.arrays)
+        self._telemetry.numbers["policy_version"] = message.body.version
         return True
 
     def _collect(self, *stream: int | str) -> tuple[Trajectories, float]:

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 SILENT_SECONDS = 10.0
 STUCK_SECONDS = 60.0
+PROCESSES, PROCESSES_SECONDS = "processes.json", 1.0
 REMOTE_GRACE_SECONDS = 2.0
 LOST_NODE_SECONDS = 15.0
 JOINED = re.compile(r"actor-\d{1,6}")
@@ -43,6 +44,8 @@ class Director:
         self._takes_more = plan.config.mode == "async"
         self._targets: dict[str, tuple[str, str, int]] = {}
         self._heard: dict[str, float] = {}
+        self._starts: dict[str, set[str]] = {}
+        self._written = 0.0
         self.statuses: dict[str, Status] = {}
         self.stopping = False
         """Whether everybody who is heard is told to stop."""
@@ -53,8 +56,10 @@ class Director:
             name, status = request.message.sender.name, request.message.body
             if name in self._names or (self._takes_more and JOINED.fullmatch(name)):
                 self.statuses[name], self._heard[name] = status, time.monotonic()
+                self._starts.setdefault(name, set()).add(request.message.sender.incarnation)
             self._server.answer(request, Done(STOP if self.stopping else ""))
         self._write_targets()
+        self._write_processes()
 
     def remote_outcome(self) -> Outcome | None:
         """How the run ended, if another node's supervisor has decided it."""
@@ -96,6 +101,29 @@ class Director:
 
     def _all_ended(self) -> bool:
         return all(name in self.statuses and "ended" in self.statuses[name].values for name in self._supervisors)
+
+    def _write_processes(self) -> None:
+        """Once a second, what `bm3il status` shows of each process."""
+        if (now := time.monotonic()) - self._written < PROCESSES_SECONDS:
+            return
+        self._written = now
+        processes = {}
+        for name in sorted(self._names | set(self.statuses)):
+            status = self.statuses.get(name)
+            processes[name] = {
+                "node": status.node if status else None,
+                "state": _state(status, now - self._heard.get(name, 0.0)),
+                "stage": status.stage if status else "",
+                "stage_seconds": round(status.values.get("stage_seconds", 0.0), 1) if status else 0.0,
+                "policy_version": status.values.get("policy_version", status.values.get("iteration"))
+                if status
+                else None,
+                "restarts": max(0, len(self._starts.get(name, ())) - 1),
+            }
+        try:
+            write_atomically(Path(self._plan.run_folder, PROCESSES), json.dumps(processes, indent=1))
+        except InputError as error:
+            log.warning("%s", error)
 
     def _write_targets(self) -> None:
         known = self.statuses | {self._telemetry.sender.name: self._telemetry.status()}
@@ -159,6 +187,16 @@ def follow(plan: Plan, node: int, stopped: StopRequests, say: Callable[[str], No
         supervisor.stop_all(stopped, lambda: None)
         telemetry.numbers["ended"] = 1
         telemetry.close()
+
+
+def _state(status: Status | None, silent_seconds: float) -> str:
+    """`starved` waits for others, `stuck` does not get on with its own work, `dead` is not heard."""
+    if status is None or silent_seconds > SILENT_SECONDS:
+        return "dead" if status else "not heard yet"
+    inside = status.values.get("stage_seconds", 0.0)
+    if status.stage.startswith("wait") and status.role != "reward-server" and inside > SILENT_SECONDS:
+        return "starved"
+    return "stuck" if inside > STUCK_SECONDS and status.role not in ("supervisor", "reward-server") else "alive"
 
 
 def _schema(body: Any) -> ArrayTable | None:

@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
+from launch.director import PROCESSES
 from launch.progress import Progress
 from launch.run_folder import is_running, open_existing, read_result
 
@@ -19,9 +21,8 @@ def print_status(folder: Path) -> int:
     running = is_running(folder)
     console.print(f"{config.algorithm} on {config.environment}, seed {config.seed}", markup=False)
     if running:
-        console.print("running; processes and their metrics:")
-        for name, address in _targets(folder):
-            console.print(f"  {name:<18} http://{address}/metrics", markup=False)
+        console.print("running")
+        console.print(_processes(folder))
     if row := _last_evaluation(folder):
         values = [f"{key} {value}" for key, value in row.items() if value][:6]
         console.print("last evaluation: " + ", ".join(values), markup=False)
@@ -30,6 +31,29 @@ def print_status(folder: Path) -> int:
     elif not running:
         console.print(f"stopped without a result; `bm3il resume {folder}` goes on", markup=False)
     return 0
+
+
+def _processes(folder: Path) -> Table:
+    """Every process as the director heard of it last."""
+    table = Table("process", "node", "state", "stage", "for", "weights", "restarts", "metrics")
+    addresses = dict(_targets(folder))
+    try:
+        processes = dict(json.loads((folder / PROCESSES).read_text()))
+    except (OSError, ValueError, TypeError):  # the run has just begun
+        processes = {}
+    for name, told in processes.items():
+        version = told["policy_version"]
+        table.add_row(
+            name,
+            "" if told["node"] is None else str(told["node"]),
+            told["state"],
+            told["stage"],
+            f"{told['stage_seconds']:.0f} s",
+            "" if version is None else f"{version:.0f}",
+            str(told["restarts"]),
+            f"http://{addresses[name]}/metrics" if name in addresses else "",
+        )
+    return table
 
 
 def _targets(folder: Path) -> list[tuple[str, str]]:

@@ -1,0 +1,57 @@
+"""What `bm3il status` tells of each process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch import status
+from launch.config import load_preset
+from launch.director import _state
+from launch.status import print_status
+from protocol.messages import Status
+
+
+def told(role: str, stage: str, seconds: float) -> Status:
+    return Status(role, 0, 0, 1, stage, "", {"stage_seconds": seconds})
+
+
+@pytest.mark.parametrize(
+    ("role", "stage", "seconds", "silent", "expected"),
+    [
+        ("actor", "collect", 5, 0.5, "alive"),
+        ("actor", "collect", 90, 0.5, "stuck"),
+        ("actor", "wait_for_weights", 30, 0.5, "starved"),
+        ("actor", "collect", 5, 30, "dead"),
+        ("reward-server", "wait", 300, 0.5, "alive"),
+        ("learner", "wait_for_particles", 30, 0.5, "starved"),
+    ],
+)
+def test_what_a_process_is_doing(role: str, stage: str, seconds: float, silent: float, expected: str) -> None:
+    assert _state(told(role, stage, seconds), silent) == expected
+
+
+def test_every_process_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(load_preset("rover_tower_8").to_yaml())
+    shown = {
+        "node": 1,
+        "state": "starved",
+        "stage": "collect",
+        "stage_seconds": 3.2,
+        "policy_version": 7,
+        "restarts": 2,
+    }
+    (tmp_path / "processes.json").write_text(
+        json.dumps({"actor-0": shown, "actor-1": shown | {"policy_version": None}})
+    )
+    monkeypatch.setattr(status, "is_running", lambda folder: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert print_status(tmp_path) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "actor-" in line]
+    assert len(lines) == 2
+    for part in ("1", "starved", "collect", "3 s", "7", "2"):
+        assert part in lines[0]
