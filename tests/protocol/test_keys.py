@@ -97,10 +97,15 @@ def test_a_wrong_or_stale_key_is_refused_counted_and_named(
     other = Keys.create()
     if right == "server":  # it knows whom it talks to, and is not known itself
         other = Keys(door.keys.server_public, "", other.client_public, other.client_secret)
-    with caplog.at_level(logging.WARNING), pytest.raises(Unanswered):
-        ask(door.endpoint, other, 1.0)
-    until(lambda: "unauthorised" in door.drops)
-    until(lambda: "refused a connection of 127.0.0.1:" in caplog.text)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(5):  # a connection may be closed before it could be asked where it comes from
+            with pytest.raises(Unanswered):
+                ask(door.endpoint, other, 0.7)
+            until(lambda: "unauthorised" in door.drops)
+            until(lambda: "refused a connection of " in caplog.text)
+            if "refused a connection of 127.0.0.1:" in caplog.text:
+                break
+    assert "refused a connection of 127.0.0.1:" in caplog.text
     assert not door.received
     assert ask(door.endpoint, door.keys) == "taken"
 
