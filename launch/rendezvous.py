@@ -40,6 +40,9 @@ MEETINGS = 3
 MET = "targets.json"
 """A file of the run folder that is there once the first node leads."""
 KILL_AFTER_SECONDS = 3.0
+LAST_RANK_SECONDS = 10.0
+"""How long, once the first node has written down the end, the others have to end: mpiexec waits for a host that lost
+its power for ever."""
 STOP_LINE = "stop"
 PORTS = range(20_000, 32_000)
 
@@ -84,6 +87,8 @@ def _run_ranks(program: list[str], config: Config, folder: Path, stopped: StopRe
                 told = stopped.count
                 _tell(mpi, STOP_LINE)
                 kill_at = time.monotonic() + KILL_AFTER_SECONDS if told > 1 else kill_at
+            if kill_at == float("inf") and "exit_code" in run_folder.read_result(folder):
+                kill_at = time.monotonic() + LAST_RANK_SECONDS
             if time.monotonic() > kill_at:
                 mpi.kill()
             time.sleep(0.1)

@@ -5,87 +5,120 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
-from test_faults import DEADLINE_SECONDS, SMALL, result_of, start
+from hosts import Hosts, NoHosts
+from test_faults import SMALL, iterations, result_of, start, wait_for
 
-AGENT = """#!/bin/sh
-# What mpiexec takes for ssh: leave out the options, take the host, run the rest there.
-while [ "${1#-}" != "$1" ]; do shift; done
-host=$1; shift
-exec ip netns exec "$host" unshare --uts sh -c "hostname $host; $*"
-"""
 HOSTS = 4
+SIZE = ["--actors", "4", "--steps", "4000", "--learner.deadline-seconds", "60"]
+DEADLINE_SECONDS = 110.0
 
 
-def run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    try:
+        with Hosts(HOSTS) as made:
+            yield made
+    except NoHosts as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """Namespaces in a network of their own, 10.78.0.0/24, behind a bridge in another namespace."""
-    if os.geteuid() != 0 or not all(shutil.which(tool) for tool in ("ip", "unshare")):
-        pytest.skip("hosts are played by network namespaces, which need root and iproute2")
-    tag = f"bm{os.getpid()}"
-    names, switch = [f"{tag}n{i}" for i in range(HOSTS)], f"{tag}sw"
-    made: list[str] = []
-    try:
-        for name in (switch, *names):
-            try:
-                run("ip", "netns", "add", name)
-            except subprocess.CalledProcessError as error:
-                pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
-            made.append(name)
-        run("ip", "-n", switch, "link", "add", "br0", "type", "bridge")
-        run("ip", "-n", switch, "link", "set", "br0", "up")
-        table = "127.0.0.1 localhost\n" + "".join(f"10.78.0.{i + 1} {name}\n" for i, name in enumerate(names))
-        for i, name in enumerate(names):
-            folder = Path("/etc/netns", name)
-            folder.mkdir(parents=True)
-            (folder / "hosts").write_text(table)
-            run("ip", "-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", f"v{i}", "netns", switch)
-            run("ip", "-n", switch, "link", "set", f"v{i}", "master", "br0", "up")
-            run("ip", "-n", name, "addr", "add", f"10.78.0.{i + 1}/24", "dev", "eth0")
-            for device in ("eth0", "lo"):
-                run("ip", "-n", name, "link", "set", device, "up")
-        yield names
-    finally:
-        for name in made:
-            subprocess.run(["ip", "netns", "del", name], check=False)
-            shutil.rmtree(Path("/etc/netns", name), ignore_errors=True)
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The result of the same run on one node."""
+    folder = tmp_path_factory.mktemp("alone")
+    process = start(folder, "run", *SIZE)
+    output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 0, output
+    return result_of(folder, "run")
 
 
-def test_four_hosts_compute_what_one_node_computes(hosts: list[str], tmp_path: Path) -> None:
-    agent = tmp_path / "agent.sh"
-    agent.write_text(AGENT)
-    agent.chmod(0o700)
-    (tmp_path / "hosts").write_text("\n".join(hosts))
-    size = ["--actors", "4", "--steps", "1200"]
-    options = [*size, "--nodes", str(HOSTS), "--hostfile", str(tmp_path / "hosts")]
-    train = [sys.executable, "-m", "launch.cli", "train", "--run", "hosts", *SMALL, *options]
-    first = f'hostname {hosts[0]}; exec "$@"'
-    done = subprocess.run(
-        ["ip", "netns", "exec", hosts[0], "unshare", "--uts", "sh", "-c", first, "sh", *train],
-        cwd=tmp_path,
-        env=os.environ | {"HYDRA_LAUNCHER": "ssh", "HYDRA_LAUNCHER_EXEC": str(agent)},
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    for i, name in enumerate(hosts):
-        assert re.search(rf"node {i} \({name}, 10\.78\.0\.{i + 1}, .*supervisor-{i}.* actor-{i}", done.stdout)
-    assert re.search(r"experience tcp://10\.78\.0\.1:\d+", done.stdout)
-    targets = json.loads((tmp_path / "runs" / "hosts" / "targets.json").read_text())
-    assert {target["targets"][0].partition(":")[0] for target in targets} == {f"10.78.0.{i + 1}" for i in range(HOSTS)}
-    alone = start(tmp_path, "alone", *size)
-    output, _ = alone.communicate(timeout=DEADLINE_SECONDS)
-    assert alone.returncode == 0, output
-    assert result_of(tmp_path, "hosts")["policy_sha256"] == result_of(tmp_path, "alone")["policy_sha256"]
+def start_on(hosts: Hosts, folder: Path, *command: str) -> subprocess.Popen[str]:
+    """The command line, on the first host."""
+    program = hosts.command(0, [sys.executable, "-m", "launch.cli", *command])
+    env = os.environ | hosts.mpiexec_environment(folder)
+    return subprocess.Popen(program, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def train_on(hosts: Hosts, folder: Path) -> subprocess.Popen[str]:
+    options = [*SIZE, "--nodes", str(HOSTS), "--hostfile", str(hosts.hostfile(folder))]
+    return start_on(hosts, folder, "train", "--run", "run", *SMALL, *options)
+
+
+def on_host(hosts: Hosts, host: int, module: str) -> psutil.Process:
+    """A process of the run on a host, by the module that it runs."""
+    for pid in hosts.processes(host):
+        try:
+            command = (process := psutil.Process(pid)).cmdline()
+            if module in command and "launch.lifeline" not in command and command[0] == sys.executable:
+                return process
+        except psutil.Error:
+            continue
+    raise AssertionError(f"no {module} on host {host}")
+
+
+def finish(process: subprocess.Popen[str], folder: Path, alone: dict[str, Any]) -> str:
+    """Wait for the end; the policy must be that of one node. Returns what was printed."""
+    output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 0, output
+    assert result_of(folder, "run")["policy_sha256"] == alone["policy_sha256"], output
+    return output
+
+
+def test_four_hosts_compute_what_one_node_computes(hosts: Hosts, tmp_path: Path, alone: dict[str, Any]) -> None:
+    output = finish(train_on(hosts, tmp_path), tmp_path, alone)
+    for i, (name, address) in enumerate(zip(hosts.names, hosts.addresses, strict=True)):
+        assert re.search(rf"node {i} \({name}, {re.escape(address)}, .*supervisor-{i}", output)
+    assert re.search(r"experience tcp://10\.78\.0\.1:\d+", output)
+    targets = json.loads((tmp_path / "runs" / "run" / "targets.json").read_text())
+    assert {target["targets"][0].partition(":")[0] for target in targets} == set(hosts.addresses)
+
+
+def test_a_cut_that_heals_is_only_a_pause(hosts: Hosts, tmp_path: Path, alone: dict[str, Any]) -> None:
+    process = train_on(hosts, tmp_path)
+    wait_for(lambda: iterations(tmp_path, "run") >= 8, process)
+    hosts.cut(2)
+    time.sleep(2)  # a chunk that was under way may still come
+    before = iterations(tmp_path, "run")
+    time.sleep(4)
+    assert iterations(tmp_path, "run") <= before + 1
+    hosts.heal(2)
+    output = finish(process, tmp_path, alone)
+    assert "lost" not in output
+
+
+@pytest.mark.parametrize("how", ["supervisor killed", "power gone"])
+def test_the_processes_of_a_lost_node_go_on_at_the_first(
+    hosts: Hosts, tmp_path: Path, alone: dict[str, Any], how: str
+) -> None:
+    process = train_on(hosts, tmp_path)
+    wait_for(lambda: iterations(tmp_path, "run") >= 8, process)
+    if how == "power gone":
+        hosts.power_off(3)
+    else:
+        on_host(hosts, 3, "launch.node").send_signal(signal.SIGKILL)
+    output = finish(process, tmp_path, alone)
+    assert "node 3 is lost; its processes go on here" in output
+    assert not hosts.processes(3)
+
+
+def test_a_run_whose_first_node_lost_its_power_is_resumed(hosts: Hosts, tmp_path: Path, alone: dict[str, Any]) -> None:
+    process = train_on(hosts, tmp_path)
+    wait_for(lambda: iterations(tmp_path, "run") >= 12, process)
+    hosts.power_off(0)
+    process.communicate(timeout=20)
+    hosts.heal(0)
+    deadline = time.monotonic() + 30
+    while any(hosts.processes(host) for host in range(HOSTS)):
+        assert time.monotonic() < deadline, "orphans on the other hosts"
+        time.sleep(0.2)
+    finish(start_on(hosts, tmp_path, "resume", "runs/run"), tmp_path, alone)
