@@ -1,0 +1,99 @@
+"""A real Slurm on hosts of our own: what ends a job, and how the run comes back to the bits of one node."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hosts import NoHosts
+from slurm_cluster import NoSlurm, SlurmCluster
+from test_faults import SMALL, iterations, result_of, start
+
+NODES = 4
+SIZE = ["--actors", "4", "--steps", "8000", "--learner.deadline-seconds", "60"]
+LAUNCHER = [sys.executable, "-m", "launch.cli"]
+DEADLINE_SECONDS = 110.0
+
+
+@pytest.fixture
+def slurm() -> Iterator[SlurmCluster]:
+    try:
+        with SlurmCluster(NODES) as made:
+            yield made
+    except (NoHosts, NoSlurm) as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The result of the same run on one node."""
+    folder = tmp_path_factory.mktemp("alone")
+    process = start(folder, "run", *SIZE)
+    output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 0, output
+    return result_of(folder, "run")
+
+
+class Job:
+    """The run as a batch job, submitted as a user would."""
+
+    def __init__(self, slurm: SlurmCluster, folder: Path) -> None:
+        self.slurm, self.folder = slurm, folder
+        options = ["--run", "run", *SMALL, *SIZE, "--nodes", str(NODES), "--time", "10"]
+        self.number = slurm.call(*LAUNCHER, "submit", *options, cwd=folder).split()[1].rstrip(":")
+
+    def wait_for(self, condition: Callable[[], Any]) -> float:
+        """Wait until it holds; returns the seconds that it took."""
+        began = time.monotonic()
+        while not condition():
+            assert time.monotonic() - began < DEADLINE_SECONDS, f"{self.state()}\n{self.log()}"
+            time.sleep(0.1)
+        return time.monotonic() - began
+
+    def in_flight(self) -> None:
+        """Wait until the run has a checkpoint or two."""
+        self.wait_for(lambda: iterations(self.folder, "run") >= 12)
+
+    def goes_on(self) -> float:
+        """Wait until an iteration more is done; returns the seconds that it took."""
+        done = iterations(self.folder, "run")
+        return self.wait_for(lambda: iterations(self.folder, "run") > done)
+
+    def state(self) -> dict[str, str]:
+        return self.slurm.job(self.number)
+
+    def log(self) -> str:
+        return (self.folder / "runs" / "run.slurm.log").read_text()
+
+    def completes(self, alone: dict[str, Any]) -> None:
+        """Wait for the end, which must be that of one node."""
+        self.wait_for(lambda: self.state()["JobState"] not in ("RUNNING", "PENDING", "COMPLETING"))
+        assert self.state()["JobState"] == "COMPLETED", f"{self.state()}\n{self.log()}"
+        result = result_of(self.folder, "run")
+        assert (result["status"], result["policy_sha256"]) == ("finished", alone["policy_sha256"])
+
+
+def test_a_job_on_four_nodes_computes_what_one_node_computes(
+    slurm: SlurmCluster, tmp_path: Path, alone: dict[str, Any]
+) -> None:
+    job = Job(slurm, tmp_path)
+    job.completes(alone)
+    targets = json.loads((tmp_path / "runs" / "run" / "targets.json").read_text())
+    assert {target["targets"][0].partition(":")[0] for target in targets} == set(slurm.hosts.addresses[1:])
+
+
+def test_a_lost_node_does_not_end_the_job(slurm: SlurmCluster, tmp_path: Path, alone: dict[str, Any]) -> None:
+    job = Job(slurm, tmp_path)
+    job.in_flight()
+    slurm.hosts.power_off(4)
+    print(f"{job.goes_on():.1f} s")
+    assert "node 3 is lost; its processes go on here" in job.log()
+    assert (state := job.state())["JobState"] == "RUNNING", state
+    job.completes(alone)
+    assert job.state()["Restarts"] == "0"
