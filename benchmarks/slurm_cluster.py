@@ -90,7 +90,7 @@ class SlurmCluster:
     def call(self, *command: str, cwd: Path | None = None) -> str:
         """Run a program on the controller's host; returns what it printed, of both kinds."""
         done = subprocess.run(
-            self.hosts.command(0, command), cwd=cwd, env=self.environment, capture_output=True, text=True, timeout=60
+            self.hosts.command(0, command), cwd=cwd, env=self.environment, capture_output=True, text=True, timeout=110
         )
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout + done.stderr
@@ -99,6 +99,11 @@ class SlurmCluster:
         """What Slurm knows of a job: JobState, Restarts, NodeList, …"""
         words = self.call("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def at_work(self) -> list[str]:
+        """Commands of all that runs on the nodes, beside Slurm itself."""
+        pids = [pid for host in range(1, len(self.hosts.names)) for pid in self.hosts.processes(host)]
+        return [command for pid in pids if "slurm" not in (command := _command(pid)) and command]
 
     def boot(self, host: int) -> None:
         """Start the node on a host, again after `hosts.power_off` and `hosts.heal`."""
@@ -150,3 +155,10 @@ class SlurmCluster:
         for daemon in self._daemons:
             daemon.kill()
             daemon.wait()
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""

@@ -16,7 +16,7 @@ from slurm_cluster import NoSlurm, SlurmCluster
 from test_faults import SMALL, iterations, result_of, start
 
 NODES = 4
-SIZE = ["--actors", "4", "--steps", "8000", "--learner.deadline-seconds", "60"]
+SIZE = ["--actors", "4", "--steps", "5000", "--learner.deadline-seconds", "60"]
 LAUNCHER = [sys.executable, "-m", "launch.cli"]
 DEADLINE_SECONDS = 110.0
 
@@ -92,8 +92,66 @@ def test_a_lost_node_does_not_end_the_job(slurm: SlurmCluster, tmp_path: Path, a
     job = Job(slurm, tmp_path)
     job.in_flight()
     slurm.hosts.power_off(4)
-    print(f"{job.goes_on():.1f} s")
-    assert "node 3 is lost; its processes go on here" in job.log()
-    assert (state := job.state())["JobState"] == "RUNNING", state
+    away = job.wait_for(lambda: "node 3 is lost; its processes go on here" in job.log())
+    print(f"node lost: {away + job.goes_on():.1f} s")
+    assert job.state()["JobState"] == "RUNNING", job.state()
     job.completes(alone)
     assert job.state()["Restarts"] == "0"
+
+
+def test_a_job_whose_first_node_is_lost_comes_back(slurm: SlurmCluster, tmp_path: Path, alone: dict[str, Any]) -> None:
+    job = Job(slurm, tmp_path)
+    job.in_flight()
+    slurm.hosts.power_off(1)
+    for _ in range(60):
+        print(time.monotonic(), job.state()["JobState"], job.state().get("Reason"), job.state()["Restarts"], [len(slurm.hosts.processes(h)) for h in range(5)])
+        time.sleep(1)
+    slurm.hosts.heal(1)
+    slurm.boot(1)
+    print(f"first node lost: {job.goes_on():.1f} s")
+    job.completes(alone)
+
+
+def test_a_preempted_job_comes_back(slurm: SlurmCluster, tmp_path: Path, alone: dict[str, Any]) -> None:
+    job = Job(slurm, tmp_path)
+    job.in_flight()
+    wrap = ["--parsable", "--partition=high", f"--nodes={NODES}", "--output=/dev/null", "--wrap", "srun sleep 3"]
+    other = slurm.call("sbatch", *wrap).strip()
+    taken = job.wait_for(lambda: slurm.job(other)["JobState"] == "RUNNING")
+    assert job.state()["JobState"] == "PENDING", job.state()
+    assert result_of(tmp_path, "run")["status"] == "interrupted"
+    print(f"preempted: nodes left after {taken:.1f} s, on after {job.goes_on():.1f} s more")
+    job.completes(alone)
+    assert job.state()["Restarts"] == "1"
+
+
+def test_a_job_whose_time_is_nearly_over_requeues_itself(
+    slurm: SlurmCluster, tmp_path: Path, alone: dict[str, Any]
+) -> None:
+    job = Job(slurm, tmp_path)
+    job.in_flight()
+    slurm.call("scancel", "--batch", "--signal=USR1", job.number)  # as --signal=B:USR1@120 does
+    job.wait_for(lambda: job.state()["Restarts"] == "1")
+    assert result_of(tmp_path, "run")["status"] == "interrupted"
+    print(f"time over: {job.goes_on():.1f} s")
+    job.completes(alone)
+
+
+def test_a_cancelled_job_leaves_a_run_that_can_be_resumed(
+    slurm: SlurmCluster, tmp_path: Path, alone: dict[str, Any]
+) -> None:
+    job = Job(slurm, tmp_path)
+    job.in_flight()
+    slurm.call("scancel", job.number)
+    print(f"cancelled: {job.wait_for(lambda: job.state()['JobState'] == 'CANCELLED'):.1f} s")
+    job.wait_for(lambda: not slurm.at_work())
+    assert result_of(tmp_path, "run")["status"] == "interrupted"
+    slurm.call(*LAUNCHER, "resume", "runs/run", cwd=tmp_path)
+    assert result_of(tmp_path, "run")["policy_sha256"] == alone["policy_sha256"]
+
+
+def test_inside_an_allocation_srun_starts_the_nodes(slurm: SlurmCluster, tmp_path: Path, alone: dict[str, Any]) -> None:
+    train = [*LAUNCHER, "train", "--run", "run", *SMALL, *SIZE, "--nodes", str(NODES)]
+    output = slurm.call("salloc", f"--nodes={NODES}", *train, cwd=tmp_path)
+    assert all(f"({name}, {at}, " in output for name, at in zip(slurm.hosts.names[1:], slurm.hosts.addresses[1:]))
+    assert result_of(tmp_path, "run")["policy_sha256"] == alone["policy_sha256"]
