@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import run, run_folder
+from launch.backends import BATCH_JOB
 from launch.config import Config, parse_config
 from launch.run_folder import write_atomically
 from protocol.errors import InputError
@@ -31,6 +32,7 @@ SCRIPT = """\
 #SBATCH --no-kill
 {extra}
 cd {cwd}
+export {batch_job}=$SLURM_JOB_ID # with it the nodes can bring the job back if the first is lost
 over=
 # Slurm tells that the time is nearly over (USR1) or that the job has to go (TERM): checkpoint and end.
 trap 'told=1 over=1; kill -TERM "$run"' USR1
@@ -97,6 +99,7 @@ def script(config: Config, args: Sequence[str], time: str, options: Sequence[str
         log=_log(config),
         notice=NOTICE_SECONDS,
         extra="".join(f"#SBATCH --{option}\n" for option in options),
+        batch_job=BATCH_JOB,
         cwd=shlex.quote(str(Path.cwd())),
         folder=shlex.quote(str(Path(config.runs_folder).resolve() / config.run)),
         python=shlex.quote(sys.executable),

@@ -18,6 +18,7 @@ from test_faults import SMALL, iterations, result_of, start
 NODES = 4
 SIZE = ["--actors", "4", "--steps", "5000", "--learner.deadline-seconds", "60"]
 LAUNCHER = [sys.executable, "-m", "launch.cli"]
+ONLY_WHEN_STOPPED = ["--learner.checkpoint-interval", "1000"]
 DEADLINE_SECONDS = 110.0
 
 
@@ -43,9 +44,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 class Job:
     """The run as a batch job, submitted as a user would."""
 
-    def __init__(self, slurm: SlurmCluster, folder: Path) -> None:
+    def __init__(self, slurm: SlurmCluster, folder: Path, *more: str) -> None:
         self.slurm, self.folder = slurm, folder
-        options = ["--run", "run", *SMALL, *SIZE, "--nodes", str(NODES), "--time", "10"]
+        options = ["--run", "run", *SMALL, *SIZE, "--nodes", str(NODES), "--time", "10", *more]
         self.number = slurm.call(*LAUNCHER, "submit", *options, cwd=folder).split()[1].rstrip(":")
 
     def wait_for(self, condition: Callable[[], Any]) -> float:
@@ -70,6 +71,11 @@ class Job:
 
     def log(self) -> str:
         return (self.folder / "runs" / "run.slurm.log").read_text()
+
+    def was_interrupted(self) -> None:
+        """The run ended in order, and what it had done is kept."""
+        assert result_of(self.folder, "run")["status"] == "interrupted"
+        assert list((self.folder / "runs" / "run" / "checkpoints").glob("[!.]*")), self.log()
 
     def completes(self, alone: dict[str, Any]) -> None:
         """Wait for the end, which must be that of one node."""
@@ -100,26 +106,24 @@ def test_a_lost_node_does_not_end_the_job(slurm: SlurmCluster, tmp_path: Path, a
 
 
 def test_a_job_whose_first_node_is_lost_comes_back(slurm: SlurmCluster, tmp_path: Path, alone: dict[str, Any]) -> None:
-    job = Job(slurm, tmp_path)
+    job = Job(slurm, tmp_path, "--learner.deadline-seconds", "10")
     job.in_flight()
     slurm.hosts.power_off(1)
-    for _ in range(60):
-        print(time.monotonic(), job.state()["JobState"], job.state().get("Reason"), job.state()["Restarts"], [len(slurm.hosts.processes(h)) for h in range(5)])
-        time.sleep(1)
+    noticed = job.wait_for(lambda: job.state()["JobState"] == "PENDING")
     slurm.hosts.heal(1)
     slurm.boot(1)
-    print(f"first node lost: {job.goes_on():.1f} s")
+    print(f"first node lost: noticed after {noticed:.1f} s, on after {job.goes_on():.1f} s more")
     job.completes(alone)
 
 
 def test_a_preempted_job_comes_back(slurm: SlurmCluster, tmp_path: Path, alone: dict[str, Any]) -> None:
-    job = Job(slurm, tmp_path)
+    job = Job(slurm, tmp_path, *ONLY_WHEN_STOPPED)
     job.in_flight()
     wrap = ["--parsable", "--partition=high", f"--nodes={NODES}", "--output=/dev/null", "--wrap", "srun sleep 3"]
     other = slurm.call("sbatch", *wrap).strip()
     taken = job.wait_for(lambda: slurm.job(other)["JobState"] == "RUNNING")
     assert job.state()["JobState"] == "PENDING", job.state()
-    assert result_of(tmp_path, "run")["status"] == "interrupted"
+    job.was_interrupted()
     print(f"preempted: nodes left after {taken:.1f} s, on after {job.goes_on():.1f} s more")
     job.completes(alone)
     assert job.state()["Restarts"] == "1"
@@ -128,11 +132,11 @@ def test_a_preempted_job_comes_back(slurm: SlurmCluster, tmp_path: Path, alone: 
 def test_a_job_whose_time_is_nearly_over_requeues_itself(
     slurm: SlurmCluster, tmp_path: Path, alone: dict[str, Any]
 ) -> None:
-    job = Job(slurm, tmp_path)
+    job = Job(slurm, tmp_path, *ONLY_WHEN_STOPPED)
     job.in_flight()
     slurm.call("scancel", "--batch", "--signal=USR1", job.number)  # as --signal=B:USR1@120 does
     job.wait_for(lambda: job.state()["Restarts"] == "1")
-    assert result_of(tmp_path, "run")["status"] == "interrupted"
+    job.was_interrupted()
     print(f"time over: {job.goes_on():.1f} s")
     job.completes(alone)
 
@@ -140,12 +144,12 @@ def test_a_job_whose_time_is_nearly_over_requeues_itself(
 def test_a_cancelled_job_leaves_a_run_that_can_be_resumed(
     slurm: SlurmCluster, tmp_path: Path, alone: dict[str, Any]
 ) -> None:
-    job = Job(slurm, tmp_path)
+    job = Job(slurm, tmp_path, *ONLY_WHEN_STOPPED)
     job.in_flight()
     slurm.call("scancel", job.number)
     print(f"cancelled: {job.wait_for(lambda: job.state()['JobState'] == 'CANCELLED'):.1f} s")
     job.wait_for(lambda: not slurm.at_work())
-    assert result_of(tmp_path, "run")["status"] == "interrupted"
+    job.was_interrupted()
     slurm.call(*LAUNCHER, "resume", "runs/run", cwd=tmp_path)
     assert result_of(tmp_path, "run")["policy_sha256"] == alone["policy_sha256"]
 
