@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ PLAIN_TRANSPORT = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp"}
 """For MPICH: MPI exchanges a few addresses here. UCX takes containers for one host, and its addresses are so long that
 Slurm's PMI2 was seen to cut them in two."""
 
+BATCH_JOB = "BM3IL_BATCH_JOB"
+"""Set by the script of `bm3il submit`: the number of its job, which may be started again."""
 SLURM_JOB, SLURM_NODES = "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES"
 
 
@@ -36,6 +39,15 @@ def rank_command(config: Config, environment: Mapping[str, str] = os.environ) ->
         return [_srun(), "--mpi=pmi2", "--no-kill", "--kill-on-bad-exit=0", "--input=0",
                 f"--nodes={config.nodes}", f"--ntasks={config.nodes}", "--ntasks-per-node=1", *node]  # fmt: skip
     return [_mpiexec(), "-n", str(config.nodes), *node]
+
+
+def start_again(environment: Mapping[str, str] = os.environ) -> None:
+    """Have Slurm start our batch job again, if we are one: its first node is lost, and with it the batch script.
+
+    Slurm itself, which is told not to end the job with a node, would keep the others in it until the time is over.
+    """
+    if job := environment.get(BATCH_JOB):
+        subprocess.run(["scontrol", "requeue", job], check=False)
 
 
 def in_slurm(environment: Mapping[str, str] = os.environ) -> bool:

@@ -172,21 +172,28 @@ def direct(plan: Plan, progress: Progress, stopped: StopRequests) -> Outcome:
     return outcome or end
 
 
-def follow(plan: Plan, node: int, stopped: StopRequests, say: Callable[[str], None]) -> None:
-    """Run another node's part: until the director says stop, or has not been heard for long."""
+def follow(plan: Plan, node: int, stopped: StopRequests, say: Callable[[str], None]) -> bool:
+    """Run another node's part: until the director says stop, or has not been heard for as long as a wait may last.
+
+    Returns whether the director was lost.
+    """
+    patience = plan.config.learner.deadline_seconds
+    lost = False
     telemetry = Telemetry("supervisor", node, plan.sender(f"supervisor-{node}"), node, plan.nodes[node].address)
     supervisor = Supervisor(plan, node, telemetry, say)
     telemetry.start_heartbeat(plan.endpoints.control)
     outcome: Outcome | None = None
     try:
         supervisor.start()
-        while not (telemetry.stop.wait(0.1) or stopped.count or telemetry.is_alone()):
+        while not (telemetry.stop.wait(0.1) or stopped.count or lost):
+            lost = telemetry.seconds_alone() > patience
             if outcome is None and (outcome := supervisor.watch()):
                 telemetry.text, telemetry.numbers["exit_code"] = outcome.text, outcome.code
     finally:
         supervisor.stop_all(stopped, lambda: None)
         telemetry.numbers["ended"] = 1
         telemetry.close()
+    return lost
 
 
 def _state(status: Status | None, silent_seconds: float) -> str:

@@ -9,7 +9,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from launch import rendezvous, run_folder
+from launch import backends, rendezvous, run_folder
 from launch.director import direct, follow
 from launch.join import ticket
 from launch.lifeline import bind_to_parent
@@ -36,7 +36,8 @@ def main() -> int:
 
 def _run(plan: Plan, node: int, stopped: StopRequests) -> int:
     if node > 0:
-        follow(plan, node, stopped, lambda line: print(line, flush=True))
+        if follow(plan, node, stopped, lambda line: print(line, flush=True)):
+            backends.start_again()
         return 0
     threading.Thread(target=rendezvous.listen_for_stop, args=(stopped,), daemon=True).start()
     progress = Progress()

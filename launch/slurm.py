@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import run, run_folder
+from launch.backends import BATCH_JOB
 from launch.config import Config, parse_config
 from launch.run_folder import write_atomically
 from protocol.errors import InputError
@@ -31,27 +32,28 @@ SCRIPT = """\
 #SBATCH --no-kill
 {extra}
 cd {cwd}
-stopped=
-# Slurm tells that the time is nearly over (USR1) or that somebody more important comes (TERM): checkpoint and end.
-trap 'stopped=time; kill -TERM "$run"' USR1
-trap 'stopped=preempted; kill -TERM "$run"' TERM
+export {batch_job}=$SLURM_JOB_ID # with it the nodes can bring the job back if the first is lost
+over=
+# Slurm tells that the time is nearly over (USR1) or that the job has to go (TERM): checkpoint and end.
+trap 'told=1 over=1; kill -TERM "$run"' USR1
+trap 'told=1; kill -TERM "$run"' TERM
 if [ -e {folder}/config.yaml ]; then
     {python} -m launch.cli resume {folder} &
 else
     {python} -m launch.cli train {options} &
 fi
 run=$!
-wait "$run"
-code=$?
-if [ -n "$stopped" ]; then
-    wait "$run" # the first wait ended with the signal
+told=1
+while [ -n "$told" ]; do # a signal ends the wait, not the run
+    told=
+    wait "$run"
     code=$?
-fi
-if [ "$stopped" = time ] && [ "$code" = 130 ]; then
-    scontrol requeue "$SLURM_JOB_ID"
-    sleep 600 # until Slurm ends this start of the job
-elif [ "$stopped" = preempted ]; then
-    sleep 600 # a job that ends by itself in its grace time would not come back
+done
+# Interrupted (143: before it listened). When it makes room, Slurm tells the nodes some seconds before it tells this
+# script, and a job that ends by itself then would not come back: stay until Slurm ends it.
+if [ "$code" = 130 ] || [ "$code" = 143 ]; then
+    [ -z "$over" ] || scontrol requeue "$SLURM_JOB_ID"
+    sleep 600
 fi
 exit "$code"
 """
@@ -97,6 +99,7 @@ def script(config: Config, args: Sequence[str], time: str, options: Sequence[str
         log=_log(config),
         notice=NOTICE_SECONDS,
         extra="".join(f"#SBATCH --{option}\n" for option in options),
+        batch_job=BATCH_JOB,
         cwd=shlex.quote(str(Path.cwd())),
         folder=shlex.quote(str(Path(config.runs_folder).resolve() / config.run)),
         python=shlex.quote(sys.executable),

@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
 STAGE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-ALONE_SECONDS = 300.0
 STOP = "stop"
 
 
@@ -98,9 +97,9 @@ class Telemetry:
         self._heartbeat = threading.Thread(target=self._beat, args=(control,), name="heartbeat", daemon=True)
         self._heartbeat.start()
 
-    def is_alone(self) -> bool:
-        """Whether the director has not answered for a long time."""
-        return time.monotonic() - self._heard > ALONE_SECONDS
+    def seconds_alone(self) -> float:
+        """For how long the director has not answered."""
+        return time.monotonic() - self._heard
 
     def close(self) -> None:
         """Send the last status, end the heartbeat and the metrics endpoint."""
