@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,8 @@ class Director:
         for request in self._server.poll(timeout_seconds):
             name, status = request.message.sender.name, request.message.body
             if name in self._names or (self._takes_more and JOINED.fullmatch(name)):
-                self.statuses[name], self._heard[name] = status, time.monotonic()
+                numbers = {key: value for key, value in status.values.items() if math.isfinite(value)}
+                self.statuses[name], self._heard[name] = replace(status, values=numbers), time.monotonic()
                 self._starts.setdefault(name, set()).add(request.message.sender.incarnation)
             self._server.answer(request, Done(STOP if self.stopping else ""))
         self._write_targets()

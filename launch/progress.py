@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from launch.topology import Plan
 from protocol.messages import Status
@@ -79,9 +81,9 @@ class Progress:
 def _table(learner: Status | None, worries: Sequence[str]) -> Table:
     table = Table.grid(padding=(0, 2))
     for name, value in _rows(learner):
-        table.add_row(f"[dim]{name}[/dim]", value)
+        table.add_row(Text(name, "dim"), Text(value))
     for worry in worries:
-        table.add_row("[yellow]waiting[/yellow]", worry)
+        table.add_row(Text("waiting", "yellow"), Text(worry))
     return table
 
 
@@ -121,7 +123,10 @@ def _return(values: Mapping[str, float]) -> str:
 
 def _seconds_left(values: Mapping[str, float]) -> float | None:
     rate = values.get("steps_per_second", 0.0)
-    return (values["steps"] - values.get("env_steps", 0.0)) / rate if rate and "steps" in values else None
+    if not rate or "steps" not in values:
+        return None
+    left = (values["steps"] - values.get("env_steps", 0.0)) / rate
+    return left if math.isfinite(left) else None
 
 
 def _duration(seconds: float) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from launch.director import PROCESSES
 from launch.progress import Progress
@@ -43,7 +44,7 @@ def _processes(folder: Path) -> Table:
         processes = {}
     for name, told in processes.items():
         version = told["policy_version"]
-        table.add_row(
+        cells = (
             name,
             "" if told["node"] is None else str(told["node"]),
             told["state"],
@@ -53,6 +54,7 @@ def _processes(folder: Path) -> Table:
             str(told["restarts"]),
             f"http://{addresses[name]}/metrics" if name in addresses else "",
         )
+        table.add_row(*(Text(cell) for cell in cells))  # a process names its stage itself: no markup
     return table
 
 
