@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from floors import matmul_rate, median_seconds
 
-from protocol.channels import Server
 from protocol.layout import JointRows, Layout
 from protocol.messages import Sender
 from protocol.specs import EnvironmentSpec, TypeSpec
@@ -28,7 +27,7 @@ from protocol.telemetry import Telemetry
 from reward_server.client import RemoteRewards
 from reward_server.discriminator import Workspace, forward
 from reward_server.particles import RewardModel, state_table
-from reward_server.process import RewardServer, request_schema
+from reward_server.process import RewardServer, listen
 from reward_server.settings import RewardSettings
 
 AGENTS, OBSERVATIONS, ACTIONS, PARTICLES, BATCH = 50, 103, 46, 4, 1_000
@@ -143,9 +142,7 @@ def serve(endpoint: str) -> None:
     """The server of `measure_served`."""
     telemetry = Telemetry("reward-server", 0, Sender("bench", "reward-server"))
     chosen = settings("function")
-    server = Server(
-        endpoint, telemetry.sender, request_schema(LAYOUT, chosen, state_table(LAYOUT, chosen)), telemetry.count_drop
-    )
+    server = listen(endpoint, LAYOUT, chosen, state_table(LAYOUT, chosen), telemetry)
     service = RewardServer(server, make_model, LAYOUT, chosen, telemetry)
     while True:
         service.serve(1.0)

@@ -19,13 +19,15 @@ from learner.metrics import ChunkMetrics
 from protocol.channels import Broadcaster, Request, Server
 from protocol.errors import ProtocolError
 from protocol.job import Job
-from protocol.messages import Chunk, Done, Evaluation, Weights
+from protocol.messages import Chunk, Done, Evaluation, Weights, frame_limit
 from protocol.telemetry import Telemetry
 from protocol.trajectories import ArrayTable, Trajectories
 
 log = logging.getLogger(__name__)
 
 REPEAT_SECONDS = 1.0
+MAX_EVALUATED = 1_000_000
+"""Episodes of one evaluation."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,10 @@ class RemoteExperience:
         self._actors, self._deadline_seconds = job.actors, deadline_seconds
         self._steps = self._spec.episode_length
         self._episodes = episodes_per_chunk(actor, self._spec, job.actors)
-        self._server = Server(job.endpoints.experience, telemetry.sender, self._schema, telemetry.count_drop)
+        limit = frame_limit(
+            Trajectories.array_table(self._spec, self._steps, self._episodes), self._returns_table(MAX_EVALUATED)
+        )
+        self._server = Server(job.endpoints.experience, telemetry.sender, self._schema, telemetry.count_drop, limit)
         self._weights = Broadcaster(job.endpoints.weights, telemetry.sender, telemetry.count_drop)
         self._chunks: dict[int, tuple[int, Trajectories]] = {}
         self._metrics = ChunkMetrics(telemetry.registry)
@@ -153,6 +158,9 @@ class RemoteExperience:
             if (body.steps, body.episodes) != expected or not 0 <= body.actor < self._actors:
                 raise ProtocolError("body", f"a chunk here has (steps, episodes) {expected}, actors < {self._actors}")
             return Trajectories.array_table(self._spec, *expected)
-        if isinstance(body, Evaluation) and 1 <= body.episodes <= 1_000_000:
-            return {"returns": ("float32", (body.episodes, self._spec.num_agents))}
+        if isinstance(body, Evaluation) and 1 <= body.episodes <= MAX_EVALUATED:
+            return self._returns_table(body.episodes)
         return None
+
+    def _returns_table(self, episodes: int) -> ArrayTable:
+        return {"returns": ("float32", (episodes, self._spec.num_agents))}

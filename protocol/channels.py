@@ -24,13 +24,17 @@ import zmq
 
 from protocol.errors import InputError, ProtocolError
 from protocol.keys import secure_client, secure_server
-from protocol.messages import MAX_ARRAYS, MAX_MESSAGE_BYTES, Message, Refusal, Schema, Sender, decode, encode
+from protocol.messages import MAX_ARRAYS, Message, Refusal, Schema, Sender, answers, decode, encode, frame_limit
 
 log = logging.getLogger(__name__)
 
 ZERO_COPY_BYTES = 1 << 16
 ANSWERS_KEPT = 32
 CLIENTS_KEPT = 4096
+MESSAGES_PER_POLL = 256
+"""Taken in at once; who floods a socket delays its owner's other work, and cannot hold it for ever."""
+MAX_SUBSCRIPTION_BYTES = 1024
+"""What a listener sends, the handshake included."""
 FIRST_RESEND_SECONDS = 1.0
 LAST_RESEND_SECONDS = 8.0
 
@@ -58,10 +62,20 @@ class Request:
 
 
 class Server:
-    """The answering end. Not thread-safe: one thread owns it."""
+    """The answering end. Not thread-safe: one thread owns it.
 
-    def __init__(self, endpoint: str, sender: Sender, schema: Schema, count_drop: CountDrop) -> None:
-        self._socket = _socket(zmq.ROUTER)
+    max_frame_bytes: of `frame_limit`; who sends more is cut off before it is read.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        sender: Sender,
+        schema: Schema,
+        count_drop: CountDrop,
+        max_frame_bytes: int = frame_limit(),
+    ) -> None:
+        self._socket = _socket(zmq.ROUTER, max_frame_bytes)
         self._socket.router_handover = True
         secure_server(self._socket, endpoint, sender.keys, count_drop)
         _bind(self._socket, endpoint)
@@ -70,10 +84,12 @@ class Server:
         self._clients: OrderedDict[tuple[str, str], OrderedDict[int, list[Any] | None]] = OrderedDict()
 
     def poll(self, timeout_seconds: float) -> list[Request]:
-        """New requests, waiting up to `timeout_seconds` for the first."""
+        """New requests, waiting up to `timeout_seconds` for the first; of many, the rest comes with the next call."""
         requests: list[Request] = []
         if self._socket.poll(int(timeout_seconds * 1000)):
-            while (request := self._receive()) is not _NOTHING:
+            for _ in range(MESSAGES_PER_POLL):
+                if (request := self._receive()) is _NOTHING:
+                    break
                 if request is not None:
                     requests.append(request)
         return requests
@@ -130,11 +146,21 @@ class Server:
 
 
 class Client:
-    """The asking end. Several requests may be under way (`submit`, then `result`). Not thread-safe."""
+    """The asking end. Several requests may be under way (`submit`, then `result`). Not thread-safe.
 
-    def __init__(self, endpoint: str, sender: Sender, schema: Schema, count_drop: CountDrop) -> None:
+    max_frame_bytes: of an answer, as for a `Server`.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        sender: Sender,
+        schema: Schema,
+        count_drop: CountDrop,
+        max_frame_bytes: int = frame_limit(),
+    ) -> None:
         self.endpoint = endpoint
-        self._socket = _socket(zmq.DEALER)
+        self._socket = _socket(zmq.DEALER, max_frame_bytes)
         secure_client(self._socket, endpoint, sender.keys)
         self._socket.connect(endpoint)
         self._sender, self._schema = sender, schema
@@ -151,7 +177,7 @@ class Client:
     def submit(self, body: Any, arrays: Mapping[str, np.ndarray] | None = None) -> int:
         """Send a request; its arrays must not change until it is answered. Returns the ticket for `result`."""
         self._sequence += 1
-        pending = _Pending(body.kind, encode(self._sender, self._sequence, body, arrays), time.monotonic())
+        pending = _Pending(body, encode(self._sender, self._sequence, body, arrays), time.monotonic())
         self._pending[self._sequence] = pending
         self._transmit(pending)
         return self._sequence
@@ -159,8 +185,9 @@ class Client:
     def pump(self, timeout_seconds: float = 0.0) -> None:
         """Take in answers, waiting up to `timeout_seconds` for the first, and resend what is overdue."""
         if self._socket.poll(int(timeout_seconds * 1000)):
-            while self._receive():
-                pass
+            for _ in range(MESSAGES_PER_POLL):
+                if not self._receive():
+                    break
         now = time.monotonic()
         for pending in self._pending.values():
             if now >= pending.resend_at:
@@ -175,7 +202,7 @@ class Client:
         while ticket not in self._answers:
             waited = time.monotonic() - start
             if waited > deadline_seconds:
-                kind = self._pending.pop(ticket).kind
+                kind = self._pending.pop(ticket).body.kind
                 raise Unanswered(f"no answer to '{kind}' from {self.endpoint} within {waited:.0f} s")
             abort()
             self.pump(min(0.2, deadline_seconds))
@@ -220,6 +247,9 @@ class Client:
             return False
         try:
             message = _decode(frames, self._sender.run, self._schema)
+            pending = self._pending.get(message.sequence)
+            if pending is not None and not answers(message.body, pending.body):
+                raise ProtocolError("kind", f"'{message.body.kind}' does not answer {pending.body}")
         except ProtocolError as error:
             self._drops.add(self.endpoint, error)
             return True
@@ -234,7 +264,7 @@ class Broadcaster:
     """The sending end of a broadcast: never blocks; a slow listener loses messages, and `pump` repeats the newest."""
 
     def __init__(self, endpoint: str, sender: Sender, count_drop: CountDrop) -> None:
-        self._socket = _socket(zmq.XPUB)
+        self._socket = _socket(zmq.XPUB, MAX_SUBSCRIPTION_BYTES)
         self._socket.setsockopt(zmq.XPUB_VERBOSE, 1)
         secure_server(self._socket, endpoint, sender.keys, count_drop)
         _bind(self._socket, endpoint)
@@ -251,7 +281,9 @@ class Broadcaster:
     def pump(self, repeat: bool = False) -> None:
         """Send the newest message again if somebody subscribed since, or if `repeat`."""
         subscribed = False
-        while self._socket.poll(0):
+        for _ in range(MESSAGES_PER_POLL):
+            if not self._socket.poll(0):
+                break
             subscribed |= self._socket.recv().startswith(b"\x01")
         if (subscribed or repeat) and self._newest is not None:
             _send(self._socket, self._newest)
@@ -261,10 +293,17 @@ class Broadcaster:
 
 
 class Listener:
-    """The receiving end of a broadcast."""
+    """The receiving end of a broadcast. max_frame_bytes: as for a `Server`."""
 
-    def __init__(self, endpoint: str, sender: Sender, schema: Schema, count_drop: CountDrop) -> None:
-        self._socket = _socket(zmq.SUB)
+    def __init__(
+        self,
+        endpoint: str,
+        sender: Sender,
+        schema: Schema,
+        count_drop: CountDrop,
+        max_frame_bytes: int = frame_limit(),
+    ) -> None:
+        self._socket = _socket(zmq.SUB, max_frame_bytes)
         self._socket.subscribe(b"")
         secure_client(self._socket, endpoint, sender.keys)
         self._socket.connect(endpoint)
@@ -295,7 +334,7 @@ class Listener:
 
 @dataclass
 class _Pending:
-    kind: str
+    body: Any
     frames: list[Any]
     resend_at: float
     resend_seconds: float = FIRST_RESEND_SECONDS
@@ -318,10 +357,10 @@ class _Drops:
 _NOTHING = object()
 
 
-def _socket(kind: int) -> zmq.Socket[bytes]:
+def _socket(kind: int, max_frame_bytes: int) -> zmq.Socket[bytes]:
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
     socket.linger = 0
-    socket.maxmsgsize = MAX_MESSAGE_BYTES
+    socket.maxmsgsize = max_frame_bytes  # libzmq's limit is on each frame
     socket.reconnect_ivl, socket.reconnect_ivl_max = 100, 1000
     socket.handshake_ivl = 5000
     socket.set_hwm(64)

@@ -11,6 +11,7 @@ array table against limits, and the receiver's schema, before it looks at a fram
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -249,6 +250,27 @@ def decode(frames: Sequence[Any], run: str, schema: Schema) -> Message:
     return Message(Sender(run, header["sender"], header["incarnation"]), header["seq"], body, arrays)
 
 
+def answers(body: Any, request: Any) -> bool:
+    """Whether a body can be the answer to a request; a refusal always can."""
+    match request:
+        case _ if isinstance(body, Refusal):
+            return True
+        case Query(rows=rows, deviation=deviation):
+            return isinstance(body, Rewards) and (body.rows, body.deviation) == (rows, deviation)
+        case Update():
+            return isinstance(body, Statistics)
+    return isinstance(body, Done)
+
+
+def frame_limit(*tables: ArrayTable) -> int:
+    """Bytes of a frame beyond which a socket that takes headers and these arrays cuts its peer off.
+
+    Twice the largest honest one: who is configured a little differently shall be told so, and not cut off for ever.
+    """
+    sizes = [DTYPES[dtype].itemsize * math.prod(shape) for table in tables for dtype, shape in table.values()]
+    return min(2 * max(MAX_HEADER_BYTES, *sizes, 0), MAX_MESSAGE_BYTES)
+
+
 def _buffer(array: np.ndarray) -> memoryview | bytes:
     return array.reshape(-1).view(np.uint8).data if array.size else b""
 
@@ -315,7 +337,7 @@ def _arrays(table: list[Any], frames: Sequence[Any], expected: ArrayTable) -> Ar
             raise ProtocolError(
                 "array_table", f"array '{name}': expected {expected[name]}, found {(dtype, tuple(shape))}"
             )
-        size = DTYPES[dtype].itemsize * int(np.prod(shape, dtype=np.int64))
+        size = DTYPES[dtype].itemsize * math.prod(shape)
         if len(frame) != size:
             raise ProtocolError("frame", f"array '{name}' needs {size} bytes, its frame has {len(frame)}")
         arrays[name] = _view(frame, dtype, shape)

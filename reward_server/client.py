@@ -14,6 +14,7 @@ from protocol.channels import Client, CountDrop, Refused, Unanswered
 from protocol.errors import NumericalError, ProtocolError
 from protocol.layout import JointRows, Layout
 from protocol.messages import (
+    MAX_MESSAGE_BYTES,
     Arrays,
     Begin,
     Done,
@@ -131,7 +132,9 @@ class RemoteRewards:
         abort: Callable[[], None] = lambda: None,
         alone: bool = True,
     ) -> None:
-        self._client = Client(endpoint, sender, answer_schema(layout, state_table), count_drop)
+        # The run's own server answers as many rows as it was asked for: no limit but the protocol's is known here.
+        schema = answer_schema(layout, state_table)
+        self._client = Client(endpoint, sender, schema, count_drop, MAX_MESSAGE_BYTES)
         self._blocks = range(len(layout.blocks))
         self._session, self._alone = "", alone
         self._deadline_seconds, self._abort = deadline_seconds, abort
@@ -202,8 +205,10 @@ class RemoteRewards:
         return rewards, [torch.tensor(arrays[f"{b}.deviation"]) for b in self._blocks]
 
     def state(self) -> Arrays:
-        arrays = self._request(GetState(self._session)).arrays
-        return {name: array.copy() for name, array in arrays.items()}
+        message = self._request(GetState(self._session))
+        if message.body.note != STATE:
+            raise Refused(Refusal("body", "the reward server answered something else than its state"))
+        return {name: array.copy() for name, array in message.arrays.items()}
 
     def close(self) -> None:
         """Close the socket; what is under way is lost."""

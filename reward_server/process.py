@@ -26,6 +26,7 @@ from protocol.messages import (
     Schema,
     Statistics,
     Update,
+    frame_limit,
 )
 from protocol.registry import make_environment
 from protocol.seeds import derive_seed
@@ -49,8 +50,7 @@ def run_reward_server(job: Job, settings: RewardSettings, agent_identity: bool, 
     torch.set_num_threads(job.threads)
     layout = Layout.of(make_environment(job.environment, 1).spec, job.parameter_sharing)
     build_model(job, settings, agent_identity)  # what is wrong with the demonstrations shows before anybody waits
-    schema = request_schema(layout, settings, state_table(layout, settings, agent_identity))
-    server = Server(job.endpoints.rewards, telemetry.sender, schema, telemetry.count_drop)
+    server = listen(job.endpoints.rewards, layout, settings, state_table(layout, settings, agent_identity), telemetry)
     service = RewardServer(server, lambda: build_model(job, settings, agent_identity), layout, settings, telemetry)
     try:
         while not telemetry.stop.is_set():
@@ -201,6 +201,13 @@ class RewardServer:
     def _refuse(self, request: Request, refusal: Refusal) -> None:
         self._metrics.count_refusal(refusal.cause)
         self._server.answer(request, refusal)
+
+
+def listen(endpoint: str, layout: Layout, settings: RewardSettings, state: ArrayTable, telemetry: Telemetry) -> Server:
+    """The socket of a reward server; `state` is of `particles.state_table`."""
+    limit = frame_limit(state, JointRows.array_table(layout, settings.max_queue_rows))
+    schema = request_schema(layout, settings, state)
+    return Server(endpoint, telemetry.sender, schema, telemetry.count_drop, limit)
 
 
 def request_schema(layout: Layout, settings: RewardSettings, state: ArrayTable) -> Schema:

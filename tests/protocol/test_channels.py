@@ -12,10 +12,19 @@ import numpy as np
 import pytest
 import zmq
 
-from protocol.channels import Broadcaster, Client, Listener, Refused, Request, Server, Unanswered
+from protocol.channels import (
+    MESSAGES_PER_POLL,
+    Broadcaster,
+    Client,
+    Listener,
+    Refused,
+    Request,
+    Server,
+    Unanswered,
+)
 from protocol.errors import InputError
 from protocol.keys import Keys
-from protocol.messages import Done, GetState, Refusal, Sender, Weights
+from protocol.messages import Done, GetState, Refusal, Sender, Statistics, Update, Weights, encode, frame_limit
 
 DEADLINE_SECONDS = 10.0
 ARRAY = {"a": np.arange(100_000, dtype=np.float32)}
@@ -174,6 +183,110 @@ def test_a_request_of_a_wrong_shape_is_refused_at_once(endpoint: str, client: Cl
     serving = Serving(endpoint)
     with pytest.raises(Refused, match="expected"):
         client.request(GetState("s"), {"a": np.zeros(3, np.float32)}, DEADLINE_SECONDS)
+    serving.close()
+
+
+def test_a_flood_is_taken_in_parts(endpoint: str) -> None:
+    server = Server(endpoint, Sender("run", "server"), schema, lambda cause: None)
+    flooders = [zmq.Context.instance().socket(zmq.DEALER) for _ in range(12)]  # a socket holds 64 messages of each
+    for number, flooder in enumerate(flooders):
+        flooder.connect(endpoint)
+        for sequence in range(50):
+            flooder.send_multipart(encode(Sender("run", f"actor-{number}"), sequence, Done()))
+    taken = []
+    while sum(taken) < 600:
+        taken.append(len(server.poll(DEADLINE_SECONDS)))
+        time.sleep(0.1)
+    assert max(taken) == MESSAGES_PER_POLL
+    for flooder in flooders:
+        flooder.close(linger=0)
+    server.close()
+
+
+def test_a_flood_of_answers_is_taken_in_parts(client: Client) -> None:
+    received = []
+    client._receive = lambda: not received.append(0)  # type: ignore[method-assign,func-returns-value]
+    client._socket = Ready()  # type: ignore[assignment]
+    client.pump()
+    assert len(received) == MESSAGES_PER_POLL
+
+
+class Ready:
+    """A socket that always has something."""
+
+    def poll(self, timeout: int) -> bool:
+        return True
+
+    def close(self, linger: int) -> None: ...
+
+
+def test_a_flood_of_subscriptions_is_taken_in_parts(endpoint: str) -> None:
+    broadcaster = Broadcaster(endpoint, Sender("run", "learner"), lambda cause: None)
+    flooder = zmq.Context.instance().socket(zmq.XSUB)
+    flooder.set_hwm(0)
+    flooder.connect(endpoint)
+    for number in range(3 * MESSAGES_PER_POLL):
+        flooder.send(b"\x01" + str(number).encode())
+    wait_until(lambda: broadcaster._socket.poll(0))
+    time.sleep(0.2)
+    broadcaster.pump()
+    assert broadcaster._socket.poll(0)
+    flooder.close(linger=0)
+    broadcaster.close()
+
+
+@pytest.mark.parametrize("kind", ["server", "broadcaster"])
+def test_who_sends_too_large_a_frame_is_cut_off_and_others_are_served(endpoint: str, kind: str) -> None:
+    large = zmq.Context.instance().socket(zmq.DEALER if kind == "server" else zmq.XSUB)
+    large.connect(endpoint)
+    monitor = large.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    if kind == "server":
+        serving = Serving(endpoint)
+        header = encode(Sender("run", "large"), 1, GetState("s"))[0]
+        large.send_multipart([header, b"\0" * (frame_limit() + 1)])
+        assert monitor.poll(DEADLINE_SECONDS * 1000), "it was not cut off"
+        client = Client(endpoint, Sender("run", "client"), lambda body: {}, lambda cause: None)
+        assert client.request(GetState("s"), ARRAY, DEADLINE_SECONDS).body == Done("1")
+        client.close()
+        serving.close()
+    else:
+        broadcaster = Broadcaster(endpoint, Sender("run", "learner"), lambda cause: None)
+        broadcaster.publish(Weights("s", 1, 0), ARRAY)
+        large.send(b"\x01" * 5000)
+        assert monitor.poll(DEADLINE_SECONDS * 1000), "it was not cut off"
+        listener = Listener(endpoint, Sender("run", "actor"), schema, lambda cause: None)
+        wait_until(lambda: broadcaster.pump() or listener.next(0.05))
+        listener.close()
+        broadcaster.close()
+    large.disable_monitor()
+    large.close(linger=0)
+
+
+def test_a_limit_leaves_room_for_a_peer_that_is_configured_otherwise(endpoint: str) -> None:
+    """It hears that its message has another shape."""
+    table = {"a": ("float32", (2_000_000,))}
+    server = Server(endpoint, Sender("run", "server"), lambda body: table, lambda cause: None, frame_limit(table))
+    client = Client(endpoint, Sender("run", "client"), lambda body: {}, lambda cause: None)
+    with pytest.raises(Refused, match="expected"):
+        client.request(
+            GetState("s"), {"a": np.zeros(3_000_000, np.float32)}, DEADLINE_SECONDS, lambda: server.poll(0.05) and None
+        )
+    client.close()
+    server.close()
+
+
+def test_an_answer_to_something_else_is_dropped(endpoint: str) -> None:
+    class Confused(Serving):
+        def handle(self, server: Server, request: Request) -> None:
+            server.answer(request, Done())
+            server.answer(request, Statistics(3))
+
+    drops: list[str] = []
+    serving = Confused(endpoint)
+    client = Client(endpoint, Sender("run", "client"), lambda body: {}, drops.append)
+    assert client.request(Update("s", 0.0), None, DEADLINE_SECONDS).body == Statistics(3)
+    assert drops == ["kind"]
+    client.close()
     serving.close()
 
 

@@ -19,6 +19,7 @@ from protocol.messages import (
     Done,
     Message,
     Query,
+    Rewards,
     Sender,
     Statistics,
     Status,
@@ -158,3 +159,11 @@ def test_bodies_with_numbers_take_integers_for_floats() -> None:
     ):
         raw = [bytes(part) for part in encode(SENDER, 1, body)]
         assert decode(raw, "run", lambda _: {}).body == body
+
+
+def test_a_shape_beyond_all_numbers_is_refused() -> None:
+    rows = (1 << 63, 1 << 1)
+    header, *_ = encode(SENDER, 1, Rewards(rows[0], 1, 0.0, 0.0))
+    header = msgpack.packb({**msgpack.unpackb(header), "arrays": [["0.rewards", "float32", list(rows)]]})
+    with pytest.raises(ProtocolError, match="its frame has 0"):
+        read([header, b""], table={"0.rewards": ("float32", rows)})

@@ -12,7 +12,7 @@ import pytest
 import torch
 from prometheus_client import generate_latest
 
-from protocol.channels import Refused, Server, Unanswered
+from protocol.channels import Refused, Unanswered
 from protocol.errors import NumericalError
 from protocol.layout import JointRows, Layout
 from protocol.messages import Query, Sender
@@ -20,7 +20,7 @@ from protocol.specs import EnvironmentSpec, TypeSpec
 from protocol.telemetry import Telemetry
 from reward_server.client import LocalRewards, RemoteRewards, RewardService
 from reward_server.particles import Model, RewardModel, TrueRewards, state_table
-from reward_server.process import RewardServer, request_schema
+from reward_server.process import RewardServer, listen, request_schema
 from reward_server.settings import RewardSettings
 
 torch.set_num_threads(1)
@@ -55,8 +55,7 @@ class Running:
 
     def start(self) -> None:
         self.telemetry = Telemetry("reward-server", 0, Sender("run", "reward-server"))
-        schema = request_schema(LAYOUT, self.settings, state_table(LAYOUT, self.settings))
-        server = Server(self.endpoint, self.telemetry.sender, schema, self.telemetry.count_drop)
+        server = listen(self.endpoint, LAYOUT, self.settings, state_table(LAYOUT, self.settings), self.telemetry)
         service = RewardServer(server, lambda: make_model(self.settings), LAYOUT, self.settings, self.telemetry)
 
         def loop() -> None:
