@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -157,5 +156,6 @@ def test_a_cancelled_job_leaves_a_run_that_can_be_resumed(
 def test_inside_an_allocation_srun_starts_the_nodes(slurm: SlurmCluster, tmp_path: Path, alone: dict[str, Any]) -> None:
     train = [*LAUNCHER, "train", "--run", "run", *SMALL, *SIZE, "--nodes", str(NODES)]
     output = slurm.call("salloc", f"--nodes={NODES}", *train, cwd=tmp_path)
-    assert all(f"({name}, {at}, " in output for name, at in zip(slurm.hosts.names[1:], slurm.hosts.addresses[1:]))
+    nodes = zip(slurm.hosts.names[1:], slurm.hosts.addresses[1:], strict=True)
+    assert all(f"({name}, {address}, " in output for name, address in nodes)
     assert result_of(tmp_path, "run")["policy_sha256"] == alone["policy_sha256"]
