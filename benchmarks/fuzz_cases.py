@@ -1,0 +1,229 @@
+"""What the fuzzers send: mutated messages, and mutated files with what reads them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from actors.environments.berlin.scenario_file import parse_scenario
+from actors.experts.recording import record
+from actors.policy import UniformPolicy
+from learner.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
+from protocol.demonstrations import Demonstrations
+from protocol.errors import InputError, ProtocolError
+from protocol.layout import JointRows, Layout
+from protocol.messages import (
+    Arrays,
+    Begin,
+    Chunk,
+    Evaluation,
+    GetState,
+    Observe,
+    Query,
+    Sender,
+    Status,
+    Update,
+    decode,
+    encode,
+)
+from protocol.registry import make_environment
+from protocol.trajectories import ArrayTable, Trajectories
+from reward_server.particles import state_table
+from reward_server.process import request_schema
+from reward_server.settings import RewardSettings
+
+ENVIRONMENT = "rover_tower?pairs=2"
+SPEC = make_environment(ENVIRONMENT, 1).spec
+LAYOUT = Layout.of(SPEC, "type")
+SETTINGS = RewardSettings(hidden=(4,), particles=2, updates=1, batch_size=4, window_steps=50, max_queue_rows=1000)
+STEPS = SPEC.episode_length
+HOSTILE: tuple[Any, ...] = (
+    *(None, True, -1, 0, 1 << 63, -(1 << 63), 1e308, float("nan"), float("inf"), "", "x" * 70_000, b"", [], {}, [[]]),
+    *({"a": {"b": [1]}}, [1 << 40], ["float32"], "object", "int64", "__class__", "\x00", "9" * 400),
+)
+
+
+def mutated(data: bytes, dice: random.Random) -> bytes:
+    """Some bytes flipped, cut, doubled, inserted or replaced by extremes."""
+    out = bytearray(data)
+    for _ in range(dice.choice((1, 1, 1, 2, 4, 16))):
+        at = dice.randrange(len(out) + 1)
+        span = dice.choice((1, 1, 2, 4, 8, 64))
+        match dice.randrange(6):
+            case 0 if out:
+                out[at % len(out)] ^= 1 << dice.randrange(8)
+            case 1:
+                out[at : at + span] = dice.randbytes(span)
+            case 2:
+                del out[at : at + span]
+            case 3:
+                out[at:at] = out[at : at + span] * dice.choice((1, 2, 100))
+            case 4:
+                out[at : at + span] = bytes([dice.choice((0, 0x7F, 0x80, 0xFF, 0xC1, 0xDF, 0x22, 0x7B))]) * span
+            case _:
+                del out[at:]
+    return bytes(out)
+
+
+def mutated_frames(frames: list[bytes], dice: random.Random) -> list[bytes]:
+    """A message with hostile bytes, hostile header fields, or frames too many, too few or of another place."""
+    frames = list(frames)
+    match dice.randrange(5):
+        case 0:
+            frames[0] = mutated(frames[0], dice)
+        case 1 | 2:
+            frames[0] = _hostile_header(frames[0], dice)
+        case 3:
+            at = dice.randrange(len(frames))
+            frames[at] = mutated(frames[at], dice)
+        case _:
+            match dice.randrange(3):
+                case 0:
+                    dice.shuffle(frames)
+                case 1:
+                    del frames[dice.randrange(len(frames))]
+                case _:
+                    frames += [dice.randbytes(8)] * dice.choice((1, 3, 3, 3, 300) if dice.random() < 0.99 else (5000,))
+    return frames or [b""]
+
+
+def _hostile_header(header: bytes, dice: random.Random) -> bytes:
+    """Somewhere in the header, another value."""
+    tree = msgpack.unpackb(header)
+    branch: Any = tree
+    while True:
+        keys = list(branch) if isinstance(branch, dict) else list(range(len(branch)))
+        if not keys:
+            return mutated(header, dice)
+        key = dice.choice(keys)
+        if isinstance(branch[key], dict | list) and branch[key] and dice.random() < 0.7:
+            branch = branch[key]
+            continue
+        branch[key] = dice.choice(HOSTILE)
+        try:
+            return bytes(msgpack.packb(tree))
+        except (OverflowError, ValueError):
+            return mutated(header, dice)
+
+
+def filled(table: ArrayTable) -> Arrays:
+    """Normal floats, and zeros of other types."""
+    random_rows = np.random.default_rng(0)
+    return {
+        name: random_rows.normal(size=shape).astype(dtype) if dtype == "float32" else np.zeros(shape, dtype)
+        for name, (dtype, shape) in table.items()
+    }
+
+
+def chunk() -> tuple[Chunk, Arrays]:
+    """An honest one, of session `s`."""
+    arrays = filled(Trajectories.array_table(SPEC, STEPS, 1))
+    arrays["lengths"][:] = STEPS
+    return Chunk("s", 0, 0, 0, STEPS, 1, 0.0), arrays
+
+
+def corpus(run: str = "run") -> dict[str, list[list[bytes]]]:
+    """Honest messages of all kinds that each socket which answers takes. `Begin` is of the run `run`, always: whoever
+    belongs to another run could end the session with it."""
+    rows = filled(JointRows.array_table(LAYOUT, 3))
+    values = {"iteration": 3.0, "steps": 9.0, "steps_per_second": 1.0, "stage_seconds": 80.0, "seconds_collect": 1.0}
+    bodies: dict[str, list[tuple[Any, Arrays]]] = {
+        "experience": [chunk(), (Evaluation("s", 0, 2, 0.1), {"returns": np.zeros((2, SPEC.num_agents), np.float32)})],
+        "rewards": [
+            (Observe("s", 3), rows),
+            (Query("s", 3, False, False), rows),
+            (Query("s", 3, True, True), rows),
+            (Update("s", 0.5), {}),
+            (GetState("s"), {}),
+        ],
+        "control": [
+            (Status(role, 0, 0, 1, "collect", "127.0.0.1:1", values, "text"), {}) for role in ("learner", "supervisor")
+        ],
+    }
+    names = {"experience": ["actor-0"], "rewards": ["learner-0"], "control": ["learner-0", "supervisor-1", "actor-7"]}
+    messages = {
+        socket: [
+            [bytes(frame) for frame in encode(Sender(run, name), number, *body)]
+            for number, body in enumerate(of_socket)
+            for name in names[socket]
+        ]
+        for socket, of_socket in bodies.items()
+    }
+    begin = encode(Sender("run", "learner-0"), 9, Begin("s", restore=False))
+    messages["rewards"].append([bytes(frame) for frame in begin])
+    return messages
+
+
+def codec_cases(dice: random.Random) -> Iterator[Callable[[], str]]:
+    """The codec, and what reads values out of accepted arrays."""
+    honest = [frames for messages in corpus().values() for frames in messages]
+    schema = request_schema(LAYOUT, SETTINGS, state_table(LAYOUT, SETTINGS, False))
+
+    def accepts(body: Any) -> Any:
+        if isinstance(body, Chunk):
+            if (body.steps, body.episodes) != (STEPS, 1):
+                raise ProtocolError("body", "another shape")
+            return Trajectories.array_table(SPEC, STEPS, 1)
+        return {} if isinstance(body, Status) else schema(body)
+
+    while True:
+        frames = mutated_frames(dice.choice(honest), dice)
+
+        def case(frames: list[bytes] = frames) -> str:
+            try:
+                message = decode(frames, "run", accepts)
+                if isinstance(message.body, Chunk):
+                    Trajectories.from_arrays(message.arrays, SPEC)
+                elif isinstance(message.body, Observe | Query):
+                    JointRows.from_arrays(message.arrays, LAYOUT)
+            except ProtocolError as error:
+                return error.cause
+            return "accepted"
+
+        yield case
+
+
+def file_cases(folder: Path, dice: random.Random) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Demonstrations, checkpoints and scenarios in turn."""
+    environment = make_environment(ENVIRONMENT, 1)
+    path = folder / "d.safetensors"
+    record(environment, UniformPolicy(environment.spec), 1, 0, "fuzz").save(path)
+    demonstrations = path.read_bytes()
+    arrays = {"a": np.zeros((2, 3), np.float32)}
+    CheckpointFolder(folder, 1).write(Checkpoint(1, "c", {"iteration": 1}, arrays, arrays))
+    checkpoint = {file.name: file.read_bytes() for file in (folder / "00000001").iterdir()}
+    text = resources.files("actors.environments.berlin.scenarios").joinpath("berlin46.json").read_bytes()
+
+    def read(reader: Callable[[], Any]) -> str:
+        try:
+            reader()
+        except InputError:
+            return "refused"
+        return "accepted"
+
+    def changed_checkpoint() -> str:
+        name = dice.choice(list(checkpoint))
+        (folder / "00000001" / name).write_bytes(mutated(checkpoint[name], dice))
+        outcome = read(lambda: read_checkpoint(folder / "00000001"))
+        (folder / "00000001" / name).write_bytes(checkpoint[name])
+        return outcome
+
+    def changed_demonstrations() -> str:
+        # Most of the file are numbers; its header is where a reader could be led astray.
+        head = dice.choice((200, 2_000, len(demonstrations)))
+        path.write_bytes(mutated(demonstrations[:head], dice) + demonstrations[head:])
+        return read(lambda: Demonstrations.load(path))
+
+    def changed_scenario() -> str:
+        return read(lambda: parse_scenario(mutated(text, dice).decode("utf-8", "replace")))
+
+    while True:
+        yield "demonstrations", changed_demonstrations
+        yield "checkpoint", changed_checkpoint
+        yield "scenario", changed_scenario
