@@ -35,7 +35,7 @@ import psutil
 from hosts import Hosts
 
 HOSTS, FIRST_ITERATIONS = 4, 10
-STEPS = {"lockstep": 400_000, "async": 1_600_000}
+STEPS = {"lockstep": 300_000, "async": 1_600_000}
 PAUSE_SECONDS, STOP_SECONDS, CUT_SECONDS, LONG_CUT_SECONDS = (4.0, 9.0), (1.0, 6.0), (1.0, 8.0), (18.0, 24.0)
 DEADLINE_SECONDS = 1800.0
 MEMORY_GROWTH = 1.15
@@ -274,6 +274,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--mode", choices=("lockstep", "async"), default="lockstep")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the hosts shall be taken away
     storms: list[Storm] = []
     with tempfile.TemporaryDirectory(prefix="bm3il-chaos-") as name, Hosts(HOSTS) as hosts:
         wanted = undisturbed(Path(name)) if given.mode == "lockstep" else ""
