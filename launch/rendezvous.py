@@ -30,7 +30,7 @@ from launch.backends import PLAIN_TRANSPORT, rank_command
 from launch.config import Config
 from launch.outcome import CRASHED, Outcome
 from launch.supervisor import StopRequests
-from launch.topology import LISTENERS, LOOPBACK, Node, Plan, Process, place, tcp_endpoints
+from launch.topology import LISTENERS, LOOPBACK, Node, Plan, Process, place, processes_of, tcp_endpoints
 from protocol.errors import InputError
 from protocol.keys import Keys
 
@@ -79,7 +79,7 @@ def _run_ranks(program: list[str], config: Config, folder: Path, stopped: StopRe
             "run_id": secrets.token_hex(8),
             "keys": Keys.create().to_text(),
         }
-        order["processes"] = [asdict(process) for process in place(config)]
+        order["processes"] = [asdict(process) for process in processes_of(config)]
         _tell(mpi, json.dumps(order))
         told, kill_at = 0, float("inf")
         while mpi.poll() is None:
@@ -190,7 +190,7 @@ def _plan(order: dict[str, Any], facts: list[dict[str, Any]], size: int) -> Plan
             "is it another MPI's mpiexec, or an srun without pmi2?"
         )
     nodes = tuple(Node(**(fact | {"ports": tuple(fact["ports"])})) for fact in facts)
-    processes = tuple(Process(**process) for process in order["processes"])
+    processes = place((Process(**process) for process in order["processes"]), nodes)
     return Plan(
         order["run_id"], order["run_folder"], order["config_yaml"], nodes, processes, tcp_endpoints(nodes, processes)
     )

@@ -19,7 +19,7 @@ from launch.join import ticket
 from launch.outcome import CRASHED, INTERRUPTED, Outcome, attempt
 from launch.progress import Progress
 from launch.supervisor import StopRequests
-from launch.topology import Node, Plan, ipc_endpoints, make_job, place
+from launch.topology import Node, Plan, ipc_endpoints, make_job, processes_of
 from protocol.demonstrations import Demonstrations, resolve
 from protocol.errors import InputError
 from protocol.job import Endpoints
@@ -90,7 +90,7 @@ def _run_node(config: Config, folder: Path, progress: Progress, stopped: StopReq
             str(folder),
             config.to_yaml(),
             (Node(socket.gethostname()),),
-            place(config),
+            processes_of(config),
             ipc_endpoints(Path(sockets)),
         )
         progress.plan(plan)

@@ -35,15 +35,17 @@ def print_status(folder: Path) -> int:
 
 
 def _processes(folder: Path) -> Table:
-    """Every process as the director heard of it last."""
-    table = Table("process", "node", "state", "stage", "for", "weights", "restarts", "metrics")
+    """Every process as the director heard of it last; an actor's lag is in iterations of the learner."""
+    table = Table("process", "node", "state", "stage", "for", "weights", "lag", "restarts", "metrics")
     addresses = dict(_targets(folder))
     try:
         processes = dict(json.loads((folder / PROCESSES).read_text()))
     except (OSError, ValueError, TypeError):  # the run has just begun
         processes = {}
+    newest = processes.get("learner-0", {}).get("policy_version")
     for name, told in processes.items():
         version = told["policy_version"]
+        has_lag = name.startswith("actor-") and None not in (version, newest)
         cells = (
             name,
             "" if told["node"] is None else str(told["node"]),
@@ -51,6 +53,7 @@ def _processes(folder: Path) -> Table:
             told["stage"],
             f"{told['stage_seconds']:.0f} s",
             "" if version is None else f"{version:.0f}",
+            f"{newest - version:.0f}" if has_lag else "",
             str(told["restarts"]),
             f"http://{addresses[name]}/metrics" if name in addresses else "",
         )

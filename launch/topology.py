@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import dacite
@@ -95,6 +96,9 @@ class Plan:
             for name, role in LISTENERS.items():
                 if self._node(role) == number:
                     lines.append(f"    {name:<10} {getattr(self.endpoints, name)}")
+        better = next((number for number, node in enumerate(self.nodes) if node.gpus > self.nodes[0].gpus), None)
+        if better is not None and not self.nodes[0].gpus:
+            lines.append(f"the learner runs on node 0, which has no GPU; start with the host of node {better} first")
         return lines
 
     def to_json(self) -> str:
@@ -110,15 +114,29 @@ class Plan:
         return 0 if role == "supervisor" else node_of(role, self.processes)
 
 
-def place(config: Config) -> tuple[Process, ...]:
-    """Which processes a run has, and on which node: actors go round the nodes, all others share the first."""
+def processes_of(config: Config) -> tuple[Process, ...]:
+    """Which processes a run has; all on the first node until they are placed."""
     from learner.algorithms import algorithm  # supervisors read plans, and do without torch
 
     processes = [Process("learner", 0, 0), Process("evaluator", 0, 0)]
     if not algorithm(config.algorithm).clones:
         processes.append(Process("reward-server", 0, 0))
-        processes += [Process("actor", index, index % config.nodes) for index in range(config.actors)]
+        processes += [Process("actor", index, 0) for index in range(config.actors)]
     return tuple(processes)
+
+
+def place(processes: Iterable[Process], nodes: Sequence[Node]) -> tuple[Process, ...]:
+    """The processes on their nodes: each needs a core, and an actor goes to the node with most of them left.
+
+    All others stay at the first node, whose disk holds the run folder. Of equal nodes the first is taken.
+    """
+    left = [node.cores for node in nodes]
+    placed = []
+    for process in sorted(processes, key=lambda process: process.role == "actor"):
+        node = left.index(max(left)) if process.role == "actor" else 0
+        left[node] -= 1
+        placed.append(replace(process, node=node))
+    return tuple(placed)
 
 
 def node_of(role: str, processes: tuple[Process, ...]) -> int | None:

@@ -46,12 +46,19 @@ def test_every_process_is_shown(
         "restarts": 2,
     }
     (tmp_path / "processes.json").write_text(
-        json.dumps({"actor-0": shown, "actor-1": shown | {"policy_version": None}})
+        json.dumps(
+            {
+                "actor-0": shown,
+                "actor-1": shown | {"policy_version": None},
+                "learner-0": shown | {"policy_version": 12.0},
+            }
+        )
     )
     monkeypatch.setattr(status, "is_running", lambda folder: True)
     monkeypatch.setenv("COLUMNS", "200")
     assert print_status(tmp_path) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "actor-" in line]
     assert len(lines) == 2
-    for part in ("1", "starved", "collect", "3 s", "7", "2"):
-        assert part in lines[0]
+    cells = [cell.strip() for cell in lines[0].split("│")[1:]]
+    assert cells[1:8] == ["1", "starved", "collect", "3 s", "7", "5", "2"]
+    assert [cell.strip() for cell in lines[1].split("│")][6:8] == ["", ""]

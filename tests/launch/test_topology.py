@@ -12,18 +12,36 @@ import pytest
 from launch.backends import rank_command
 from launch.config import load_preset
 from launch.rendezvous import PORTS, _free_ports, _plan, common_addresses
-from launch.topology import Node, Plan, Process, ipc_endpoints, place, tcp_endpoints
+from launch.topology import Node, Plan, Process, ipc_endpoints, place, processes_of, tcp_endpoints
 from protocol.errors import InputError
+from protocol.job import Endpoints
 
 
-def test_actors_go_round_the_nodes() -> None:
-    processes = place(replace(load_preset("rover_tower_8"), actors=5, nodes=3))
-    assert Counter(p.node for p in processes if p.role == "actor") == {0: 2, 1: 2, 2: 1}
-    assert {p.role for p in processes if p.node == 0} == {"learner", "evaluator", "reward-server", "actor"}
+def test_actors_go_where_cores_are_left() -> None:
+    processes = processes_of(replace(load_preset("rover_tower_8"), actors=8))
+    placed = place(processes, (Node("first", cores=4), Node("small", cores=2), Node("large", cores=5)))
+    assert Counter(p.node for p in placed if p.role == "actor") == {0: 1, 1: 2, 2: 5}
+    assert {p.role for p in placed if p.node == 0} == {"learner", "evaluator", "reward-server", "actor"}
+    assert {(p.role, p.index) for p in placed} == {(p.role, p.index) for p in processes}
+
+
+def test_actors_go_round_equal_nodes() -> None:
+    processes = processes_of(replace(load_preset("rover_tower_8"), actors=6))
+    placed = place(processes, [Node(host, cores=64) for host in "abc"])
+    assert Counter(p.node for p in placed) == {0: 3, 1: 3, 2: 3}
+
+
+def test_a_gpu_that_the_learner_does_not_get_is_told() -> None:
+    config = replace(load_preset("rover_tower_8"), nodes=2)
+    endpoints = Endpoints("", "", "", "")
+    first, second = Node("a"), Node("b", gpus=1)
+    plans = [Plan("id", "", config.to_yaml(), nodes, (), endpoints) for nodes in ((first, second), (second, first))]
+    assert "no GPU" in plans[0].lines()[-1]
+    assert not any("no GPU;" in line for line in plans[1].lines())
 
 
 def test_cloning_needs_neither_actors_nor_rewards() -> None:
-    processes = place(replace(load_preset("rover_tower_8"), algorithm="bc"))
+    processes = processes_of(replace(load_preset("rover_tower_8"), algorithm="bc"))
     assert {p.role for p in processes} == {"learner", "evaluator"}
 
 
@@ -37,11 +55,12 @@ def test_endpoints_are_where_their_roles_are() -> None:
 
 def test_a_plan_round_trips_and_can_be_read(tmp_path: Path) -> None:
     config = replace(load_preset("rover_tower_8"), nodes=2, actors=2)
-    processes, nodes = place(config), (Node("a", ports=(1, 2, 3, 4)), Node("b", ports=(5, 6, 7, 8)))
+    nodes = (Node("a", ports=(1, 2, 3, 4)), Node("b", ports=(5, 6, 7, 8)))
+    processes = place(processes_of(config), nodes)
     plan = Plan("id", str(tmp_path), config.to_yaml(), nodes, processes, tcp_endpoints(nodes, processes))
     assert Plan.from_json(plan.to_json()) == plan
     assert plan.config == config
-    assert "node 1 (b): supervisor-1 actor-1" in plan.lines()
+    assert "node 1 (b): supervisor-1 actor-0 actor-1" in plan.lines()
 
 
 def test_a_long_temporary_folder_is_refused() -> None:
