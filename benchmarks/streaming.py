@@ -106,10 +106,10 @@ def _time_ours() -> float:
         replay = Replay(layout, 4 * steps)
         process = multiprocessing.get_context("spawn").Process(target=_send_ours, args=(endpoints,))
         process.start()
-        replay.add(experience.collect(lambda: None)[0])  # the sender is up
+        replay.add(experience.collect(lambda: None))  # the sender is up
         start = time.perf_counter()
         for _ in range(CHUNKS):
-            replay.add(experience.collect(lambda: None)[0])
+            replay.add(experience.collect(lambda: None))
         seconds = time.perf_counter() - start
         process.join()
         experience.close()

@@ -18,6 +18,7 @@ from launch.limits import check_limits, flag
 from learner.settings import CloningSettings, LearnerSettings
 from protocol.errors import InputError, unknown_name
 from protocol.job import Mode
+from protocol.keys import read_token
 from protocol.registry import known_environments
 from protocol.specs import ParameterSharing
 from reward_server.settings import RewardSettings
@@ -63,6 +64,8 @@ class Config:
     """Where learner and reward server compute; auto takes a GPU if there is one."""
     threads: int = 1
     """Threads of each process's arithmetic."""
+    metrics_token_file: str = ""
+    """File, on every host, with the word that metrics must be asked with (Authorization: Bearer ...); empty: none."""
     learner: LearnerSettings = field(default_factory=LearnerSettings)
     cloning: CloningSettings = field(default_factory=CloningSettings)
     actor: ActorSettings = field(default_factory=ActorSettings)
@@ -81,11 +84,16 @@ class Config:
         if name not in known_environments():
             raise unknown_name("environment", name, known_environments())
         check_limits(self)
+        self.metrics_token()
         if (kind.imitates or kind.clones) and not self.demonstrations:
             raise InputError(
                 f"algorithm '{self.algorithm}' learns from demonstrations: name a file by --demonstrations"
             )
         return replace(self, actors=self.actors or self.nodes, reward=kind.reward_settings(self.reward))
+
+    def metrics_token(self) -> str:
+        """The word for metrics, or empty. Raises InputError for a file that others can read, or an empty one."""
+        return read_token(Path(self.metrics_token_file)) if self.metrics_token_file else ""
 
     def to_yaml(self) -> str:
         """All of it, resolved: the text of `config.yaml`."""

@@ -152,7 +152,7 @@ class Director:
 
 def direct(plan: Plan, progress: Progress, stopped: StopRequests) -> Outcome:
     """Lead a run from the first node to its end; returns how it ended. Nothing is left running."""
-    telemetry = Telemetry("supervisor", 0, plan.sender("supervisor-0"), 0, plan.nodes[0].address)
+    telemetry = plan.telemetry("supervisor", 0, 0)
     director = Director(plan, telemetry)
     supervisor = Supervisor(plan, 0, telemetry, progress.note)
     outcome: Outcome | None = None
@@ -182,7 +182,7 @@ def follow(plan: Plan, node: int, stopped: StopRequests, say: Callable[[str], No
     """
     patience = plan.config.learner.deadline_seconds
     lost = False
-    telemetry = Telemetry("supervisor", node, plan.sender(f"supervisor-{node}"), node, plan.nodes[node].address)
+    telemetry = plan.telemetry("supervisor", node, node)
     supervisor = Supervisor(plan, node, telemetry, say)
     telemetry.start_heartbeat(plan.endpoints.control)
     outcome: Outcome | None = None

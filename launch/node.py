@@ -28,10 +28,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="bm3il-") as private:  # only its owner may enter it
         try:
             plan, node = rendezvous.meet(Path(private))
+            return _run(plan, node, stopped)
         except InputError as error:
             print(error, file=sys.stderr)
             return 2
-        return _run(plan, node, stopped)
 
 
 def _run(plan: Plan, node: int, stopped: StopRequests) -> int:

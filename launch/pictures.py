@@ -84,7 +84,8 @@ def draw_attention(critic: Critic, environment: str, policy: Acts, path: Path) -
     """Which type listens to which, while the policy plays; false if the critic weighs nobody."""
     played = rollout(make_environment(environment, ATTENTION_EPISODES), policy, SEED)
     layout = critic.layout
-    matrix = attention_by_type(critic, Replay(layout, played.terminated.size).add(played))
+    replay = Replay(layout, played.terminated.size)
+    matrix = attention_by_type(critic, replay.rows(replay.add([played])))
     if matrix is None:
         return False
     names = [kind.name for kind in layout.spec.types]

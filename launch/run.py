@@ -102,7 +102,7 @@ def _run_serial(config: Config, folder: Path, progress: Progress, stopped: StopR
     from learner.process import run_serial
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    telemetry = Telemetry("learner", 0, Sender(secrets.token_hex(8), "learner-0"))
+    telemetry = Telemetry("learner", 0, Sender(secrets.token_hex(8), "learner-0"), token=config.metrics_token())
     job = make_job(config, telemetry.sender.run, folder, Endpoints("", "", "", ""))
     ended = threading.Event()
 

@@ -14,6 +14,7 @@ from protocol.errors import InputError
 from protocol.job import Endpoints, Job
 from protocol.keys import Keys
 from protocol.messages import Sender
+from protocol.telemetry import Telemetry
 
 MAX_IPC_PATH_BYTES = 107
 LOOPBACK = "127.0.0.1"
@@ -74,9 +75,11 @@ class Plan:
     endpoints: Endpoints
     keys_file: str = ""
 
-    def sender(self, name: str) -> Sender:
-        """Who the process of this name is for the others. Raises InputError if the keys cannot be read."""
-        return Sender(self.run_id, name, keys=Keys.load(Path(self.keys_file)) if self.keys_file else None)
+    def telemetry(self, role: str, index: int, node: int) -> Telemetry:
+        """That of the process which calls this. Raises InputError if the keys or the token cannot be read."""
+        keys = Keys.load(Path(self.keys_file)) if self.keys_file else None
+        sender = Sender(self.run_id, f"{role}-{index}", keys=keys)
+        return Telemetry(role, index, sender, node, self.nodes[node].address, self.config.metrics_token())
 
     @property
     def config(self) -> Config:

@@ -26,8 +26,7 @@ def main(role: str, index: int) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     plan = Plan.from_json(sys.stdin.read())
     process = next(p for p in plan.processes if (p.role, p.index) == (role, index))
-    sender = plan.sender(process.name)
-    telemetry = Telemetry(role, index, sender, process.node, plan.nodes[process.node].address)
+    telemetry = plan.telemetry(role, index, process.node)
     signal.signal(signal.SIGTERM, lambda *_: telemetry.stop.set())
     telemetry.start_heartbeat(plan.endpoints.control)
     config = plan.config

@@ -22,7 +22,7 @@ from learner.settings import LearnerSettings
 from protocol.demonstrations import Demonstrations
 from protocol.errors import InputError
 from protocol.job import Job
-from protocol.layout import JointRows, Layout
+from protocol.layout import Layout
 from protocol.seeds import derive_seed
 from protocol.telemetry import Telemetry
 from reward_server.client import RewardService
@@ -84,10 +84,10 @@ class Imitation:
         with self._telemetry.stage("collect"):
             chunks = self._experience.collect(abort)
         with self._telemetry.stage("observe"):
-            fresh = [self._replay.add(chunk) for chunk in chunks]
+            fresh = self._replay.add(chunks)
             figures: dict[str, float] = {}
             if self._imitates:
-                self._rewards.observe(joined(fresh))
+                self._rewards.observe(self._replay.rows(fresh))
                 _, figures = self._rewards.update(progress)
         totals: dict[str, float] = {}
         for batch, rewards in self._batches():
@@ -163,15 +163,6 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("there is no GPU that this PyTorch can use; leave out --device cuda, or install another build")
     return torch.device(name)
-
-
-def joined(rows: list[JointRows]) -> JointRows:
-    blocks = range(len(rows[0].observations))
-    return JointRows(
-        [torch.cat([r.observations[b] for r in rows]) for b in blocks],
-        [torch.cat([r.actions[b] for r in rows]) for b in blocks],
-        [torch.cat([r.active[b] for r in rows]) for b in blocks],
-    )
 
 
 def _mean(rewards: list[torch.Tensor]) -> float:

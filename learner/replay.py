@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,23 +72,19 @@ class Replay:
         """Transitions held."""
         return int(self._has_successor.sum())
 
-    def add(self, trajectories: Trajectories) -> JointRows:
-        """Take in whole episodes, overwriting the oldest rows; returns the fresh transitions' rows, copied."""
-        lengths = torch.as_tensor(trajectories.lengths)
-        if self._fits_whole(lengths):
-            return self._add_whole(trajectories)
-        step = torch.arange(trajectories.terminated.shape[0] + 1)
-        kept = step <= lengths.unsqueeze(1)
-        index = (self._cursor + torch.arange(int(kept.sum()))) % self.capacity
-        if len(index) > self.capacity:
-            raise InputError(f"{len(index)} rows do not fit a window of {self.capacity}: raise learner.window-steps")
-        for field, stored in self._columns.items():
-            for column, values in zip(stored, self._episode_major(getattr(trajectories, field)), strict=True):
-                column[index] = values[kept]
-        self._terminated[index] = _with_last_row(torch.as_tensor(trajectories.terminated)).T[kept]
-        self._has_successor[index] = (step < lengths.unsqueeze(1))[kept]
-        self._cursor = (self._cursor + len(index)) % self.capacity
-        return self._rows(index[self._has_successor[index]])
+    def add(self, chunks: Sequence[Trajectories]) -> torch.Tensor:
+        """Take in whole episodes, overwriting the oldest rows; returns where the fresh transitions are, for `rows`.
+
+        Raises InputError if the chunks do not fit all at once.
+        """
+        needed = sum(int(chunk.lengths.sum()) + chunk.num_episodes for chunk in chunks)
+        if needed > self.capacity:
+            raise InputError(f"{needed} rows do not fit a window of {self.capacity}: raise learner.window-steps")
+        return torch.cat([self._add_whole(c) if self._fits_whole(c) else self._add(c) for c in chunks])
+
+    def rows(self, index: torch.Tensor) -> JointRows:
+        """The transitions at these places, copied."""
+        return JointRows(*(self._take(field, index) for field in ("observations", "actions", "active")))
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
         """B transitions, uniformly and with replacement."""
@@ -95,7 +92,7 @@ class Replay:
         index = held[torch.randint(len(held), (batch_size,), generator=generator)]
         following = (index + 1) % self.capacity
         return Batch(
-            rows=self._rows(index),
+            rows=self.rows(index),
             action_masks=self._take("action_masks", index),
             next_observations=self._take("observations", following),
             next_action_masks=self._take("action_masks", following),
@@ -119,14 +116,27 @@ class Replay:
         self._has_successor.copy_(torch.tensor(arrays["has_successor"]))
         self._cursor = int(arrays["cursor"][0])
 
-    def _fits_whole(self, lengths: torch.Tensor) -> bool:
-        """Whether episodes of full length can go to where whole episodes lie, without touching the ring's end."""
-        rows = self.layout.spec.episode_length + 1
-        ends = self._cursor + len(lengths) * rows
-        return self._cursor % rows == 0 and ends <= self.capacity and bool((lengths == rows - 1).all())
+    def _add(self, trajectories: Trajectories) -> torch.Tensor:
+        lengths = torch.as_tensor(trajectories.lengths)
+        step = torch.arange(trajectories.terminated.shape[0] + 1)
+        kept = step <= lengths.unsqueeze(1)
+        index = (self._cursor + torch.arange(int(kept.sum()))) % self.capacity
+        for field, stored in self._columns.items():
+            for column, values in zip(stored, self._episode_major(getattr(trajectories, field)), strict=True):
+                column[index] = values[kept]
+        self._terminated[index] = _with_last_row(torch.as_tensor(trajectories.terminated)).T[kept]
+        self._has_successor[index] = (step < lengths.unsqueeze(1))[kept]
+        self._cursor = (self._cursor + len(index)) % self.capacity
+        return index[self._has_successor[index]]
 
-    def _add_whole(self, trajectories: Trajectories) -> JointRows:
-        """As `add`, with one copy from where the arrays lie: what streams in are mostly whole episodes."""
+    def _fits_whole(self, trajectories: Trajectories) -> bool:
+        """Whether all episodes have full length and can go to where such ones lie, without touching the ring's end."""
+        rows = self.layout.spec.episode_length + 1
+        ends = self._cursor + trajectories.num_episodes * rows
+        return self._cursor % rows == 0 and ends <= self.capacity and bool((trajectories.lengths == rows - 1).all())
+
+    def _add_whole(self, trajectories: Trajectories) -> torch.Tensor:
+        """As `_add`, with one copy from where the arrays lie: what streams in are mostly whole episodes."""
         rows, episodes = self.layout.spec.episode_length + 1, trajectories.num_episodes
         end = self._cursor + episodes * rows
         place = slice(self._cursor, end)
@@ -145,7 +155,7 @@ class Replay:
         self._has_successor[place] = (step < rows - 1).repeat(episodes)
         index = torch.arange(self._cursor, end)[self._has_successor[place]]
         self._cursor = end % self.capacity
-        return self._rows(index)
+        return index
 
     def _episode_major(self, arrays: list[np.ndarray]) -> list[torch.Tensor]:
         """A field of the trajectories as joint rows per block, [E, T+1, N_b, …]."""
@@ -156,9 +166,6 @@ class Replay:
 
     def _take(self, field: str, index: torch.Tensor) -> list[torch.Tensor]:
         return [stored.index_select(0, index) for stored in self._columns[field]]
-
-    def _rows(self, index: torch.Tensor) -> JointRows:
-        return JointRows(*(self._take(field, index) for field in ("observations", "actions", "active")))
 
 
 def _with_last_row(steps: torch.Tensor) -> torch.Tensor:

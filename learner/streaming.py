@@ -11,7 +11,7 @@ from actors.policy import Policy
 from actors.process import CREDITS
 from actors.settings import ActorSettings
 from learner.experience import REPEAT_SECONDS, RemoteExperience
-from learner.imitation import Arrays, Imitation, joined
+from learner.imitation import Arrays, Imitation
 from protocol.channels import Request
 from protocol.errors import ProtocolError
 from protocol.job import Job
@@ -150,7 +150,7 @@ class StreamedImitation(Imitation):
         with self._telemetry.stage("collect"):
             chunks = self._experience.collect(abort)
         with self._telemetry.stage("observe"):
-            fresh = joined([self._replay.add(chunk) for chunk in chunks])
+            fresh = self._replay.rows(self._replay.add(chunks))
         while len(self._asked) < self._settings.updates:
             self._ask()
         figures: dict[str, float] = {}

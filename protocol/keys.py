@@ -88,18 +88,30 @@ class Keys:
     @classmethod
     def load(cls, path: Path) -> Keys:
         """Raises InputError for a file that is no keys, or that others can read."""
-        try:
-            mode = stat.S_IMODE(path.stat().st_mode)
-            if mode & 0o077:
-                raise InputError(f"{path} can be read by others (mode {mode:o}): chmod 600 {path}")
-            with path.open() as file:
-                text = file.read(4096)
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read the keys {path}: {error}; they are there while the run runs") from error
+        text = _read_private(path, "the keys", "they are there while the run runs")
         try:
             return cls.from_text(text)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
+
+
+def read_token(path: Path) -> str:
+    """The word that metrics are asked with. Raises InputError for a file that others can read, or without one word."""
+    words = _read_private(path, "the token", "make one: (umask 077; openssl rand -hex 24 > FILE)").split()
+    if len(words) != 1 or not words[0].isascii():
+        raise InputError(f"{path}: expected one word of ASCII characters, found {len(words)} words")
+    return words[0]
+
+
+def _read_private(path: Path, what: str, hint: str) -> str:
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if mode & 0o077:
+            raise InputError(f"{path} can be read by others (mode {mode:o}): chmod 600 {path}")
+        with path.open() as file:
+            return file.read(4096)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {what} {path}: {error}; {hint}") from error
 
 
 def secure_client(socket: zmq.Socket[bytes], endpoint: str, keys: Keys | None) -> None:

@@ -53,9 +53,13 @@ class StackedMLP(nn.Module):
             slots = identity_slots if layer == 0 else 1
             self.weights.append(uniform((networks, width_in, width_out), width_in, generator))
             self.biases.append(uniform((networks, slots, width_out), width_in, generator))
+        self._layers = _Layers(tuple(self.weights), tuple(self.biases), slope, activate_output)
+        self._tile_rows = self._layers.tile_rows()
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Output [K, R, out], differentiable once."""
+        if len(inputs) == 1 and self._fits_one_tile(inputs[0]) and not torch.is_grad_enabled():
+            return self._layers.infer(inputs[0])
         prepared, layers = self._prepared(inputs)
         return _Apply.apply(self.slope, self.activate_output, len(prepared), *prepared, *layers.weights, *layers.biases)
 
@@ -91,6 +95,9 @@ class StackedMLP(nn.Module):
             layers.backward(tile, prepared, activations, d, spare, gradients, d_inputs, add)
         return d_inputs
 
+    def _fits_one_tile(self, x: torch.Tensor) -> bool:
+        return x.shape[0] * x.shape[1] <= self._tile_rows and not torch.is_autocast_enabled(x.device.type)
+
     def _prepared(self, inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], _Layers]:
         """Inputs and layers in the arithmetic of the products."""
         device = inputs[0].device.type
@@ -114,12 +121,26 @@ class _Layers:
     slope: float
     activate_output: bool
 
+    def infer(self, x: torch.Tensor) -> torch.Tensor:
+        """Output [K, R, out] of an input that fits one tile: the way of an actor, which pays for each call."""
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.bmm(x, weight)
+            y = x if bias.shape[1] == 1 else x.view(x.shape[0], -1, *bias.shape[1:])
+            y += bias if bias.shape[1] == 1 else bias.unsqueeze(1)
+            if self._activates(layer):
+                functional.leaky_relu_(x, self.slope)
+        return x
+
+    def tile_rows(self) -> int:
+        """Rows of all networks together whose widest activations fill a tile on the CPU."""
+        return TILE_NUMBERS // max(max(weight.shape[1:]) for weight in self.weights)
+
     def tiles(self, x: torch.Tensor) -> Iterator[Tile]:
         """Tiles of an input [K, R, …]; such a tile of a contiguous tensor is contiguous."""
         networks, rows = x.shape[:2]
         wanted = networks * rows
         if x.device.type == "cpu":
-            wanted = TILE_NUMBERS // max(max(weight.shape[1:]) for weight in self.weights)
+            wanted = self.tile_rows()
         step = max(1, min(networks, wanted // max(1, rows)))
         height = rows if step > 1 else math.ceil(rows / max(1, round(rows / wanted)))
         slots = self.biases[0].shape[1]

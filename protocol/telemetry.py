@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hmac
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -29,10 +30,13 @@ class Telemetry:
 
     stop: set when the process shall come to an end: by a signal, or by the director's answer to a heartbeat.
     registry: where each room registers its own metrics (`<room>/metrics.py`).
+    token: what metrics must be asked with (`Authorization: Bearer …`); empty: nothing.
     numbers, text: sent along with every heartbeat. A stage adds `seconds_<stage>`, its last duration.
     """
 
-    def __init__(self, role: str, index: int, sender: Sender, node: int = 0, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, role: str, index: int, sender: Sender, node: int = 0, host: str = "127.0.0.1", token: str = ""
+    ) -> None:
         prometheus_client.disable_created_metrics()
         self.role, self.index, self.sender, self.node = role, index, sender, node
         self.stop = threading.Event()
@@ -55,6 +59,8 @@ class Telemetry:
         memory.set_function(lambda: process.memory_info().rss)
         self._stage, self._since = "start", time.monotonic()
         self._server, self._server_thread = prometheus_client.start_http_server(0, host, self.registry)
+        if token:
+            self._server.set_app(_guarded(prometheus_client.make_wsgi_app(self.registry), token))
         self.metrics_address = f"{host}:{self._server.server_port}"
         self._heard = time.monotonic()
         self._closing = threading.Event()
@@ -127,6 +133,19 @@ class Telemetry:
                     break
             self._closing.wait(HEARTBEAT_SECONDS)
         client.close()
+
+
+def _guarded(app: Callable[..., Any], token: str) -> Callable[..., Any]:
+    """A WSGI application that answers only who knows the token."""
+    wanted = f"Bearer {token}".encode("latin-1")
+
+    def answer(environment: dict[str, str], start_response: Callable[..., Any]) -> Any:
+        if hmac.compare_digest(environment.get("HTTP_AUTHORIZATION", "").encode("latin-1"), wanted):
+            return app(environment, start_response)
+        start_response("401 Unauthorized", [("WWW-Authenticate", "Bearer"), ("Content-Length", "0")])
+        return [b""]
+
+    return answer
 
 
 def _answers(body: Any) -> ArrayTable | None:

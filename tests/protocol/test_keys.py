@@ -18,7 +18,7 @@ import zmq
 
 from protocol.channels import Broadcaster, Client, Listener, Server, Unanswered
 from protocol.errors import InputError
-from protocol.keys import Keys
+from protocol.keys import Keys, read_token
 from protocol.messages import Chunk, Done, Sender, Weights
 
 MARK = np.frombuffer(b"a pattern that nobody would send by chance 0123456789abcdef" * 17 + b"x", np.uint8)
@@ -229,3 +229,18 @@ def test_the_relay_would_have_seen_it() -> None:
     for part in (server, client):
         part.close(linger=0)
     relay.close()
+
+
+def test_a_token_is_one_word_that_others_cannot_read(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    with pytest.raises(InputError, match="make one"):
+        read_token(path)
+    path.write_text("word\n")
+    path.chmod(0o644)
+    with pytest.raises(InputError, match="chmod 600"):
+        read_token(path)
+    path.chmod(0o600)
+    assert read_token(path) == "word"
+    path.write_text("two words\n")
+    with pytest.raises(InputError, match="one word"):
+        read_token(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -48,6 +49,21 @@ def test_gradients_are_those_of_ordinary_layers() -> None:
         layers(x[k]).square().sum().backward()
         torch.testing.assert_close(stack.weights[0].grad[k], layers[0].weight.grad.T)
         torch.testing.assert_close(stack.biases[1].grad[k, 0], layers[2].bias.grad)
+
+
+@pytest.mark.parametrize("rows", [6, 6_000])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_an_actor_computes_the_same_bits(slots: int, rows: int) -> None:
+    """Without gradients there is a shorter way; parameters that are loaded, copied or converted are seen on it."""
+    generator = torch.Generator().manual_seed(3)
+    first, other = (StackedMLP(2, (4, 64, 5), generator, 0.1, identity_slots=slots) for _ in range(2))
+    first.load_state_dict(other.state_dict())
+    x = torch.randn(2, rows, 4, generator=generator)
+    for stack in (first, deepcopy(first), first.double().float()):
+        stack.weights[0].data += 1
+        with torch.no_grad():
+            short = stack(x)
+        assert torch.equal(short, stack(x.requires_grad_()))
 
 
 @pytest.mark.parametrize(("slots", "tile"), [(1, 1 << 17), (1, 20), (3, 40)])

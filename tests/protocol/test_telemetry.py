@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,19 @@ def test_the_endpoint_answers_with_the_roles_names(telemetry: Telemetry) -> None
     assert samples["bm3il_reward_server_resident_memory_bytes"] > 1e6
     assert all(name.startswith("bm3il_reward_server_") for name in samples)
     assert not any("_created" in name for name in samples)
+
+
+def test_metrics_are_for_who_knows_the_token(telemetry: Telemetry) -> None:
+    guarded = Telemetry("actor", 0, Sender("run", "actor-0"), token="one-word")
+    url = f"http://{guarded.metrics_address}/metrics"
+    try:
+        for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "Bearer \xfc"}):
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=5)
+        request = urllib.request.Request(url, headers={"Authorization": "Bearer one-word"})
+        assert b"bm3il_actor_" in urllib.request.urlopen(request, timeout=5).read()
+    finally:
+        guarded.close()
 
 
 def test_stages_nest_and_tell_how_long_they_last(telemetry: Telemetry) -> None:
