@@ -18,7 +18,7 @@ Slurm's PMI2 was seen to cut them in two."""
 
 BATCH_JOB = "BM3IL_BATCH_JOB"
 """Set by the script of `bm3il submit`: the number of its job, which may be started again."""
-SLURM_JOB, SLURM_NODES = "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES"
+SLURM_JOB, SLURM_NODES, SLURM_CORES = "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES", "SLURM_CPUS_PER_TASK"
 
 
 def rank_command(config: Config, environment: Mapping[str, str] = os.environ) -> list[str]:
@@ -36,8 +36,10 @@ def rank_command(config: Config, environment: Mapping[str, str] = os.environ) ->
     if in_slurm(environment):
         _expect(int(environment.get(SLURM_NODES, "1")), config.nodes, "nodes in this Slurm allocation")
         # One node that is lost shall not take the others with it.
-        return [_srun(), "--mpi=pmi2", "--no-kill", "--kill-on-bad-exit=0", "--input=0",
-                f"--nodes={config.nodes}", f"--ntasks={config.nodes}", "--ntasks-per-node=1", *node]  # fmt: skip
+        size = [f"--nodes={config.nodes}", f"--ntasks={config.nodes}", "--ntasks-per-node=1"]
+        if cores := environment.get(SLURM_CORES):  # since 22.05 a step does not take over what its job asked for
+            size.append(f"--cpus-per-task={cores}")
+        return [_srun(), "--mpi=pmi2", "--no-kill", "--kill-on-bad-exit=0", "--input=0", *size, *node]
     return [_mpiexec(), "-n", str(config.nodes), *node]
 
 

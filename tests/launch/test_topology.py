@@ -100,6 +100,9 @@ def test_a_backend_for_hosts_slurm_and_one_machine(tmp_path: Path, monkeypatch: 
     assert rank_command(config, {})[1:3] == ["-n", "2"]
     slurm = rank_command(config, {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"})
     assert slurm[:2] == ["/cluster/srun", "--mpi=pmi2"]
+    assert not any(option.startswith("--cpus-per-task") for option in slurm)
+    asked = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "16"}
+    assert "--cpus-per-task=16" in rank_command(config, asked)
     (tmp_path / "hosts").write_text("# ours\nsub0\n")
     with pytest.raises(InputError, match="asked for 2 nodes, but there are 1 hosts"):
         rank_command(replace(config, hostfile=str(tmp_path / "hosts")), {})
