@@ -49,7 +49,7 @@ from protocol.telemetry import Telemetry
 from protocol.trajectories import Trajectories
 
 ENVIRONMENT, EPISODES = "berlin?scenario=berlin46&types=10&agents=50", 4
-CHUNKS, ROUNDS = 30, 5
+CHUNKS, WARM_UP, ROUNDS = 100, 8, 5
 WANTED_WIRE, WANTED_BUSY, WANTED_SCALING, WANTED_EFFICIENCY = 0.6, 0.95, 0.9, 0.9
 SEEDS, EFFICIENCY_STEPS, LEVEL = (1, 2, 3, 4, 5), 120_000, 0.8
 WAITING = ("collect", "query", "wait_for_particles")
@@ -106,7 +106,8 @@ def _time_ours() -> float:
         replay = Replay(layout, 4 * steps)
         process = multiprocessing.get_context("spawn").Process(target=_send_ours, args=(endpoints,))
         process.start()
-        replay.add(experience.collect(lambda: None))  # the sender is up
+        for _ in range(WARM_UP):  # the sender is up, the ring was written once
+            replay.add(experience.collect(lambda: None))
         start = time.perf_counter()
         for _ in range(CHUNKS):
             replay.add(experience.collect(lambda: None))
@@ -121,7 +122,7 @@ def _send_ours(endpoints: Endpoints) -> None:
     arrays = _chunk()
     steps = make_environment(ENVIRONMENT, 1).spec.episode_length
     client = Client(endpoints.experience, Sender("run", "actor-0"), lambda _: {}, lambda _: None)
-    for _ in range(CHUNKS + 1):
+    for _ in range(WARM_UP + CHUNKS):
         while client.pending >= 2:
             client.pump(0.1)
         client.submit(Chunk("s", 0, 0, 0, steps, EPISODES, 0.0), arrays)
@@ -137,7 +138,8 @@ def _time_raw(arrays: dict[str, np.ndarray]) -> float:
         process = multiprocessing.get_context("spawn").Process(target=_send_raw, args=(f"ipc://{folder}/raw", size))
         process.start()
         ring = np.zeros((4, size), np.uint8)
-        ring[0] = np.frombuffer(socket.recv(copy=False).buffer, np.uint8)
+        for number in range(WARM_UP):
+            ring[number % 4] = np.frombuffer(socket.recv(copy=False).buffer, np.uint8)
         start = time.perf_counter()
         for number in range(CHUNKS):
             ring[number % 4] = np.frombuffer(socket.recv(copy=False).buffer, np.uint8)
@@ -152,7 +154,7 @@ def _send_raw(endpoint: str, size: int) -> None:
     socket.set_hwm(2)
     socket.connect(endpoint)
     data = np.zeros(size, np.uint8)
-    for _ in range(CHUNKS + 1):
+    for _ in range(WARM_UP + CHUNKS):
         socket.send(data, copy=False)
     socket.close(linger=60_000)
     zmq.Context.instance().term()  # the memory that is being sent must outlive the last chunk

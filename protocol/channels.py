@@ -355,6 +355,7 @@ class _Drops:
 
 
 _NOTHING = object()
+_MORE = zmq.NOBLOCK | zmq.SNDMORE
 
 
 def _socket(kind: int, max_frame_bytes: int) -> zmq.Socket[bytes]:
@@ -378,9 +379,9 @@ def _bind(socket: zmq.Socket[bytes], endpoint: str) -> None:
 
 
 def _send(socket: zmq.Socket[bytes], frames: list[Any]) -> None:
-    for index, frame in enumerate(frames):
-        more = zmq.SNDMORE if index < len(frames) - 1 else 0
-        socket.send(frame, zmq.NOBLOCK | more, copy=len(frame) < ZERO_COPY_BYTES)
+    for frame in frames[:-1]:
+        socket.send(frame, _MORE, copy=len(frame) < ZERO_COPY_BYTES)
+    socket.send(frames[-1], zmq.NOBLOCK, copy=len(frames[-1]) < ZERO_COPY_BYTES)
 
 
 def _decode(frames: list[zmq.Frame], run: str, schema: Schema) -> Message:

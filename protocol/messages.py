@@ -15,6 +15,7 @@ import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from typing import Any, ClassVar, Union, get_type_hints
 
 import msgpack
@@ -187,6 +188,7 @@ Body = Union[  # noqa: UP007  (a runtime value on Python 3.10 too)
     Weights, Chunk, Evaluation, Begin, Observe, Update, Query, GetState, Rewards, Statistics, Done, Refusal, Status
 ]
 BODIES: dict[str, type[Any]] = {body.kind: body for body in Body.__args__}  # type: ignore[attr-defined]
+_FIELDS = {kind: {f.name: get_type_hints(body)[f.name] for f in fields(body)} for kind, body in BODIES.items()}
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ def encode(sender: Sender, sequence: int, body: Any, arrays: Mapping[str, np.nda
         "incarnation": sender.incarnation,
         "seq": sequence,
         "body": asdict(body),
-        "arrays": [[name, array.dtype.name, list(array.shape)] for name, array in contiguous.items()],
+        "arrays": [[name, _name(array.dtype), list(array.shape)] for name, array in contiguous.items()],
     }
     return [msgpack.packb(header), *(_buffer(array) for array in contiguous.values())]
 
@@ -271,6 +273,11 @@ def frame_limit(*tables: ArrayTable) -> int:
     return min(2 * max(MAX_HEADER_BYTES, *sizes, 0), MAX_MESSAGE_BYTES)
 
 
+@cache
+def _name(dtype: np.dtype[Any]) -> str:
+    return dtype.name  # which numpy makes anew each time
+
+
 def _buffer(array: np.ndarray) -> memoryview | bytes:
     return array.reshape(-1).view(np.uint8).data if array.size else b""
 
@@ -302,15 +309,13 @@ def _header(frames: Sequence[Any]) -> dict[str, Any]:
 def _body(kind: str, values: dict[str, Any]) -> Any:
     if kind not in BODIES:
         raise ProtocolError("kind", f"unknown kind '{kind[:64]}'")
-    body_type = BODIES[kind]
-    names = {f.name for f in fields(body_type)}
-    if set(values) != names:
-        raise ProtocolError("body", f"'{kind}' has the fields {sorted(names)}, got {sorted(map(str, values))}")
-    hints = get_type_hints(body_type)
+    hints = _FIELDS[kind]
+    if values.keys() != hints.keys():
+        raise ProtocolError("body", f"'{kind}' has the fields {sorted(hints)}, got {sorted(map(str, values))}")
     for name, value in values.items():
         if not _is(value, hints[name]):
             raise ProtocolError("body", f"field '{name}' of '{kind}' must be {hints[name]}, got {type(value).__name__}")
-    return body_type(**values)
+    return BODIES[kind](**values)
 
 
 def _is(value: Any, hint: Any) -> bool:
