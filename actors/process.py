@@ -100,7 +100,7 @@ class _Actor:
         self._metrics.count(chunk, version, self._learner.pending)
         steps, episodes = chunk.terminated.shape
         body = Chunk(session, version, next_version, self._index, steps, episodes, seconds)
-        self._learner.submit(body, chunk.to_arrays())
+        self._learner.submit(body, chunk.arrays)
 
 
 def run_evaluator(

@@ -31,17 +31,12 @@ def rollout(
 
     A pure function of (policy, seed, starts): the environment and the action noise take their seeds from `seed`.
     """
-    spec = environment.spec
-    steps, episodes = spec.episode_length, environment.num_envs
-    table = Trajectories.array_table(spec, steps, episodes)
-    arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in table.items()}
-    arrays["lengths"][:] = steps  # of an episode that no flag ends
-    trajectories = Trajectories.from_arrays(arrays, spec)
+    trajectories = Trajectories.zeros(environment.spec, environment.num_envs)
     generator = torch.Generator().manual_seed(seed)
     now = environment.reset(seed, starts)
     _write_view(trajectories, 0, now)
     ended = now.terminated | now.truncated
-    for t in range(steps):
+    for t in range(environment.spec.episode_length):
         actions = policy.act(
             [array[t] for array in trajectories.observations],
             [array[t] for array in trajectories.action_masks],

@@ -35,7 +35,7 @@ import psutil
 from hosts import Hosts
 
 HOSTS, FIRST_ITERATIONS = 4, 10
-STEPS = {"lockstep": 300_000, "async": 1_600_000}
+STEPS = {"lockstep": 120_000, "async": 800_000}
 PAUSE_SECONDS, STOP_SECONDS, CUT_SECONDS, LONG_CUT_SECONDS = (4.0, 9.0), (1.0, 6.0), (1.0, 8.0), (18.0, 24.0)
 DEADLINE_SECONDS = 1800.0
 MEMORY_GROWTH = 1.15

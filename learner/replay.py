@@ -56,15 +56,14 @@ class Replay:
         self.layout = layout
         self.capacity = max(1, math.ceil(window_steps / length)) * (length + 1)
         self._cursor = 0
-        shapes = Trajectories.array_table(layout.spec, 1, 1)
-        per_type = {
+        one = Trajectories.zeros(layout.spec, 1).arrays
+        self._columns = {
             field: [
-                np.zeros((self.capacity, *shapes[f"{m}.{field}"][1][2:]), shapes[f"{m}.{field}"][0])
-                for m in range(layout.spec.num_types)
+                torch.from_numpy(np.zeros((self.capacity, *array.shape[2:]), array.dtype))
+                for array in (one[f"{b}.{field}"] for b in range(len(layout.blocks)))
             ]
             for field in ("observations", "action_masks", "active", "actions", "rewards")
         }
-        self._columns = {field: layout.to_rows(arrays) for field, arrays in per_type.items()}
         self._terminated = torch.zeros(self.capacity, dtype=torch.bool)
         self._has_successor = torch.zeros(self.capacity, dtype=torch.bool)
 
@@ -122,7 +121,7 @@ class Replay:
         kept = step <= lengths.unsqueeze(1)
         index = (self._cursor + torch.arange(int(kept.sum()))) % self.capacity
         for field, stored in self._columns.items():
-            for column, values in zip(stored, self._episode_major(getattr(trajectories, field)), strict=True):
+            for column, values in zip(stored, self._episode_major(trajectories, field), strict=True):
                 column[index] = values[kept]
         self._terminated[index] = _with_last_row(torch.as_tensor(trajectories.terminated)).T[kept]
         self._has_successor[index] = (step < lengths.unsqueeze(1))[kept]
@@ -141,14 +140,11 @@ class Replay:
         end = self._cursor + episodes * rows
         place = slice(self._cursor, end)
         for field, stored in self._columns.items():
-            arrays = getattr(trajectories, field)
-            for block, column in zip(self.layout.blocks, stored, strict=True):
-                target, first = column[place].unflatten(0, (episodes, rows)), 0
-                for m in block.types:
-                    steps = torch.from_numpy(np.asarray(arrays[m])).transpose(0, 1)
-                    target[:, : steps.shape[1], first : first + steps.shape[2]] = steps
-                    first += steps.shape[2]
-                if arrays[0].shape[0] < rows:
+            for b, column in enumerate(stored):
+                steps = torch.from_numpy(trajectories.arrays[f"{b}.{field}"]).transpose(0, 1)
+                target = column[place].unflatten(0, (episodes, rows))
+                target[:, : steps.shape[1]] = steps
+                if steps.shape[1] < rows:
                     target[:, -1] = 0  # as `_with_last_row`
         step = torch.arange(rows)
         self._terminated[place] = _with_last_row(torch.as_tensor(trajectories.terminated)).T.flatten()
@@ -157,11 +153,10 @@ class Replay:
         self._cursor = end % self.capacity
         return index
 
-    def _episode_major(self, arrays: list[np.ndarray]) -> list[torch.Tensor]:
-        """A field of the trajectories as joint rows per block, [E, T+1, N_b, …]."""
-        rows = self.layout.to_rows([array.reshape(-1, *array.shape[2:]) for array in arrays])
-        longest = self.layout.spec.episode_length + 1
-        per_step = [block_rows.unflatten(0, arrays[0].shape[:2]) for block_rows in rows]
+    def _episode_major(self, trajectories: Trajectories, field: str) -> list[torch.Tensor]:
+        """A field of the trajectories per block, [E, T+1, N_b, …]."""
+        per_step = [torch.from_numpy(trajectories.arrays[f"{b}.{field}"]) for b in range(len(self.layout.blocks))]
+        longest = trajectories.terminated.shape[0] + 1
         return [(steps if len(steps) == longest else _with_last_row(steps)).transpose(0, 1) for steps in per_step]
 
     def _take(self, field: str, index: torch.Tensor) -> list[torch.Tensor]:

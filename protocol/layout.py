@@ -71,12 +71,8 @@ class Layout:
 
     @classmethod
     def of(cls, spec: EnvironmentSpec, parameter_sharing: ParameterSharing) -> Layout:
-        """Group the types of `spec` into blocks, in the order of their first appearance."""
-        shapes: dict[tuple[int, int, bool], list[int]] = {}
-        for m, t in enumerate(spec.types):
-            shapes.setdefault((t.observation_dim, t.action_dim, t.discrete), []).append(m)
-        blocks = tuple(_block(spec, tuple(types), parameter_sharing) for types in shapes.values())
-        return cls(spec, parameter_sharing, blocks)
+        """The blocks of `spec`, with the networks that its agents have."""
+        return cls(spec, parameter_sharing, tuple(_block(spec, types, parameter_sharing) for types in spec.blocks))
 
     def to_rows(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """Per type [B, X_m, …] → joint rows per block, [B, N_b, …], copied."""

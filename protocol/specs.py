@@ -74,6 +74,17 @@ class EnvironmentSpec:
         """The number of the first agent of each type."""
         return tuple(sum(t.count for t in self.types[:m]) for m in range(self.num_types))
 
+    @property
+    def blocks(self) -> tuple[tuple[int, ...], ...]:
+        """Numbers of the types whose agents see and do alike wide things, in the order of their first appearance.
+
+        The agents of a block, type by type, share arrays on the wire and stacked networks (`protocol.layout`).
+        """
+        shapes: dict[tuple[int, int, bool], list[int]] = {}
+        for m, t in enumerate(self.types):
+            shapes.setdefault((t.observation_dim, t.action_dim, t.discrete), []).append(m)
+        return tuple(tuple(types) for types in shapes.values())
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, for headers of files and messages."""
         return asdict(self)

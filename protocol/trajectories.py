@@ -24,8 +24,10 @@ class Trajectories:
     actions: [T, E, X_m] int64, or [T, E, X_m, A_m] float32 if continuous.
     rewards: [T, E, X_m] float32, true rewards; imitation never reads them.
     terminated, truncated: [T, E] bool.   lengths: [E] int64, the steps of each episode; what lies beyond is padding.
+    arrays: the memory of all these by name, as it travels: the types of a block lie side by side, [T+1, E, N_b, …].
     """
 
+    arrays: Mapping[str, np.ndarray]
     observations: list[np.ndarray]
     action_masks: list[np.ndarray]
     active: list[np.ndarray]
@@ -48,39 +50,34 @@ class Trajectories:
         """True return of each episode and agent, [E, N]."""
         return np.concatenate([reward.sum(axis=0) for reward in self.rewards], axis=-1)
 
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """Named arrays for a message; `from_arrays` is the inverse."""
-        arrays = {"terminated": self.terminated, "truncated": self.truncated, "lengths": self.lengths}
-        for field in ("observations", "action_masks", "active", "actions", "rewards"):
-            arrays |= {f"{m}.{field}": array for m, array in enumerate(getattr(self, field))}
-        return arrays
+    @classmethod
+    def zeros(cls, spec: EnvironmentSpec, episodes: int) -> Trajectories:
+        """Room for episodes of full length."""
+        table = cls.array_table(spec, spec.episode_length, episodes)
+        arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in table.items()}
+        arrays["lengths"][:] = spec.episode_length
+        return cls._views(arrays, spec)
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], spec: EnvironmentSpec) -> Trajectories:
-        """Rebuild from named arrays and check the values that an index or a mask will rely on.
+        """Views of `arrays`, after checking the values that an index or a mask will rely on.
 
         Shapes and dtypes must have been checked against `array_table`.
         Raises ProtocolError (cause `bad_value`) for actions or lengths out of range, or values that are not finite.
         """
-        fields = ("observations", "action_masks", "active", "actions", "rewards")
-        columns = {field: [arrays[f"{m}.{field}"] for m in range(spec.num_types)] for field in fields}
-        value = cls(
-            terminated=arrays["terminated"], truncated=arrays["truncated"], lengths=arrays["lengths"], **columns
-        )
-        value.check_values(spec)
-        return value
-
-    def check_values(self, spec: EnvironmentSpec) -> None:
-        """Raise ProtocolError (cause `bad_value`) if an action, a length or an observation is out of range."""
-        steps = self.terminated.shape[0]
-        if self.lengths.size and not (self.lengths.min() >= 1 and self.lengths.max() <= steps):
+        steps, lengths = arrays["terminated"].shape[0], arrays["lengths"]
+        if lengths.size and not (lengths.min() >= 1 and lengths.max() <= steps):
             raise ProtocolError("bad_value", f"episode lengths must lie in 1..{steps}")
-        for agent_type, actions, observations in zip(spec.types, self.actions, self.observations, strict=True):
-            if not np.isfinite(observations).all():
-                raise ProtocolError("bad_value", f"type '{agent_type.name}': an observation is not finite")
-            least, most = (0, agent_type.action_dim - 1) if agent_type.discrete else (-1, 1)
+        for b, types in enumerate(spec.blocks):
+            first = spec.types[types[0]]
+            whose = f"type '{first.name}'" + (" or one like it" if len(types) > 1 else "")
+            if not np.isfinite(arrays[f"{b}.observations"]).all():
+                raise ProtocolError("bad_value", f"{whose}: an observation is not finite")
+            actions = arrays[f"{b}.actions"]
+            least, most = (0, first.action_dim - 1) if first.discrete else (-1, 1)
             if actions.size and not (least <= actions.min() and actions.max() <= most):  # NaN is not either
-                raise ProtocolError("bad_value", f"type '{agent_type.name}': actions must lie in {least}..{most}")
+                raise ProtocolError("bad_value", f"{whose}: actions must lie in {least}..{most}")
+        return cls._views(arrays, spec)
 
     @staticmethod
     def array_table(spec: EnvironmentSpec, steps: int, episodes: int) -> ArrayTable:
@@ -90,11 +87,25 @@ class Trajectories:
             "truncated": ("bool", (steps, episodes)),
             "lengths": ("int64", (episodes,)),
         }
-        for m, t in enumerate(spec.types):
-            rows, next_rows = (steps, episodes, t.count), (steps + 1, episodes, t.count)
-            table[f"{m}.observations"] = ("float32", (*next_rows, t.observation_dim))
-            table[f"{m}.action_masks"] = ("bool", (*next_rows, t.action_dim))
-            table[f"{m}.active"] = ("bool", next_rows)
-            table[f"{m}.actions"] = ("int64", rows) if t.discrete else ("float32", (*rows, t.action_dim))
-            table[f"{m}.rewards"] = ("float32", rows)
+        for b, types in enumerate(spec.blocks):
+            t, agents = spec.types[types[0]], sum(spec.types[m].count for m in types)
+            rows, next_rows = (steps, episodes, agents), (steps + 1, episodes, agents)
+            table[f"{b}.observations"] = ("float32", (*next_rows, t.observation_dim))
+            table[f"{b}.action_masks"] = ("bool", (*next_rows, t.action_dim))
+            table[f"{b}.active"] = ("bool", next_rows)
+            table[f"{b}.actions"] = ("int64", rows) if t.discrete else ("float32", (*rows, t.action_dim))
+            table[f"{b}.rewards"] = ("float32", rows)
         return table
+
+    @classmethod
+    def _views(cls, arrays: Mapping[str, np.ndarray], spec: EnvironmentSpec) -> Trajectories:
+        columns: dict[str, list[np.ndarray]] = {}
+        for field in ("observations", "action_masks", "active", "actions", "rewards"):
+            parts: dict[int, np.ndarray] = {}
+            for b, types in enumerate(spec.blocks):
+                ends = np.cumsum([spec.types[m].count for m in types])
+                parts |= dict(zip(types, np.split(arrays[f"{b}.{field}"], ends[:-1], axis=2), strict=True))
+            columns[field] = [parts[m] for m in range(spec.num_types)]
+        return cls(
+            arrays, terminated=arrays["terminated"], truncated=arrays["truncated"], lengths=arrays["lengths"], **columns
+        )

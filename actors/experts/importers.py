@@ -69,22 +69,21 @@ def import_day(path: str | Path, environment: str) -> tuple[Demonstrations, int]
 def _replayed(town: Berlin, location: np.ndarray) -> tuple[Trajectories, int]:
     """A day [T+1, N] as one episode."""
     spec, steps = town.spec, len(location) - 1
-    table = Trajectories.array_table(spec, steps, 1)
-    arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in table.items()}
-    arrays["lengths"][:], arrays["truncated"][-1] = steps, True
+    day = Trajectories.zeros(spec, 1)
+    day.truncated[-1] = True
     parts = [slice(o, o + t.count) for o, t in zip(spec.offsets, spec.types, strict=True)]
     allowed = town.scenario.allowed[location[:-1], location[1:]]
     town.reset(0)
     for t in range(steps + 1):
         now = town.show(location[t][None], t)
         for m, part in enumerate(parts):
-            arrays[f"{m}.observations"][t], arrays[f"{m}.action_masks"][t] = now.observations[m], now.action_masks[m]
-            arrays[f"{m}.active"][t] = allowed[t, part] if t < steps else True
+            day.observations[m][t], day.action_masks[m][t] = now.observations[m], now.action_masks[m]
+            day.active[m][t] = allowed[t, part] if t < steps else True
             if t < steps:
-                arrays[f"{m}.actions"][t] = np.where(allowed[t, part], location[t + 1, part], location[t, part])
+                day.actions[m][t] = np.where(allowed[t, part], location[t + 1, part], location[t, part])
             if t:
-                arrays[f"{m}.rewards"][t - 1] = now.rewards[m]
-    return Trajectories.from_arrays(arrays, spec), int((~allowed).sum())
+                day.rewards[m][t - 1] = now.rewards[m]
+    return Trajectories.from_arrays(day.arrays, spec), int((~allowed).sum())
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

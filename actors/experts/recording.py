@@ -9,6 +9,7 @@ The demonstrations that ship with the package were made by
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -39,11 +40,11 @@ def record(
     """
     if episodes < 1:
         raise InputError(f"expected at least 1 episode to record, got {episodes}")
-    played: list[dict[str, np.ndarray]] = []
+    played: list[Mapping[str, np.ndarray]] = []
     starts: list[dict[str, np.ndarray]] = []
     for first in range(0, episodes, environment.num_envs):
         batch_seed = derive_seed(seed, "recording", first)
-        played.append(rollout(environment, expert, batch_seed, greedy).to_arrays())
+        played.append(rollout(environment, expert, batch_seed, greedy).arrays)
         starts.append(environment.draw_starts(batch_seed) if isinstance(environment, DrawsStarts) else {})
     arrays = {}
     for name in played[0]:

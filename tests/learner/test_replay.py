@@ -18,22 +18,19 @@ LAYOUT = Layout.of(SPEC, "type")
 
 def episodes(numbers: list[int], lengths: list[int], terminated: list[bool]) -> Trajectories:
     """Episodes whose observation at step t is 100·number + t for every agent; action t is t mod A, reward t is t."""
-    arrays = {
-        name: np.zeros(shape, dtype)
-        for name, (dtype, shape) in Trajectories.array_table(SPEC, SPEC.episode_length, len(numbers)).items()
-    }
-    arrays["lengths"][:] = lengths
+    made = Trajectories.zeros(SPEC, len(numbers))
+    made.lengths[:] = lengths
     for e, (number, length) in enumerate(zip(numbers, lengths, strict=True)):
-        (arrays["terminated"] if terminated[e] else arrays["truncated"])[length - 1, e] = True
+        (made.terminated if terminated[e] else made.truncated)[length - 1, e] = True
         for m, t in enumerate(SPEC.types):
             for step in range(length + 1):
-                arrays[f"{m}.observations"][step, e] = 100 * number + step
-                arrays[f"{m}.active"][step, e] = step % 2 == 0
-                arrays[f"{m}.action_masks"][step, e, :, step % t.action_dim] = True
+                made.observations[m][step, e] = 100 * number + step
+                made.active[m][step, e] = step % 2 == 0
+                made.action_masks[m][step, e, :, step % t.action_dim] = True
             for step in range(length):
-                arrays[f"{m}.actions"][step, e] = step % t.action_dim
-                arrays[f"{m}.rewards"][step, e] = step
-    return Trajectories.from_arrays(arrays, SPEC)
+                made.actions[m][step, e] = step % t.action_dim
+                made.rewards[m][step, e] = step
+    return Trajectories.from_arrays(made.arrays, SPEC)
 
 
 def assert_consistent(batch: Batch, ends: dict[int, tuple[int, bool]]) -> set[tuple[int, int]]:

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -49,9 +48,7 @@ class Learner:
     def send(self, actor: int, version: int, next_version: int, mark: float, session: str = "s") -> int:
         """A chunk of one episode whose observations are all `mark`; returns its ticket."""
         steps = SPEC.episode_length
-        table = Trajectories.array_table(SPEC, steps, 1)
-        arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in table.items()}
-        arrays["lengths"][:] = steps
+        arrays = Trajectories.zeros(SPEC, 1).arrays
         arrays["0.observations"][:] = mark
         return self.actors[actor].submit(Chunk(session, version, next_version, actor, steps, 1, 0.0), arrays)
 

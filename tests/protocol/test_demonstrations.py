@@ -156,14 +156,13 @@ def test_split_keeps_groups_together(demonstrations: Demonstrations) -> None:
 
 
 def test_trajectories_lose_their_padding() -> None:
-    table = Trajectories.array_table(SPEC, 6, 2)
-    arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in table.items()}
-    arrays["lengths"][:] = [2, 6]
+    played = Trajectories.zeros(replace(SPEC, episode_length=6), 2)
+    played.lengths[:] = [2, 6]
     for m in range(2):
-        arrays[f"{m}.observations"][:] = np.arange(7)[:, None, None, None] + 10 * np.arange(2)[:, None, None]
-        arrays[f"{m}.action_masks"][:] = arrays[f"{m}.active"][:] = True
-        arrays[f"{m}.rewards"][:2] = 1
-    made = Demonstrations.from_trajectories(Trajectories.from_arrays(arrays, SPEC), SPEC, "test")
+        played.observations[m][:] = np.arange(7)[:, None, None, None] + 10 * np.arange(2)[:, None, None]
+        played.action_masks[m][:] = played.active[m][:] = True
+        played.rewards[m][:2] = 1
+    made = Demonstrations.from_trajectories(played, SPEC, "test")
     assert made.observations[0][:, 0, 0].tolist() == [0, 1, 10, 11, 12, 13, 14, 15]
     assert made.episode_lengths.tolist() == [2, 6]
     assert made.groups.tolist() == [0, 1]
