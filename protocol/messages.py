@@ -270,7 +270,8 @@ def frame_limit(*tables: ArrayTable) -> int:
     Twice the largest honest one: who is configured a little differently shall be told so, and not cut off for ever.
     """
     sizes = [DTYPES[dtype].itemsize * math.prod(shape) for table in tables for dtype, shape in table.values()]
-    return min(2 * max(MAX_HEADER_BYTES, *sizes, 0), MAX_MESSAGE_BYTES)
+    largest = max(MAX_HEADER_BYTES, *sizes, 0)
+    return max(largest, min(2 * largest, MAX_MESSAGE_BYTES))
 
 
 @cache

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from protocol.errors import ProtocolError
 from protocol.messages import (
     BODIES,
+    MAX_HEADER_BYTES,
+    MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
     Chunk,
     Done,
@@ -25,6 +27,7 @@ from protocol.messages import (
     Status,
     decode,
     encode,
+    frame_limit,
 )
 
 SENDER = Sender("run", "actor-0")
@@ -167,3 +170,10 @@ def test_a_shape_beyond_all_numbers_is_refused() -> None:
     header = msgpack.packb({**msgpack.unpackb(header), "arrays": [["0.rewards", "float32", list(rows)]]})
     with pytest.raises(ProtocolError, match="its frame has 0"):
         read([header, b""], table={"0.rewards": ("float32", rows)})
+
+
+def test_a_frame_may_be_twice_the_largest_honest_one_but_an_honest_one_always_passes() -> None:
+    assert frame_limit() == frame_limit({"a": ("float32", (3,))}) == 2 * MAX_HEADER_BYTES
+    assert frame_limit({"a": ("float32", (1 << 20, 3)), "b": ("bool", (5,))}) == 2 * 12 << 20
+    assert frame_limit({"a": ("bool", (MAX_MESSAGE_BYTES - 1,))}) == MAX_MESSAGE_BYTES
+    assert frame_limit({"a": ("bool", (MAX_MESSAGE_BYTES, 3))}) == 3 * MAX_MESSAGE_BYTES
