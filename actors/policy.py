@@ -50,7 +50,8 @@ class Policy(nn.Module):
     def outputs(self, block_index: int, observations: torch.Tensor) -> torch.Tensor:
         """What the networks of one block say: observations [G, B, S, O] → [G, B, S, A], or [G, B, S, 2·A] if
         continuous."""
-        return self.networks[block_index](observations.flatten(1, 2)).unflatten(1, observations.shape[1:3])
+        groups, batch, slots, _ = observations.shape
+        return self.networks[block_index](observations.flatten(1, 2)).view(groups, batch, slots, -1)
 
     @torch.no_grad()
     def act(

@@ -51,11 +51,11 @@ class Block:
         if not self.is_full:
             padding = rows.new_zeros(rows.shape[0], 1, *rows.shape[2:])
             rows = torch.cat([rows, padding], dim=1)[:, self.agent_of_slot.to(rows.device)]
-        return rows.unflatten(1, (self.groups, self.slots)).movedim(1, 0)
+        return rows.reshape(rows.shape[0], self.groups, self.slots, *rows.shape[2:]).transpose(0, 1)
 
     def rows(self, grid: torch.Tensor) -> torch.Tensor:
         """Grid [G, B, S, …] → joint rows [B, N_b, …]: the inverse of `grid`."""
-        rows = grid.movedim(0, 1).flatten(1, 2)
+        rows = grid.transpose(0, 1).flatten(1, 2)
         if self.is_full:
             return rows
         return rows[:, (self.agent_of_slot >= 0).nonzero().squeeze(1).to(rows.device)]
@@ -87,8 +87,10 @@ class Layout:
         """Joint rows per block → per type [B, X_m, …], in the order of the spec: the inverse of `to_rows`."""
         parts: dict[int, torch.Tensor] = {}
         for block, values in zip(self.blocks, rows, strict=True):
-            counts = [self.spec.types[m].count for m in block.types]
-            parts |= dict(zip(block.types, values.split(counts, dim=1), strict=True))
+            first = 0
+            for m in block.types:
+                parts[m] = values[:, first : first + self.spec.types[m].count]
+                first += self.spec.types[m].count
         return [parts[m] for m in range(self.spec.num_types)]
 
 
