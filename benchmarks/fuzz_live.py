@@ -112,7 +112,8 @@ class Live:
         names = ("experience", "rewards", "control", "weights")
 
         def found() -> dict[str, Path]:
-            return {path.name: path for path in self._folder.glob("tmp/bm3il-*/*") if path.name in names}
+            paths = {name: list(self._folder.glob(f"tmp/bm3il-*/{name}-0")) for name in names}
+            return {name: found[0] for name, found in paths.items() if found}
 
         until(lambda: len(found()) == len(names), "the run listens", START_SECONDS)
         return found()

@@ -357,7 +357,14 @@ class Sockets:
 
     def _lead(self, folder: Path, endpoints: Endpoints) -> Director:
         config, processes = load_preset("rover_tower_8"), (Process("learner", 0, 0), Process("actor", 0, 0))
-        plan = Plan("run", str(folder), config.to_yaml(), (Node("here"), Node("there")), processes, endpoints)
+        plan = Plan(
+            "run",
+            str(folder),
+            config.to_yaml(),
+            (Node("here"), Node("there")),
+            processes,
+            {"supervisor-0": {"control": endpoints.control}},
+        )
         return Director(plan, self._telemetry)
 
     def _learn(self) -> None:

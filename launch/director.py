@@ -40,7 +40,7 @@ class Director:
 
     def __init__(self, plan: Plan, telemetry: Telemetry) -> None:
         self._plan, self._telemetry = plan, telemetry
-        self._server = Server(plan.endpoints.control, telemetry.sender, _schema, telemetry.count_drop)
+        self._server = Server(plan.control, telemetry.sender, _schema, telemetry.count_drop)
         self._supervisors = {f"supervisor-{node}" for node in range(1, len(plan.nodes))}
         self._names = self._supervisors | {process.name for process in plan.processes}
         self._takes_more = plan.config.mode == "async"
@@ -184,7 +184,7 @@ def follow(plan: Plan, node: int, stopped: StopRequests, say: Callable[[str], No
     lost = False
     telemetry = plan.telemetry("supervisor", node, node)
     supervisor = Supervisor(plan, node, telemetry, say)
-    telemetry.start_heartbeat(plan.endpoints.control)
+    telemetry.start_heartbeat(plan.control)
     outcome: Outcome | None = None
     try:
         supervisor.start()

@@ -78,7 +78,7 @@ def join(path: Path, actors: int) -> int:
         raise InputError(f"--actors must be at least 1, got {actors}")
     plan, keys = read_ticket(path)
     node = len(plan.nodes)
-    address = _address_towards(plan.endpoints.control)
+    address = _address_towards(plan.control)
     indices = random.SystemRandom().sample(JOINED_INDICES, actors)
     with tempfile.TemporaryDirectory(prefix="bm3il-") as private:
         if keys is not None:
@@ -91,9 +91,7 @@ def join(path: Path, actors: int) -> int:
         )
         stopped = StopRequests()
         stopped.install()
-        print(
-            f"joining {plan.endpoints.experience} with {', '.join(f'actor-{index}' for index in indices)}", flush=True
-        )
+        print(f"joining the run of {plan.control} with {', '.join(f'actor-{index}' for index in indices)}", flush=True)
         follow(plan, node, stopped, lambda line: print(line, flush=True))
     print("left")
     return 0

@@ -30,7 +30,7 @@ from launch.backends import PLAIN_TRANSPORT, rank_command
 from launch.config import Config
 from launch.outcome import CRASHED, Outcome
 from launch.supervisor import StopRequests
-from launch.topology import LISTENERS, LOOPBACK, Node, Plan, Process, place, processes_of, tcp_endpoints
+from launch.topology import LOOPBACK, Node, Plan, Process, listeners, place, processes_of, tcp_addresses
 from protocol.errors import InputError
 from protocol.keys import Keys
 
@@ -118,7 +118,8 @@ def meet(private: Path) -> tuple[Plan, int]:
     with ExitStack() as held:  # the ports stay taken until everybody knows theirs
         chosen = common_addresses(reached)
         if chosen is not None:
-            facts = world.allgather(asdict(_this_node(chosen[world.rank], held)))
+            ports = len(listeners(_processes(order)))  # as many as if all were on this node
+            facts = world.allgather(asdict(_this_node(chosen[world.rank], ports, held)))
         number, size = world.rank, world.size
         MPI.Finalize()
     faulthandler.cancel_dump_traceback_later()
@@ -163,12 +164,12 @@ def _gather_quietly(world: Any) -> None:
         time.sleep(0.02)
 
 
-def _this_node(address: str, held: ExitStack) -> Node:
+def _this_node(address: str, ports: int, held: ExitStack) -> Node:
     gpus = Path("/proc/driver/nvidia/gpus")
     return Node(
         host=socket.gethostname(),
         address=address,
-        ports=_free_ports(address, held),
+        ports=_free_ports(address, ports, held),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_bytes=psutil.virtual_memory().total,
         gpus=len(list(gpus.iterdir())) if gpus.is_dir() else 0,
@@ -190,14 +191,18 @@ def _plan(order: dict[str, Any], facts: list[dict[str, Any]], size: int) -> Plan
             "is it another MPI's mpiexec, or an srun without pmi2?"
         )
     nodes = tuple(Node(**(fact | {"ports": tuple(fact["ports"])})) for fact in facts)
-    processes = place((Process(**process) for process in order["processes"]), nodes)
+    processes = place(_processes(order), nodes)
     return Plan(
-        order["run_id"], order["run_folder"], order["config_yaml"], nodes, processes, tcp_endpoints(nodes, processes)
+        order["run_id"], order["run_folder"], order["config_yaml"], nodes, processes, tcp_addresses(nodes, processes)
     )
 
 
-def _free_ports(address: str, held: ExitStack) -> tuple[int, ...]:
-    """One free port per endpoint, taken until `held` is closed.
+def _processes(order: dict[str, Any]) -> list[Process]:
+    return [Process(**process) for process in order["processes"]]
+
+
+def _free_ports(address: str, count: int, held: ExitStack) -> tuple[int, ...]:
+    """So many free ports, taken until `held` is closed.
 
     They lie below the range that the kernel gives to outgoing connections: those would take them again before, or
     while, the process that they are meant for restarts.
@@ -208,7 +213,7 @@ def _free_ports(address: str, held: ExitStack) -> tuple[int, ...]:
         with suppress(OSError):
             taken.bind((address, port))
             ports.append(port)
-        if len(ports) == len(LISTENERS):
+        if len(ports) == count:
             return tuple(ports)
     raise InputError(f"no free ports in {PORTS.start}..{PORTS.stop - 1} on {address}")
 

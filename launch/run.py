@@ -19,7 +19,7 @@ from launch.join import ticket
 from launch.outcome import CRASHED, INTERRUPTED, Outcome, attempt
 from launch.progress import Progress
 from launch.supervisor import StopRequests
-from launch.topology import Node, Plan, ipc_endpoints, make_job, processes_of
+from launch.topology import Node, Plan, ipc_addresses, make_job, processes_of
 from protocol.demonstrations import Demonstrations, resolve
 from protocol.errors import InputError
 from protocol.job import Endpoints
@@ -85,14 +85,9 @@ def _run(config: Config, folder: Path) -> int:
 
 def _run_node(config: Config, folder: Path, progress: Progress, stopped: StopRequests) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="bm3il-") as sockets:  # only its owner may enter it
-        plan = Plan(
-            secrets.token_hex(8),
-            str(folder),
-            config.to_yaml(),
-            (Node(socket.gethostname()),),
-            processes_of(config),
-            ipc_endpoints(Path(sockets)),
-        )
+        processes, here = processes_of(config), Node(socket.gethostname())
+        addresses = ipc_addresses(Path(sockets), processes)
+        plan = Plan(secrets.token_hex(8), str(folder), config.to_yaml(), (here,), processes, addresses)
         progress.plan(plan)
         with ticket(plan):
             return direct(plan, progress, stopped)

@@ -20,7 +20,12 @@ MAX_IPC_PATH_BYTES = 107
 LOOPBACK = "127.0.0.1"
 
 LISTENERS = {"experience": "learner", "weights": "learner", "rewards": "reward-server", "control": "supervisor"}
-"""Which role listens on which endpoint; `control` is the director's, the supervisor of node 0."""
+"""Which role listens on which endpoint."""
+DIRECTOR = "supervisor-0"
+"""The supervisor that listens: that of the first node."""
+
+Addresses = dict[str, dict[str, str]]
+"""Name of a process that listens → endpoint → where."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Node:
 class Plan:
     """All that the nodes and processes of one start of a run must agree on.
 
+    addresses: of all processes that listen; there may be several of a role.
     keys_file: where this node keeps the keys of the run; empty on a single node, whose sockets are files.
     """
 
@@ -72,8 +78,23 @@ class Plan:
     config_yaml: str
     nodes: tuple[Node, ...]
     processes: tuple[Process, ...]
-    endpoints: Endpoints
+    addresses: Addresses
     keys_file: str = ""
+
+    @property
+    def control(self) -> str:
+        """Where the director listens."""
+        return self.addresses[DIRECTOR]["control"]
+
+    def endpoints(self, index: int) -> Endpoints:
+        """The sockets that the process of a role with this number uses: its own, and of the other roles' processes the
+        one whose turn it is."""
+        urls = {"control": self.control}
+        for name, role in LISTENERS.items():
+            listening = [process.name for process in self.processes if process.role == role]
+            if listening:
+                urls[name] = self.addresses[listening[index % len(listening)]][name]
+        return Endpoints(*(urls.get(name, "") for name in LISTENERS))
 
     def telemetry(self, role: str, index: int, node: int) -> Telemetry:
         """That of the process which calls this. Raises InputError if the keys or the token cannot be read."""
@@ -96,9 +117,8 @@ class Plan:
         for number, node in enumerate(self.nodes):
             names = [f"supervisor-{number}", *(process.name for process in self.on(number))]
             lines.append(f"node {number} ({node.description}): {' '.join(names)}")
-            for name, role in LISTENERS.items():
-                if self._node(role) == number:
-                    lines.append(f"    {name:<10} {getattr(self.endpoints, name)}")
+            for name in names:
+                lines += [f"    {endpoint:<10} {url}" for endpoint, url in self.addresses.get(name, {}).items()]
         better = next((number for number, node in enumerate(self.nodes) if node.gpus > self.nodes[0].gpus), None)
         if better is not None and not self.nodes[0].gpus:
             lines.append(f"the learner runs on node 0, which has no GPU; start with the host of node {better} first")
@@ -112,9 +132,6 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """The inverse of `to_json`."""
         return dacite.from_dict(cls, json.loads(text), dacite.Config(cast=[tuple], strict=True))
-
-    def _node(self, role: str) -> int | None:
-        return 0 if role == "supervisor" else node_of(role, self.processes)
 
 
 def processes_of(config: Config) -> tuple[Process, ...]:
@@ -142,29 +159,36 @@ def place(processes: Iterable[Process], nodes: Sequence[Node]) -> tuple[Process,
     return tuple(placed)
 
 
-def node_of(role: str, processes: tuple[Process, ...]) -> int | None:
-    """The node of the first process of a role, or None if the run has none."""
-    return next((process.node for process in processes if process.role == role), None)
+def listeners(processes: Iterable[Process]) -> list[tuple[Process, str]]:
+    """All sockets that listen, each with its process."""
+    supervisor = Process("supervisor", 0, 0)
+    return [(p, name) for p in (*processes, supervisor) for name, role in LISTENERS.items() if p.role == role]
 
 
-def ipc_endpoints(folder: Path) -> Endpoints:
+def ipc_addresses(folder: Path, processes: Iterable[Process]) -> Addresses:
     """Sockets in a private folder, for a run on one node.
 
     Raises InputError if the folder's path is too long for a socket.
     """
-    paths = {name: str(folder / name) for name in LISTENERS}
-    if any(len(path.encode()) > MAX_IPC_PATH_BYTES for path in paths.values()):
-        raise InputError(f"the temporary folder {folder} has too long a path for sockets; set TMPDIR to a shorter one")
-    return Endpoints(**{name: f"ipc://{path}" for name, path in paths.items()})
+    addresses: Addresses = {}
+    for process, name in listeners(processes):
+        path = folder / f"{name}-{process.index}"
+        if len(str(path).encode()) > MAX_IPC_PATH_BYTES:
+            raise InputError(
+                f"the temporary folder {folder} has too long a path for sockets; set TMPDIR to a shorter one"
+            )
+        addresses.setdefault(process.name, {})[name] = f"ipc://{path}"
+    return addresses
 
 
-def tcp_endpoints(nodes: tuple[Node, ...], processes: tuple[Process, ...]) -> Endpoints:
-    """Sockets on the ports that the nodes of the listening processes found free, one of them per endpoint."""
-    urls = {}
-    for position, (name, role) in enumerate(LISTENERS.items()):
-        node = nodes[node_of(role, processes) or 0]
-        urls[name] = f"tcp://{node.address}:{node.ports[position]}"
-    return Endpoints(**urls)
+def tcp_addresses(nodes: Sequence[Node], processes: Iterable[Process]) -> Addresses:
+    """Sockets on the ports that the nodes of the listening processes found free, one of them for each."""
+    free = [iter(node.ports) for node in nodes]
+    addresses: Addresses = {}
+    for process, name in listeners(processes):
+        url = f"tcp://{nodes[process.node].address}:{next(free[process.node])}"
+        addresses.setdefault(process.name, {})[name] = url
+    return addresses
 
 
 def make_job(config: Config, run_id: str, run_folder: Path, endpoints: Endpoints) -> Job:

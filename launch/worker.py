@@ -28,9 +28,9 @@ def main(role: str, index: int) -> int:
     process = next(p for p in plan.processes if (p.role, p.index) == (role, index))
     telemetry = plan.telemetry(role, index, process.node)
     signal.signal(signal.SIGTERM, lambda *_: telemetry.stop.set())
-    telemetry.start_heartbeat(plan.endpoints.control)
+    telemetry.start_heartbeat(plan.control)
     config = plan.config
-    job = make_job(config, plan.run_id, Path(plan.run_folder), plan.endpoints)
+    job = make_job(config, plan.run_id, Path(plan.run_folder), plan.endpoints(index))
     try:
         outcome = attempt(lambda: run_role(role, index, job, config, plan.config_yaml, telemetry))
     finally:

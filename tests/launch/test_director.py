@@ -15,7 +15,7 @@ from launch import status as status_command
 from launch.config import load_preset
 from launch.director import Director
 from launch.progress import Progress
-from launch.topology import Node, Plan, Process, ipc_endpoints
+from launch.topology import Node, Plan, Process, ipc_addresses
 from protocol.channels import Client
 from protocol.messages import Done, Sender, Status
 from protocol.telemetry import Telemetry
@@ -25,7 +25,7 @@ from protocol.telemetry import Telemetry
 def director(tmp_path: Path) -> Iterator[Director]:
     config = load_preset("rover_tower_8")
     nodes, processes = (Node("here"), Node("there")), (Process("learner", 0, 0),)
-    plan = Plan("run", str(tmp_path), config.to_yaml(), nodes, processes, ipc_endpoints(tmp_path))
+    plan = Plan("run", str(tmp_path), config.to_yaml(), nodes, processes, ipc_addresses(tmp_path, processes))
     telemetry = Telemetry("supervisor", 0, Sender("run", "supervisor-0"))
     director = Director(plan, telemetry)
     yield director
@@ -34,7 +34,7 @@ def director(tmp_path: Path) -> Iterator[Director]:
 
 
 def tell(director: Director, folder: Path, name: str, status: Status) -> None:
-    client = Client(f"ipc://{folder}/control", Sender("run", name), lambda body: {}, lambda cause: None)
+    client = Client(f"ipc://{folder}/control-0", Sender("run", name), lambda body: {}, lambda cause: None)
     ticket, deadline = client.submit(status), time.monotonic() + 10
     while (answer := client.take(ticket)) is None:
         assert time.monotonic() < deadline

@@ -15,7 +15,7 @@ from test_faults import DEADLINE_SECONDS, alive, descendants, iterations, result
 
 from launch.config import load_preset
 from launch.join import read_ticket, ticket
-from launch.topology import Node, Plan, ipc_endpoints, processes_of
+from launch.topology import Node, Plan, ipc_addresses, processes_of
 from protocol.errors import InputError
 from protocol.keys import Keys
 
@@ -24,9 +24,9 @@ def plan_of(folder: Path, mode: str) -> Plan:
     config = replace(load_preset("rover_tower_8"), mode=mode, actors=1)
     Keys.create().save(folder / "keys.json")
     keys_file = str(folder / "keys.json")
-    return Plan(
-        "run", str(folder), config.to_yaml(), (Node("here"),), processes_of(config), ipc_endpoints(folder), keys_file
-    )
+    processes = processes_of(config)
+    addresses = ipc_addresses(folder, processes)
+    return Plan("run", str(folder), config.to_yaml(), (Node("here"),), processes, addresses, keys_file)
 
 
 def test_a_ticket_is_its_owners_and_has_no_secret_of_the_servers(tmp_path: Path) -> None:

@@ -12,9 +12,8 @@ import pytest
 from launch.backends import rank_command
 from launch.config import load_preset
 from launch.rendezvous import PORTS, _free_ports, _plan, common_addresses
-from launch.topology import Node, Plan, Process, ipc_endpoints, place, processes_of, tcp_endpoints
+from launch.topology import Node, Plan, Process, ipc_addresses, place, processes_of, tcp_addresses
 from protocol.errors import InputError
-from protocol.job import Endpoints
 
 
 def test_actors_go_where_cores_are_left() -> None:
@@ -33,9 +32,8 @@ def test_actors_go_round_equal_nodes() -> None:
 
 def test_a_gpu_that_the_learner_does_not_get_is_told() -> None:
     config = replace(load_preset("rover_tower_8"), nodes=2)
-    endpoints = Endpoints("", "", "", "")
     first, second = Node("a"), Node("b", gpus=1)
-    plans = [Plan("id", "", config.to_yaml(), nodes, (), endpoints) for nodes in ((first, second), (second, first))]
+    plans = [Plan("id", "", config.to_yaml(), nodes, (), {}) for nodes in ((first, second), (second, first))]
     assert "no GPU" in plans[0].lines()[-1]
     assert not any("no GPU;" in line for line in plans[1].lines())
 
@@ -45,33 +43,48 @@ def test_cloning_needs_neither_actors_nor_rewards() -> None:
     assert {p.role for p in processes} == {"learner", "evaluator"}
 
 
-def test_endpoints_are_where_their_roles_are() -> None:
-    nodes = (Node("a", "10.0.0.1", (1, 2, 3, 4)), Node("b", "10.0.0.2", (5, 6, 7, 8)))
-    endpoints = tcp_endpoints(nodes, (Process("learner", 0, 0), Process("reward-server", 0, 1)))
-    assert endpoints.experience == "tcp://10.0.0.1:1"
-    assert endpoints.rewards == "tcp://10.0.0.2:7"
-    assert endpoints.control == "tcp://10.0.0.1:4"
+def test_sockets_are_where_their_processes_are() -> None:
+    nodes = (Node("a", "10.0.0.1", (1, 2, 3, 4, 5)), Node("b", "10.0.0.2", (6, 7, 8, 9, 10)))
+    processes = (Process("learner", 0, 0), Process("reward-server", 0, 1), Process("reward-server", 1, 1))
+    addresses = tcp_addresses(nodes, processes)
+    assert addresses == {
+        "learner-0": {"experience": "tcp://10.0.0.1:1", "weights": "tcp://10.0.0.1:2"},
+        "reward-server-0": {"rewards": "tcp://10.0.0.2:6"},
+        "reward-server-1": {"rewards": "tcp://10.0.0.2:7"},
+        "supervisor-0": {"control": "tcp://10.0.0.1:3"},
+    }
+
+
+def test_a_process_uses_its_own_sockets_and_those_whose_turn_it_is(tmp_path: Path) -> None:
+    processes = (*(Process("learner", n, 0) for n in range(2)), *(Process("reward-server", n, 0) for n in range(3)))
+    plan = Plan("id", "", "", (Node("a"),), processes, ipc_addresses(tmp_path, processes))
+    used = [plan.endpoints(index) for index in range(4)]
+    assert [e.weights.rpartition("/")[2] for e in used] == ["weights-0", "weights-1", "weights-0", "weights-1"]
+    assert [e.rewards.rpartition("/")[2] for e in used] == ["rewards-0", "rewards-1", "rewards-2", "rewards-0"]
+    assert len({e.control for e in used}) == 1
+    alone = Plan("id", "", "", (Node("a"),), processes[:1], ipc_addresses(tmp_path, processes[:1]))
+    assert alone.endpoints(0).rewards == ""
 
 
 def test_a_plan_round_trips_and_can_be_read(tmp_path: Path) -> None:
     config = replace(load_preset("rover_tower_8"), nodes=2, actors=2)
     nodes = (Node("a", ports=(1, 2, 3, 4)), Node("b", ports=(5, 6, 7, 8)))
     processes = place(processes_of(config), nodes)
-    plan = Plan("id", str(tmp_path), config.to_yaml(), nodes, processes, tcp_endpoints(nodes, processes))
+    plan = Plan("id", str(tmp_path), config.to_yaml(), nodes, processes, tcp_addresses(nodes, processes))
     assert Plan.from_json(plan.to_json()) == plan
     assert plan.config == config
     assert "node 1 (b): supervisor-1 actor-0 actor-1" in plan.lines()
 
 
 def test_a_long_temporary_folder_is_refused() -> None:
-    ipc_endpoints(Path("/tmp/bm3il-x"))
+    ipc_addresses(Path("/tmp/bm3il-x"), [])
     with pytest.raises(InputError, match="set TMPDIR"):
-        ipc_endpoints(Path("/tmp", "x" * 100))
+        ipc_addresses(Path("/tmp", "x" * 100), [])
 
 
 def test_ports_are_free_and_not_for_outgoing_connections() -> None:
     with ExitStack() as held:
-        ports = _free_ports("127.0.0.1", held)
+        ports = _free_ports("127.0.0.1", 4, held)
         assert len(set(ports)) == 4
         with socket.socket() as other, pytest.raises(OSError, match="in use"):
             other.bind(("127.0.0.1", ports[0]))
