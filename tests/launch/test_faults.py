@@ -34,6 +34,14 @@ def result_of(folder: Path, run: str) -> dict[str, Any]:
     return json.loads((folder / "runs" / run / "result.json").read_text())
 
 
+def finished(folder: Path, run: str, *options: str) -> dict[str, Any]:
+    """The result of a run that nobody disturbs."""
+    process = start(folder, run, *options)
+    output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 0, output
+    return result_of(folder, run)
+
+
 def iterations(folder: Path, run: str) -> int:
     log = folder / "runs" / run / "log.jsonl"
     return len(log.read_text().splitlines()) if log.exists() else 0
@@ -70,18 +78,11 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    process = start(folder, "run", "--mode", "serial")
-    output, _ = process.communicate(timeout=DEADLINE_SECONDS)
-    assert process.returncode == 0, output
-    return result_of(folder, "run")
+    return finished(tmp_path_factory.mktemp("undisturbed"), "run", "--mode", "serial")
 
 
 def test_processes_compute_what_one_process_computes(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
-    process = start(tmp_path, "run")
-    output, _ = process.communicate(timeout=DEADLINE_SECONDS)
-    assert process.returncode == 0, output
-    result = result_of(tmp_path, "run")
+    result = finished(tmp_path, "run")
     assert result["policy_sha256"] == undisturbed["policy_sha256"]
     assert result["return_mean"] == undisturbed["return_mean"]
 

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from hosts import Hosts, NoHosts
-from test_faults import SMALL, iterations, result_of, start, wait_for
+from test_faults import SMALL, finished, iterations, result_of, wait_for
 
 HOSTS = 4
 SIZE = ["--actors", "4", "--steps", "4000", "--learner.deadline-seconds", "60"]
@@ -35,11 +35,7 @@ def hosts() -> Iterator[Hosts]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The result of the same run on one node."""
-    folder = tmp_path_factory.mktemp("alone")
-    process = start(folder, "run", *SIZE)
-    output, _ = process.communicate(timeout=DEADLINE_SECONDS)
-    assert process.returncode == 0, output
-    return result_of(folder, "run")
+    return finished(tmp_path_factory.mktemp("alone"), "run", *SIZE)
 
 
 def start_on(hosts: Hosts, folder: Path, *command: str) -> subprocess.Popen[str]:

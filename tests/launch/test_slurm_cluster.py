@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hosts import NoHosts
 from slurm_cluster import NoSlurm, SlurmCluster
-from test_faults import SMALL, iterations, result_of, start
+from test_faults import SMALL, finished, iterations, result_of
 
 NODES = 4
 SIZE = ["--actors", "4", "--steps", "5000", "--learner.deadline-seconds", "60"]
@@ -33,11 +33,7 @@ def slurm() -> Iterator[SlurmCluster]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The result of the same run on one node."""
-    folder = tmp_path_factory.mktemp("alone")
-    process = start(folder, "run", *SIZE)
-    output, _ = process.communicate(timeout=DEADLINE_SECONDS)
-    assert process.returncode == 0, output
-    return result_of(folder, "run")
+    return finished(tmp_path_factory.mktemp("alone"), "run", *SIZE)
 
 
 class Job:
