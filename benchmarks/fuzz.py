@@ -47,7 +47,7 @@ Counts = dict[str, Counter[str]]
 def main() -> int:
     """Run all cases; prints counts by outcome, and fails with the case that did what it must not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=1_000_000, help="over all surfaces")
+    parser.add_argument("--cases", type=int, default=1_000_000, help="beside those of the run that is attacked")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20_000, help="of the run that is attacked")
     given = parser.parse_args()
@@ -75,6 +75,7 @@ def main() -> int:
 def storm(sockets: Sockets, folder: Path, dice: random.Random, counts: Counts, cases: int) -> None:
     """Every surface in turn, until there were enough cases."""
     signal.signal(signal.SIGALRM, _too_long)
+    before = _total(counts)
     turns = _turns(sockets, folder, dice)
     for turn, batch in enumerate(turns):
         if turn == 10:  # what is needed anyhow is not counted as new memory
@@ -84,7 +85,7 @@ def storm(sockets: Sockets, folder: Path, dice: random.Random, counts: Counts, c
             signal.setitimer(signal.ITIMER_REAL, CASE_SECONDS)
             counts.setdefault(surface, Counter()).update(case())
         signal.setitimer(signal.ITIMER_REAL, 0)
-        if _total(counts) >= cases:
+        if _total(counts) >= before + cases:
             return
 
 
