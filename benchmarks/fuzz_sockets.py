@@ -283,6 +283,7 @@ class Sockets:
             _job(folder, near), self._policy, ActorSettings(STEPS), 4, 60.0, self._telemetry
         )
         self._experience.publish("s", 0, self._policy, 0)
+        _model()  # what torch imports at its first use is no case's time
         server = listen(near.rewards, LAYOUT, SETTINGS, STATE_TABLE, self._telemetry)
         self._rewards = RewardServer(server, _model, LAYOUT, SETTINGS, self._telemetry)
         self._director = self._lead(folder, near)
