@@ -108,10 +108,10 @@ def _time_ours() -> float:
         process = multiprocessing.get_context("spawn").Process(target=_send_ours, args=(endpoints,))
         process.start()
         for _ in range(WARM_UP):  # the sender is up, the ring was written once
-            replay.add(experience.collect(lambda: None))
+            replay.add(experience.collect(lambda: None)[0])
         start = time.perf_counter()
         for _ in range(CHUNKS):
-            replay.add(experience.collect(lambda: None))
+            replay.add(experience.collect(lambda: None)[0])
         seconds = time.perf_counter() - start
         process.join()
         experience.close()

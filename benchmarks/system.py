@@ -63,7 +63,7 @@ def measure(name: str, precision: str) -> dict[str, float | str]:
     seconds, collecting = [], []
     for version in range(ROUNDS + 1):
         start = time.process_time()
-        replay.add([rollout(environment, policy, version)])
+        replay.add(rollout(environment, policy, version))
         collecting.append(time.process_time() - start)
         for _ in range(UPDATES):
             batch = replay.sample(ROWS, generator)

@@ -85,7 +85,7 @@ def draw_attention(critic: Critic, environment: str, policy: Acts, path: Path) -
     played = rollout(make_environment(environment, ATTENTION_EPISODES), policy, SEED)
     layout = critic.layout
     replay = Replay(layout, played.terminated.size)
-    matrix = attention_by_type(critic, replay.rows(replay.add([played])))
+    matrix = attention_by_type(critic, replay.rows(replay.add(played)))
     if matrix is None:
         return False
     names = [kind.name for kind in layout.spec.types]

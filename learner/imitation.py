@@ -84,10 +84,10 @@ class Imitation:
         with self._telemetry.stage("collect"):
             chunks = self._experience.collect(abort)
         with self._telemetry.stage("observe"):
-            fresh = self._replay.add(chunks)
+            fresh = self._replay.add_all(chunks)
             figures: dict[str, float] = {}
             if self._imitates:
-                self._rewards.observe(self._replay.rows(fresh))
+                self._rewards.observe(fresh)
                 _, figures = self._rewards.update(progress)
         totals: dict[str, float] = {}
         for batch, rewards in self._batches():

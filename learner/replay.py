@@ -71,15 +71,21 @@ class Replay:
         """Transitions held."""
         return int(self._has_successor.sum())
 
-    def add(self, chunks: Sequence[Trajectories]) -> torch.Tensor:
+    def add(self, trajectories: Trajectories) -> torch.Tensor:
         """Take in whole episodes, overwriting the oldest rows; returns where the fresh transitions are, for `rows`.
 
-        Raises InputError if the chunks do not fit all at once.
+        Raises InputError if they do not fit all at once.
         """
-        needed = sum(int(chunk.lengths.sum()) + chunk.num_episodes for chunk in chunks)
+        needed = _num_rows(trajectories)
         if needed > self.capacity:
             raise InputError(f"{needed} rows do not fit a window of {self.capacity}: raise learner.window-steps")
-        return torch.cat([self._add_whole(c) if self._fits_whole(c) else self._add(c) for c in chunks])
+        return self._add_whole(trajectories) if self._fits_whole(trajectories) else self._add(trajectories)
+
+    def add_all(self, chunks: Sequence[Trajectories]) -> JointRows:
+        """`add` each; returns the rows of all fresh transitions, copied, even if some overwrite others."""
+        if sum(map(_num_rows, chunks)) <= self.capacity:
+            return self.rows(torch.cat([self.add(chunk) for chunk in chunks]))
+        return JointRows.joined([self.rows(self.add(chunk)) for chunk in chunks])
 
     def rows(self, index: torch.Tensor) -> JointRows:
         """The transitions at these places, copied."""
@@ -161,6 +167,10 @@ class Replay:
 
     def _take(self, field: str, index: torch.Tensor) -> list[torch.Tensor]:
         return [stored.index_select(0, index) for stored in self._columns[field]]
+
+
+def _num_rows(trajectories: Trajectories) -> int:
+    return trajectories.num_steps + trajectories.num_episodes
 
 
 def _with_last_row(steps: torch.Tensor) -> torch.Tensor:

@@ -150,7 +150,7 @@ class StreamedImitation(Imitation):
         with self._telemetry.stage("collect"):
             chunks = self._experience.collect(abort)
         with self._telemetry.stage("observe"):
-            fresh = self._replay.rows(self._replay.add(chunks))
+            fresh = self._replay.add_all(chunks)
         while len(self._asked) < self._settings.updates:
             self._ask()
         figures: dict[str, float] = {}

@@ -108,6 +108,16 @@ class JointRows:
     def __len__(self) -> int:
         return len(self.active[0])
 
+    @classmethod
+    def joined(cls, parts: Sequence[JointRows]) -> JointRows:
+        """The rows of all parts, in their order."""
+        blocks = range(len(parts[0].observations))
+        return cls(
+            [torch.cat([part.observations[b] for part in parts]) for b in blocks],
+            [torch.cat([part.actions[b] for part in parts]) for b in blocks],
+            [torch.cat([part.active[b] for part in parts]) for b in blocks],
+        )
+
     def select(self, index: torch.Tensor) -> JointRows:
         """The rows of these numbers, copied."""
         return JointRows(

@@ -135,7 +135,7 @@ def test_squashed_gaussian_policies_learn_where_to_go() -> None:
     replay = Replay(layout, 2_000)
     uniform = rollout(environment, UniformPolicy(environment.spec), 10_000).returns().mean()
     for iteration in range(40):
-        replay.add([rollout(environment, policy, iteration)])
+        replay.add(rollout(environment, policy, iteration))
         for _ in range(10):
             batch = replay.sample(128, generator)
             learner.update(batch, batch.rewards, iteration / 40)

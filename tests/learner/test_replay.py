@@ -56,7 +56,7 @@ def assert_consistent(batch: Batch, ends: dict[int, tuple[int, bool]]) -> set[tu
 
 def test_rows_of_uneven_episodes_keep_to_their_episode() -> None:
     replay = Replay(LAYOUT, window_steps=20)
-    fresh = replay.rows(replay.add([episodes([1, 2, 3], [5, 2, 3], [False, True, False])]))
+    fresh = replay.rows(replay.add(episodes([1, 2, 3], [5, 2, 3], [False, True, False])))
     assert len(replay) == len(fresh) == 10
     assert [int(v) for v in fresh.observations[1][:, 0, 0]] == [*range(100, 105), 200, 201, 300, 301, 302]
     batch = replay.sample(1_000, torch.Generator().manual_seed(0))
@@ -70,7 +70,7 @@ def test_the_ring_overwrites_the_oldest_rows_and_never_joins_what_is_left_of_the
     for number in range(12):
         length, terminated = 1 + (number * 3) % 5, number % 2 == 0
         ends[number] = (length, terminated)
-        replay.add([episodes([number], [length], [terminated])])
+        replay.add(episodes([number], [length], [terminated]))
         batch = replay.sample(400, torch.Generator().manual_seed(number))
         seen = assert_consistent(batch, ends)
         assert {(number, t) for t in range(length)} <= seen
@@ -81,46 +81,42 @@ def test_the_ring_overwrites_the_oldest_rows_and_never_joins_what_is_left_of_the
 def test_a_window_holds_the_steps_that_it_promises() -> None:
     replay = Replay(LAYOUT, window_steps=15)
     for number in range(7):
-        replay.add([episodes([number], [5], [False])])
+        replay.add(episodes([number], [5], [False]))
     assert len(replay) == 15
 
 
-@pytest.mark.parametrize("chunks", [[[2, 3]], [[2], [3]]])
-def test_chunks_that_do_not_fit_are_refused_before_anything_is_lost(chunks: list[list[int]]) -> None:
+def test_a_chunk_that_does_not_fit_is_refused_before_anything_is_lost() -> None:
     replay = Replay(LAYOUT, window_steps=5)
-    replay.add([episodes([1], [5], [False])])
+    replay.add(episodes([1], [5], [False]))
     with pytest.raises(InputError, match="window-steps"):
-        replay.add([episodes(numbers, [5] * len(numbers), [False] * len(numbers)) for numbers in chunks])
+        replay.add(episodes([2, 3], [5, 5], [False, False]))
     assert_consistent(replay.sample(50, torch.Generator().manual_seed(0)), {1: (5, False)})
 
 
-def test_chunks_of_one_iteration_are_taken_in_their_order() -> None:
-    together, apart = Replay(LAYOUT, 20), Replay(LAYOUT, 20)
-    chunks = [episodes([1], [5], [True]), episodes([2, 3], [2, 5], [True, False])]
-    index = together.add(chunks)
-    assert torch.equal(index, torch.cat([apart.add([chunk]) for chunk in chunks]))
-    assert [int(v) for v in together.rows(index).observations[1][:, 0, 0]] == [
-        *range(100, 105),
-        *range(200, 202),
-        *range(300, 305),
-    ]
+@pytest.mark.parametrize("window_steps", [20, 10, 5])
+def test_all_fresh_rows_of_an_iteration_are_told_even_if_the_window_is_smaller(window_steps: int) -> None:
+    replay = Replay(LAYOUT, window_steps)
+    fresh = replay.add_all([episodes([n], [length], [True]) for n, length in ((1, 5), (2, 2), (3, 5))])
+    expected = [*range(100, 105), *range(200, 202), *range(300, 305)]
+    assert [int(v) for v in fresh.observations[1][:, 0, 0]] == expected
+    assert len(fresh.actions[1]) == len(fresh.active[1]) == len(expected)
 
 
 def test_fresh_rows_are_copies() -> None:
     replay = Replay(LAYOUT, window_steps=5)
-    fresh = replay.rows(replay.add([episodes([1], [5], [False])]))
+    fresh = replay.rows(replay.add(episodes([1], [5], [False])))
     kept = fresh.observations[0].clone()
-    replay.add([episodes([2], [5], [False])])
+    replay.add(episodes([2], [5], [False]))
     assert torch.equal(fresh.observations[0], kept)
 
 
 def test_a_restored_ring_samples_and_overwrites_alike() -> None:
     first, second = Replay(LAYOUT, 15), Replay(LAYOUT, 15)
     for number in range(5):
-        first.add([episodes([number], [1 + number], [True])])
+        first.add(episodes([number], [1 + number], [True]))
     second.load_state({name: array.copy() for name, array in first.state().items()})
     for replay in (first, second):
-        replay.add([episodes([9], [4], [False])])
+        replay.add(episodes([9], [4], [False]))
     one, other = (replay.sample(60, torch.Generator().manual_seed(1)) for replay in (first, second))
     for b in range(len(LAYOUT.blocks)):
         assert torch.equal(one.rows.observations[b], other.rows.observations[b])
@@ -137,7 +133,7 @@ def test_whole_episodes_take_a_short_way_to_the_same_rows(batches: int, monkeypa
         replay, fresh = Replay(LAYOUT, 20), []
         for batch in range(batches):
             numbers = [2 * batch, 2 * batch + 1]
-            fresh.append(replay.rows(replay.add([episodes(numbers, [5, 5], [True, False])])))
+            fresh.append(replay.rows(replay.add(episodes(numbers, [5, 5], [True, False]))))
         rings.append((replay.state(), fresh))
     (short, fresh), (long, expected) = rings
     for name, array in long.items():
@@ -151,4 +147,4 @@ def test_the_short_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Replay, "_episode_major", lambda *_: pytest.fail("the long way"))
     replay = Replay(LAYOUT, 20)
     for _ in range(3):
-        replay.add([episodes([1, 2], [5, 5], [True, False])])
+        replay.add(episodes([1, 2], [5, 5], [True, False]))
