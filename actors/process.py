@@ -16,7 +16,7 @@ from protocol.channels import Client, Listener, Refused
 from protocol.errors import InputError
 from protocol.job import Job
 from protocol.layout import Layout
-from protocol.messages import Chunk, Done, Evaluation, Refusal, Weights, frame_limit
+from protocol.messages import Chunk, Done, Evaluation, Refusal, Weights
 from protocol.registry import make_environment
 from protocol.seeds import derive_seed
 from protocol.telemetry import Telemetry
@@ -151,7 +151,6 @@ def _connect(job: Job, policy: Policy, telemetry: Telemetry) -> tuple[Listener, 
     def answer_schema(body: Any) -> ArrayTable | None:
         return {} if isinstance(body, Done | Refusal) else None
 
-    limit = frame_limit(policy.array_table())
-    weights = Listener(job.endpoints.weights, telemetry.sender, weights_schema, telemetry.count_drop, limit)
+    weights = Listener(job.endpoints.weights, telemetry.sender, weights_schema, telemetry.count_drop)
     learner = Client(job.endpoints.experience, telemetry.sender, answer_schema, telemetry.count_drop)
     return weights, learner

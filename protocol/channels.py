@@ -24,7 +24,18 @@ import zmq
 
 from protocol.errors import InputError, ProtocolError
 from protocol.keys import secure_client, secure_server
-from protocol.messages import MAX_ARRAYS, Message, Refusal, Schema, Sender, answers, decode, encode, frame_limit
+from protocol.messages import (
+    MAX_ARRAYS,
+    MAX_MESSAGE_BYTES,
+    Message,
+    Refusal,
+    Schema,
+    Sender,
+    answers,
+    decode,
+    encode,
+    frame_limit,
+)
 
 log = logging.getLogger(__name__)
 
@@ -146,21 +157,11 @@ class Server:
 
 
 class Client:
-    """The asking end. Several requests may be under way (`submit`, then `result`). Not thread-safe.
+    """The asking end. Several requests may be under way (`submit`, then `result`). Not thread-safe."""
 
-    max_frame_bytes: of an answer, as for a `Server`.
-    """
-
-    def __init__(
-        self,
-        endpoint: str,
-        sender: Sender,
-        schema: Schema,
-        count_drop: CountDrop,
-        max_frame_bytes: int = frame_limit(),
-    ) -> None:
+    def __init__(self, endpoint: str, sender: Sender, schema: Schema, count_drop: CountDrop) -> None:
         self.endpoint = endpoint
-        self._socket = _socket(zmq.DEALER, max_frame_bytes)
+        self._socket = _socket(zmq.DEALER)
         secure_client(self._socket, endpoint, sender.keys)
         self._socket.connect(endpoint)
         self._sender, self._schema = sender, schema
@@ -293,17 +294,10 @@ class Broadcaster:
 
 
 class Listener:
-    """The receiving end of a broadcast. max_frame_bytes: as for a `Server`."""
+    """The receiving end of a broadcast."""
 
-    def __init__(
-        self,
-        endpoint: str,
-        sender: Sender,
-        schema: Schema,
-        count_drop: CountDrop,
-        max_frame_bytes: int = frame_limit(),
-    ) -> None:
-        self._socket = _socket(zmq.SUB, max_frame_bytes)
+    def __init__(self, endpoint: str, sender: Sender, schema: Schema, count_drop: CountDrop) -> None:
+        self._socket = _socket(zmq.SUB)
         self._socket.subscribe(b"")
         secure_client(self._socket, endpoint, sender.keys)
         self._socket.connect(endpoint)
@@ -358,7 +352,9 @@ _NOTHING = object()
 _MORE = zmq.NOBLOCK | zmq.SNDMORE
 
 
-def _socket(kind: int, max_frame_bytes: int) -> zmq.Socket[bytes]:
+def _socket(kind: int, max_frame_bytes: int = MAX_MESSAGE_BYTES) -> zmq.Socket[bytes]:
+    """One that connects takes what its server sends, whom it has reason to trust: libzmq would end such a connection
+    over a large frame for ever, and not only until the next try."""
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
     socket.linger = 0
     socket.maxmsgsize = max_frame_bytes  # libzmq's limit is on each frame

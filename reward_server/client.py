@@ -14,7 +14,6 @@ from protocol.channels import Client, CountDrop, Refused, Unanswered
 from protocol.errors import NumericalError, ProtocolError
 from protocol.layout import JointRows, Layout
 from protocol.messages import (
-    MAX_MESSAGE_BYTES,
     Arrays,
     Begin,
     Done,
@@ -134,7 +133,7 @@ class RemoteRewards:
     ) -> None:
         # The run's own server answers as many rows as it was asked for: no limit but the protocol's is known here.
         schema = answer_schema(layout, state_table)
-        self._client = Client(endpoint, sender, schema, count_drop, MAX_MESSAGE_BYTES)
+        self._client = Client(endpoint, sender, schema, count_drop)
         self._blocks = range(len(layout.blocks))
         self._session, self._alone = "", alone
         self._deadline_seconds, self._abort = deadline_seconds, abort

@@ -262,6 +262,30 @@ def test_who_sends_too_large_a_frame_is_cut_off_and_others_are_served(endpoint: 
     large.close(linger=0)
 
 
+def test_a_large_answer_or_broadcast_does_not_deafen_who_connects(endpoint: str) -> None:
+    router = zmq.Context.instance().socket(zmq.ROUTER)
+    router.bind(endpoint)
+    client = Client(endpoint, Sender("run", "client"), lambda body: {}, lambda cause: None)
+    ticket = client.submit(GetState("s"))
+    peer = router.recv_multipart()[0]
+    for frames in ([b"\0" * (8 << 20)], encode(Sender("run", "server"), 1, Done("honest"))):
+        router.send_multipart([peer, *frames])
+    assert client.result(ticket, DEADLINE_SECONDS).body == Done("honest")
+    client.close()
+    router.close(linger=0)
+
+    publisher = zmq.Context.instance().socket(zmq.PUB)
+    publisher.bind(endpoint + "-weights")
+    listener = Listener(endpoint + "-weights", Sender("run", "actor"), schema, lambda cause: None)
+    newest = encode(Sender("run", "learner"), 1, Weights("s", 1, 0), ARRAY)
+    wait_until(lambda: publisher.send_multipart(newest) or listener.next(0.05))
+    publisher.send(b"\0" * (8 << 20))
+    wait_until(lambda: listener.next(0.0) is None)
+    wait_until(lambda: publisher.send_multipart(newest) or listener.next(0.05))
+    listener.close()
+    publisher.close(linger=0)
+
+
 def test_a_limit_leaves_room_for_a_peer_that_is_configured_otherwise(endpoint: str) -> None:
     """It hears that its message has another shape."""
     table = {"a": ("float32", (2_000_000,))}
