@@ -100,6 +100,7 @@ def test_a_lost_node_does_not_end_the_job(slurm: SlurmCluster, tmp_path: Path, a
     assert job.state()["Restarts"] == "0"
 
 
+@pytest.mark.slow
 def test_a_job_whose_first_node_is_lost_comes_back(slurm: SlurmCluster, tmp_path: Path, alone: dict[str, Any]) -> None:
     job = Job(slurm, tmp_path, "--learner.deadline-seconds", "10")
     job.in_flight()
@@ -111,6 +112,7 @@ def test_a_job_whose_first_node_is_lost_comes_back(slurm: SlurmCluster, tmp_path
     job.completes(alone)
 
 
+@pytest.mark.slow
 def test_a_preempted_job_comes_back(slurm: SlurmCluster, tmp_path: Path, alone: dict[str, Any]) -> None:
     job = Job(slurm, tmp_path, *ONLY_WHEN_STOPPED)
     job.in_flight()
@@ -124,6 +126,7 @@ def test_a_preempted_job_comes_back(slurm: SlurmCluster, tmp_path: Path, alone: 
     assert job.state()["Restarts"] == "1"
 
 
+@pytest.mark.slow
 def test_a_job_whose_time_is_nearly_over_requeues_itself(
     slurm: SlurmCluster, tmp_path: Path, alone: dict[str, Any]
 ) -> None:
@@ -136,6 +139,7 @@ def test_a_job_whose_time_is_nearly_over_requeues_itself(
     job.completes(alone)
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_leaves_a_run_that_can_be_resumed(
     slurm: SlurmCluster, tmp_path: Path, alone: dict[str, Any]
 ) -> None:
