@@ -12,7 +12,7 @@ import numpy as np
 
 from protocol.environment import Starts, TimeStep
 from protocol.errors import InputError
-from protocol.specs import EnvironmentSpec, TypeSpec
+from protocol.specs import EnvironmentSpec, Part, TypeSpec
 
 EPISODE_LENGTH = 25
 LANDMARKS = 6
@@ -24,6 +24,13 @@ GOAL_BONUS = 10.0
 GOAL_SQUARED_RADIUS = 0.1725
 DIRECTIONS = np.array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]], np.float64)
 """Rover action → unit acceleration (x, y): nothing, +x, −x, +y, −y."""
+
+ROVER_PARTS = {"tower": 0, "symbol": SYMBOLS, "position": 2, "velocity": 2}
+TOWER_PARTS = {"rover": 0, "position": 2, "goal": 2}
+"""Parts of what they observe; 0 stands for the number of pairs."""
+ROVER_PURPOSE = ("symbol", "position", "velocity")
+TOWER_PURPOSE = ("position", "goal")
+"""To be led, and to lead to the goal; who belongs to whom says nothing about either."""
 
 
 class RoverTower:
@@ -42,7 +49,10 @@ class RoverTower:
         if num_envs < 1 or not 1 <= pairs <= 1_000:
             raise InputError(f"rover_tower: expected num_envs ≥ 1 and pairs in 1..1000, got {num_envs} and {pairs}")
         self.num_envs, self.pairs = num_envs, pairs
-        types = (TypeSpec("rover", pairs, pairs + 9, SYMBOLS), TypeSpec("tower", pairs, pairs + 4, SYMBOLS))
+        types = (
+            TypeSpec("rover", pairs, pairs + 9, SYMBOLS, parts=_parts(ROVER_PARTS, pairs), purpose=ROVER_PURPOSE),
+            TypeSpec("tower", pairs, pairs + 4, SYMBOLS, parts=_parts(TOWER_PARTS, pairs), purpose=TOWER_PURPOSE),
+        )
         self.spec = EnvironmentSpec(f"rover_tower?pairs={pairs}", types, EPISODE_LENGTH)
         shape = (num_envs, pairs)
         self._now = TimeStep(
@@ -202,3 +212,7 @@ class RoverTower:
         if not (np.sort(starts["rover_of_tower"], axis=1) == np.arange(self.pairs)).all():
             raise InputError(f"{self.spec.name}: rover_of_tower must be a permutation of 0..{self.pairs - 1} per row")
         return starts
+
+
+def _parts(widths: dict[str, int], pairs: int) -> tuple[Part, ...]:
+    return tuple(Part(name, width or pairs) for name, width in widths.items())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from protocol.errors import InputError
-from protocol.specs import EnvironmentSpec, TypeSpec
+from protocol.specs import EnvironmentSpec, Part, TypeSpec
 
 SPEC = EnvironmentSpec("town", (TypeSpec("bus", 3, 4, 5), TypeSpec("tram", 2, 1, 2, discrete=False)), 6)
 
@@ -64,3 +64,27 @@ def test_first_difference_is_told() -> None:
         other = replace(SPEC, types=(SPEC.types[0], replace(SPEC.types[1], **{field: value})))
         difference = SPEC.difference(other)
         assert difference == f"type 'tram': expected {field} {getattr(SPEC.types[1], field)!r}, found {value!r}"
+
+
+def test_columns_of_named_parts() -> None:
+    parts = (Part("place.road", 2), Part("place.facility", 3), Part("time", 1))
+    driver = TypeSpec("driver", 1, 6, 5, parts=parts, purpose=("place.facility", "time"))
+    assert driver.columns(driver.purpose) == (2, 3, 4, 5)
+    assert driver.columns(["time", "place"]) == (0, 1, 2, 3, 4, 5)
+    with pytest.raises(InputError, match=r"'plase'.*place"):
+        driver.columns(["plase"])
+    spec = EnvironmentSpec("town", (driver,), 3, changes="village")
+    assert EnvironmentSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_parts_must_make_up_the_observation() -> None:
+    with pytest.raises(InputError, match="its parts are 2 wide, its observation 6"):
+        TypeSpec("driver", 1, 6, 5, parts=(Part("place", 2),))
+    with pytest.raises(InputError, match="part of what 'driver' observes"):
+        TypeSpec("driver", 1, 2, 5, parts=(Part("place", 2),), purpose=("goal",))
+
+
+def test_another_number_of_agents_may_be_overlooked() -> None:
+    other = replace(SPEC, types=tuple(replace(t, count=t.count + 1) for t in SPEC.types))
+    assert "count" in str(SPEC.difference(other))
+    assert SPEC.difference(other, counts=False) is None

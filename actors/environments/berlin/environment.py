@@ -16,11 +16,13 @@ from actors.environments.berlin.scenario_file import load_scenario
 from actors.environments.berlin.variants import split_variant
 from protocol.environment import Starts, TimeStep
 from protocol.errors import InputError, unknown_name
-from protocol.specs import EnvironmentSpec, TypeSpec
+from protocol.specs import EnvironmentSpec, Part, TypeSpec
 
 MINUTES_OF_DAY = 1440.0
 TIME_COLUMNS = 5
 SIGHTS = ("all", "near")
+PURPOSE = ("place.facility", "home", "work", "time", "hours")
+"""What commuters are after, a place at an hour; which roads they take there, and how full these are, is how."""
 
 
 class Berlin:
@@ -31,10 +33,11 @@ class Berlin:
     the move it gets `right_reward` if it is where the hour says that it should be (at work in working hours, else at
     home) and `wrong_reward` if not. A day is truncated after `steps` steps.
 
-    Observation, 2K + 2F + 5 wide: own location one-hot (K); how full each location is (K); own home and work one-hot
-    (F each); the part of the day that is over, sine and cosine of the hour, and when own working hours begin and end as
-    parts of the day (0 and 0 on a day off). How full: of a road (n + 1)/(n + 1 + load), which grows with its count n
-    and is about a half where it begins to slow down; of a facility n/N.
+    Observation, 2K + 2F + 5 wide: own location one-hot (`place`, K); how full each location is (`loads`, K); own `home`
+    and `work` one-hot (F each); the part of the day that is over, sine and cosine of the hour (`time`), and when own
+    working hours begin and end as parts of the day, 0 and 0 on a day off (`hours`). How full: of a road
+    (n + 1)/(n + 1 + load), which grows with its count n and is about a half where it begins to slow down; of a
+    facility n/N.
 
     Start states, where days differ (see `variants`): `work_start_minute` and `work_end_minute` [E, N],
     `slow_from_minute` and `slow_until_minute` [E, R]; where they do not, there are none.
@@ -267,7 +270,20 @@ def _spec(
 ) -> EnvironmentSpec:
     places, facilities = scenario.num_locations, scenario.num_facilities
     width = 2 * places + 2 * facilities + TIME_COLUMNS
-    specs = tuple(TypeSpec(f"home{home}-work{work}", count, width, places) for home, work, count in commuters)
+    parts = (
+        Part("place.road", scenario.num_roads),
+        Part("place.facility", facilities),
+        Part("loads.road", scenario.num_roads),
+        Part("loads.facility", facilities),
+        Part("home", facilities),
+        Part("work", facilities),
+        Part("time", 3),
+        Part("hours", 2),
+    )
+    specs = tuple(
+        TypeSpec(f"home{home}-work{work}", count, width, places, parts=parts, purpose=PURPOSE)
+        for home, work, count in commuters
+    )
     options = f"types={types}&agents={agents}" + (f"&flow_scale={flow_scale:g}" if flow_scale else "")
     options += f"&sight={sight}" if sight != "all" else ""
     view = f"{scenario.name}, {sight} loads seen"
