@@ -63,17 +63,36 @@ class Policy(nn.Module):
     ) -> list[np.ndarray]:
         """Draw actions (or take the likeliest; of continuous ones the centre): per type [E, X_m, …] → [E, X_m] int64,
         or [E, X_m, A_m] float32."""
-        actions = []
+        return self.decide(observations, action_masks, generator, greedy)[0]
+
+    @torch.no_grad()
+    def decide(
+        self,
+        observations: Sequence[np.ndarray],
+        action_masks: Sequence[np.ndarray],
+        generator: torch.Generator,
+        greedy: bool = False,
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """The actions of `act`, and log π(a|s) of each (of continuous ones the density's): [E, X_m] float32."""
+        actions, chances = [], []
         block_rows = zip(self.layout.to_rows(observations), self.layout.to_rows(action_masks), strict=True)
         for b, (observation, mask) in enumerate(block_rows):
             block = self.layout.blocks[b]
             if block.discrete:
                 logits = block.rows(self.logits(b, block.grid(observation), block.grid(mask)))
-                actions.append(logits.argmax(-1) if greedy else sample(logits, generator))
+                action = logits.argmax(-1) if greedy else sample(logits, generator)
+                chance = logits.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
             else:
                 output = block.rows(self.outputs(b, block.grid(observation)))
-                actions.append(gaussian.mode(output) if greedy else gaussian.draw(output, generator)[0])
-        return [action.numpy() for action in self.layout.by_type(actions)]
+                if greedy:
+                    action = gaussian.mode(output)
+                    chance = gaussian.log_density(output, action)
+                else:
+                    action, chance = gaussian.draw(output, generator)
+            actions.append(action)
+            chances.append(chance)
+        by_type = self.layout.by_type
+        return [a.numpy() for a in by_type(actions)], [c.numpy() for c in by_type(chances)]
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Copies of the parameters by name: the payload of `Weights`."""

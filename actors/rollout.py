@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,12 +24,26 @@ class Acts(Protocol):
     ) -> list[np.ndarray]: ...
 
 
+@runtime_checkable
+class KnowsItsChances(Acts, Protocol):
+    """Who also tells how likely each chosen action was, as `Policy.decide` does."""
+
+    def decide(
+        self,
+        observations: Sequence[np.ndarray],
+        action_masks: Sequence[np.ndarray],
+        generator: torch.Generator,
+        greedy: bool = False,
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]: ...
+
+
 def rollout(
     environment: Environment, policy: Acts, seed: int, greedy: bool = False, starts: Starts | None = None
 ) -> Trajectories:
     """Play one whole episode in each of the E environments.
 
     A pure function of (policy, seed, starts): the environment and the action noise take their seeds from `seed`.
+    The log-probabilities of actions are recorded if the policy tells them, else they stay 0.
     """
     trajectories = Trajectories.zeros(environment.spec, environment.num_envs)
     generator = torch.Generator().manual_seed(seed)
@@ -37,12 +51,13 @@ def rollout(
     _write_view(trajectories, 0, now)
     ended = now.terminated | now.truncated
     for t in range(environment.spec.episode_length):
-        actions = policy.act(
-            [array[t] for array in trajectories.observations],
-            [array[t] for array in trajectories.action_masks],
-            generator,
-            greedy,
-        )
+        seen = [array[t] for array in trajectories.observations], [array[t] for array in trajectories.action_masks]
+        if isinstance(policy, KnowsItsChances):
+            actions, chances = policy.decide(*seen, generator, greedy)
+            for m, chance in enumerate(chances):
+                trajectories.log_probabilities[m][t] = chance
+        else:
+            actions = policy.act(*seen, generator, greedy)
         now = environment.step(actions)
         for m, action in enumerate(actions):
             trajectories.actions[m][t] = action

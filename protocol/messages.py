@@ -25,7 +25,7 @@ from protocol.errors import ProtocolError
 from protocol.keys import Keys
 from protocol.trajectories import ArrayTable
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_HEADER_BYTES = 1 << 20
 MAX_ARRAYS = 4096
 MAX_RANK = 8

@@ -22,6 +22,7 @@ class Trajectories:
 
     observations: [T+1, E, X_m, O_m] float32.   action_masks: [T+1, E, X_m, A_m] bool.   active: [T+1, E, X_m] bool.
     actions: [T, E, X_m] int64, or [T, E, X_m, A_m] float32 if continuous.
+    log_probabilities: [T, E, X_m] float32, log μ(a|s) of the policy that acted (of continuous actions the density's).
     rewards: [T, E, X_m] float32, true rewards; imitation never reads them.
     terminated, truncated: [T, E] bool.   lengths: [E] int64, the steps of each episode; what lies beyond is padding.
     arrays: the memory of all these by name, as it travels: the types of a block lie side by side, [T+1, E, N_b, …].
@@ -32,6 +33,7 @@ class Trajectories:
     action_masks: list[np.ndarray]
     active: list[np.ndarray]
     actions: list[np.ndarray]
+    log_probabilities: list[np.ndarray]
     rewards: list[np.ndarray]
     terminated: np.ndarray
     truncated: np.ndarray
@@ -77,6 +79,8 @@ class Trajectories:
             least, most = (0, first.action_dim - 1) if first.discrete else (-1, 1)
             if actions.size and not (least <= actions.min() and actions.max() <= most):  # NaN is not either
                 raise ProtocolError("bad_value", f"{whose}: actions must lie in {least}..{most}")
+            if not np.isfinite(arrays[f"{b}.log_probabilities"]).all():
+                raise ProtocolError("bad_value", f"{whose}: a log-probability is not finite")
         return cls._views(arrays, spec)
 
     @staticmethod
@@ -94,13 +98,14 @@ class Trajectories:
             table[f"{b}.action_masks"] = ("bool", (*next_rows, t.action_dim))
             table[f"{b}.active"] = ("bool", next_rows)
             table[f"{b}.actions"] = ("int64", rows) if t.discrete else ("float32", (*rows, t.action_dim))
+            table[f"{b}.log_probabilities"] = ("float32", rows)
             table[f"{b}.rewards"] = ("float32", rows)
         return table
 
     @classmethod
     def _views(cls, arrays: Mapping[str, np.ndarray], spec: EnvironmentSpec) -> Trajectories:
         columns: dict[str, list[np.ndarray]] = {}
-        for field in ("observations", "action_masks", "active", "actions", "rewards"):
+        for field in ("observations", "action_masks", "active", "actions", "log_probabilities", "rewards"):
             parts: dict[int, np.ndarray] = {}
             for b, types in enumerate(spec.blocks):
                 ends = np.cumsum([spec.types[m].count for m in types])

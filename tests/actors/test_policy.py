@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from actors import gaussian
 from actors.policy import Policy, UniformPolicy, sample
 from protocol.layout import Layout, ParameterSharing
 from protocol.specs import EnvironmentSpec, TypeSpec
@@ -122,3 +123,25 @@ def test_continuous_actions_stay_within_their_bounds() -> None:
         assert abs(arm.mean()) < 0.3
     greedy = policy.act(observations, masks, torch.Generator(), greedy=True)[0]
     np.testing.assert_array_equal(greedy, policy.act(observations, masks, torch.Generator(), greedy=True)[0])
+
+
+def test_it_tells_how_likely_its_actions_were() -> None:
+    spec = EnvironmentSpec("toy", (TypeSpec("arm", 2, 3, 2, discrete=False), TypeSpec("leg", 3, 3, 4)), 5)
+    policy = Policy(Layout.of(spec, "type"), (8,), torch.Generator().manual_seed(0))
+    observations = [np.random.default_rng(0).normal(size=(50, t.count, 3)).astype(np.float32) for t in spec.types]
+    masks = [np.ones((50, t.count, t.action_dim), bool) for t in spec.types]
+    masks[1][:, :, 0] = False
+    for greedy in (False, True):
+        actions, chances = policy.decide(observations, masks, torch.Generator().manual_seed(1), greedy)
+        for acted, again in zip(
+            actions, policy.act(observations, masks, torch.Generator().manual_seed(1), greedy), strict=True
+        ):
+            np.testing.assert_array_equal(acted, again)
+        arm, leg = (block.grid(torch.as_tensor(o)) for block, o in zip(policy.layout.blocks, observations, strict=True))
+        density = gaussian.log_density(
+            policy.outputs(0, arm), policy.layout.blocks[0].grid(torch.as_tensor(actions[0]))
+        )
+        torch.testing.assert_close(density[0], torch.as_tensor(chances[0]), atol=1e-3, rtol=1e-3)
+        allowed = policy.outputs(1, leg)[0, ..., 1:].log_softmax(-1)
+        wanted = allowed.gather(-1, torch.as_tensor(actions[1]).unsqueeze(-1) - 1).squeeze(-1)
+        torch.testing.assert_close(wanted, torch.as_tensor(chances[1]))

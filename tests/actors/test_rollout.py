@@ -131,3 +131,23 @@ def test_an_environment_may_reuse_its_arrays() -> None:
     plain, reusing = (rollout(kind(ENDS, TERMINATES), FirstAllowed(), seed=7) for kind in (Counting, Reusing))
     for one, other in zip(plain.observations, reusing.observations, strict=True):
         assert np.array_equal(one, other)
+
+
+def test_log_probabilities_are_recorded_where_the_policy_tells_them() -> None:
+    class Certain(FirstAllowed):
+        def decide(
+            self,
+            observations: Sequence[np.ndarray],
+            masks: Sequence[np.ndarray],
+            generator: torch.Generator,
+            greedy: bool,
+        ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+            actions = self.act(observations, masks, generator, greedy)
+            return actions, [-(1.0 + action) for action in actions]
+
+    told = rollout(Counting(ENDS, TERMINATES), Certain(), seed=0)
+    for actions, chances in zip(told.actions, told.log_probabilities, strict=True):
+        assert chances.dtype == np.float32
+        np.testing.assert_array_equal(chances, -(1.0 + actions))
+    silent = rollout(Counting(ENDS, TERMINATES), FirstAllowed(), seed=0)
+    assert not any(chances.any() for chances in silent.log_probabilities)
