@@ -113,7 +113,7 @@ class Config:
             raise InputError(f"{source}: expected keys and values, got {type(values).__name__}")
         _check_keys(values, cls, source)
         try:
-            hooks: dict[Any, Any] = {tuple[int, ...]: _to_tuple, float: _to_float}
+            hooks: dict[Any, Any] = {tuple[int, ...]: _to_tuple, tuple[str, ...]: _to_tuple, float: _to_float}
             return dacite.from_dict(cls, values, dacite.Config(type_hooks=hooks, strict=True))
         except dacite.WrongTypeError as error:
             kind = getattr(error.field_type, "__name__", str(error.field_type))

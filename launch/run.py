@@ -26,6 +26,7 @@ from protocol.job import Endpoints
 from protocol.messages import Sender
 from protocol.registry import make_environment
 from protocol.telemetry import Telemetry
+from reward_server.sees import columns_seen
 
 SERIAL_SHOW_SECONDS = 0.5
 
@@ -57,6 +58,8 @@ def check(config: Config) -> Config:
 
     choose_device(config.device)
     environment = make_environment(config.environment, 1)
+    if config.reward.source == "learned":
+        columns_seen(environment.spec, config.reward.sees)
     if config.demonstrations:
         Demonstrations.load(resolve(config.demonstrations)).check_against(environment.spec)
     return config

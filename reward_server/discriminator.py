@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 
 from protocol.layout import Block
+from reward_server.sees import Seen
 
 Activation = Literal["relu", "sigmoid"]
 
@@ -64,6 +65,7 @@ class Architecture:
     hidden: tuple[int, ...]
     activation: Activation
     agent_identity: bool
+    seen: Seen
 
     @property
     def biases(self) -> int:
@@ -73,7 +75,7 @@ class Architecture:
     @property
     def inputs(self) -> int:
         """Width of the input without the bias columns."""
-        return self.block.observation_dim + self.block.action_dim
+        return self.seen.width + (self.block.action_dim if self.seen.action else 0)
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -112,11 +114,13 @@ class Architecture:
 
         observations, actions: grids of the same g groups, [g, B, S, O] and [g, B, S] (or [g, B, S, A] if continuous).
         """
-        width, end = self.block.observation_dim, self.inputs
-        x[..., :width] = observations
-        if self.block.discrete:
+        width, end = 0, self.inputs
+        for first, last in self.seen.runs:
+            x[..., width : width + last - first] = observations[..., first:last]
+            width += last - first
+        if self.seen.action and self.block.discrete:
             x[..., width:end].zero_().scatter_(-1, actions.to(x.device).unsqueeze(-1), 1)
-        else:
+        elif self.seen.action:
             x[..., width:end] = actions
         x[..., end:] = torch.eye(self.block.slots, device=x.device) if self.agent_identity else 1
 

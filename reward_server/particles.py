@@ -15,6 +15,7 @@ from protocol.messages import Arrays
 from protocol.trajectories import ArrayTable
 from reward_server.discriminator import Architecture, Workspace, backward, forward
 from reward_server.health import Health
+from reward_server.sees import columns_seen
 from reward_server.settings import RewardSettings
 from reward_server.svgd import svgd_direction, svgd_directions
 from reward_server.window import Window
@@ -295,9 +296,13 @@ class RewardModel:
 
 
 def architectures(layout: Layout, settings: RewardSettings, agent_identity: bool) -> list[Architecture]:
-    """The discriminators of every block."""
+    """The discriminators of every block. Raises InputError if they cannot see what `settings.sees` names."""
+    seen = columns_seen(layout.spec, settings.sees)
+    # The types of a block have equal parts, so what is seen of one is seen of all.
     return [
-        Architecture(block, settings.particles, settings.hidden, settings.activation, agent_identity)
+        Architecture(
+            block, settings.particles, settings.hidden, settings.activation, agent_identity, seen[block.types[0]]
+        )
         for block in layout.blocks
     ]
 

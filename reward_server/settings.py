@@ -21,6 +21,9 @@ class RewardSettings:
     """Widths of the hidden layers of a discriminator."""
     activation: Literal["relu", "sigmoid"] = "relu"
     """Activation of the hidden layers."""
+    sees: tuple[str, ...] = ("all",)
+    """What discriminators see: `all` of the observation and the action (the paper), or named parts of the observation
+    (`place`, `time`), `purpose` (the parts that the environment calls so), `action`."""
     kernel_scope: KernelScope = "function"
     """What the SVGD kernel acts on: logits, each parameter tensor, the whole network; `none` is a plain ensemble."""
     likelihood_scale: float = 0.0

@@ -8,6 +8,7 @@ import pytest
 
 from launch.config import Config, load_preset, parse_config, preset_names
 from launch.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, PARTS
+from launch.run import check
 from protocol.errors import InputError
 
 
@@ -19,8 +20,10 @@ def test_presets_load_and_pass_their_checks(name: str) -> None:
 
 
 def test_yaml_round_trips_everything() -> None:
-    config = parse_config(["--seed", "7", "--actor.hidden", "32", "16", "--learner.no-attend-own-type"])
+    flags = ["--seed", "7", "--actor.hidden", "32", "16", "--reward.sees", "time", "action"]
+    config = parse_config([*flags, "--learner.no-attend-own-type"])
     assert config.actor.hidden == (32, 16)
+    assert config.reward.sees == ("time", "action")
     assert not config.learner.attend_own_type
     assert Config.from_yaml(config.to_yaml(), "test") == config
 
@@ -83,6 +86,13 @@ def test_numbers_that_no_run_can_use_are_refused_before_it_starts(flags: list[st
     with pytest.raises(InputError) as error:
         parse_config(flags).checked()
     assert expected in str(error.value)
+
+
+def test_a_reward_that_cannot_see_what_it_shall_is_refused_before_the_run_starts() -> None:
+    config = parse_config(["--preset", "berlin", "--reward.sees", "place.facilty", "time"])
+    with pytest.raises(InputError, match=r"did you mean place.facility"):
+        check(config)
+    check(replace(config, algorithm="expert"))  # the true reward sees for itself
 
 
 def test_every_number_has_its_limits() -> None:

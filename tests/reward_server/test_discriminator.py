@@ -6,6 +6,7 @@ import torch
 from protocol.layout import JointRows, Layout, ParameterSharing
 from protocol.specs import EnvironmentSpec, TypeSpec
 from reward_server.discriminator import Activation, Architecture, Workspace, backward, forward
+from reward_server.sees import Seen
 
 torch.set_num_threads(1)
 
@@ -44,7 +45,7 @@ def test_logits_of_every_agent_and_gradients_equal_the_slow_way(
     generator = torch.Generator().manual_seed(1)
     layout = Layout.of(UNEVEN, sharing)
     (block,) = layout.blocks
-    architecture = Architecture(block, 2, hidden, activation, identity)
+    architecture = Architecture(block, 2, hidden, activation, identity, Seen(((0, 4),), action=True))
     layers = [layer.double().requires_grad_() for layer in architecture.initial(generator)]
     rows = random_rows(layout, 7, generator)
     chosen = rows.select(torch.tensor([5, 0, 5]))
@@ -82,14 +83,16 @@ def test_continuous_actions_enter_as_they_are() -> None:
     spec = EnvironmentSpec("continuous", (TypeSpec("a", 2, 3, 2, discrete=False),), 10)
     layout = Layout.of(spec, "agent")
     rows = random_rows(layout, 4, torch.Generator().manual_seed(0))
-    architecture = Architecture(layout.blocks[0], 1, (4,), "relu", False)
+    architecture = Architecture(layout.blocks[0], 1, (4,), "relu", False, Seen(((0, 3),), action=True))
     x = Workspace().take("x", 2, 4, 1, 6)
     architecture.encode(*(layout.blocks[0].grid(part[0]) for part in (rows.observations, rows.actions)), x)
     torch.testing.assert_close(x[1, :, 0, 3:5], rows.actions[0][:, 1])
 
 
 def test_tensors_are_the_weights_and_biases_of_the_layers_in_place() -> None:
-    architecture = Architecture(Layout.of(UNEVEN, "type").blocks[0], 2, (6, 3), "relu", True)
+    architecture = Architecture(
+        Layout.of(UNEVEN, "type").blocks[0], 2, (6, 3), "relu", True, Seen(((0, 4),), action=True)
+    )
     layers = architecture.initial(torch.Generator().manual_seed(0))
     tensors = architecture.tensors(layers)
     assert [t.shape[2:] for t in tensors] == [(6, 9), (6, 3), (3, 6), (3, 1), (1, 3), (1, 1)]
