@@ -6,7 +6,8 @@ A name is an entry point of the group `bm3il.environments`, so a user's package 
     my_town = "my_package.town:Town"        # called as Town(num_envs=E, **options)
 
 What follows `:` is passed as the option `target`; options follow `?`, joined by `&`, and are converted to the types
-that the factory's signature names.
+that the factory's signature names. Every environment also takes `slip` and `noise` (`protocol.perturbation`), unless
+its factory has an option of that name itself.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, get_type_hints
 
 from protocol.environment import Environment
 from protocol.errors import InputError, unknown_name
+from protocol.perturbation import OPTIONS, perturbed
 
 GROUP = "bm3il.environments"
 
@@ -41,19 +43,26 @@ def make_environment(name: str, num_envs: int) -> Environment:
         factory = points[key].load()
     except (ImportError, AttributeError) as error:
         raise InputError(f"environment '{key}' is {points[key].value}, which cannot be imported: {error}") from error
-    options = dict(_parse_option(key, part, factory) for part in query.split("&") if part)
+    own = _options_of(factory)
+    ours = {name: float for name in OPTIONS if name not in own}
+    options = dict(_parse_option(key, part, own | ours) for part in query.split("&") if part)
+    perturbation = {name: options.pop(name) for name in ours if name in options}
     if target:
         options["target"] = target
     environment = factory(num_envs=num_envs, **options)
     if not isinstance(environment, Environment):
         raise InputError(f"environment '{key}': {factory!r} does not follow protocol.environment.Environment")
-    return environment
+    return perturbed(environment, **perturbation)
 
 
-def _parse_option(environment: str, part: str, factory: Callable[..., Any]) -> tuple[str, Any]:
-    option, _, text = part.partition("=")
+def _options_of(factory: Callable[..., Any]) -> dict[str, Any]:
+    """Option → its type, as the signature has them."""
     target = factory.__init__ if inspect.isclass(factory) else factory
-    hints = {k: v for k, v in get_type_hints(target).items() if k not in ("num_envs", "return")}
+    return {k: v for k, v in get_type_hints(target).items() if k not in ("num_envs", "return")}
+
+
+def _parse_option(environment: str, part: str, hints: dict[str, Any]) -> tuple[str, Any]:
+    option, _, text = part.partition("=")
     if option not in hints:
         raise unknown_name(f"option of environment {environment}", option, hints)
     kind = hints[option]

@@ -50,9 +50,12 @@ class PettingZooParallel:
         steps = episode_length or _max_cycles(first)
         if steps < 1:
             raise InputError(f"pettingzoo:{target} does not tell how long an episode is: give ?episode_length=")
-        name = f"pettingzoo:{target}" + (f"?arguments={arguments}" if arguments else "")
+        given = {"arguments": arguments, "types": types, "episode_length": episode_length}
+        query = "&".join(f"{option}={value}" for option, value in given.items() if value)
+        name = f"pettingzoo:{target}" + (f"?{query}" if query else "")
         kinds = tuple(self._type(kind, names) for kind, names in self._names.items())
-        self.spec = EnvironmentSpec(name, kinds, steps, view=name)
+        view = f"pettingzoo:{target}" + (f"?arguments={arguments}" if arguments else "")
+        self.spec = EnvironmentSpec(name, kinds, steps, view)
         self._ended = np.ones(num_envs, bool)
         self._now = self._empty()
 

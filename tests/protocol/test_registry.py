@@ -29,12 +29,20 @@ class TownEnvironment(Town):
     def step(self) -> None: ...
 
 
+class IcyTown(TownEnvironment):
+    """Means something of its own by `slip`."""
+
+    def __init__(self, num_envs: int, slip: str = "") -> None:
+        self.options = {"slip": slip}
+
+
 @pytest.fixture(autouse=True)
 def towns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Entry points as another package would add them."""
     real = registry.entry_points
     added = [
         EntryPoint("town", f"{__name__}:TownEnvironment", registry.GROUP),
+        EntryPoint("icy_town", f"{__name__}:IcyTown", registry.GROUP),
         EntryPoint("no_town", f"{__name__}:Town", registry.GROUP),
         EntryPoint("lost_town", "lost_module:Town", registry.GROUP),
         EntryPoint("misspelt_town", f"{__name__}:Tonw", registry.GROUP),
@@ -54,6 +62,12 @@ def test_options_take_the_types_of_the_signature() -> None:
     town = make_environment("town:mpe2.spread?size=3&rate=0.5&rain=true", 2)
     assert isinstance(town, TownEnvironment)
     assert town.options == {"num_envs": 2, "target": "mpe2.spread", "size": 3, "rate": 0.5, "rain": True}
+
+
+def test_what_a_factory_calls_slip_is_its_own() -> None:
+    town = make_environment("icy_town?slip=here", 1)
+    assert isinstance(town, IcyTown)
+    assert town.options == {"slip": "here"}
 
 
 @pytest.mark.parametrize(
