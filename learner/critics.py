@@ -104,6 +104,20 @@ class Critic(nn.Module):
         return [] if self.others is None else [self.others(encoded, rows)]
 
 
+class ValueCritic(Critic):
+    """V^i(s^i, ã^i) of every agent: the same network with one output, for a policy's baseline.
+
+    The own action is not an input, so actions of either kind will do.
+    """
+
+    def forward(self, rows: JointRows) -> list[torch.Tensor]:
+        """Joint rows → per block V [G, B, S]."""
+        return [value.squeeze(-1) for value in super().forward(rows)]
+
+    def _ends(self, block: Block) -> tuple[int, int]:
+        return block.observation_dim, 1
+
+
 @dataclass(frozen=True)
 class Scene:
     """What there is to look at in B joint rows: keys W_k e_k/√d (None if all weigh the same) and values V e_k

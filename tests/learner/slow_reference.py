@@ -61,6 +61,8 @@ def random_rows(layout: Layout, batch: int, generator: torch.Generator, alive: f
         ],
         [
             torch.randint(block.action_dim, shape, generator=generator)
+            if block.discrete
+            else torch.rand(*shape, block.action_dim, generator=generator, dtype=dtype) * 2 - 1
             for shape, block in zip(shapes, layout.blocks, strict=True)
         ],
         [torch.rand(shape, generator=generator) < alive for shape in shapes],

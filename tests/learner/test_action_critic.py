@@ -16,7 +16,7 @@ from learner.critics import Context
 from learner.replay import Replay
 from learner.settings import LearnerSettings
 from protocol.environment import Starts, TimeStep
-from protocol.layout import JointRows, Layout, ParameterSharing
+from protocol.layout import Layout, ParameterSharing
 from protocol.specs import EnvironmentSpec, TypeSpec
 
 HEADS = 2
@@ -38,15 +38,6 @@ def build(spec: EnvironmentSpec, sharing: ParameterSharing, context: Context, ow
     return ActionCritic(Layout.of(spec, sharing), context, 6, HEADS, own_type, generator, agent_identity=True)
 
 
-def continuous_rows(layout: Layout, batch: int, seed: int) -> JointRows:
-    generator = torch.Generator().manual_seed(seed)
-    rows = random_rows(layout, batch, generator)
-    for b, block in enumerate(layout.blocks):
-        if not block.discrete:
-            rows.actions[b] = torch.rand(batch, block.num_agents, block.action_dim, generator=generator) * 2 - 1
-    return rows
-
-
 @pytest.mark.usefixtures("_float64")
 @pytest.mark.parametrize("sharing", ["agent", "type"])
 @pytest.mark.parametrize("context", CONTEXTS)
@@ -56,7 +47,7 @@ def test_the_query_comes_from_state_and_action(
 ) -> None:
     for own_type in (True, False):
         critic = build(spec, sharing, context, own_type)
-        rows = continuous_rows(critic.layout, 3, 2)
+        rows = random_rows(critic.layout, 3, torch.Generator().manual_seed(2))
         blocks = critic.layout.blocks
         fast = [block.rows(q) for block, q in zip(blocks, critic(rows), strict=True)]
         for agent in agents_of(critic.layout):
@@ -86,7 +77,7 @@ def test_the_policies_step_leaves_the_critics_alone() -> None:
     learner = ActionActorCritic(
         Policy(layout, (8,), generator), critic, LearnerSettings(hidden=8, heads=HEADS), torch.device("cpu"), 0
     )
-    rows = continuous_rows(layout, 6, 3)
+    rows = random_rows(layout, 6, torch.Generator().manual_seed(3))
     b = next(b for b, block in enumerate(layout.blocks) if not block.discrete)
     observations = layout.blocks[b].grid(rows.observations[b]).flatten(1, 2)
     weight = torch.ones(observations.shape[:2])

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_reference import agents_of, q_values, random_rows, spec_of
 
-from learner.critics import Context, Critic
+from learner.critics import Context, Critic, ValueCritic
 from protocol.layout import Block, JointRows, Layout, ParameterSharing
-from protocol.specs import EnvironmentSpec
+from protocol.specs import EnvironmentSpec, TypeSpec
 
 HEADS = 2
 UNEVEN = spec_of((3, 4, 3), (2, 5, 2), (1, 4, 3))
 EVEN = spec_of((2, 3, 4), (2, 3, 4))
+MIXED = EnvironmentSpec("mixed", (TypeSpec("a", 2, 3, 3), TypeSpec("b", 3, 4, 2, discrete=False)), 5)
 CONTEXTS: tuple[Context, ...] = ("types", "uniform_types", "agents", "none")
 
 
@@ -38,6 +39,10 @@ def build(
     layout = Layout.of(spec, sharing)
     generator = torch.Generator().manual_seed(1)
     return Critic(layout, context, 6, HEADS, attend_own_type, generator, agent_identity)
+
+
+def build_value(spec: EnvironmentSpec, sharing: ParameterSharing, context: Context) -> ValueCritic:
+    return ValueCritic(Layout.of(spec, sharing), context, 6, HEADS, True, torch.Generator().manual_seed(1), True)
 
 
 def assert_as_slow(critic: Critic, rows: JointRows, attend_own_type: bool) -> None:
@@ -106,6 +111,23 @@ def test_float64_gradients_reach_every_parameter() -> None:
         idle = [n for n, p in critic.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
         allowed = {"others.query", "others.key"} if context == "uniform_types" else set()
         assert set(idle) <= allowed
+
+
+@pytest.mark.parametrize("sharing", ["agent", "type"])
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("spec", [UNEVEN, MIXED], ids=["discrete", "mixed"])
+def test_a_value_is_the_same_network_with_one_output(
+    spec: EnvironmentSpec, context: Context, sharing: ParameterSharing
+) -> None:
+    critic = build_value(spec, sharing, context)
+    rows = random_rows(critic.layout, 4, torch.Generator().manual_seed(8))
+    values = critic(rows)
+    assert [v.shape for v in values] == [(b.groups, 4, b.slots) for b in critic.layout.blocks]
+    for agent in agents_of(critic.layout):
+        for row in range(len(rows)):
+            (slow,) = q_values(critic, rows, HEADS, True, row, agent)
+            fast = values[agent.block][agent.group, row, agent.slot]
+            torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
 
 
 @settings(max_examples=15, deadline=None)
