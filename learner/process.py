@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from actors.policy import Policy
@@ -39,20 +41,23 @@ def run_learner(
     torch.set_num_threads(job.threads)
     policy = build_policy(job, actor)
     experience: RemoteExperience
-    if job.mode == "async":
+    if job.mode == "async" and not algorithm(job.algorithm).clones:
         lag, deadline_seconds = settings.max_policy_lag, settings.deadline_seconds
         experience = StreamedExperience(job, policy, actor, lag, deadline_seconds, telemetry)
-    else:
+    else:  # of a run that clones, evaluations alone come this way
         experience = RemoteExperience(job, policy, actor, settings.deadline_seconds, telemetry)
-    rewards = RemoteRewards(
-        job.endpoints.rewards,
-        telemetry.sender,
-        policy.layout,
-        state_table(policy.layout, reward, actor.agent_identity),
-        telemetry.count_drop,
-        settings.deadline_seconds,
-        alone=job.mode != "async",
-    )
+
+    def rewards() -> RewardService:
+        return RemoteRewards(
+            job.endpoints.rewards,
+            telemetry.sender,
+            policy.layout,
+            state_table(policy.layout, reward, actor.agent_identity),
+            telemetry.count_drop,
+            settings.deadline_seconds,
+            alone=job.mode != "async",
+        )
+
     return _train(job, settings, cloning, actor, evaluation, config_yaml, experience, rewards, policy, telemetry)
 
 
@@ -70,7 +75,10 @@ def run_serial(
     torch.set_num_threads(job.threads)
     policy = build_policy(job, actor)
     experience = LocalExperience(job, actor, evaluation)
-    rewards = LocalRewards(lambda: build_model(job, reward, actor.agent_identity))
+
+    def rewards() -> RewardService:
+        return LocalRewards(lambda: build_model(job, reward, actor.agent_identity))
+
     return _train(job, settings, cloning, actor, evaluation, config_yaml, experience, rewards, policy, telemetry)
 
 
@@ -82,10 +90,11 @@ def _train(
     evaluation: EvaluationSettings,
     config_yaml: str,
     experience: Experience,
-    rewards: RewardService,
+    rewards: Callable[[], RewardService],
     policy: Policy,
     telemetry: Telemetry,
 ) -> str:
+    """`rewards` connects to the reward server, which a run that clones does not have."""
     demonstrations = load_demonstrations(job, policy.layout.spec)
     if algorithm(job.algorithm).clones:
         if demonstrations is None:
@@ -94,7 +103,7 @@ def _train(
         iterations = cloning.iterations
     else:
         kind = StreamedImitation if job.mode == "async" else Imitation
-        algorithm_run = kind(job, settings, actor, policy, demonstrations, experience, rewards, telemetry)
+        algorithm_run = kind(job, settings, actor, policy, demonstrations, experience, rewards(), telemetry)
         iterations = iterations_for(job.steps, actor, job, policy)
     record = RunRecord(job.run_folder)
     return Training(
