@@ -36,6 +36,14 @@ def log_density(output: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
     return _log_density(free, (free - mean) * torch.exp(-log_std), log_std)
 
 
+def divergence(output: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(π ‖ π_other) of two outputs [..., 2·A] → [...]: that of the Gaussians before the squashing, which is the same
+    one-to-one map on both sides."""
+    (mean, log_std), (other_mean, other_log_std) = _parameters(output), _parameters(other)
+    apart = (torch.exp(2 * log_std) + (mean - other_mean) ** 2) * torch.exp(-2 * other_log_std)
+    return (other_log_std - log_std + 0.5 * (apart - 1)).sum(-1)
+
+
 def _parameters(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     mean, log_std = output.chunk(2, dim=-1)
     return mean, log_std.clamp(*LOG_STD_RANGE)

@@ -19,8 +19,9 @@ AT_LEAST_1 = (
     "learner.heads",
     "learner.updates",
     "learner.batch_size",
-    "learner.window_steps",
     "learner.max_policy_lag",
+    "learner.clipped.epochs",
+    "learner.clipped.parts",
     "learner.checkpoint_interval",
     "learner.checkpoints_kept",
     "cloning.updates",
@@ -45,6 +46,10 @@ AT_LEAST_0 = (
     "learner.final_learning_rate",
     "learner.final_temperature",
     "learner.cloning_weight",
+    "learner.window_steps",
+    "learner.clipped.entropy_weight",
+    "learner.clipped.clone_weight",
+    "learner.clipped.critic_first",
     "cloning.weight_decay",
     "reward.likelihood_scale",
     "reward.prior_stddev",
@@ -55,6 +60,7 @@ AT_LEAST_0 = (
 ABOVE_0 = (
     "learner.policy_learning_rate",
     "learner.critic_learning_rate",
+    "learner.clipped.clip",
     "learner.temperature",
     "learner.temperature_anneal",
     "learner.policy_gradient_norm",
@@ -64,7 +70,13 @@ ABOVE_0 = (
     "reward.learning_rate",
     "reward.deadline_seconds",
 )
-PARTS = ("learner.discount", "learner.target_rate", "cloning.held_out", "reward.label_smoothing")
+PARTS = (
+    "learner.discount",
+    "learner.clipped.decay",
+    "learner.target_rate",
+    "cloning.held_out",
+    "reward.label_smoothing",
+)
 
 
 def check_limits(config: Config) -> None:

@@ -78,6 +78,10 @@ class ActorCritic:
         if device.type == "cpu":
             keep_freed_memory()
 
+    def start_from(self, policy: Policy) -> None:
+        """The policy was set from outside: the target is the same."""
+        self.target_policy.load_state_dict(policy.state_dict())
+
     def update(
         self, batch: Batch, rewards: list[torch.Tensor], progress: float, cloning: Cloning | None = None
     ) -> dict[str, float]:

@@ -58,6 +58,14 @@ class Cloning:
         self._generator.set_state(torch.tensor(state))
 
 
+def clone(policy: Policy, demonstrations: Demonstrations, settings: CloningSettings, seed: int) -> None:
+    """Make the policy what the algorithm `bc` would end with, from the same start and seed to the same bits."""
+    run = BehaviourCloning(policy, demonstrations, settings, seed)
+    for iteration in range(settings.iterations):
+        run.iterate(iteration / settings.iterations, lambda: None)
+    run.finish()
+
+
 class BehaviourCloning:
     """The algorithm `bc`: maximum likelihood on the expert rows, stopped where held-out episodes are likeliest.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,32 +15,52 @@ from actors.settings import ActorSettings
 from learner.action_critic import ActionActorCritic, ActionCritic
 from learner.actor_critic import ActorCritic
 from learner.algorithms import algorithm
-from learner.cloning import Cloning
-from learner.critics import Critic
+from learner.clipped import ClippedActorCritic
+from learner.cloning import Cloning, clone
+from learner.critics import Critic, ValueCritic
 from learner.experience import Experience
 from learner.optimisation import part
 from learner.replay import Batch, Replay
-from learner.settings import LearnerSettings
+from learner.segments import Segments
+from learner.settings import CloningSettings, LearnerSettings
 from protocol.demonstrations import Demonstrations
 from protocol.errors import InputError
 from protocol.job import Job
 from protocol.layout import Layout
 from protocol.seeds import derive_seed
 from protocol.telemetry import Telemetry
+from protocol.trajectories import Trajectories
 from reward_server.client import RewardService
 
 PREFETCHED_BATCHES = 2
+REPLAY_STEPS = 8_000
+"""Joint rows that off-policy updates draw from, unless the settings say otherwise."""
 
 Arrays = dict[str, np.ndarray]
 
 
-class Imitation:
-    """Replay, critics and policies, fed by actors and rewarded by the reward server."""
+class Learner(Protocol):
+    """What moves a policy."""
+
+    def start_from(self, policy: Policy) -> None:
+        """The policy has been set from outside, to what is to be its start."""
+
+    def state(self) -> Arrays: ...
+
+    def load_state(self, arrays: Arrays) -> None: ...
+
+
+class Imitation(ABC):
+    """A policy that learns from what actors play and the reward server thinks of it.
+
+    Subclasses say what an iteration learns from. starts_cloned: whether its first policy is the clone.
+    """
 
     def __init__(
         self,
         job: Job,
         settings: LearnerSettings,
+        cloning: CloningSettings,
         actor: ActorSettings,
         policy: Policy,
         demonstrations: Demonstrations | None,
@@ -47,42 +69,76 @@ class Imitation:
         telemetry: Telemetry,
     ) -> None:
         kind = algorithm(job.algorithm)
-        settings = kind.learner_settings(settings)
-        device = choose_device(job.device)
-        critic = build_critic(job, settings, actor, policy.layout)
         self.policy = policy
-        self._settings = settings
+        self.starts_cloned = settings.start == "cloned"
+        self._job, self._settings = job, kind.learner_settings(settings)
+        self._cloning_settings, self._demonstrations = cloning, demonstrations
         self._imitates = kind.imitates
-        kinds = ActionActorCritic if isinstance(critic, ActionCritic) else ActorCritic
-        self._actor_critic = kinds(policy, critic, settings, device, derive_seed(job.seed, "next-actions"))
-        self._replay = Replay(policy.layout, settings.window_steps)
-        self._generator = torch.Generator().manual_seed(derive_seed(job.seed, "replay"))
-        self._asked: deque[tuple[Batch, int]] = deque()
-        self._cloning: Cloning | None = None
-        if settings.cloning_weight and demonstrations is not None:
-            seed = derive_seed(job.seed, "cloning")
-            self._cloning = Cloning(policy.layout, demonstrations, settings.batch_size, seed)
         self._experience, self._rewards, self._telemetry = experience, rewards, telemetry
+        self._learner = self._build(choose_device(job.device), actor)
 
     def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None) -> None:
-        """Start a session on both sides, from a checkpoint's arrays or from the seed."""
-        self._asked.clear()
+        """Start a session on both sides: from a checkpoint's arrays, or from the seed and perhaps from the clone."""
         self._rewards.begin(session, rewards)
-        if learner is None:
-            return
-        self._actor_critic.load_state(learner)
-        self._replay.load_state(part(learner, "replay"))
-        self._generator.set_state(torch.tensor(learner["sampling_generator"]))
-        if self._cloning is not None:
-            self._cloning.load_state(learner["cloning_generator"])
+        if learner is not None:
+            self._load_state(learner)
+        elif self.starts_cloned:
+            if self._demonstrations is None:
+                raise InputError("learner.start cloned needs demonstrations; name a file with --demonstrations")
+            with self._telemetry.stage("clone"):
+                clone(self.policy, self._demonstrations, self._cloning_settings, self._job.seed)
+            self._learner.start_from(self.policy)
 
+    @abstractmethod
     def iterate(self, progress: float, abort: Callable[[], None]) -> tuple[int, dict[str, float]]:
         """One iteration; returns the fresh joint steps and the figures of the iteration.
 
         `abort` is called while nothing has changed yet, and may raise.
         """
+
+    def state(self) -> tuple[Arrays, Arrays]:
+        """Everything that a resume needs: of the learner, of the reward server."""
+        return self._learner.state(), self._rewards.state()
+
+    def finish(self) -> None:  # noqa: B027
+        """Nothing: the policy of the last iteration is the result."""
+
+    @abstractmethod
+    def _build(self, device: torch.device, actor: ActorSettings) -> Learner:
+        """Critics, and what moves them and the policy."""
+
+    def _load_state(self, arrays: Arrays) -> None:
+        self._learner.load_state(arrays)
+
+    def _collect(self, abort: Callable[[], None]) -> list[Trajectories]:
         with self._telemetry.stage("collect"):
-            chunks = self._experience.collect(abort)
+            return self._experience.collect(abort)
+
+
+class OffPolicyImitation(Imitation):
+    """Updates of random rows of the newest ones in a replay, with rewards of the current particles."""
+
+    _learner: ActorCritic
+
+    def _build(self, device: torch.device, actor: ActorSettings) -> ActorCritic:
+        job, settings, layout = self._job, self._settings, self.policy.layout
+        critic = build_critic(job, settings, actor, layout)
+        kinds = ActionActorCritic if isinstance(critic, ActionCritic) else ActorCritic
+        self._replay = Replay(layout, settings.window_steps or REPLAY_STEPS)
+        self._generator = torch.Generator().manual_seed(derive_seed(job.seed, "replay"))
+        self._asked: deque[tuple[Batch, int]] = deque()
+        self._cloning: Cloning | None = None
+        if settings.cloning_weight and self._demonstrations is not None:
+            seed = derive_seed(job.seed, "cloning")
+            self._cloning = Cloning(layout, self._demonstrations, settings.batch_size, seed)
+        return kinds(self.policy, critic, settings, device, derive_seed(job.seed, "next-actions"))
+
+    def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None) -> None:
+        self._asked.clear()
+        super().begin(session, learner, rewards)
+
+    def iterate(self, progress: float, abort: Callable[[], None]) -> tuple[int, dict[str, float]]:
+        chunks = self._collect(abort)
         with self._telemetry.stage("observe"):
             fresh = self._replay.add_all(chunks)
             figures: dict[str, float] = {}
@@ -95,21 +151,24 @@ class Imitation:
         return sum(chunk.num_steps for chunk in chunks), figures | totals
 
     def state(self) -> tuple[Arrays, Arrays]:
-        """Everything that a resume needs: of the learner, of the reward server."""
-        arrays = self._actor_critic.state()
+        arrays, rewards = super().state()
         arrays |= {f"replay/{k}": v for k, v in self._replay.state().items()}
         arrays["sampling_generator"] = self._generator.get_state().numpy()
         if self._cloning is not None:
             arrays["cloning_generator"] = self._cloning.state()
-        return arrays, self._rewards.state()
+        return arrays, rewards
 
-    def finish(self) -> None:
-        """Nothing: the policy of the last iteration is the result."""
+    def _load_state(self, arrays: Arrays) -> None:
+        super()._load_state(arrays)
+        self._replay.load_state(part(arrays, "replay"))
+        self._generator.set_state(torch.tensor(arrays["sampling_generator"]))
+        if self._cloning is not None:
+            self._cloning.load_state(arrays["cloning_generator"])
 
     def _train(self, batch: Batch, rewards: list[torch.Tensor], progress: float, totals: dict[str, float]) -> None:
         """One update; its figures are added to `totals`, means over the iteration."""
         with self._telemetry.stage("update"):
-            update = self._actor_critic.update(batch, rewards, progress, self._cloning)
+            update = self._learner.update(batch, rewards, progress, self._cloning)
         for name, value in (update | {"reward": _mean(rewards)}).items():
             totals[name] = totals.get(name, 0.0) + value / self._settings.updates
 
@@ -132,6 +191,64 @@ class Imitation:
         batch, ticket = self._asked.popleft()
         with self._telemetry.stage("query"):
             return batch, self._rewards.rewards(ticket)
+
+
+class OnPolicyImitation(Imitation):
+    """Clipped updates from the fresh episodes of the iteration alone, with rewards of the particles that saw them."""
+
+    _learner: ClippedActorCritic
+
+    def _build(self, device: torch.device, actor: ActorSettings) -> ClippedActorCritic:
+        job, settings = self._job, self._settings
+        critic = build_value_critic(job, settings, actor, self.policy.layout)
+        self._seen = 0
+        seed = derive_seed(job.seed, "epochs")
+        return ClippedActorCritic(self.policy, critic, settings, device, seed, lagging=job.mode == "async")
+
+    def iterate(self, progress: float, abort: Callable[[], None]) -> tuple[int, dict[str, float]]:
+        segments = Segments.of(self._collect(abort), self.policy.layout)
+        rewards, figures = self._reward(segments, progress)
+        self._seen += 1
+        with self._telemetry.stage("update"):
+            learn_policy = self._seen > self._settings.clipped.critic_first
+            update = self._learner.update(segments, rewards, progress, learn_policy)
+        return segments.num_steps, figures | update | {"reward": _mean(rewards)}
+
+    def state(self) -> tuple[Arrays, Arrays]:
+        arrays, rewards = super().state()
+        return arrays | {"iterations_seen": np.array([self._seen], np.int64)}, rewards
+
+    def _load_state(self, arrays: Arrays) -> None:
+        super()._load_state(arrays)
+        self._seen = int(arrays["iterations_seen"][0])
+
+    def _reward(self, segments: Segments, progress: float) -> tuple[list[torch.Tensor], dict[str, float]]:
+        """Rewards of the fresh steps by the particles that have just learned from them, and the particles' figures."""
+        rows, figures = segments.rows(), dict[str, float]()
+        if self._imitates:
+            with self._telemetry.stage("observe"):
+                self._rewards.observe(rows)
+                _, figures = self._rewards.update(progress)
+        with self._telemetry.stage("query"):
+            return self._rewards.rewards(self._rewards.submit(rows, self._true_rewards(segments))), figures
+
+    def _true_rewards(self, segments: Segments) -> list[torch.Tensor] | None:
+        return None if self._imitates else [rewards[segments.played] for rewards in segments.rewards]
+
+
+def build_value_critic(job: Job, settings: LearnerSettings, actor: ActorSettings, layout: Layout) -> ValueCritic:
+    """The value critics of the job's algorithm, for clipped updates, at the start that its seed gives."""
+    kind = algorithm(job.algorithm)
+    settings = kind.learner_settings(settings)
+    return ValueCritic(
+        layout,
+        kind.context,
+        settings.hidden,
+        settings.heads,
+        settings.attend_own_type,
+        torch.Generator().manual_seed(derive_seed(job.seed, "critic")),
+        actor.agent_identity,
+    )
 
 
 def build_critic(job: Job, settings: LearnerSettings, actor: ActorSettings, layout: Layout) -> Critic:

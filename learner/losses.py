@@ -72,6 +72,53 @@ def boltzmann_loss(
     return (weight * divergence).sum(), (log_policy.exp() - target).mul_(weight.unsqueeze(-1))
 
 
+def clipped_gain(
+    log_ratio: torch.Tensor, advantage: torch.Tensor, clip: float, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """−Σ weight · min(ρÂ, clip(ρ, 1 ± ε)Â) with ρ = exp(log_ratio) (Schulman et al. 2017, Eq. 7), and its gradient with
+    respect to log_ratio, which is 0 where the clipped branch is the smaller: there the policy has moved far enough.
+
+    All [...] → (scalar, [...]).
+    """
+    ratio = log_ratio.exp()
+    free, bound = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
+    return -(weight * torch.minimum(free, bound)).sum(), -weight * free * (free <= bound)
+
+
+def clipped_loss(
+    logits: torch.Tensor,
+    action: torch.Tensor,
+    old_log_probability: torch.Tensor,
+    advantage: torch.Tensor,
+    weight: torch.Tensor,
+    clip: float,
+    entropy_weight: float,
+    clone_weight: float = 0.0,
+    clone_logits: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`clipped_gain` − entropy_weight · Σ weight · H(π) + clone_weight · Σ weight · KL(π ‖ π_clone), discrete actions.
+
+    logits, clone_logits (masked): [..., A]; action [...] int64; old_log_probability, advantage, weight: [...].
+    Returns the loss, its gradient with respect to the logits [..., A], and Σ weight · H(π).
+    """
+    log_policy = logits.log_softmax(-1)
+    policy = log_policy.exp()
+    index = action.unsqueeze(-1)
+    log_ratio = log_policy.gather(-1, index).squeeze(-1) - old_log_probability
+    loss, d_chosen = clipped_gain(log_ratio, advantage, clip, weight)
+    # Of Σ_a π(a) g(a) with g held as it is and Σ_a π(a) ∇g(a) = 0 (both terms are so): π(a) (g(a) − Σ_a' π(a') g(a')).
+    surprise = entropy_weight * log_policy
+    entropy = -(policy * log_policy).sum(-1)
+    loss = loss - entropy_weight * (weight * entropy).sum()
+    if clone_weight and clone_logits is not None:
+        apart = log_policy - clone_logits.log_softmax(-1)
+        loss = loss + clone_weight * (weight * (policy * apart).sum(-1)).sum()
+        surprise = surprise + clone_weight * apart
+    centred = surprise - (policy * surprise).sum(-1, keepdim=True)
+    gradient = policy * (weight.unsqueeze(-1) * centred - d_chosen.unsqueeze(-1))
+    return loss, gradient.scatter_add_(-1, index, d_chosen.unsqueeze(-1)), (weight * entropy).sum()
+
+
 def cloning_loss(log_policy: torch.Tensor, action: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """−Σ weight · log π(a|s): behaviour cloning. log_policy: [..., A]; action, weight: [...] → scalar."""
     return -(weight * log_policy.gather(-1, action.unsqueeze(-1)).squeeze(-1)).sum()

@@ -12,10 +12,10 @@ from actors.settings import ActorSettings, EvaluationSettings
 from learner.algorithms import algorithm
 from learner.cloning import BehaviourCloning
 from learner.experience import Experience, LocalExperience, RemoteExperience
-from learner.imitation import Imitation
+from learner.imitation import Imitation, OffPolicyImitation, OnPolicyImitation
 from learner.record import RunRecord
 from learner.settings import CloningSettings, LearnerSettings
-from learner.streaming import StreamedExperience, StreamedImitation
+from learner.streaming import StreamedExperience, StreamedOffPolicy, StreamedOnPolicy
 from learner.training import Iterated, Training, iterations_for
 from protocol.demonstrations import load_demonstrations
 from protocol.errors import InputError
@@ -25,6 +25,14 @@ from reward_server.client import LocalRewards, RemoteRewards, RewardService
 from reward_server.particles import state_table
 from reward_server.process import build_model
 from reward_server.settings import RewardSettings
+
+KINDS: dict[tuple[bool, bool], type[Imitation]] = {
+    (False, False): OffPolicyImitation,
+    (False, True): StreamedOffPolicy,
+    (True, False): OnPolicyImitation,
+    (True, True): StreamedOnPolicy,
+}
+"""By whether updates are clipped, and whether chunks stream."""
 
 
 def run_learner(
@@ -102,8 +110,8 @@ def _train(
         algorithm_run: Iterated = BehaviourCloning(policy, demonstrations, cloning, job.seed)
         iterations = cloning.iterations
     else:
-        kind = StreamedImitation if job.mode == "async" else Imitation
-        algorithm_run = kind(job, settings, actor, policy, demonstrations, experience, rewards(), telemetry)
+        kind = KINDS[settings.policy == "clipped", job.mode == "async"]
+        algorithm_run = kind(job, settings, cloning, actor, policy, demonstrations, experience, rewards(), telemetry)
         iterations = iterations_for(job.steps, actor, job, policy)
     record = RunRecord(job.run_folder)
     return Training(

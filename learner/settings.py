@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+
+@dataclass(frozen=True)
+class ClippedSettings:
+    """Clipped policy updates (`--learner.policy clipped`), from the fresh episodes of each iteration alone."""
+
+    clip: float = 0.1
+    """ε: how far the probability of an action may move in one iteration, as a part of itself."""
+    epochs: int = 4
+    """Times that an iteration's rows are gone over."""
+    parts: int = 10
+    """Gradient steps of one epoch, each on an equal part of the rows."""
+    decay: float = 0.95
+    """λ of the generalised advantages: 0 trusts the critics after one step, 1 the rewards to the end."""
+    entropy_weight: float = 0.005
+    """Weight of the policies' entropy beside the normalised advantage."""
+    clone_weight: float = 0.0
+    """Weight of the divergence KL(π ‖ π_clone) from the clone that the run started from."""
+    critic_first: int = 5
+    """Iterations at the start in which only the critics learn: they know nothing of the clone yet."""
 
 
 @dataclass(frozen=True)
@@ -19,14 +39,19 @@ class LearnerSettings:
     query: Literal["state", "state_action"] = "state"
     """What an agent's attention and critic are computed from: e^i(s), so that one pass gives Q of all own actions, or
     e^i(s, a^i) as in the text, with a pass for each own action. Continuous actions always take the second."""
-    policy: Literal["actor", "boltzmann"] = "actor"
-    """What policies move towards: Eq. 13's gradient, or the Boltzmann policy over Q (Eq. 12) at the temperature."""
+    policy: Literal["actor", "boltzmann", "clipped"] = "actor"
+    """What policies move towards: Eq. 13's gradient, the Boltzmann policy over Q (Eq. 12) at the temperature, or, in
+    clipped steps, the advantages of fresh episodes (see `clipped`)."""
+    start: Literal["random", "cloned"] = "random"
+    """Where policies begin: random networks, or behaviour cloning of the demonstrations (see `cloning`)."""
+    clipped: ClippedSettings = field(default_factory=ClippedSettings)
     updates: int = 10
     """Critic and policy updates per iteration."""
     batch_size: int = 256
     """Joint rows of one update."""
-    window_steps: int = 8_000
-    """Newest joint rows that updates draw from; their rewards are always the current particles'."""
+    window_steps: int = 0
+    """Newest joint rows that updates draw from (0: 8,000); their rewards are always the current particles'. Clipped
+    updates have no such window."""
     discount: float = 0.95
     """γ."""
     target_rate: float = 0.01

@@ -7,11 +7,14 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 
+import torch
+
 from actors.policy import Policy
 from actors.process import CREDITS
 from actors.settings import ActorSettings
 from learner.experience import REPEAT_SECONDS, RemoteExperience
-from learner.imitation import Arrays, Imitation
+from learner.imitation import Arrays, OffPolicyImitation, OnPolicyImitation
+from learner.segments import Segments
 from protocol.channels import Request
 from protocol.errors import ProtocolError
 from protocol.job import Job
@@ -133,7 +136,7 @@ class StreamedExperience(RemoteExperience):
         self._metrics.waiting.set(len(self._queue))
 
 
-class StreamedImitation(Imitation):
+class StreamedOffPolicy(OffPolicyImitation):
     """Algorithm 1 without its waits.
 
     The rewards of an iteration's batches are asked for during the iteration before, so they are there when they are
@@ -147,8 +150,7 @@ class StreamedImitation(Imitation):
         self._updating: tuple[int, int] | None = None
 
     def iterate(self, progress: float, abort: Callable[[], None]) -> tuple[int, dict[str, float]]:
-        with self._telemetry.stage("collect"):
-            chunks = self._experience.collect(abort)
+        chunks = self._collect(abort)
         with self._telemetry.stage("observe"):
             fresh = self._replay.add_all(chunks)
         while len(self._asked) < self._settings.updates:
@@ -165,3 +167,28 @@ class StreamedImitation(Imitation):
             self._ask()
             self._train(batch, rewards, progress, totals)
         return sum(chunk.num_steps for chunk in chunks), figures | totals
+
+
+class StreamedOnPolicy(OnPolicyImitation):
+    """Clipped updates whose rewards are those of the particles of one update before: the particles learn from the fresh
+    rows while the learner learns from their rewards."""
+
+    _rewards: RemoteRewards
+
+    def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None) -> None:
+        super().begin(session, learner, rewards)
+        self._updating: tuple[int, int] | None = None
+        self._is_first = True
+
+    def _reward(self, segments: Segments, progress: float) -> tuple[list[torch.Tensor], dict[str, float]]:
+        if self._is_first or not self._imitates:  # the first rewards shall not be of particles that have seen nothing
+            self._is_first = False
+            return super()._reward(segments, progress)
+        rows, figures = segments.rows(), dict[str, float]()
+        if self._updating is not None:
+            with self._telemetry.stage("wait_for_particles"):
+                _, figures = self._rewards.end_update(self._updating)
+        with self._telemetry.stage("query"):
+            rewards = self._rewards.rewards(self._rewards.submit(rows))
+        self._updating = self._rewards.begin_update(rows, progress)
+        return rewards, figures

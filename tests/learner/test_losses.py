@@ -158,3 +158,45 @@ def test_a_network_without_active_rows_has_weight_zero() -> None:
     layout = Layout.of(spec_of((1, 3, 2), (1, 3, 2)), "agent")
     (weights,) = losses.row_weights(layout, [torch.tensor([[True, False], [True, False]])])
     torch.testing.assert_close(weights, torch.tensor([[[0.5], [0.5]], [[0.0], [0.0]]]))
+
+
+CLIP, ENTROPY, CLONE = 0.2, 0.05, 0.3
+
+
+def test_the_clipped_loss_is_its_sum_over_rows_and_its_gradient_that_of_autograd(logits: torch.Tensor) -> None:
+    generator = torch.Generator().manual_seed(5)
+    action = torch.randint(1, 5, (3, 4), generator=generator)
+    advantage = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    weight = torch.rand(3, 4, generator=generator, dtype=torch.float64)
+    clone = torch.randn(3, 4, 5, generator=generator, dtype=torch.float64).masked_fill(logits == MASKED, MASKED)
+    chosen = logits.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
+    old = chosen + torch.tensor([-0.5, -0.1, 0.05, 0.6], dtype=torch.float64)  # ratios on both sides of both bounds
+    free = logits.clone().requires_grad_()
+    log_policy = free.log_softmax(-1)
+    expected = torch.zeros((), dtype=torch.float64)
+    for g in range(3):
+        for r in range(4):
+            ratio = torch.exp(log_policy[g, r, action[g, r]] - old[g, r])
+            bounded = torch.clamp(ratio, 1 - CLIP, 1 + CLIP)
+            gain = torch.minimum(ratio * advantage[g, r], bounded * advantage[g, r])
+            entropy, apart = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+            for a in range(5):
+                if logits[g, r, a] != MASKED:
+                    p = log_policy[g, r, a].exp()
+                    entropy = entropy - p * log_policy[g, r, a]
+                    apart = apart + p * (log_policy[g, r, a] - clone[g, r].log_softmax(-1)[a])
+            expected = expected - weight[g, r] * (gain + ENTROPY * entropy - CLONE * apart)
+    expected.backward()
+    loss, gradient, _ = losses.clipped_loss(logits, action, old, advantage, weight, CLIP, ENTROPY, CLONE, clone)
+    assert free.grad is not None
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(gradient, free.grad)
+
+
+def test_a_step_too_far_is_no_longer_followed() -> None:
+    """Where the ratio has passed its bound to the side of the advantage; on the other side it is led back."""
+    log_ratio = torch.tensor([0.5, -0.5, 0.5, -0.5], dtype=torch.float64)
+    advantage = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
+    _, gradient = losses.clipped_gain(log_ratio, advantage, CLIP, torch.ones(4, dtype=torch.float64))
+    assert gradient[:2].tolist() == [0, 0]
+    torch.testing.assert_close(gradient[2:], -(log_ratio[2:].exp() * advantage[2:]))

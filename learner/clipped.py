@@ -1,0 +1,342 @@
+"""Clipped policy updates (Schulman et al. 2017) over the mean-field critics: on-policy, from fresh episodes alone.
+
+Why they stand beside Eq. 13's off-policy update: the targets of that one carry a value back by one step per update, so
+that hundreds of updates pass before the morning knows of the evening; and a critic of actions that the policy never
+takes leads it away from where it is good. Here whole episodes are looked back over at once, and the policy stays near
+the one that played them. That is what refines a clone.
+
+The baseline is V^i(e^i(s), ã^{−i}), a value head of the same critics: what the others do at t does not depend on a_t^i,
+so that it takes nothing from the gradient's expectation and much from its variance, as Eq. 13's baseline does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from actors import gaussian
+from actors.policy import FORBIDDEN_LOGIT, Policy, sample
+from learner import losses
+from learner.actor_critic import CHUNK_ROWS, Schedule, grid
+from learner.advantages import advantages, normalised
+from learner.critics import ValueCritic
+from learner.memory import keep_freed_memory
+from learner.optimisation import NetworkClip, adam_arrays, load_adam_arrays, part
+from learner.segments import Segments
+from learner.settings import LearnerSettings
+from protocol.errors import NumericalError
+from protocol.layout import JointRows
+from protocol.stacked import StackedMLP, Tile
+
+FIGURES = ("critic_loss", "policy_loss", "entropy", "value")
+
+
+@dataclass
+class _Steps:
+    """What the epochs read: R joint steps, one tensor per block in each list, joint rows [R, N_b, …].
+
+    advantage, target, weight, old_log_probability: [R, N_b]; `weight` is the truncated weight of a lagging chunk, 0 for
+    an agent that is not there.
+    """
+
+    rows: JointRows
+    action_masks: list[torch.Tensor]
+    old_log_probability: list[torch.Tensor]
+    advantage: list[torch.Tensor]
+    target: list[torch.Tensor]
+    weight: list[torch.Tensor]
+    clone_outputs: list[torch.Tensor] | None
+
+
+class ClippedActorCritic:
+    """Policies, value critics, their optimisers, and π_clone if policies are held near it.
+
+    lagging: chunks may come from older policies (async): their rows count by the truncated weight min(1, π/μ), and the
+    policy is held near the learner's own of the iteration's start instead of near the one that acted.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        critic: ValueCritic,
+        settings: LearnerSettings,
+        device: torch.device,
+        seed: int,
+        lagging: bool = False,
+    ) -> None:
+        self.settings, self.device, self._lagging = settings, device, lagging
+        self.layout = policy.layout
+        self.num_groups = sum(block.groups for block in self.layout.blocks)
+        self.policy, self.critic = policy.to(device), critic.to(device)
+        self.clone: Policy | None = None
+        # V is learned in units of the horizon: numbers of the size of one reward, whatever γ and the episodes are.
+        discount, length = settings.discount, self.layout.spec.episode_length
+        self._horizon = min(float(length), 1 / max(1 - discount, 1e-6))
+        self._optimisers = {
+            "policy": torch.optim.Adam(policy.parameters(), settings.policy_learning_rate, fused=True),
+            "critic": torch.optim.Adam(critic.parameters(), settings.critic_learning_rate, fused=True),
+        }
+        self._clips = {
+            "policy": NetworkClip(policy, settings.policy_gradient_norm),
+            "critic": NetworkClip(critic, settings.critic_gradient_norm),
+        }
+        self._generator = torch.Generator().manual_seed(seed)
+        if device.type == "cpu":
+            keep_freed_memory()
+
+    def start_from(self, policy: Policy) -> None:
+        """Begin with the policy as it is now, and remember it as π_clone."""
+        self.clone = copy.deepcopy(policy).requires_grad_(False)
+
+    def update(
+        self, segments: Segments, rewards: list[torch.Tensor], progress: float, learn_policy: bool = True
+    ) -> dict[str, float]:
+        """Several epochs over the fresh episodes, in parts.
+
+        rewards: per block [R, N_b], of `segments.rows()`.   learn_policy: false while only the critics learn.
+        Returns means over agents, rows and parts. Raises NumericalError if a loss is not finite.
+        """
+        schedule = Schedule.at(progress, self.settings)
+        settings = self.settings.clipped
+        steps = self._look_back(segments.to(self.device), [r.to(self.device) for r in rewards])
+        sums: dict[str, torch.Tensor] = {}
+        taught = ("critic", "policy") if learn_policy else ("critic",)
+        for _ in range(settings.epochs):
+            order = torch.randperm(len(steps.rows), generator=self._generator)
+            for index in order.chunk(settings.parts):
+                figures = self._backward(_select(steps, index.to(self.device)), learn_policy)
+                sums = {name: sums.get(name, 0) + value for name, value in figures.items()}
+                for name in taught:
+                    self._step(name, schedule)
+        scale = settings.epochs * min(settings.parts, len(steps.rows)) * self.num_groups
+        totals = dict(zip(sums, torch.stack(list(sums.values())).div(scale).tolist(), strict=True))
+        for name in ("critic_loss", "policy_loss"):
+            if not np.isfinite(totals.get(name, 0.0)):
+                raise NumericalError(f"{name} is {totals[name]}")
+        return totals
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Networks, optimisers, π_clone, random state, by name; `load_state` is the inverse."""
+        arrays: dict[str, np.ndarray] = {}
+        for name, network in self._networks():
+            arrays |= {f"{name}/{key}": value.detach().cpu().numpy() for key, value in network.state_dict().items()}
+        for name, optimiser in self._optimisers.items():
+            arrays |= {f"{name}_adam/{key}": value for key, value in adam_arrays(optimiser)}
+        return arrays | {"generator": self._generator.get_state().numpy()}
+
+    def load_state(self, arrays: dict[str, np.ndarray]) -> None:
+        """Take over a state of the same networks. Raises KeyError or RuntimeError if it is of others."""
+        if part(arrays, "clone"):
+            self.start_from(self.policy)
+        for name, network in self._networks():
+            network.load_state_dict({key: torch.tensor(value) for key, value in part(arrays, name).items()})
+        for name, optimiser in self._optimisers.items():
+            load_adam_arrays(optimiser, part(arrays, f"{name}_adam"))
+        self._generator.set_state(torch.tensor(arrays["generator"]))
+
+    def _networks(self) -> Iterator[tuple[str, nn.Module]]:
+        yield from (("policy", self.policy), ("critic", self.critic))
+        if self.clone is not None:
+            yield "clone", self.clone
+
+    @torch.no_grad()
+    def _look_back(self, segments: Segments, rewards: list[torch.Tensor]) -> _Steps:
+        """Advantages and value targets of all steps, by the policy and the critics as they are."""
+        played, discount = segments.played, self.settings.discount
+        values = self._values(segments)
+        rows, per_step = segments.rows(), segments.spread(rewards)
+        masks, old = self._of_rows(segments, segments.action_masks), self._of_rows(segments, segments.log_probabilities)
+        weights: list[torch.Tensor | None] = [None] * len(self.layout.blocks)
+        if self._lagging:
+            now = self._log_probabilities(rows, masks)
+            ratios = [(mine - acted).exp().clamp(max=1) for mine, acted in zip(now, old, strict=True)]
+            weights, old = [*segments.spread(ratios)], now
+        advantage: list[torch.Tensor] = []
+        target: list[torch.Tensor] = []
+        weight: list[torch.Tensor] = []
+        for b, active in enumerate(segments.active):
+            present = active[:-1] & played.unsqueeze(-1)
+            goes_on = torch.cat([present[1:], torch.zeros_like(present[:1])])
+            continues = active[1:] & ~segments.terminated.unsqueeze(-1)
+            centred = per_step[b] - self.settings.reward_offset
+            ahead, aim = advantages(
+                centred, values[b], continues, goes_on, weights[b], discount, self.settings.clipped.decay
+            )
+            truncated = weights[b]
+            counted = present.to(ahead.dtype) if truncated is None else present * truncated
+            for collected, tensor in ((advantage, ahead), (target, aim), (weight, counted)):
+                collected.append(self._of_rows(segments, [tensor])[0])
+        clone = None
+        if self.clone is not None and self.settings.clipped.clone_weight:
+            clone = self._outputs(self.clone, rows)
+        return _Steps(rows, masks, old, self._normalised(advantage, rows.active), target, weight, clone)
+
+    def _normalised(self, advantage: list[torch.Tensor], active: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Per parameter group: what is much for one type may be little for another."""
+        weights = losses.row_weights(self.layout, active)
+        result = []
+        for block, values, weight in zip(self.layout.blocks, advantage, weights, strict=True):
+            scaled = normalised(grid(block, values), weight.flatten(1, 2))
+            result.append(block.rows(scaled.unflatten(1, (-1, block.slots))))
+        return result
+
+    def _values(self, segments: Segments) -> list[torch.Tensor]:
+        """V of every step and of the last view, [T+1, E, N_b] per block.
+
+        Nobody has acted on the last view: what the others would do there is drawn from their policies.
+        """
+        shape = segments.observations[0].shape[:2]
+        last = JointRows([o[-1] for o in segments.observations], [], [a[-1] for a in segments.active])
+        drawn = self._draw(last, [mask[-1] for mask in segments.action_masks])
+        actions = [torch.cat([a, d.unsqueeze(0)]) for a, d in zip(segments.actions, drawn, strict=True)]
+        parts = (segments.observations, actions, segments.active)
+        rows = JointRows(*([t.flatten(0, 1) for t in columns] for columns in parts))
+        found: list[list[torch.Tensor]] = [[] for _ in self.layout.blocks]
+        for index in torch.arange(len(rows), device=self.device).split(self._height):
+            for values, block, value in zip(found, self.layout.blocks, self.critic(rows.select(index)), strict=True):
+                values.append(block.rows(value.float()) * self._horizon)
+        return [torch.cat(values).unflatten(0, shape) for values in found]
+
+    def _draw(self, rows: JointRows, masks: list[torch.Tensor]) -> list[torch.Tensor]:
+        drawn = []
+        for block, output, mask in zip(self.layout.blocks, self._outputs(self.policy, rows), masks, strict=True):
+            if block.discrete:
+                logits = output.masked_fill(~mask, FORBIDDEN_LOGIT).cpu()
+                drawn.append(sample(logits, self._generator).to(self.device))
+            else:
+                drawn.append(gaussian.draw(output, self._generator)[0])
+        return drawn
+
+    def _log_probabilities(self, rows: JointRows, masks: list[torch.Tensor]) -> list[torch.Tensor]:
+        """log π(a|s) of the actions taken, [R, N_b] per block."""
+        result = []
+        for b, output in enumerate(self._outputs(self.policy, rows)):
+            if self.layout.blocks[b].discrete:
+                log_policy = output.masked_fill(~masks[b], FORBIDDEN_LOGIT).log_softmax(-1)
+                result.append(log_policy.gather(-1, rows.actions[b].unsqueeze(-1)).squeeze(-1))
+            else:
+                result.append(gaussian.log_density(output, rows.actions[b]))
+        return result
+
+    def _outputs(self, policy: Policy, rows: JointRows) -> list[torch.Tensor]:
+        """What a policy's networks say, as joint rows [R, N_b, …]."""
+        return [
+            block.rows(policy.outputs(b, block.grid(rows.observations[b])).float())
+            for b, block in enumerate(self.layout.blocks)
+        ]
+
+    def _of_rows(self, segments: Segments, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """[T or T+1, E, …] → the R steps that were played, in the order of `Segments.rows`."""
+        return [tensor[: len(segments.played)][segments.played] for tensor in tensors]
+
+    @property
+    def _height(self) -> int:
+        return max(1, CHUNK_ROWS // self.layout.spec.num_agents)
+
+    def _backward(self, steps: _Steps, learn_policy: bool) -> dict[str, torch.Tensor]:
+        """Write the gradients of some rows into the parameters; returns sums over networks."""
+        for optimiser in self._optimisers.values():
+            optimiser.zero_grad(set_to_none=True)
+        weights = [w.flatten(1, 2) for w in losses.row_weights(self.layout, steps.rows.active)]
+        weights = [
+            w * grid(b, steps.weight[k]) for k, (b, w) in enumerate(zip(self.layout.blocks, weights, strict=True))
+        ]
+        figures = {name: torch.zeros((), device=self.device) for name in FIGURES}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
+            loss = torch.zeros((), device=self.device)
+            for b, (block, value) in enumerate(zip(self.layout.blocks, self.critic(steps.rows), strict=True)):
+                target = grid(block, steps.target[b])
+                error = value.float().flatten(1, 2) - target / self._horizon
+                loss = loss + (weights[b] * error**2).sum()
+                figures["value"] += (weights[b] * target).sum()
+            loss.backward()
+            figures["critic_loss"] = loss.detach()
+            if learn_policy:
+                for b in range(len(self.layout.blocks)):
+                    policy_loss, entropy = self._improve(b, steps, weights[b])
+                    figures["policy_loss"] += policy_loss
+                    figures["entropy"] += entropy
+        return figures
+
+    def _improve(self, b: int, steps: _Steps, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of the policies of one block; their loss, and their entropy."""
+        block, settings = self.layout.blocks[b], self.settings.clipped
+        columns = (steps.rows.actions[b], steps.old_log_probability[b], steps.advantage[b])
+        action, old, advantage = (grid(block, column) for column in columns)
+        observations = grid(block, steps.rows.observations[b])
+        clone = None if steps.clone_outputs is None else grid(block, steps.clone_outputs[b])
+        if not block.discrete:
+            return self._improve_continuous(b, observations, action, old, advantage, weight, clone)
+        mask = grid(block, steps.action_masks[b])
+        total, entropy = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+
+        def gradient(tile: Tile, output: torch.Tensor) -> torch.Tensor:
+            logits = output.float().masked_fill_(~mask[tile], FORBIDDEN_LOGIT)
+            loss, d_logits, surprise = losses.clipped_loss(
+                logits,
+                action[tile],
+                old[tile],
+                advantage[tile],
+                weight[tile],
+                settings.clip,
+                settings.entropy_weight,
+                settings.clone_weight,
+                None if clone is None else clone[tile].masked_fill(~mask[tile], FORBIDDEN_LOGIT),
+            )
+            total.add_(loss)
+            entropy.add_(surprise)
+            return d_logits
+
+        stack = self.policy.networks[b]
+        assert isinstance(stack, StackedMLP)
+        stack.backpropagate([observations], gradient, to_inputs=False)
+        return total, entropy
+
+    def _improve_continuous(
+        self,
+        b: int,
+        observations: torch.Tensor,
+        action: torch.Tensor,
+        old: torch.Tensor,
+        advantage: torch.Tensor,
+        weight: torch.Tensor,
+        clone: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The entropy of a squashed Gaussian has no closed form: it is that of a reparameterised draw."""
+        settings = self.settings.clipped
+        output = self.policy.networks[b](observations).float()
+        log_ratio = gaussian.log_density(output, action) - old
+        entropy = -(weight * gaussian.draw(output, self._generator)[1]).sum()
+        loss, d_ratio = losses.clipped_gain(log_ratio.detach(), advantage, settings.clip, weight)
+        surrogate = (d_ratio * log_ratio).sum() - settings.entropy_weight * entropy
+        if clone is not None:
+            surrogate = surrogate + settings.clone_weight * (weight * gaussian.divergence(output, clone)).sum()
+        surrogate.backward()
+        return loss - settings.entropy_weight * entropy.detach(), entropy.detach()
+
+    def _step(self, name: str, schedule: Schedule) -> None:
+        rates = {"policy": self.settings.policy_learning_rate, "critic": self.settings.critic_learning_rate}
+        self._clips[name]()
+        optimiser = self._optimisers[name]
+        optimiser.param_groups[0]["lr"] = rates[name] * schedule.learning_rate
+        optimiser.step()
+
+
+def _select(steps: _Steps, index: torch.Tensor) -> _Steps:
+    def taken(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [tensor.index_select(0, index) for tensor in tensors]
+
+    return _Steps(
+        steps.rows.select(index),
+        taken(steps.action_masks),
+        taken(steps.old_log_probability),
+        taken(steps.advantage),
+        taken(steps.target),
+        taken(steps.weight),
+        None if steps.clone_outputs is None else taken(steps.clone_outputs),
+    )
