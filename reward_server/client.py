@@ -28,7 +28,7 @@ from protocol.messages import (
     Update,
 )
 from protocol.trajectories import ArrayTable
-from reward_server.particles import Model
+from reward_server.model import Model
 
 OVERLOAD_PAUSE_SECONDS = 0.05
 STATE = "state"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,13 +12,15 @@ from torch.nn import functional
 from protocol.errors import InputError, NumericalError, ProtocolError
 from protocol.layout import JointRows, Layout
 from protocol.messages import Arrays
+from protocol.seeds import derive_seed
 from protocol.trajectories import ArrayTable
 from reward_server.discriminator import Architecture, Workspace, backward, forward
 from reward_server.health import Health
+from reward_server.memory import Memory
+from reward_server.model import Answer, check_rewards
 from reward_server.sees import columns_seen
 from reward_server.settings import RewardSettings
 from reward_server.svgd import svgd_direction, svgd_directions
-from reward_server.window import Window
 
 TILE_ACTIVATIONS = 1_500_000
 """Hidden activations computed at a time: what the cache next to a core holds, and what bounds the memory."""
@@ -26,61 +28,16 @@ TILE_PARAMETERS = 1_000_000
 """Parameters that a kernel is applied to at a time."""
 QUERY_ROWS = 2_048
 """Rows per group of a query computed at a time."""
+MEMORY, PARAMETER = "memory.", ".parameter"
+"""How the names of a state's arrays begin or end."""
+AXES = ("groups", "particles", "outputs", "inputs and biases")
+"""Of a layer of parameters."""
 
-Answer = tuple[list[torch.Tensor], list[torch.Tensor] | None]
-"""Rewards, and their standard deviations over the particles if asked for: [B, N_b] float32 per block."""
-
-
-class Model(Protocol):
-    """What a reward service answers from."""
-
-    version: int
-
-    def observe(self, rows: JointRows) -> None:
-        """Take in fresh rows of the agents."""
-
-    def update(self, progress: float) -> dict[str, float]:
-        """Learn from what was observed; `progress` is the part of the run that is done, 0..1."""
-
-    def query(self, rows: JointRows, deviation: bool = False, true_rewards: list[torch.Tensor] | None = None) -> Answer:
-        """Rewards of joint rows."""
-
-    def state(self) -> Arrays:
-        """Everything that a restart needs, copied."""
-
-    def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Continue from a `state`."""
-
-
-class TrueRewards:
-    """Answers the environment's rewards as they came: trains experts, and checks everything around the rewards."""
-
-    def __init__(self) -> None:
-        self.version = 0
-
-    def observe(self, rows: JointRows) -> None:
-        pass
-
-    def update(self, progress: float) -> dict[str, float]:
-        self.version += 1
-        return {}
-
-    def query(self, rows: JointRows, deviation: bool = False, true_rewards: list[torch.Tensor] | None = None) -> Answer:
-        if true_rewards is None:
-            raise ProtocolError("body", "rewards of source 'environment' were asked for without the true rewards")
-        rewards = [r * active for r, active in zip(true_rewards, rows.active, strict=True)]
-        _check_rewards(rewards)
-        return rewards, [torch.zeros_like(r) for r in rewards] if deviation else None
-
-    def state(self) -> Arrays:
-        return {"counters": np.array([self.version], np.int64)}
-
-    def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
-        self.version = int(arrays["counters"][0])
+T = TypeVar("T")
 
 
 class RewardModel:
-    """Particles, optimiser, the window of agent rows and the expert's rows.
+    """Particles, optimiser, the memory of agent rows and the expert's rows.
 
     The log posterior of a particle is Eq. 3 (rows of the agents labelled 1, of the expert 0) plus a Gaussian prior.
     Deterministic: the seed and the calls decide every bit.
@@ -101,7 +58,7 @@ class RewardModel:
             raise InputError("the demonstrations hold no rows; imitation needs at least one episode")
         self.layout, self.settings, self.version = layout, settings, 0
         self._expert = demonstrations
-        self._window = Window(layout, settings.window_steps)
+        self._memory = Memory(layout, settings.window_steps, settings.memory, derive_seed(seed, "memory"))
         self._generator = torch.Generator().manual_seed(seed)
         self._architectures = architectures(layout, settings, agent_identity)
         self._device = torch.device(device)
@@ -119,8 +76,8 @@ class RewardModel:
             self._adam.state[layer] = {"step": torch.zeros((), device=self._device), **moments}
 
     def observe(self, rows: JointRows) -> None:
-        """Push fresh joint rows into the window."""
-        self._window.push(rows)
+        """Push fresh joint rows into the memory."""
+        self._memory.push(rows)
 
     def update(self, progress: float) -> dict[str, float]:
         """`settings.updates` SVGD steps.
@@ -128,7 +85,7 @@ class RewardModel:
         Answers the figures of `Health` for the last batch, before its step.
         Raises NumericalError if a parameter is no longer finite, InputError if nothing was observed yet.
         """
-        if not self._window.filled:
+        if not self._memory.filled:
             raise InputError("the particles cannot be updated before rows were observed")
         rate = self.settings.learning_rate * (1 + (self.settings.final_learning_rate - 1) * progress)
         for group in self._adam.param_groups:
@@ -152,42 +109,57 @@ class RewardModel:
         """
         answers = [self._query_block(b, rows, deviation) for b in range(len(self._layers))]
         rewards = [answer[0] for answer in answers]
-        _check_rewards(rewards)
+        check_rewards(rewards)
         return rewards, [answer[1] for answer in answers] if deviation else None
 
     def state(self) -> Arrays:
         """Everything that a restart needs, copied; `state_table` gives names and shapes."""
-        counters = np.array([self.version, self._adam_step(), self._window.cursor, self._window.filled], np.int64)
+        counters = np.array([self.version, self._adam_step()], np.int64)
         arrays: Arrays = {"counters": counters, "generator": self._generator.get_state().numpy()}
-        arrays |= {f"window.{name}": array.copy() for name, array in self._window.rows.to_arrays().items()}
+        arrays |= {MEMORY + name: array for name, array in self._memory.state().items()}
         return arrays | {name: tensor.detach().cpu().numpy().copy() for name, tensor in self._tensors().items()}
 
-    @torch.no_grad()
     def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Continue from a `state`, whose shapes and dtypes were checked against `state_table`.
 
         Raises ProtocolError (cause `bad_value`) if its values cannot be a state.
         """
-        version, steps, cursor, filled = (int(value) for value in arrays["counters"])
-        capacity = self._window.capacity
-        if min(version, steps) < 0 or not (0 <= cursor < capacity and 0 <= filled <= capacity):
-            raise ProtocolError("bad_value", f"the counters of a reward state are out of range: {arrays['counters']}")
+        self._load_particles(arrays)
+        self._memory.load_state(_part(arrays, MEMORY))
+        self._generator.set_state(torch.tensor(arrays["generator"]))
+        self.version = int(arrays["counters"][0])
+
+    def adopt(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Begin with what another run learned, from its `state`; call it before the first `observe`.
+
+        Particles and Adam's moments are taken over, and the memory with its count of rows if they fit: with other
+        numbers of agents, or another `window_steps`, it begins empty. Version and random draws stay this model's own.
+        Raises InputError for particles that do not fit, ProtocolError as `load_state`.
+        """
+        here = state_table(self.layout, self.settings, self._architectures[0].agent_identity)
+        there: ArrayTable = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
+        if difference := misfit(there, here):
+            raise InputError(f"the particles of the other run do not fit this one: {difference}")
+        self._load_particles(arrays)
+        if _part(here, MEMORY) == _part(there, MEMORY):
+            self._memory.load_state(_part(arrays, MEMORY))
+
+    @torch.no_grad()
+    def _load_particles(self, arrays: Mapping[str, np.ndarray]) -> None:
+        version, steps = (int(value) for value in arrays["counters"])
+        if min(version, steps) < 0:
+            raise ProtocolError("bad_value", f"the counters of a reward state are out of range: {version}, {steps}")
         for name, tensor in self._tensors().items():
             if not np.isfinite(arrays[name]).all():
                 raise ProtocolError("bad_value", f"array '{name}' of a reward state is not finite")
             tensor.copy_(torch.tensor(arrays[name]))
-        window = {name.removeprefix("window."): array for name, array in arrays.items() if name.startswith("window.")}
-        JointRows.from_arrays(window, self.layout)  # checks the values
-        self._window.load(window, cursor, filled)
-        self._generator.set_state(torch.tensor(arrays["generator"]))
         for state in self._adam.state.values():
             state["step"].fill_(steps)
-        self.version = version
 
     @torch.no_grad()
     def _step(self, health: Health | None) -> None:
         batch = self.settings.batch_size
-        agent = torch.randint(self._window.filled, (batch,), generator=self._generator)
+        agent = torch.randint(self._memory.filled, (batch,), generator=self._generator)
         expert = torch.randint(len(self._expert), (batch,), generator=self._generator)
         for b, layers in enumerate(self._layers):
             self._differentiate(b, self._batch(b, agent, expert), health)
@@ -198,14 +170,14 @@ class RewardModel:
 
     def _batch(self, b: int, agent: torch.Tensor, expert: torch.Tensor) -> list[torch.Tensor]:
         """Observations, actions and active (0. or 1.) of a block: grids [G, 2B, S, …], the agents' rows first."""
-        window, expert_rows = self._window.rows, self._expert
-        sources = window.observations[b], expert_rows.observations[b]
+        memory, expert_rows = self._memory.rows, self._expert
+        sources = memory.observations[b], expert_rows.observations[b]
         observations = self._gathered.take("observations", 2 * len(agent), sources[0][0].numel())
         for source, index, target in zip(sources, (agent, expert), observations.chunk(2), strict=True):
             torch.index_select(source.flatten(1), 0, index, out=target)
         observations = observations.unflatten(1, sources[0].shape[1:])
-        actions = torch.cat([window.actions[b][agent], expert_rows.actions[b][expert]])
-        active = torch.cat([window.active[b][agent], expert_rows.active[b][expert]])
+        actions = torch.cat([memory.actions[b][agent], expert_rows.actions[b][expert]])
+        active = torch.cat([memory.active[b][agent], expert_rows.active[b][expert]])
         grid = self.layout.blocks[b].grid
         return [
             grid(observations),
@@ -214,7 +186,7 @@ class RewardModel:
         ]
 
     def _differentiate(self, b: int, batch: Sequence[torch.Tensor], health: Health | None) -> None:
-        """Write the likelihood's gradients, for these rows of window and expert, into a block's layers.
+        """Write the likelihood's gradients, for these rows of memory and expert, into a block's layers.
 
         With the kernel in function space the logits move in their SVGD direction instead, and the layers with them.
         """
@@ -286,7 +258,7 @@ class RewardModel:
         tensors: dict[str, torch.Tensor] = {}
         for b, layers in enumerate(self._layers):
             for k, layer in enumerate(layers):
-                tensors[f"{b}.{k}.parameter"] = layer
+                tensors[f"{b}.{k}{PARAMETER}"] = layer
                 for moment in ("exp_avg", "exp_avg_sq"):
                     tensors[f"{b}.{k}.{moment}"] = self._adam.state[layer][moment]
         return tensors
@@ -311,24 +283,37 @@ def state_table(layout: Layout, settings: RewardSettings, agent_identity: bool =
     """Name → (dtype, shape) of `Model.state`: the schema of a restored session."""
     if settings.source == "environment":
         return {"counters": ("int64", (1,))}
-    table: ArrayTable = {"counters": ("int64", (4,)), "generator": ("uint8", (len(torch.Generator().get_state()),))}
-    table |= {f"window.{name}": entry for name, entry in JointRows.array_table(layout, settings.window_steps).items()}
+    table: ArrayTable = {"counters": ("int64", (2,)), "generator": ("uint8", (len(torch.Generator().get_state()),))}
+    table |= {MEMORY + name: entry for name, entry in Memory.state_table(layout, settings.window_steps).items()}
     for b, architecture in enumerate(architectures(layout, settings, agent_identity)):
         for k, shape in enumerate(architecture.shapes):
             table |= {f"{b}.{k}.{part}": ("float32", shape) for part in ("parameter", "exp_avg", "exp_avg_sq")}
     return table
 
 
-def _check_rewards(rewards: Sequence[torch.Tensor]) -> None:
-    for b, values in enumerate(rewards):
-        if not bool(torch.isfinite(values).all()):
-            raise NumericalError(f"a reward of block {b} is not finite")
+def misfit(there: ArrayTable, here: ArrayTable) -> str | None:
+    """The first thing in which the particles of one `state_table` do not fit another, in words; None if they do."""
+    tables = [
+        {name: shape for name, (_, shape) in table.items() if name.endswith(PARAMETER)} for table in (there, here)
+    ]
+    for name in sorted(tables[0].keys() | tables[1].keys()):
+        theirs, mine = (table.get(name, (0,) * len(AXES)) for table in tables)
+        for axis, *sizes in zip(AXES, theirs, mine, strict=True):
+            if sizes[0] != sizes[1]:
+                block, layer, _ = name.split(".")
+                return f"{axis} of layer {layer} of block {block}: {sizes[0]} there, {sizes[1]} here"
+    return None
 
 
 def _tiles(groups: int, size: int, limit: int) -> Iterator[slice]:
     """Slices of `groups` groups (or rows) of `size` numbers each that hold at most `limit` numbers, or one group."""
     step = max(1, limit // max(1, size))
     return (slice(start, min(start + step, groups)) for start in range(0, groups, step))
+
+
+def _part(named: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """What is named under a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
 
 
 def _gradient(layer: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,8 @@ from protocol.trajectories import ArrayTable
 from reward_server.batcher import QueryBatcher, Waiting
 from reward_server.client import STATE, rewards_table
 from reward_server.metrics import RewardServerMetrics
-from reward_server.particles import Model, RewardModel, TrueRewards, state_table
+from reward_server.model import Model, TrueRewards
+from reward_server.particles import RewardModel, state_table
 from reward_server.settings import RewardSettings
 
 POLL_SECONDS = 0.2

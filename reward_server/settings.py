@@ -7,6 +7,7 @@ from typing import Literal
 
 Source = Literal["learned", "environment"]
 KernelScope = Literal["function", "tensor", "network", "none"]
+MemoryKind = Literal["window", "run"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,11 @@ class RewardSettings:
     """Particle updates per iteration."""
     batch_size: int = 256
     """Agent rows, and as many expert rows, of one update."""
+    memory: MemoryKind = "window"
+    """Which of the agents' joint rows updates draw from: the newest of the run (`window`), or a sample of all of them
+    (`run`), so that what agents no longer do is still known to be wrong."""
     window_steps: int = 8_000
-    """Newest joint rows of the agents that updates draw from."""
+    """How many joint rows of the agents that is."""
     max_batch_rows: int = 4_096
     """Most joint rows of queries that are computed together."""
     max_delay_seconds: float = 0.001

@@ -11,7 +11,8 @@ from protocol.errors import InputError, NumericalError, ProtocolError
 from protocol.layout import JointRows, Layout, ParameterSharing
 from protocol.specs import EnvironmentSpec, TypeSpec
 from reward_server import particles
-from reward_server.particles import RewardModel, TrueRewards, state_table
+from reward_server.model import TrueRewards
+from reward_server.particles import RewardModel, misfit, state_table
 from reward_server.settings import RewardSettings
 from reward_server.svgd import svgd_direction
 
@@ -76,7 +77,7 @@ def slow_directions(
 ) -> list[torch.Tensor]:
     settings, block, layers = model.settings, model.layout.blocks[b], double_layers(model, b)
     window = JointRows.from_arrays(
-        {n.removeprefix("window."): a for n, a in model.state().items() if n.startswith("window.")}, model.layout
+        {n.removeprefix("memory."): a for n, a in model.state().items() if n.startswith("memory.")}, model.layout
     )
     moved = [torch.zeros_like(layer) for layer in layers]
     for group in range(block.groups):
@@ -196,7 +197,7 @@ def test_inactive_agents_change_nothing() -> None:
     second.observe(other)
     assert first.update(0.0) == second.update(0.0)
     for name, array in first.state().items():
-        assert name.startswith("window.") or np.array_equal(array, second.state()[name]), name
+        assert name.startswith("memory.") or np.array_equal(array, second.state()[name]), name
 
 
 def test_same_seed_same_bits_and_another_seed_others() -> None:
@@ -209,15 +210,17 @@ def test_same_seed_same_bits_and_another_seed_others() -> None:
     assert not np.array_equal(a["0.0.parameter"], c["0.0.parameter"])
 
 
-def test_state_restores_everything() -> None:
-    model = make_model()
+@pytest.mark.parametrize("memory", ["window", "run"])
+def test_state_restores_everything(memory: str) -> None:
+    settings = dataclasses.replace(SETTINGS, memory=memory)  # type: ignore[arg-type]
+    model = make_model(settings=settings)
     model.observe(some_rows(model.layout, 33, 7))
     model.update(0.1)
     saved = model.state()
     assert {n: (a.dtype.name, a.shape) for n, a in saved.items()} == state_table(model.layout, SETTINGS)
     model.observe(some_rows(model.layout, 7, 8))
     figures = model.update(0.2)
-    restored = make_model(seed=99)
+    restored = make_model(settings=settings, seed=99)
     restored.load_state(saved)
     assert restored.version == 1
     restored.observe(some_rows(model.layout, 7, 8))
@@ -226,7 +229,7 @@ def test_state_restores_everything() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("counters", -1), ("counters", 10**6), ("0.0.parameter", np.nan), ("window.0.actions", 99)]
+    ("name", "value"), [("counters", -1), ("memory.observed", -1), ("0.0.parameter", np.nan), ("memory.0.actions", 99)]
 )
 def test_a_state_with_impossible_values_is_refused(name: str, value: float) -> None:
     saved = make_model().state()
@@ -235,15 +238,59 @@ def test_a_state_with_impossible_values_is_refused(name: str, value: float) -> N
         make_model().load_state(saved)
 
 
-def test_window_keeps_the_newest_rows() -> None:
-    model = make_model()
-    model.observe(some_rows(model.layout, 25, 9))
-    newest = some_rows(model.layout, 30, 10)
-    model.observe(newest)
-    held = model._window.rows.observations[0]
-    for row in newest.observations[0]:
-        assert (held == row).flatten(1).all(dim=1).any()
-    assert model._window.filled == 40
+@pytest.mark.parametrize(("memory", "remembered"), [("window", 0), ("run", 20)])
+def test_updates_draw_from_what_the_memory_keeps(memory: str, remembered: int) -> None:
+    """80 rows into a memory of 40: the second half has all of a window, and about a half of a reservoir."""
+    layout = Layout.of(SPEC, "type")
+    settings = dataclasses.replace(SETTINGS, memory=memory, updates=60)  # type: ignore[arg-type]
+    model = RewardModel(layout, some_rows(layout, 30, 1), settings, 0)
+    first, second = some_rows(layout, 40, 2, shift=-100.0), some_rows(layout, 40, 3, shift=100.0)
+    drawn: list[torch.Tensor] = []
+    batch = model._batch
+    model._batch = lambda b, agent, expert: [drawn.append(agent), batch(b, agent, expert)][1]  # type: ignore
+    for rows in (first, second):
+        model.observe(rows)
+    model.update(0.0)
+    sampled = model._memory.rows.observations[0][torch.cat(drawn).unique()].mean(dim=(1, 2))
+    assert int((sampled < 0).sum()) == pytest.approx(remembered, abs=8 if remembered else 0)
+    assert len(sampled) == 40
+
+
+@pytest.mark.parametrize(("agents", "window_steps", "remembers"), [(3, 40, True), (7, 40, False), (3, 50, False)])
+def test_another_run_is_adopted_also_with_other_numbers_of_agents(
+    agents: int, window_steps: int, remembers: bool
+) -> None:
+    there = make_model(settings=dataclasses.replace(SETTINGS, memory="run"))
+    there.update(0.0)
+    types = (dataclasses.replace(SPEC.types[0], count=agents), *SPEC.types[1:])
+    layout = Layout.of(dataclasses.replace(SPEC, types=types), "type")
+    settings = dataclasses.replace(SETTINGS, memory="run", window_steps=window_steps, updates=7)
+    here = RewardModel(layout, some_rows(layout, 30, 1), settings, seed=9)
+    own = here.state()
+    here.adopt(there.state())
+    for name, array in there.state().items():
+        if name.split(".")[0].isdigit() or (remembers and name.startswith("memory.")):
+            np.testing.assert_array_equal(here.state()[name], array)
+    assert here.state()["counters"].tolist() == [0, SETTINGS.updates]
+    np.testing.assert_array_equal(here.state()["generator"], own["generator"])
+    assert here._memory.observed == (50 if remembers else 0)
+    here.observe(some_rows(layout, 5, 4))
+    here.update(0.0)
+
+
+def test_particles_that_do_not_fit_are_named() -> None:
+    there, here = make_model(), make_model(settings=dataclasses.replace(SETTINGS, particles=2, hidden=(8,)))
+    with pytest.raises(InputError, match="particles of layer 0 of block 0: 3 there, 2 here"):
+        here.adopt(there.state())
+    table = state_table(there.layout, SETTINGS)
+    assert misfit(table, table) is None
+    wider = state_table(there.layout, dataclasses.replace(SETTINGS, hidden=(9, 6)))
+    assert misfit(wider, table) == "outputs of layer 0 of block 0: 9 there, 8 here"
+    deeper = state_table(there.layout, dataclasses.replace(SETTINGS, hidden=(8, 6, 1)))
+    assert misfit(deeper, table) == "groups of layer 3 of block 0: 2 there, 0 here"
+    fewer = state_table(Layout.of(dataclasses.replace(SPEC, types=SPEC.types[:1]), "type"), SETTINGS)
+    assert misfit(fewer, table) == "groups of layer 0 of block 0: 1 there, 2 here"
+    assert misfit({"counters": ("int64", (1,))}, table) == "groups of layer 0 of block 0: 0 there, 2 here"
 
 
 def test_learning_rate_falls_with_progress() -> None:

@@ -19,7 +19,8 @@ from protocol.messages import Query, Sender
 from protocol.specs import EnvironmentSpec, TypeSpec
 from protocol.telemetry import Telemetry
 from reward_server.client import LocalRewards, RemoteRewards, RewardService
-from reward_server.particles import Model, RewardModel, TrueRewards, state_table
+from reward_server.model import Model, TrueRewards
+from reward_server.particles import RewardModel, state_table
 from reward_server.process import RewardServer, listen, request_schema
 from reward_server.settings import RewardSettings
 
