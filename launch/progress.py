@@ -64,7 +64,12 @@ class Progress:
         self.close()
         returns = [
             f"{name} {result[key]:.1f}"
-            for name, key in (("random", "random_return"), ("learned", "return_mean"), ("expert", "expert_return"))
+            for name, key in (
+                ("random", "random_return"),
+                ("clone", "clone_return"),
+                ("learned", "return_mean"),
+                ("expert", "expert_return"),
+            )
             if result.get(key) is not None
         ]
         if result.get("normalized_return") is not None:
@@ -113,7 +118,9 @@ def _rows(learner: Status | None) -> list[tuple[str, str]]:
 
 def _return(values: Mapping[str, float]) -> str:
     text = f"{values['return_mean']:.1f}" if "return_mean" in values else "–"
-    bounds = [f"{name} {values[f'{name}_return']:.1f}" for name in ("random", "expert") if f"{name}_return" in values]
+    bounds = [
+        f"{name} {values[f'{name}_return']:.1f}" for name in ("random", "clone", "expert") if f"{name}_return" in values
+    ]
     if {"return_mean", "random_return", "expert_return"} <= set(values):
         span = values["expert_return"] - values["random_return"]
         if span:

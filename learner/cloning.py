@@ -73,6 +73,8 @@ class BehaviourCloning:
     them the largest likelihood.
     """
 
+    starts_cloned = False  # it ends so
+
     def __init__(self, policy: Policy, demonstrations: Demonstrations, settings: CloningSettings, seed: int) -> None:
         self.policy, self._settings = policy, settings
         train, held_out = demonstrations.split(settings.held_out, derive_seed(seed, "held-out"))

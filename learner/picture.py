@@ -10,10 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 CURVE_COLOR, EXPERT_COLOR, RANDOM_COLOR, TEXT_COLOR = "#1f5fa8", "#2e8b57", "#9a9a9a", "#333333"
+CLONE_COLOR = "#b5651d"
 
 
 def draw_curve(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any], path: Path) -> None:
-    """Return against environment steps, with a band of one standard error and lines for random and expert.
+    """Return against environment steps, with a band of one standard error and lines for random, clone and expert.
 
     A run that takes no steps is drawn against iterations.
 
@@ -29,6 +30,7 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any], pat
     axes = figure.add_subplot()
     for name, value, color in (
         ("expert", result.get("expert_return"), EXPERT_COLOR),
+        ("clone", result.get("clone_return"), CLONE_COLOR),
         ("random", result.get("random_return"), RANDOM_COLOR),
     ):
         if value is not None:

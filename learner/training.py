@@ -43,9 +43,10 @@ class Interrupted(Exception):
 
 
 class Iterated(Protocol):
-    """What is iterated."""
+    """What is iterated.   starts_cloned: whether the policy before the first iteration is the demonstrations' clone."""
 
     policy: Policy
+    starts_cloned: bool
 
     def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None) -> None: ...
 
@@ -65,6 +66,8 @@ class Facts:
     wall_seconds: float = 0.0
     best_return: float = -math.inf
     """Of the policies that have a checkpoint."""
+    clone_return: float | None = None
+    """Of the clone that the run started from, once it was evaluated; None if it started from something else."""
 
 
 class Training:
@@ -177,6 +180,9 @@ class Training:
         episodes = 0
         if iteration == self._iterations:
             episodes = self._evaluation.final_episodes
+        elif iteration == 0 and self._algorithm.starts_cloned:
+            # What the run will be held against is measured as well as its end.
+            episodes = self._evaluation.final_episodes
         elif iteration % self._evaluation.interval == 0:
             episodes = self._evaluation.episodes
         with self._telemetry.stage("publish"):
@@ -212,8 +218,9 @@ class Training:
             "random_return": self._random_return,
             "steps_per_second": facts.env_steps / max(facts.wall_seconds, 1e-9),
         }
-        if self._expert_return is not None:
-            self._telemetry.numbers["expert_return"] = self._expert_return
+        for name, value in (("expert_return", self._expert_return), ("clone_return", facts.clone_return)):
+            if value is not None:
+                self._telemetry.numbers[name] = value
         self._record.log_iteration(facts.iteration, self._figures[facts.iteration])
 
     def _position(self) -> dict[str, float]:
@@ -234,6 +241,8 @@ class Training:
             figures,
         )
         self._figures = {version: rest for version, rest in self._figures.items() if version > evaluated.version}
+        if evaluated.version == 0 and self._algorithm.starts_cloned:
+            self._facts.clone_return = estimate.mean
         self._telemetry.numbers["return_mean"] = estimate.mean
         self._metrics.episode_return.set(estimate.mean)
         # A better policy without a checkpoint must not keep the best one that has a checkpoint from being marked.
@@ -274,6 +283,7 @@ class Training:
             "return_stderr": estimate and estimate.stderr,
             "random_return": self._random_return,
             "expert_return": self._expert_return,
+            "clone_return": self._facts.clone_return,
             "normalized_return": estimate and self._normalized(estimate.mean),
             "return_unit": "true return per agent and episode",
             "policy_sha256": self._algorithm.policy.sha256(),
