@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from actors.environments.berlin.environment import Berlin
+from actors.environments.berlin.environment import berlin_of
 from actors.evaluation import ReturnEstimate, evaluate
 from actors.experts.commuters import CongestionAware, FreeFlow, StayHome
 from actors.policy import UniformPolicy
@@ -26,8 +26,7 @@ def calibrate(name: str, days: int, seed: int) -> int:
     Raises InputError for an environment that is no Berlin, or fewer than two days.
     """
     environment = make_environment(name, 1)
-    if not isinstance(environment, Berlin):
-        raise InputError(f"'{name}' is no berlin: there is nothing to calibrate")
+    loads = berlin_of(environment).load_agents
     if days < 2:
         raise InputError(f"--days must be at least 2, got {days}")
     console = Console(highlight=False)
@@ -45,7 +44,6 @@ def calibrate(name: str, days: int, seed: int) -> int:
         )
     console.print(table)
     gap = (means["congestion-aware"] - means["free flow"]) / (means["congestion-aware"] - means["random"])
-    loads = environment.load_agents
     console.print(f"interaction gap {gap:.1%} of the range from random to congestion-aware")
     console.print(
         f"a road holds {np.median(loads):.2f} agents (median; {loads.min():.2f} to {loads.max():.2f}) at free speed"

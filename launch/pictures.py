@@ -20,7 +20,7 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.figure import Figure
 from rich.progress import track
 
-from actors.environments.berlin.environment import Berlin
+from actors.environments.berlin.environment import Berlin, berlin_of
 from actors.environments.berlin.map import COLOURS, HOME_COLOUR, WORK_COLOUR, draw_map
 from actors.rollout import Acts, rollout
 from learner.attention import attention_by_type
@@ -60,13 +60,12 @@ def draw_pictures(
 
     hour: of the map, 0..24; negative takes the busiest one. Raises InputError for an environment that has no map.
     """
-    berlin = make_environment(environment, DAYS)
-    if not isinstance(berlin, Berlin):
-        raise InputError(f"there are pictures of berlin only, and this run is of '{environment}'")
+    world = make_environment(environment, DAYS)
+    berlin = berlin_of(world)
     folder.mkdir(exist_ok=True)
     places, steps = berlin.scenario.num_locations, berlin.scenario.steps
     shown = [array.reshape(-1, steps, *array.shape[1:])[:DAYS] for array in demonstrations.observations]
-    played = [array[:-1].swapaxes(0, 1) for array in rollout(berlin, policy, SEED).observations]
+    played = [array[:-1].swapaxes(0, 1) for array in rollout(world, policy, SEED).observations]
     days = [Days(title, _locations(seen, places)) for title, seen in (("expert", shown), ("imitator", played))]
     step = _busiest(berlin, days[0]) if hour < 0 else _step_at(berlin, hour)
     drawings: dict[str, Callable[[Path], None]] = {
@@ -146,7 +145,8 @@ def _map_figure(berlin: Berlin, days: list[Days], step: int, names: bool = True)
     maps = []
     for axes, one in zip(figure.subplots(1, 2), days, strict=True):
         counts = one.counts(berlin.scenario.num_locations)[step]
-        maps.append(draw_map(axes, berlin.scenario, counts[:roads] / berlin.load_agents, counts[roads:], limits, names))
+        loads, closed = counts[:roads] / berlin.load_agents, berlin.changes.closed
+        maps.append(draw_map(axes, berlin.scenario, loads, counts[roads:], limits, names, closed))
         axes.set_title(one.title)
     return figure, maps
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from actors.environments.berlin.environment import Berlin
+from actors.environments.berlin.environment import Berlin, berlin_of
 from actors.environments.rover_tower import RoverTower
 from protocol.demonstrations import Demonstrations
 from protocol.errors import InputError
@@ -42,9 +42,7 @@ def import_day(path: str | Path, environment: str) -> tuple[Demonstrations, int]
     no single transition of the scenario is left out: its agent is inactive in that step.
     Raises InputError if the file is not such an npz, or its day does not fit the environment.
     """
-    town = make_environment(environment, 1)
-    if not isinstance(town, Berlin):
-        raise InputError(f"'{environment}' is no berlin, and a day can be imported into nothing else")
+    town = berlin_of(make_environment(environment, 1))
     try:
         with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as file:
             if sum(entry.file_size for entry in archive.infolist()) > MAX_UNPACKED_BYTES:
@@ -72,7 +70,7 @@ def _replayed(town: Berlin, location: np.ndarray) -> tuple[Trajectories, int]:
     day = Trajectories.zeros(spec, 1)
     day.truncated[-1] = True
     parts = [slice(o, o + t.count) for o, t in zip(spec.offsets, spec.types, strict=True)]
-    allowed = town.scenario.allowed[location[:-1], location[1:]]
+    allowed = town.allowed[location[:-1], location[1:]]
     town.reset(0)
     for t in range(steps + 1):
         now = town.show(location[t][None], t)

@@ -53,6 +53,30 @@ def test_ways_are_connected_and_fastest() -> None:
     assert BERLIN.free_flow_minutes[way].sum() == pytest.approx(BERLIN.trip_minutes(home)[0][46 + work], abs=1e-3)
 
 
+def test_next_hops_are_the_fastest_way_from_everywhere() -> None:
+    for home, work, _ in BERLIN.demand.astype(int):
+        after, minutes = BERLIN.next_hops(work)
+        here, roads = int(after[46 + home]), []
+        while here != 46 + work:
+            roads.append(here)
+            here = int(after[here])
+        assert roads == BERLIN.way(home, work)
+        assert minutes[46 + home] == pytest.approx(BERLIN.free_flow_minutes[roads].sum(), abs=1e-6)
+    assert after[46 + work] == 46 + work
+    assert BERLIN.allowed[np.arange(56), after].all()
+
+
+def test_closed_roads_are_no_next_hops() -> None:
+    open_roads, closed = BERLIN.next_hops(5)[0], BERLIN.way(1, 5)[:1]
+    after, minutes = BERLIN.next_hops(5, closed)
+    assert closed[0] in open_roads
+    assert closed[0] not in after
+    assert np.isfinite(minutes).all(), "also from the closed road itself a way leads there"
+    everything, never = BERLIN.next_hops(5, range(46))
+    assert everything[46 + 1] == 46 + 1
+    assert np.isinf(never[46 + 1])
+
+
 @pytest.mark.parametrize(
     ("name", "row", "value", "message"),
     [

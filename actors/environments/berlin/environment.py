@@ -11,11 +11,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from actors.environments.berlin.changes import Changes, plain_text
 from actors.environments.berlin.scenario import Scenario
 from actors.environments.berlin.scenario_file import load_scenario
 from actors.environments.berlin.variants import split_variant
-from protocol.environment import Starts, TimeStep
+from protocol.environment import Environment, Starts, TimeStep
 from protocol.errors import InputError, unknown_name
+from protocol.perturbation import unperturbed
 from protocol.specs import EnvironmentSpec, Part, TypeSpec
 
 MINUTES_OF_DAY = 1440.0
@@ -37,7 +39,10 @@ class Berlin:
     and `work` one-hot (F each); the part of the day that is over, sine and cosine of the hour (`time`), and when own
     working hours begin and end as parts of the day, 0 and 0 on a day off (`hours`). How full: of a road
     (n + 1)/(n + 1 + load), which grows with its count n and is about a half where it begins to slow down; of a
-    facility n/N.
+    facility n/N, N as in the world that is changed.
+
+    Variants and `changes` make another world of the same shapes; its spec names the one that they change.
+    `allowed` [K, K] bool: whether the second location is a possible next one of the first; staying is.
 
     Start states, where days differ (see `variants`): `work_start_minute` and `work_end_minute` [E, N],
     `slow_from_minute` and `slow_until_minute` [E, R]; where they do not, there are none.
@@ -51,11 +56,16 @@ class Berlin:
         agents: int = 50,
         flow_scale: float = 0.0,
         sight: str = "all",
+        closed: str = "",
+        capacity: str = "",
+        demand: float = 1.0,
     ) -> None:
         """scenario: a name, or a file, perhaps with a variant behind it: `berlin46-incidents`.
         flow_scale: how strongly agents slow each other down, smaller is stronger; 0 takes the scenario's own.
         sight: `all`, or `near`: how full a location is shows only to those who are there or could go there next.
-        Raises InputError for what the scenario does not offer.
+        closed, capacity, demand: see `changes`.
+        Raises InputError for what the scenario does not offer, and for closed roads without which nobody of a type
+        could get to work or home.
         """
         if num_envs < 1:
             raise InputError(f"berlin: expected num_envs ≥ 1, got {num_envs}")
@@ -66,18 +76,24 @@ class Berlin:
         self._sees_all = sight == "all"
         name, self.variant = split_variant(scenario)
         self.scenario, self.num_envs = load_scenario(name), num_envs
+        self.changes = Changes.parse(self.scenario, closed, capacity, demand)
         self.load_agents = self.scenario.load_agents * self.variant.load_factor
+        self.load_agents = self.load_agents * self.changes.load_factors(self.scenario)
         if flow_scale:
             self.load_agents = self.load_agents * (flow_scale / self.scenario.flow_scale)
-        commuters = self.scenario.agent_types(types, agents)
-        self.spec = _spec(scenario, self.scenario, commuters, types, agents, flow_scale, sight)
+        commuters = self.changes.crowd(self.scenario, types, agents)
+        options = f"types={types}&agents={agents}" + (f"&flow_scale={plain_text(flow_scale)}" if flow_scale else "")
+        options += f"&sight={sight}" if sight != "all" else ""
+        base = f"berlin?scenario={name}&{options}"
+        changed = f"berlin?scenario={scenario}&{options}{self.changes.options}"
+        self.spec = _spec(changed, base, self.scenario, commuters, sight)
         counts = [count for _, _, count in commuters]
         first = self.scenario.num_roads
         self.home = np.repeat([first + home for home, _, _ in commuters], counts)
         self.work = np.repeat([first + work for _, work, _ in commuters], counts)
-        self._allowed = self.scenario.allowed
+        self.allowed = self.changes.allowed(self.scenario)
         self._leaving, self._fullness = _tables(
-            self.scenario, self.load_agents, self.variant.incident_load_factor, agents
+            self.scenario, self.load_agents, self.variant.incident_load_factor, len(self.home), agents
         )
         self._allocate()
 
@@ -172,7 +188,7 @@ class Berlin:
         # A negative number is a huge one when it is read without its sign: one comparison for both ends.
         if action.view(np.uint64).max() >= places:
             raise ValueError(f"Berlin: actions must lie in 0..{places - 1}")
-        if not self._allowed.ravel().take(self._location * places + action).all():
+        if not self.allowed.ravel().take(self._location * places + action).all():
             raise ValueError("Berlin: an action leads to a location that is no next one of the agent's: see the masks")
         leaving = self._leaving.ravel().take(self._cell).ravel()
         self._random.random(dtype=np.float32, out=self._chance)
@@ -196,7 +212,7 @@ class Berlin:
             slow = self._conditions["slow_from_minute"] <= self.minute
             slow &= self.minute < self._conditions["slow_until_minute"]
             self._cell[:, : slow.shape[1]] += slow * (places * (agents + 1))
-        np.take(self._allowed, self._location, axis=0, out=self._mask_rows, mode="clip")
+        np.take(self.allowed, self._location, axis=0, out=self._mask_rows, mode="clip")
         fullness = self._fullness.ravel().take(self._cell)
         seen = self._observation[..., places : 2 * places]
         if self._sees_all:
@@ -259,14 +275,16 @@ class Berlin:
         return {name: np.asarray(array, np.float64) for name, array in starts.items()}
 
 
+def berlin_of(environment: Environment) -> Berlin:
+    """The Berlin that an environment is, perhaps one in which choices slip. Raises InputError if it is none."""
+    inner = unperturbed(environment)
+    if not isinstance(inner, Berlin):
+        raise InputError(f"'{environment.spec.name}' is no berlin, and what is asked for is of berlin only")
+    return inner
+
+
 def _spec(
-    name: str,
-    scenario: Scenario,
-    commuters: list[tuple[int, int, int]],
-    types: int,
-    agents: int,
-    flow_scale: float,
-    sight: str,
+    name: str, base: str, scenario: Scenario, commuters: list[tuple[int, int, int]], sight: str
 ) -> EnvironmentSpec:
     places, facilities = scenario.num_locations, scenario.num_facilities
     width = 2 * places + 2 * facilities + TIME_COLUMNS
@@ -284,21 +302,19 @@ def _spec(
         TypeSpec(f"home{home}-work{work}", count, width, places, parts=parts, purpose=PURPOSE)
         for home, work, count in commuters
     )
-    options = f"types={types}&agents={agents}" + (f"&flow_scale={flow_scale:g}" if flow_scale else "")
-    options += f"&sight={sight}" if sight != "all" else ""
     view = f"{scenario.name}, {sight} loads seen"
-    return EnvironmentSpec(f"berlin?scenario={name}&{options}", specs, scenario.steps, view)
+    return EnvironmentSpec(name, specs, scenario.steps, view, changes="" if name == base else base)
 
 
 def _tables(
-    scenario: Scenario, load_agents: np.ndarray, incident_load_factor: float, agents: int
+    scenario: Scenario, load_agents: np.ndarray, incident_load_factor: float, agents: int, base_agents: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Probability of leaving, and fullness, of each location that n = 0..N agents are on: [2, K, N + 1] float32, first
-    of roads as they are, then of slow ones."""
+    of roads as they are, then of slow ones. A facility is full with `base_agents`, however many there are."""
     places, roads = scenario.num_locations, scenario.num_roads
     count = np.arange(agents + 1)
     leaving, fullness = np.ones((2, places, agents + 1), np.float32), np.empty((2, places, agents + 1), np.float32)
-    fullness[:, roads:] = count / agents
+    fullness[:, roads:] = count / base_agents
     for row, factor in enumerate((1.0, incident_load_factor)):
         load = (load_agents * factor)[:, None]
         minutes = np.maximum(1, scenario.free_flow_minutes[:, None] * np.maximum(1, count / load))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ def draw_map(
     facility_counts: np.ndarray | None = None,
     limits: tuple[float, float] | None = None,
     names: bool = True,
+    closed: Sequence[int] = (),
 ) -> LineCollection:
     """Draw a scenario into matplotlib axes; returns the roads, for a colour bar or to be coloured anew.
 
     Traffic keeps to the right: each direction is a line of its own, as wide as its capacity says.
     road_values: [R] what colours the roads, within `limits`; grey without.   facility_counts: [F] agents there, written
-    beside the facilities.   names: whether facilities' names are written.
+    beside the facilities.   names: whether facilities' names are written.   closed: roads that are drawn dotted.
     """
     xy, width = scenario.junction_xy, max(float(np.ptp(scenario.junction_xy, axis=0).max()), 1e-9)
     ends = np.stack([xy[scenario.tail], xy[scenario.head]], axis=1)
@@ -42,7 +44,8 @@ def draw_map(
     lines = ends + OFFSET * width * right[:, None]
     hourly = scenario.load_vehicles / scenario.free_flow_minutes
     widths = 1.0 + 4.0 * np.sqrt(hourly / hourly.max())
-    roads = LineCollection(list(lines), linewidths=widths, capstyle="butt", zorder=2)
+    styles = [":" if road in closed else "-" for road in range(scenario.num_roads)]
+    roads = LineCollection(list(lines), linewidths=widths, linestyles=styles, capstyle="butt", zorder=2)
     if road_values is None:
         roads.set_color("#888888")
     else:

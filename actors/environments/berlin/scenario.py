@@ -6,6 +6,7 @@ Locations are numbered roads first: 0..R−1 are the roads, R..R+F−1 the facil
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -110,6 +111,20 @@ class Scenario:
         if location < 0:
             raise InputError(f"scenario '{self.name}': facility {work} cannot be reached from facility {home}")
         return roads[::-1]
+
+    def next_hops(self, facility: int, closed: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+        """The next location [K] of every location on the fastest free-flow way to a facility, and the minutes [K] on
+        its roads; itself and infinity where no way leads there. Nobody enters `closed` roads.
+
+        Other facilities are passed only where roads alone do not lead there, as if that took longer than any way.
+        """
+        target = self.num_roads + facility
+        move = self.transitions[~np.isin(self.transitions[:, 1], closed)]
+        minutes = np.append(self.free_flow_minutes, np.full(self.num_facilities, 1 + self.free_flow_minutes.sum()))
+        minutes[target] = 1e-9  # 0 would be no connection
+        backward = csr_array((minutes[move[:, 1]], move[:, ::-1].T), shape=(self.num_locations,) * 2)
+        distance, after = dijkstra(backward, indices=target, return_predecessors=True)
+        return np.where(after < 0, np.arange(self.num_locations), after), distance
 
     def agent_types(self, types: int, agents: int) -> list[tuple[int, int, int]]:
         """(home, work, agents) of the `types` most important home-work pairs, facility numbers 0..F−1.
