@@ -9,8 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from actors.environments.berlin.environment import Berlin
+from actors.environments.berlin.environment import berlin_of
 from actors.policy import FORBIDDEN_LOGIT, sample
+from protocol.environment import Environment
+from protocol.perturbation import Perturbed
 from protocol.registry import make_environment
 
 EQUILIBRIUM_DAYS = 20
@@ -18,12 +20,17 @@ EQUILIBRIUM_ROUNDS = 15
 
 
 class _Commuters(ABC):
-    """What all of them share: reading the observations of a `Berlin` of this kind."""
+    """What all of them share: knowing the roads of a `Berlin`, and reading the observations of its kind.
 
-    def __init__(self, environment: Berlin) -> None:
-        self.scenario = scenario = environment.scenario
-        self._counts = [t.count for t in environment.spec.types]
-        self._home, self._work = environment.home, environment.work
+    environment: the world in which they act, with its closed roads, loads and slips. Raises InputError if it is no
+    Berlin.
+    """
+
+    def __init__(self, environment: Environment) -> None:
+        self._berlin = berlin = berlin_of(environment)
+        self.scenario = scenario = berlin.scenario
+        self._counts = [t.count for t in berlin.spec.types]
+        self._home, self._work = berlin.home, berlin.work
         self._places, self._facilities = scenario.num_locations, scenario.num_facilities
 
     def act(
@@ -43,6 +50,15 @@ class _Commuters(ABC):
     def _choose(self, seen: np.ndarray, location: np.ndarray, generator: torch.Generator, greedy: bool) -> np.ndarray:
         """Next locations [E, N] of agents that see `seen` [E, N, O] and are at `location` [E, N]."""
 
+    def _ways_to(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The next location [N, K] from everywhere on each agent's fastest free-flow way to its facility of `places`
+        [N], and the minutes of the way [N, K]."""
+        targets, target_of_agent = np.unique(places, return_inverse=True)
+        first, closed = self.scenario.num_roads, self._berlin.changes.closed
+        ways = [self.scenario.next_hops(target - first, closed) for target in targets.tolist()]
+        hops, minutes = (np.stack(table)[target_of_agent] for table in zip(*ways, strict=True))
+        return hops, minutes
+
     def _step(self, seen: np.ndarray) -> int:
         return round(float(seen[0, 0, 2 * (self._places + self._facilities)]) * self.scenario.steps)
 
@@ -55,34 +71,32 @@ class _Commuters(ABC):
 
 
 class StayHome(_Commuters):
-    """Nobody ever leaves home: the local optimum of the shy."""
+    """Nobody ever leaves home: the local optimum of the shy. Whom a slip drives out goes back."""
+
+    def __init__(self, environment: Environment) -> None:
+        super().__init__(environment)
+        self._next = self._ways_to(self._home)[0]
 
     def _choose(self, seen: np.ndarray, location: np.ndarray, generator: torch.Generator, greedy: bool) -> np.ndarray:
-        return location
+        return self._next[np.arange(len(self._home)), location]
 
 
 class FreeFlow(_Commuters):
     """Everybody takes the way that is fastest on empty roads, and leaves as late as that would allow."""
 
-    def __init__(self, environment: Berlin) -> None:
+    def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
-        scenario, first = self.scenario, environment.scenario.num_roads
-        self._next = np.tile(np.arange(self._places), (2, len(self._home), 1))
-        self._minutes = np.zeros((2, len(self._home)))
-        for way, (origins, destinations) in enumerate(((self._home, self._work), (self._work, self._home))):
-            for origin, destination in set(zip(origins.tolist(), destinations.tolist(), strict=True)):
-                agents = np.flatnonzero((origins == origin) & (destinations == destination))
-                roads = scenario.way(origin - first, destination - first)
-                for here, there in zip([origin, *roads], [*roads, destination], strict=True):
-                    self._next[way, agents, here] = there
-                self._minutes[way, agents] = scenario.free_flow_minutes[roads].sum()
+        agent = np.arange(len(self._home))
+        self._to_work, minutes_to_work = self._ways_to(self._work)
+        self._to_home, minutes_to_home = self._ways_to(self._home)
+        self._minutes = minutes_to_work[agent, self._home], minutes_to_home[agent, self._work]
 
     def _choose(self, seen: np.ndarray, location: np.ndarray, generator: torch.Generator, greedy: bool) -> np.ndarray:
         minute = self.scenario.day_start_minute + self._step(seen) * self.scenario.step_minutes
         start, end = self._hours(seen)
         to_work = (start - self._minutes[0] <= minute) & (minute < end - self._minutes[1])
         agent = np.arange(len(self._home))
-        return np.where(to_work, self._next[0, agent, location], self._next[1, agent, location])
+        return np.where(to_work, self._to_work[agent, location], self._to_home[agent, location])
 
 
 class CongestionAware(_Commuters):
@@ -92,17 +106,18 @@ class CongestionAware(_Commuters):
     is what simulated days showed in which everybody acted on the last round's anticipation, averaged over rounds (the
     method of successive averages). Choices are a logit over the values, which spreads agents of one kind over ways and
     departures that are nearly as good (a stochastic user equilibrium). What an agent sees corrects what it anticipates:
-    the way out of its own road, and the roads that it could enter.
+    the way out of its own road, and the roads that it could enter. Where choices slip, it reckons with that.
     """
 
-    def __init__(self, environment: Berlin, temperature: float = 1.5, trust: float = 0.15) -> None:
+    def __init__(self, environment: Environment, temperature: float = 1.5, trust: float = 0.15) -> None:
         """temperature: of the logit, in rewards.   trust: in what is seen on the next roads, 0..1."""
         super().__init__(environment)
         self._temperature, self._trust = temperature, trust
-        self._successors, self._forbidden = _successors(self.scenario.allowed)
+        self._slip = environment.slip if isinstance(environment, Perturbed) else 0.0
+        self._successors, self._forbidden = _successors(self._berlin.allowed)
         pairs = np.stack([self._home, self._work], axis=1)
         self._kinds, self._kind_of_agent = np.unique(pairs, axis=0, return_inverse=True)
-        self._shifts = math.ceil(environment.variant.shift_minutes / self.scenario.step_minutes)
+        self._shifts = math.ceil(self._berlin.variant.shift_minutes / self.scenario.step_minutes)
         self._leaving = np.ones((self.scenario.steps + 1, self._places))
         self._leaving[:, : self.scenario.num_roads] = self._chance_to_leave(np.zeros(self.scenario.num_roads))
         for number in range(EQUILIBRIUM_ROUNDS):
@@ -157,12 +172,15 @@ class CongestionAware(_Commuters):
     def _values(self) -> np.ndarray:
         """[T + 1, kinds, hours, K] expected reward of the rest of the day, by backward induction."""
         hours = 2 * self._shifts + 2
+        allowed = self._forbidden == 0
+        slips_to = allowed / allowed.sum(axis=1, keepdims=True)
         self._value = np.zeros((self.scenario.steps + 1, len(self._kinds), hours, self._places))
         for step in reversed(range(self.scenario.steps)):
             ahead = self._ahead(step)
             options = ahead[..., self._successors] + self._forbidden
             share = np.exp((options - options.max(axis=-1, keepdims=True)) / self._temperature)
-            moved = (share * options).sum(axis=-1) / share.sum(axis=-1)
+            chosen = (share * options).sum(axis=-1) / share.sum(axis=-1)
+            moved = (1 - self._slip) * chosen + self._slip * (options * slips_to).sum(axis=-1)
             leaving = self._leaving[step]
             self._value[step] = leaving * moved + (1 - leaving) * ahead
         return self._value
@@ -170,14 +188,14 @@ class CongestionAware(_Commuters):
     def _simulate(self, name: str, number: int) -> np.ndarray:
         """[T + 1, K] the mean chance to leave of those who were there; what was anticipated where nobody was."""
         days = make_environment(name, EQUILIBRIUM_DAYS)
-        assert isinstance(days, Berlin)
+        berlin = berlin_of(days)
         generator = torch.Generator().manual_seed(number)
         now, experienced = days.reset(number), self._leaving.copy()
         for step in range(self.scenario.steps):
             now = days.step(self.act(now.observations, now.action_masks, generator))
-            counts = days.counts
+            counts = berlin.counts
             there = counts.sum(axis=0)
-            mean = (counts * days.leave_chance).sum(axis=0) / there.clip(min=1)
+            mean = (counts * berlin.leave_chance).sum(axis=0) / there.clip(min=1)
             experienced[step + 1] = np.where(there > 0, mean, self._leaving[step + 1])
         return experienced
 

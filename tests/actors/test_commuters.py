@@ -6,16 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from actors.environments.berlin.environment import Berlin
+from actors.environments.berlin.environment import Berlin, berlin_of
+from actors.experts import commuters
 from actors.experts.commuters import CongestionAware, FreeFlow, StayHome
 from actors.experts.scripted import expert_for
 from actors.policy import UniformPolicy
 from actors.rollout import Acts, rollout
+from protocol.environment import Environment
+from protocol.registry import make_environment
 
 DAYS = 20
+BASE = "berlin?scenario=berlin46&types=10&agents=50&sight=near"
 
 
-def mean_return(berlin: Berlin, policy: Acts) -> float:
+def mean_return(berlin: Environment, policy: Acts) -> float:
     return float(rollout(berlin, policy, 3).returns().mean())
 
 
@@ -71,3 +75,37 @@ def test_greedy_choices_need_no_chance() -> None:
     ]
     for mine, theirs in zip(*choices, strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("options", "least", "most"),
+    [
+        ("closed=22,23", 370, 415),
+        ("slip=0.05", 225, 280),
+        ("demand=1.2", 390, 430),
+        ("capacity=22:0.5,23:2", 405, 445),
+    ],
+)
+def test_the_expert_plans_in_the_changed_world(
+    options: str, least: float, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commuters, "EQUILIBRIUM_ROUNDS", 5)
+    world = make_environment(f"{BASE}&{options}", DAYS)
+    expert = expert_for(world.spec)
+    assert isinstance(expert, CongestionAware)
+    realised = mean_return(world, expert)
+    assert least < realised < most
+    # What it anticipates of the day is what comes: it knows the closed roads, the crowd and its own slips.
+    anticipated = expert._value[0, expert._kind_of_agent, 0, berlin_of(world).home].mean()
+    assert realised == pytest.approx(anticipated, abs=40)
+
+
+def test_the_simple_commuters_find_their_ways() -> None:
+    """Also where a slip has thrown them off their way, and round a closed road."""
+    world = make_environment(f"{BASE}&closed=22,23&slip=0.05", DAYS)
+    assert mean_return(world, FreeFlow(world)) > mean_return(world, UniformPolicy(world.spec)) + 400
+    played = rollout(world, StayHome(world), 0)
+    places = np.concatenate(played.observations, axis=2)[..., : berlin_of(world).scenario.num_locations]
+    at_home = (places.argmax(axis=-1) == berlin_of(world).home).mean()
+    # Who stayed where a slip led him would be at home in a fifth of the day: 1/p steps of a hundred.
+    assert 0.4 < at_home < 0.9
