@@ -89,6 +89,28 @@ def check_limits(config: Config) -> None:
         raise InputError(
             f"--learner.heads must divide --learner.hidden, got {config.learner.heads} and {config.learner.hidden}"
         )
+    _check_start(config)
+
+
+def _check_start(config: Config) -> None:
+    """What clipped updates and a start from the clone need, and what they have no use for."""
+    learner = config.learner
+    if learner.start == "cloned" and not config.demonstrations:
+        raise InputError("--learner.start cloned needs what it clones: name a file by --demonstrations")
+    if learner.clipped.clone_weight and learner.start != "cloned":
+        raise InputError("--learner.clipped.clone-weight holds policies near the clone: add --learner.start cloned")
+    if learner.policy != "clipped":
+        return
+    if learner.window_steps:
+        raise InputError(
+            f"--learner.policy clipped learns from fresh rows alone: leave out --learner.window-steps "
+            f"{learner.window_steps}, or take --learner.policy actor"
+        )
+    if learner.cloning_weight:
+        raise InputError(
+            "--learner.cloning-weight is a term of --learner.policy actor; with clipped, --learner.start cloned and "
+            "--learner.clipped.clone-weight hold policies near the clone"
+        )
 
 
 def flag(option: str) -> str:

@@ -186,14 +186,17 @@ class ClippedActorCritic:
         return result
 
     def _values(self, segments: Segments) -> list[torch.Tensor]:
-        """V of every step and of the last view, [T+1, E, N_b] per block.
+        """V of every step and of each episode's last view, [T+1, E, N_b] per block.
 
-        Nobody has acted on the last view: what the others would do there is drawn from their policies.
+        Nobody has acted on a last view: what the others would do there is drawn from their policies.
         """
         shape = segments.observations[0].shape[:2]
-        last = JointRows([o[-1] for o in segments.observations], [], [a[-1] for a in segments.active])
-        drawn = self._draw(last, [mask[-1] for mask in segments.action_masks])
-        actions = [torch.cat([a, d.unsqueeze(0)]) for a, d in zip(segments.actions, drawn, strict=True)]
+        last = segments.played.sum(0), torch.arange(shape[1], device=self.device)
+        views = JointRows([o[last] for o in segments.observations], [], [a[last] for a in segments.active])
+        drawn = self._draw(views, [mask[last] for mask in segments.action_masks])
+        actions = [torch.cat([a, torch.zeros_like(a[:1])]) for a in segments.actions]
+        for column, action in zip(actions, drawn, strict=True):
+            column[last] = action
         parts = (segments.observations, actions, segments.active)
         rows = JointRows(*([t.flatten(0, 1) for t in columns] for columns in parts))
         found: list[list[torch.Tensor]] = [[] for _ in self.layout.blocks]

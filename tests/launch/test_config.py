@@ -153,3 +153,21 @@ def test_the_algorithm_decides_particles_and_source() -> None:
 @pytest.mark.parametrize(("flags", "actors"), [([], 1), (["--nodes", "8"], 8), (["--nodes", "8", "--actors", "3"], 3)])
 def test_every_node_has_an_actor_unless_told_otherwise(flags: list[str], actors: int) -> None:
     assert parse_config(flags).checked().actors == actors
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--learner.policy", "clipped", "--learner.window-steps", "500"], "fresh rows alone: leave out"),
+        (["--learner.policy", "clipped", "--learner.cloning-weight", "1"], "--learner.clipped.clone-weight"),
+        (["--learner.clipped.clone-weight", "0.1"], "add --learner.start cloned"),
+        (["--algorithm", "expert", "--demonstrations", "", "--learner.start", "cloned"], "name a file by"),
+        (["--learner.clipped.clip", "0"], "--learner.clipped.clip must be above 0"),
+        (["--learner.policy", "clipt"], "'clipped'"),
+    ],
+)
+def test_clipped_updates_and_the_clone_need_what_they_need(flags: list[str], expected: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse_config(flags).checked()
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
