@@ -91,6 +91,11 @@ class Config:
             )
         return replace(self, actors=self.actors or self.nodes, reward=kind.reward_settings(self.reward))
 
+    @property
+    def tells_agents_apart(self) -> bool:
+        """Whether agents of one type differ to the networks, so that these fit no other number of them."""
+        return self.parameter_sharing == "agent" or self.actor.agent_identity
+
     def metrics_token(self) -> str:
         """The word for metrics, or empty. Raises InputError for a file that others can read, or an empty one."""
         return read_token(Path(self.metrics_token_file)) if self.metrics_token_file else ""

@@ -61,7 +61,14 @@ def check(config: Config) -> Config:
     if config.reward.source == "learned":
         columns_seen(environment.spec, config.reward.sees)
     if config.demonstrations:
-        Demonstrations.load(resolve(config.demonstrations)).check_against(environment.spec)
+        recorded = Demonstrations.load(resolve(config.demonstrations))
+        recorded.check_against(environment.spec)
+        if config.tells_agents_apart and (difference := environment.spec.difference(recorded.spec)):
+            raise InputError(
+                f"these demonstrations are of another number of agents, and each agent has parameters of its own: "
+                f"{difference}; take --parameter-sharing type without --actor.agent-identity, or as many agents, as in "
+                f"'{environment.spec.changes}'"
+            )
     return config
 
 

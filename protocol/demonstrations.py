@@ -19,7 +19,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -98,12 +98,42 @@ class Demonstrations:
         return float(np.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)) / len(values))
 
     def check_against(self, spec: EnvironmentSpec) -> None:
-        """Raise InputError if these are not demonstrations for an environment of this spec."""
-        if difference := spec.difference(self.spec):
+        """Raise InputError if these are not demonstrations for an environment of this spec.
+
+        Those of another number of agents fit a changed world, by `for_crowd`.
+        """
+        if difference := spec.difference(self.spec, counts=not spec.changes):
             raise InputError(
                 f"demonstrations of '{self.spec.name}' do not fit the environment '{spec.name}': {difference}; "
                 "choose the environment they were recorded in, or record others with `bm3il demonstrations record`"
             )
+
+    def for_crowd(self, spec: EnvironmentSpec) -> Demonstrations:
+        """These demonstrations as if there had been as many agents of each type as `spec` has.
+
+        In row b, agent x of a type is the recorded agent (x + b) mod X_m: each recorded one is shown equally often.
+        Every agent returns the mean of the recorded ones. Start states, which are those of the recorded agents, are
+        left out. Itself if there were as many.
+        """
+        if all(mine.count == t.count for mine, t in zip(self.spec.types, spec.types, strict=True)):
+            return self
+        row = np.arange(self.num_rows)[:, None]
+        types = [replace(mine, count=t.count) for mine, t in zip(self.spec.types, spec.types, strict=True)]
+        recorded = [(np.arange(t.count) + row) % mine.count for mine, t in zip(self.spec.types, types, strict=True)]
+
+        def shown(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+            return [array[row, agents] for array, agents in zip(arrays, recorded, strict=True)]
+
+        return replace(
+            self,
+            spec=replace(self.spec, types=tuple(types)),
+            observations=shown(self.observations),
+            actions=shown(self.actions),
+            action_masks=shown(self.action_masks),
+            active=shown(self.active),
+            returns=self.returns.mean(axis=1, keepdims=True).repeat(sum(t.count for t in types), axis=1),
+            starts={},
+        )
 
     def select(self, episodes: int, seed: int) -> Demonstrations:
         """Some of the episodes, as independent as they come: one of every group, then a second of every group, …
@@ -262,7 +292,7 @@ def resolve(name_or_path: str | Path) -> Path:
 
 
 def load_demonstrations(job: Job, spec: EnvironmentSpec) -> Demonstrations | None:
-    """The demonstrations of the job, checked against its environment; None if it names none.
+    """The demonstrations of the job, checked against its environment, for as many agents; None if it names none.
 
     Raises InputError if they cannot be used.
     """
@@ -271,8 +301,8 @@ def load_demonstrations(job: Job, spec: EnvironmentSpec) -> Demonstrations | Non
     demonstrations = Demonstrations.load(resolve(job.demonstrations))
     demonstrations.check_against(spec)
     if job.demonstration_episodes:
-        return demonstrations.select(job.demonstration_episodes, seed=0)
-    return demonstrations
+        demonstrations = demonstrations.select(job.demonstration_episodes, seed=0)
+    return demonstrations.for_crowd(spec)
 
 
 def _read(file: Any, ignore_forbidden: bool) -> Demonstrations:

@@ -155,6 +155,44 @@ def test_split_keeps_groups_together(demonstrations: Demonstrations) -> None:
     assert demonstrations.split(0.1, seed=1) == (demonstrations, None)
 
 
+def test_a_changed_world_may_have_another_crowd(demonstrations: Demonstrations) -> None:
+    demonstrations = replace(demonstrations, active=[np.ones_like(a) for a in demonstrations.active])
+    types = (replace(SPEC.types[0], count=5), replace(SPEC.types[1], count=2))
+    changed = replace(SPEC, types=types, name="town?demand=1.7", changes=SPEC.name)
+    demonstrations.check_against(changed)
+    with pytest.raises(InputError, match="expected count 5, found 3"):
+        demonstrations.check_against(replace(changed, changes=""))
+    with pytest.raises(InputError, match="expected observation_dim"):
+        demonstrations.check_against(replace(changed, types=(replace(types[0], observation_dim=5), types[1])))
+
+    crowd = demonstrations.for_crowd(changed)
+    crowd.check_against(replace(changed, changes=""))
+    for m, agent_type in enumerate(types):
+        for row in range(demonstrations.num_rows):
+            for agent in range(agent_type.count):
+                recorded = (agent + row) % SPEC.types[m].count
+                for field in ("observations", "actions", "action_masks", "active"):
+                    mine, theirs = (getattr(each, field)[m] for each in (crowd, demonstrations))
+                    np.testing.assert_array_equal(mine[row, agent], theirs[row, recorded])
+    assert crowd.returns.shape == (5, 7)
+    assert crowd.return_mean == pytest.approx(demonstrations.return_mean)
+    assert crowd.return_stderr == pytest.approx(demonstrations.return_stderr)
+    assert not crowd.starts
+    np.testing.assert_array_equal(crowd.groups, demonstrations.groups)
+
+
+def test_the_same_crowd_is_left_alone(demonstrations: Demonstrations) -> None:
+    assert demonstrations.for_crowd(replace(SPEC, changes="town")) is demonstrations
+
+
+def test_a_smaller_crowd_shows_every_recorded_agent(demonstrations: Demonstrations) -> None:
+    seen = demonstrations.observations[0]
+    alone = demonstrations.for_crowd(replace(SPEC, types=(replace(SPEC.types[0], count=1), SPEC.types[1])))
+    np.testing.assert_array_equal(alone.observations[0][:, 0], seen[np.arange(len(seen)), np.arange(len(seen)) % 3])
+    unknown = replace(demonstrations, returns=np.full((5, 4), np.nan, np.float32))
+    assert unknown.for_crowd(alone.spec).return_mean is None
+
+
 def test_trajectories_lose_their_padding() -> None:
     played = Trajectories.zeros(replace(SPEC, episode_length=6), 2)
     played.lengths[:] = [2, 6]
