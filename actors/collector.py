@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
+from actors.babbling import Babble
 from actors.policy import Policy
-from actors.rollout import rollout
+from actors.rollout import Acts, rollout
 from actors.settings import ActorSettings
 from protocol.job import Job
 from protocol.registry import make_environment
@@ -18,14 +19,21 @@ class Collector:
     """The share of one actor: E whole episodes per iteration, all environments stepped together."""
 
     def __init__(self, job: Job, settings: ActorSettings, index: int) -> None:
-        self._seed, self._index = job.seed, index
+        self._seed, self._index, self._settings = job.seed, index, settings
         spec = make_environment(job.environment, 1).spec
         self.environment = make_environment(job.environment, episodes_per_chunk(settings, spec, job.actors))
 
-    def collect(self, policy: Policy, *stream: int | str) -> Trajectories:
-        """The chunk of this stream, in lockstep the version: a pure function of (weights, run seed, actor index,
-        stream)."""
-        return rollout(self.environment, policy, derive_seed(self._seed, "rollout", self._index, *stream))
+    def collect(self, policy: Policy, version: int, *stream: int | str) -> Trajectories:
+        """The chunk of these weights: a pure function of (weights, their version, run seed, actor index, stream).
+
+        stream: what tells chunks of one version apart; in lockstep there is one chunk of each.
+        The first versions are not played but babbled (`ActorSettings.babbling`).
+        """
+        seed = derive_seed(self._seed, "rollout", self._index, *(stream or (version,)))
+        acting: Acts = policy
+        if version < self._settings.babbling:
+            acting = Babble(policy.layout, self._settings.hidden, self.environment.num_envs, seed)
+        return rollout(self.environment, acting, seed)
 
 
 def episodes_per_chunk(settings: ActorSettings, spec: EnvironmentSpec, actors: int) -> int:

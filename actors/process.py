@@ -73,7 +73,7 @@ class _Actor:
             return
         session, version = self._weights_of
         self._chunks += 1
-        chunk, seconds = self._collect(self._telemetry.sender.incarnation, self._chunks)
+        chunk, seconds = self._collect(version, self._telemetry.sender.incarnation, self._chunks)
         self._refresh(0.0)
         if self._weights_of[0] == session:
             self._send(chunk, seconds, session, version, self._weights_of[1])
@@ -90,10 +90,10 @@ class _Actor:
         self._telemetry.numbers["policy_version"] = message.body.version
         return True
 
-    def _collect(self, *stream: int | str) -> tuple[Trajectories, float]:
+    def _collect(self, version: int, *stream: int | str) -> tuple[Trajectories, float]:
         start = time.perf_counter()
         with self._telemetry.stage("collect"):
-            chunk = self._collector.collect(self._policy, *stream)
+            chunk = self._collector.collect(self._policy, version, *stream)
         return chunk, time.perf_counter() - start
 
     def _send(self, chunk: Trajectories, seconds: float, session: str, version: int, next_version: int) -> None:

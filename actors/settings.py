@@ -14,6 +14,9 @@ class ActorSettings:
     """Joint environment steps of one iteration, over all actors together (whole episodes: rounded up)."""
     hidden: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers of a policy."""
+    babbling: int = 0
+    """Iterations at the start in which actors play networks as they are drawn instead of the policy: they show a reward
+    that remembers the run (`reward.memory`) what nobody would do. Clipped updates learn nothing else from them."""
     agent_identity: bool = False
     """With parameters per type: every network also sees which agent of the type it acts for."""
 

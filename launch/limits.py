@@ -45,6 +45,7 @@ AT_LEAST_0 = (
     "demonstration_episodes",
     "learner.final_learning_rate",
     "learner.final_temperature",
+    "actor.babbling",
     "learner.cloning_weight",
     "learner.window_steps",
     "learner.clipped.entropy_weight",

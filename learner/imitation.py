@@ -201,18 +201,21 @@ class OnPolicyImitation(Imitation):
     def _build(self, device: torch.device, actor: ActorSettings) -> ClippedActorCritic:
         job, settings = self._job, self._settings
         critic = build_value_critic(job, settings, actor, self.policy.layout)
-        self._seen = 0
+        self._seen, self._babbling = 0, actor.babbling
         seed = derive_seed(job.seed, "epochs")
         return ClippedActorCritic(self.policy, critic, settings, device, seed, lagging=job.mode == "async")
 
     def iterate(self, progress: float, abort: Callable[[], None]) -> tuple[int, dict[str, float]]:
         segments = Segments.of(self._collect(abort), self.policy.layout)
         rewards, figures = self._reward(segments, progress)
+        figures |= {"reward": _mean(rewards)}
         self._seen += 1
-        with self._telemetry.stage("update"):
-            learn_policy = self._seen > self._settings.clipped.critic_first
-            update = self._learner.update(segments, rewards, progress, learn_policy)
-        return segments.num_steps, figures | update | {"reward": _mean(rewards)}
+        own = self._seen - self._babbling
+        if own > 0:  # what was babbled is nobody's policy: there is no advantage over it
+            with self._telemetry.stage("update"):
+                learn_policy = own > self._settings.clipped.critic_first
+                figures |= self._learner.update(segments, rewards, progress, learn_policy)
+        return segments.num_steps, figures
 
     def state(self) -> tuple[Arrays, Arrays]:
         arrays, rewards = super().state()

@@ -1,0 +1,75 @@
+"""Babbling: what agents do who know nothing and mean nothing, for a learned reward to know what is wrong.
+
+A discriminator holds against agents only what it has seen of them. A run that starts from the clone shows it nothing
+but what is nearly right, and then nobody is told that staying at home all day is wrong. Networks as they are drawn, the
+last layer of each enlarged by another factor, do all kinds of things: near 1 they choose at random, far above it they
+have fixed habits, to stay where they are among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from actors.policy import Policy
+from protocol.layout import Layout
+from protocol.seeds import derive_seed
+from protocol.stacked import StackedMLP
+
+NETWORKS = 16
+LARGEST_FACTOR = 100.0
+
+
+class Babble:
+    """Plays each of the E environments by one of at most `NETWORKS` random policies; `seed` decides which these are."""
+
+    def __init__(self, layout: Layout, hidden: Sequence[int], num_envs: int, seed: int) -> None:
+        count = min(NETWORKS, num_envs)
+        self._policies = [Policy(layout, hidden, _generator(seed, number)) for number in range(count)]
+        for number, policy in enumerate(self._policies):
+            factor = LARGEST_FACTOR ** (number / max(1, count - 1))
+            for stack in policy.networks:
+                assert isinstance(stack, StackedMLP)
+                for part in (stack.weights[-1], stack.biases[-1]):
+                    part.data.mul_(factor)
+
+    def act(
+        self,
+        observations: Sequence[np.ndarray],
+        action_masks: Sequence[np.ndarray],
+        generator: torch.Generator,
+        greedy: bool = False,
+    ) -> list[np.ndarray]:
+        """As `Policy.act`."""
+        return self.decide(observations, action_masks, generator, greedy)[0]
+
+    def decide(
+        self,
+        observations: Sequence[np.ndarray],
+        action_masks: Sequence[np.ndarray],
+        generator: torch.Generator,
+        greedy: bool = False,
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """As `Policy.decide`: environment e is played by policy e modulo their number."""
+        count, envs = len(self._policies), len(observations[0])
+        parts = [
+            policy.decide([o[k::count] for o in observations], [a[k::count] for a in action_masks], generator, greedy)
+            for k, policy in enumerate(self._policies)
+        ]
+        actions, chances = ([part[half] for part in parts] for half in (0, 1))
+        return _woven(actions, envs), _woven(chances, envs)
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(derive_seed(seed, "babbling", number))
+
+
+def _woven(parts: Sequence[Sequence[np.ndarray]], envs: int) -> list[np.ndarray]:
+    """Of each type the rows k, k + count, … from part k, in one array."""
+    woven = [np.empty((envs, *array.shape[1:]), array.dtype) for array in parts[0]]
+    for k, arrays in enumerate(parts):
+        for whole, array in zip(woven, arrays, strict=True):
+            whole[k :: len(parts)] = array
+    return woven
