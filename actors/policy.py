@@ -62,7 +62,7 @@ class Policy(nn.Module):
         greedy: bool = False,
     ) -> list[np.ndarray]:
         """Draw actions (or take the likeliest; of continuous ones the centre): per type [E, X_m, …] → [E, X_m] int64,
-        or [E, X_m, A_m] float32."""
+        or [E, X_m, A_m] float32. The generator is the CPU's, wherever the policy is."""
         return self.decide(observations, action_masks, generator, greedy)[0]
 
     @torch.no_grad()
@@ -74,12 +74,13 @@ class Policy(nn.Module):
         greedy: bool = False,
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """The actions of `act`, and log π(a|s) of each (of continuous ones the density's): [E, X_m] float32."""
+        device = next(self.parameters()).device
         actions, chances = [], []
         block_rows = zip(self.layout.to_rows(observations), self.layout.to_rows(action_masks), strict=True)
         for b, (observation, mask) in enumerate(block_rows):
-            block = self.layout.blocks[b]
+            block, observation = self.layout.blocks[b], observation.to(device)
             if block.discrete:
-                logits = block.rows(self.logits(b, block.grid(observation), block.grid(mask)))
+                logits = block.rows(self.logits(b, block.grid(observation), block.grid(mask.to(device))))
                 action = logits.argmax(-1) if greedy else sample(logits, generator)
                 chance = logits.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
             else:
@@ -92,7 +93,7 @@ class Policy(nn.Module):
             actions.append(action)
             chances.append(chance)
         by_type = self.layout.by_type
-        return [a.numpy() for a in by_type(actions)], [c.numpy() for c in by_type(chances)]
+        return [a.cpu().numpy() for a in by_type(actions)], [c.cpu().numpy() for c in by_type(chances)]
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Copies of the parameters by name: the payload of `Weights`."""
@@ -137,6 +138,9 @@ class UniformPolicy:
 
 
 def sample(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw from softmax(logits) along the last axis by the exponential race: argmax_a p_a / e_a, e_a ~ Exp(1)."""
-    race = torch.empty_like(logits).exponential_(generator=generator)
+    """Draw from softmax(logits) along the last axis by the exponential race: argmax_a p_a / e_a, e_a ~ Exp(1).
+
+    The generator is the CPU's.
+    """
+    race = torch.empty_like(logits, device="cpu").exponential_(generator=generator).to(logits.device)
     return (torch.softmax(logits, -1) / race).argmax(-1)

@@ -87,12 +87,14 @@ class ActorCritic:
     ) -> dict[str, float]:
         """One step on B joint rows.
 
-        rewards: per block [B, N_b]. cloning: expert rows, for the behaviour-cloning term of the policies' loss.
+        rewards: per block [B, N_b]. cloning: expert rows, for the behaviour-cloning term of the policies' loss. All of
+        them may be on another device than the networks, and are moved to theirs.
         Returns means over agents and rows. Raises NumericalError if a loss is not finite; no network is changed then.
         """
         schedule = Schedule.at(progress, self.settings)
         for optimiser in self._optimisers.values():
             optimiser.zero_grad(set_to_none=True)
+        batch, rewards = batch.to(self.device), [r.to(self.device) for r in rewards]
         weights = losses.row_weights(self.layout, batch.rows.active)
         height = self._chunk_rows(len(batch.rows))
         sums = []

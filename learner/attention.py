@@ -17,7 +17,7 @@ def attention_by_type(critic: Critic, rows: JointRows) -> np.ndarray | None:
     weights = critic.attention(rows)
     if weights is None:
         return None
-    layout = critic.layout
+    layout, weights = critic.layout, weights.cpu()
     slots, entities, active = [], [], []
     for b, block in enumerate(layout.blocks):
         types = torch.tensor(block.types)
@@ -25,7 +25,7 @@ def attention_by_type(critic: Critic, rows: JointRows) -> np.ndarray | None:
         slots.append(torch.cat([of_agent, torch.tensor([0])])[block.agent_of_slot])
         entities.append(of_agent if critic.context == "agents" else types)
         active.append(block.grid(rows.active[b]).movedim(0, 1).flatten(1, 2))
-    counts = torch.cat(active, dim=1).to(weights.dtype)
+    counts = torch.cat(active, dim=1).to(weights)
     size = layout.spec.num_types
     totals = torch.zeros(size, size, dtype=weights.dtype)
     seen = torch.zeros(size, dtype=weights.dtype).index_add_(0, torch.cat(slots), counts.sum(dim=0))

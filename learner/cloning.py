@@ -60,7 +60,7 @@ class Cloning:
 
 def clone(policy: Policy, demonstrations: Demonstrations, settings: CloningSettings, seed: int) -> None:
     """Make the policy what the algorithm `bc` would end with, from the same start and seed to the same bits."""
-    run = BehaviourCloning(policy, demonstrations, settings, seed)
+    run = BehaviourCloning(policy, demonstrations, settings, next(policy.parameters()).device, seed)
     for iteration in range(settings.iterations):
         run.iterate(iteration / settings.iterations, lambda: None)
     run.finish()
@@ -75,8 +75,15 @@ class BehaviourCloning:
 
     starts_cloned = False  # it ends so
 
-    def __init__(self, policy: Policy, demonstrations: Demonstrations, settings: CloningSettings, seed: int) -> None:
-        self.policy, self._settings = policy, settings
+    def __init__(
+        self,
+        policy: Policy,
+        demonstrations: Demonstrations,
+        settings: CloningSettings,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self.policy, self._settings = policy.to(device), settings
         train, held_out = demonstrations.split(settings.held_out, derive_seed(seed, "held-out"))
         self._train = Cloning(policy.layout, train, settings.batch_size, derive_seed(seed, "cloning"))
         self._held_out = held_out and Cloning(policy.layout, held_out, settings.batch_size, 0)
@@ -114,7 +121,7 @@ class BehaviourCloning:
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Everything, for a checkpoint."""
         arrays = {f"policy/{k}": v for k, v in self.policy.to_arrays().items()}
-        arrays |= {f"best/{k}": v.numpy() for k, v in self._best[1].items()}
+        arrays |= {f"best/{k}": v.cpu().numpy() for k, v in self._best[1].items()}
         arrays |= {f"adam/{k}": v for k, v in adam_arrays(self._optimiser)}
         return arrays | {"best_loss": np.array([self._best[0]]), "generator": self._train.state()}, {}
 

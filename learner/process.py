@@ -12,7 +12,7 @@ from actors.settings import ActorSettings, EvaluationSettings
 from learner.algorithms import algorithm
 from learner.cloning import BehaviourCloning
 from learner.experience import Experience, LocalExperience, RemoteExperience
-from learner.imitation import Imitation, OffPolicyImitation, OnPolicyImitation
+from learner.imitation import Imitation, OffPolicyImitation, OnPolicyImitation, choose_device
 from learner.record import RunRecord
 from learner.settings import CloningSettings, LearnerSettings
 from learner.streaming import StreamedExperience, StreamedOffPolicy, StreamedOnPolicy
@@ -107,7 +107,7 @@ def _train(
     if algorithm(job.algorithm).clones:
         if demonstrations is None:
             raise InputError("behaviour cloning needs demonstrations; name a file with --demonstrations")
-        algorithm_run: Iterated = BehaviourCloning(policy, demonstrations, cloning, job.seed)
+        algorithm_run: Iterated = BehaviourCloning(policy, demonstrations, cloning, choose_device(job.device), job.seed)
         iterations = cloning.iterations
     else:
         kind = KINDS[settings.policy == "clipped", job.mode == "async"]

@@ -27,7 +27,7 @@ class Block:
     """The agents of one shape.
 
     types: indices into `spec.types`.   num_agents: N_b.   groups, slots: G, S.
-    agent_of_slot: [G·S] index into the block's agents, -1 where the slot is empty.
+    agent_of_slot: [G·S] index into the block's agents, -1 where the slot is empty.   slot_of_agent: [N_b].
     type_of_agent: [N_b] index into `types`.
     """
 
@@ -39,6 +39,7 @@ class Block:
     groups: int
     slots: int
     agent_of_slot: torch.Tensor
+    slot_of_agent: torch.Tensor
     type_of_agent: torch.Tensor
 
     @property
@@ -58,7 +59,7 @@ class Block:
         rows = grid.transpose(0, 1).flatten(1, 2)
         if self.is_full:
             return rows
-        return rows[:, (self.agent_of_slot >= 0).nonzero().squeeze(1).to(rows.device)]
+        return rows[:, self.slot_of_agent.to(rows.device)]
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,7 @@ def _block(spec: EnvironmentSpec, types: tuple[int, ...], parameter_sharing: Par
     else:
         for group, (start, count) in enumerate(zip(np.cumsum([0, *counts]), counts, strict=False)):
             agent_of_slot[group, :count] = torch.arange(start, start + count)
+    agent_of_slot = agent_of_slot.flatten()
     first = spec.types[types[0]]
     return Block(
         types=types,
@@ -187,6 +189,7 @@ def _block(spec: EnvironmentSpec, types: tuple[int, ...], parameter_sharing: Par
         num_agents=num_agents,
         groups=groups,
         slots=slots,
-        agent_of_slot=agent_of_slot.flatten(),
+        agent_of_slot=agent_of_slot,
+        slot_of_agent=(agent_of_slot >= 0).nonzero().squeeze(1),
         type_of_agent=torch.repeat_interleave(torch.arange(len(types)), torch.tensor(counts)),
     )

@@ -74,7 +74,7 @@ def random_masks(layout: Layout, rows: JointRows, generator: torch.Generator) ->
     masks = []
     for block, actions in zip(layout.blocks, rows.actions, strict=True):
         mask = torch.rand(*actions.shape, block.action_dim, generator=generator) < 0.5
-        masks.append(mask.scatter(-1, actions.unsqueeze(-1), True))
+        masks.append(mask.scatter(-1, actions.unsqueeze(-1), True) if block.discrete else torch.ones_like(mask))
     return masks
 
 

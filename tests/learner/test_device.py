@@ -1,0 +1,169 @@
+"""The learner on a GPU that need not be there.
+
+PyTorch's fake tensors know their device and shape, hold no data, and refuse to be mixed with those of another device:
+what runs here leaves nothing on the CPU that is computed with on the GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from slow_reference import random_batch, random_rows, spec_of
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from actors.policy import Policy
+from learner.action_critic import ActionActorCritic, ActionCritic
+from learner.actor_critic import ActorCritic
+from learner.attention import attention_by_type
+from learner.cloning import BehaviourCloning, Cloning
+from learner.critics import Context, Critic
+from learner.replay import Batch
+from learner.settings import CloningSettings, LearnerSettings
+from protocol.demonstrations import Demonstrations
+from protocol.layout import Layout, ParameterSharing
+from protocol.specs import EnvironmentSpec, TypeSpec
+from protocol.stacked import StackedMLP, _Layers
+from protocol.trajectories import Trajectories
+
+GPU = torch.device("meta")
+HIDDEN, HEADS, ROWS = 8, 2, 6
+UNEVEN = spec_of((3, 4, 3), (2, 5, 2), (1, 4, 3))
+MIXED = EnvironmentSpec(
+    "mixed",
+    (TypeSpec("a", 2, 3, 3), TypeSpec("b", 3, 4, 2, discrete=False), TypeSpec("c", 1, 4, 2, discrete=False)),
+    5,
+)
+SPECS = {"discrete": UNEVEN, "mixed": MIXED}
+CONTEXTS: tuple[Context, ...] = ("types", "uniform_types", "agents", "none")
+
+
+class _Real(TorchFunctionMode):
+    """What fake tensors are too lenient, or too simple, for: a generator of another device than what it fills is
+    refused, and a parameter can be copied."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.__deepcopy__:
+            tensor, memo = args
+            copied = tensor.detach().clone()
+            memo[id(tensor)] = torch.nn.Parameter(copied) if isinstance(tensor, torch.nn.Parameter) else copied
+            return memo[id(tensor)]
+        generator = kwargs.pop("generator", None)  # some fake operations know none
+        result = func(*args, **kwargs)
+        assert generator is None or generator.device.type == result.device.type, f"{func} with a generator elsewhere"
+        return result
+
+
+def _as_array(tensor: torch.Tensor) -> np.ndarray:
+    """What `numpy` says of a fake tensor: one of the GPU has no array."""
+    assert tensor.device.type == "cpu", "an array of a tensor that is not on the CPU"
+    return np.zeros(tensor.shape, str(tensor.dtype).removeprefix("torch."))
+
+
+@contextmanager
+def pretended_gpu() -> Iterator[None]:
+    """Where `GPU` can be used. Networks are built outside: real parameters are moved, fake ones cannot be."""
+    with FakeTensorMode(allow_non_fake_inputs=True), _Real():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _without_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    apply = StackedMLP._apply
+
+    def applied(self: StackedMLP, *args: Any, **options: Any) -> StackedMLP:
+        """A real GPU takes parameters over in place; the pretended one gets new ones, which the layers must know."""
+        apply(self, *args, **options)
+        self._layers = _Layers(tuple(self.weights), tuple(self.biases), self.slope, self.activate_output)
+        return self
+
+    monkeypatch.setattr(StackedMLP, "_apply", applied)
+    optimizer = importlib.import_module("torch.optim.optimizer")
+    monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: [GPU.type])
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    monkeypatch.setattr(FakeTensor, "numpy", _as_array, raising=False)
+    monkeypatch.setattr(FakeTensor, "item", lambda self: 0.0, raising=False)
+
+
+def batch_of(layout: Layout) -> Batch:
+    """A random batch, on the CPU."""
+    rows, following = (random_rows(layout, ROWS, torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    return dataclasses.replace(random_batch(layout, ROWS, 3), rows=rows, next_observations=following.observations)
+
+
+def policy_of(layout: Layout) -> Policy:
+    return Policy(layout, (HIDDEN,), torch.Generator().manual_seed(0), agent_identity=True)
+
+
+def demonstrations_of(spec: EnvironmentSpec) -> Demonstrations:
+    """Four episodes in which nothing happens."""
+    episodes = Trajectories.zeros(spec, 4)
+    for arrays in (*episodes.action_masks, *episodes.active):
+        arrays[:] = True
+    episodes.lengths[:] = spec.episode_length
+    return Demonstrations.from_trajectories(episodes, spec, "nothing")
+
+
+@pytest.mark.parametrize("sharing", ["agent", "type"])
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize(
+    ("name", "kinds", "options"),
+    [
+        ("discrete", (Critic, ActorCritic), {}),
+        ("discrete", (Critic, ActorCritic), {"policy": "boltzmann"}),
+        ("discrete", (ActionCritic, ActionActorCritic), {}),
+        ("discrete", (ActionCritic, ActionActorCritic), {"policy": "boltzmann"}),
+        ("mixed", (ActionCritic, ActionActorCritic), {}),
+    ],
+)
+def test_an_update_runs_where_the_networks_are(
+    name: str, kinds: tuple[Any, Any], options: dict[str, Any], context: Context, sharing: ParameterSharing
+) -> None:
+    layout = Layout.of(SPECS[name], sharing)
+    settings = LearnerSettings(hidden=HIDDEN, heads=HEADS, attend_own_type=False, cloning_weight=0.1, **options)
+    make_critic, make_learner = kinds
+    critic = make_critic(layout, context, HIDDEN, HEADS, False, torch.Generator().manual_seed(1), True)
+    cloning, batch, policy = Cloning(layout, demonstrations_of(SPECS[name]), 4, 5), batch_of(layout), policy_of(layout)
+    with pretended_gpu():
+        learner = make_learner(policy, critic, settings, GPU, 7)
+        learner.update(batch, batch.rewards, 0.5, cloning)
+        assert {p.device for network in (policy, critic) for p in network.parameters()} == {GPU}
+        attention_by_type(critic, batch.rows.to(GPU))
+    assert {"policy", "critic", "policy_adam", "critic_adam"} <= {name.partition("/")[0] for name in learner.state()}
+
+
+@pytest.mark.parametrize("sharing", ["agent", "type"])
+@pytest.mark.parametrize("name", SPECS)
+def test_cloning_runs_where_the_policy_is(name: str, sharing: ParameterSharing) -> None:
+    layout, settings = Layout.of(SPECS[name], sharing), CloningSettings(updates=2, batch_size=4, held_out=0.5)
+    policy, demonstrations = policy_of(layout), demonstrations_of(SPECS[name])
+    with pretended_gpu():
+        algorithm = BehaviourCloning(policy, demonstrations, settings, GPU, 3)
+        algorithm.iterate(0.5, lambda: None)
+        assert all(parameter.device == GPU for parameter in algorithm.policy.parameters())
+        algorithm.finish()
+    assert {"best", "policy", "adam"} <= {name.partition("/")[0] for name in algorithm.state()[0]}
+
+
+@pytest.mark.parametrize("sharing", ["agent", "type"])
+@pytest.mark.parametrize("name", SPECS)
+def test_a_policy_acts_and_is_published_from_where_it_is(name: str, sharing: ParameterSharing) -> None:
+    layout, spec = Layout.of(SPECS[name], sharing), SPECS[name]
+    policy = policy_of(layout)
+    observations = [np.zeros((3, t.count, t.observation_dim), np.float32) for t in spec.types]
+    masks = [np.ones((3, t.count, t.action_dim), bool) for t in spec.types]
+    with pretended_gpu():
+        policy.to(GPU)
+        for greedy in (False, True):
+            actions = policy.act(observations, masks, torch.Generator().manual_seed(0), greedy)
+            assert [len(action) for action in actions] == [3] * spec.num_types
+    assert policy.to_arrays().keys() == policy.array_table().keys()
