@@ -16,6 +16,7 @@ from learner.settings import CloningSettings
 from protocol.demonstrations import Demonstrations
 from protocol.layout import JointRows, Layout
 from protocol.seeds import derive_seed
+from protocol.telemetry import Telemetry
 
 
 class Cloning:
@@ -82,8 +83,9 @@ class BehaviourCloning:
         settings: CloningSettings,
         device: torch.device,
         seed: int,
+        telemetry: Telemetry,
     ) -> None:
-        self.policy, self._settings = policy.to(device), settings
+        self.policy, self._settings, self._telemetry = policy.to(device), settings, telemetry
         train, held_out = demonstrations.split(settings.held_out, derive_seed(seed, "held-out"))
         self._train = Cloning(policy.layout, train, settings.batch_size, derive_seed(seed, "cloning"))
         self._held_out = held_out and Cloning(policy.layout, held_out, settings.batch_size, 0)
@@ -100,12 +102,13 @@ class BehaviourCloning:
     def iterate(self, progress: float, abort: Callable[[], None]) -> tuple[int, dict[str, float]]:
         """`updates` steps without any environment step; returns losses (sums over networks of mean −log π)."""
         self._optimiser.param_groups[0]["lr"] = self._settings.learning_rate * (1 - 0.95 * progress)
-        for _ in range(self._settings.updates):
-            self._optimiser.zero_grad()
-            loss = self._train.loss(self.policy)
-            loss.backward()
-            self._optimiser.step()
-        figures = {"cloning_loss": loss.item()}
+        with self._telemetry.stage("update"):
+            for _ in range(self._settings.updates):
+                self._optimiser.zero_grad()
+                loss = self._train.loss(self.policy)
+                loss.backward()
+                self._optimiser.step()
+            figures = {"cloning_loss": loss.item()}
         if self._held_out:
             with torch.no_grad():
                 figures["held_out_loss"] = self._held_out.loss(self.policy, torch.arange(len(self._held_out))).item()

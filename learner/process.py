@@ -107,7 +107,8 @@ def _train(
     if algorithm(job.algorithm).clones:
         if demonstrations is None:
             raise InputError("behaviour cloning needs demonstrations; name a file with --demonstrations")
-        algorithm_run: Iterated = BehaviourCloning(policy, demonstrations, cloning, choose_device(job.device), job.seed)
+        device = choose_device(job.device)
+        algorithm_run: Iterated = BehaviourCloning(policy, demonstrations, cloning, device, job.seed, telemetry)
         iterations = cloning.iterations
     else:
         kind = KINDS[settings.policy == "clipped", job.mode == "async"]

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
 STAGE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 STOP = "stop"
+START, BETWEEN = "start", "between"
+"""Where a process is before its first stage, and since its last one ended."""
 
 
 class Telemetry:
@@ -44,7 +46,7 @@ class Telemetry:
         self.numbers: dict[str, float] = {}
         self.text = ""
         prefix = f"bm3il_{role.replace('-', '_')}"
-        self._stages = Histogram(
+        self._seconds = Histogram(
             f"{prefix}_stage_seconds",
             "Time spent in a stage, each time",
             ["stage"],
@@ -57,7 +59,9 @@ class Telemetry:
         memory = Gauge(f"{prefix}_resident_memory_bytes", "Resident memory of the process", registry=self.registry)
         process = psutil.Process()
         memory.set_function(lambda: process.memory_info().rss)
-        self._stage, self._since = "start", time.monotonic()
+        self._open: list[tuple[str, float]] = []
+        """The stages that it is in, the innermost last, each with the time when it began."""
+        self._now = (START, time.monotonic())
         self._server, self._server_thread = prometheus_client.start_http_server(0, host, self.registry)
         if token:
             self._server.set_app(_guarded(prometheus_client.make_wsgi_app(self.registry), token))
@@ -69,30 +73,33 @@ class Telemetry:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage, and tell it to whoever asks what this process is doing. Stages may be nested."""
-        outer, start = (self._stage, self._since), time.monotonic()
-        self._stage, self._since = name, start
+        self._now = stage = (name, time.monotonic())
+        self._open.append(stage)
         try:
             yield
         finally:
-            seconds = time.monotonic() - start
-            self._stages.labels(name).observe(seconds)
+            end = time.monotonic()
+            self._open.remove(stage)
+            self._now = self._open[-1] if self._open else (BETWEEN, end)
+            seconds = end - stage[1]
+            self._seconds.labels(name).observe(seconds)
             self.numbers[f"seconds_{name}"] = seconds
-            self._stage, self._since = outer
 
     def count_drop(self, cause: str) -> None:
         """Count a message that was dropped."""
         self._drops.labels(cause).inc()
 
     def status(self) -> Status:
-        """The process as it is now; `stage_seconds` tells for how long it has been in its stage."""
+        """The process as it is now; `stage_seconds` tells for how long it has been in its innermost stage."""
+        stage, since = self._now  # read once: another thread asks than the one that works
         values = {name: float(value) for name, value in self.numbers.copy().items()}
-        values["stage_seconds"] = time.monotonic() - self._since
+        values["stage_seconds"] = time.monotonic() - since
         return Status(
             role=self.role,
             index=self.index,
             node=self.node,
             pid=psutil.Process().pid,
-            stage=self._stage,
+            stage=stage,
             metrics_address=self.metrics_address,
             values=values,
             text=self.text[-MAX_TEXT // 4 :],

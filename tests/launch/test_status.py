@@ -24,6 +24,7 @@ def told(role: str, stage: str, seconds: float) -> Status:
         ("actor", "collect", 5, 0.5, "alive"),
         ("actor", "collect", 90, 0.5, "stuck"),
         ("actor", "wait_for_weights", 30, 0.5, "starved"),
+        ("learner", "between", 5, 0.5, "alive"),
         ("actor", "collect", 5, 30, "dead"),
         ("reward-server", "wait", 300, 0.5, "alive"),
         ("learner", "wait_for_particles", 30, 0.5, "starved"),

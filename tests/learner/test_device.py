@@ -29,8 +29,10 @@ from learner.replay import Batch
 from learner.settings import CloningSettings, LearnerSettings
 from protocol.demonstrations import Demonstrations
 from protocol.layout import Layout, ParameterSharing
+from protocol.messages import Sender
 from protocol.specs import EnvironmentSpec, TypeSpec
 from protocol.stacked import StackedMLP, _Layers
+from protocol.telemetry import Telemetry
 from protocol.trajectories import Trajectories
 
 GPU = torch.device("meta")
@@ -146,8 +148,10 @@ def test_an_update_runs_where_the_networks_are(
 def test_cloning_runs_where_the_policy_is(name: str, sharing: ParameterSharing) -> None:
     layout, settings = Layout.of(SPECS[name], sharing), CloningSettings(updates=2, batch_size=4, held_out=0.5)
     policy, demonstrations = policy_of(layout), demonstrations_of(SPECS[name])
+    telemetry = Telemetry("learner", 0, Sender("test", "learner-0"))
+    telemetry.close()
     with pretended_gpu():
-        algorithm = BehaviourCloning(policy, demonstrations, settings, GPU, 3)
+        algorithm = BehaviourCloning(policy, demonstrations, settings, GPU, 3, telemetry)
         algorithm.iterate(0.5, lambda: None)
         assert all(parameter.device == GPU for parameter in algorithm.policy.parameters())
         algorithm.finish()

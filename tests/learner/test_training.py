@@ -18,6 +18,7 @@ from learner.algorithms import ALGORITHMS, algorithm
 from learner.experience import LocalExperience
 from learner.process import run_serial
 from learner.settings import CloningSettings, LearnerSettings
+from learner.training import Training
 from protocol.channels import Refused
 from protocol.errors import InputError, NumericalError
 from protocol.job import Endpoints, Job
@@ -91,6 +92,23 @@ def test_every_algorithm_runs_to_its_end(tmp_path: Path, name: str) -> None:
     assert result["env_steps"] == (0 if name == "bc" else ITERATIONS * STEPS_PER_ITERATION)
     assert np.isfinite(result["normalized_return"])  # type: ignore[call-overload]
     assert (tmp_path / "run" / "curve.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["bm3il", "bc"])
+def test_between_two_stages_a_run_does_not_tell_of_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    told, note = [], Training._note
+
+    def noted(training: Training, figures: dict[str, float]) -> None:
+        told.append(training._telemetry.status())
+        note(training, figures)
+
+    monkeypatch.setattr(Training, "_note", noted)
+    run(tmp_path / "run", name)
+    assert [status.stage for status in told] == ["between"] * ITERATIONS
+    stages = {key for status in told for key in status.values if key.startswith("seconds_")}
+    assert {"seconds_restore", "seconds_update", "seconds_publish", "seconds_checkpoint"} <= stages
 
 
 class _Blinded:

@@ -5,6 +5,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,10 +69,47 @@ def test_stages_nest_and_tell_how_long_they_last(telemetry: Telemetry) -> None:
     assert telemetry.numbers["seconds_outer"] > telemetry.numbers["seconds_inner"]
 
 
+def test_between_two_stages_a_process_is_in_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("protocol.telemetry.time", SimpleNamespace(monotonic=lambda: now))
+    telemetry = Telemetry("learner", 0, Sender("run", "learner-0"))
+
+    def told() -> tuple[str, float]:
+        status = telemetry.status()
+        return status.stage, status.values["stage_seconds"]
+
+    try:
+        now = 170.0
+        assert told() == ("start", 70)
+        with telemetry.stage("restore"):
+            now = 175.0
+            with telemetry.stage("checkpoint"):
+                now = 185.0
+                assert told() == ("checkpoint", 10)
+            now = 186.0
+            assert told() == ("restore", 16)
+        assert told() == ("between", 0)
+        now = 189.0
+        assert told() == ("between", 3)
+    finally:
+        monkeypatch.undo()
+        telemetry.close()
+
+
+def test_stages_may_end_in_any_order(telemetry: Telemetry) -> None:
+    first, second = telemetry.stage("first"), telemetry.stage("second")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert telemetry.status().stage == "second"
+    second.__exit__(None, None, None)
+    assert telemetry.status().stage == "between"
+
+
 def test_a_stage_that_raises_is_still_timed(telemetry: Telemetry) -> None:
     with pytest.raises(KeyError), telemetry.stage("broken"):
         raise KeyError
-    assert telemetry.status().stage == "start"
+    assert telemetry.status().stage == "between"
     assert telemetry.registry.get_sample_value("bm3il_reward_server_stage_seconds_count", {"stage": "broken"}) == 1
 
 
