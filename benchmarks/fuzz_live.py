@@ -21,7 +21,8 @@ import zmq
 from fuzz_cases import corpus, mutated_frames
 from fuzz_sockets import BATCH, until
 
-WATCH_SECONDS, START_SECONDS, END_SECONDS = 0.5, 60.0, 600.0
+WATCH_SECONDS, START_SECONDS, HELD_SECONDS, END_SECONDS = 0.5, 60.0, 30.0, 600.0
+LISTENING = {"learner-0", "reward-server-0", "supervisor-0"}
 SMALL = [
     *("--preset", "rover_tower_4", "--environment", "rover_tower?pairs=2", "--demonstrations", "rover_tower_4"),
     *("--seed", "3", "--actor.steps-per-iteration", "100", "--actor.hidden", "16"),
@@ -34,7 +35,11 @@ DROPPED = re.compile(r'^bm3il_\w+_dropped_messages_total\{cause="(\w+)"\} (\S+)'
 
 
 class Live:
-    """The attacked run. `sent` by socket, `drops` by process and cause, as its metrics tell."""
+    """The attacked run. `sent` by socket, `drops` by process and cause, as its metrics tell.
+
+    Its actor is held before it plays, until everybody who listens has told of drops: so all of the training happens
+    under attack, and is not over before the metrics are read, however fast the machine is.
+    """
 
     def __init__(self, folder: Path, dice: random.Random, steps: int, new_bytes: int) -> None:
         self._folder, self._dice, self._new_bytes = folder, dice, new_bytes
@@ -57,8 +62,11 @@ class Live:
         assert not restarted, f"processes were started again: {restarted}"
         first, second = (self._result(name)["policy_sha256"] for name in ("undisturbed", "attacked"))
         assert first == second, "the attacked run learned another policy"
-        told = {process for process, _ in self.drops}
-        assert {"learner-0", "reward-server-0", "supervisor-0"} <= told, f"drops are told by {told} only"
+        assert self._told >= LISTENING, f"drops are told by {self._told} only"
+
+    @property
+    def _told(self) -> set[str]:
+        return {process for process, _ in self.drops}
 
     def _start(self, name: str, *options: str) -> subprocess.Popen[bytes]:
         temporary = self._folder / "tmp"
@@ -72,15 +80,20 @@ class Live:
         return dict(json.loads((self._folder / "runs" / name / "result.json").read_text()))
 
     def _storm(self, run: subprocess.Popen[bytes]) -> None:
+        actor = self._actor(run)
+        actor.suspend()
         sockets = self._sockets()
         guessed, known = corpus("guess"), corpus(self._run_id(sockets["weights"]))
         attackers = {name: self._attacker(name, path) for name, path in sockets.items()}
-        deadline, watched, turn = time.monotonic() + END_SECONDS, 0.0, 0
+        began, watched, turn, held = time.monotonic(), 0.0, 0, True
         while run.poll() is None:
-            assert time.monotonic() < deadline, "the attacked run does not come to its end"
+            assert time.monotonic() < began + END_SECONDS, "the attacked run does not come to its end"
             if time.monotonic() - watched > WATCH_SECONDS:
                 watched = time.monotonic()
                 self._watch(run.pid)
+                if held and (self._told >= LISTENING or watched > began + HELD_SECONDS):
+                    actor.resume()
+                    held = False
             turn += 1
             if turn % 50 == 0:  # libzmq remembers every prefix of a peer for as long as it is connected
                 attackers["weights"].close()
@@ -117,6 +130,21 @@ class Live:
 
         until(lambda: len(found()) == len(names), "the run listens", START_SECONDS)
         return found()
+
+    def _actor(self, run: subprocess.Popen[bytes]) -> psutil.Process:
+        """The process of the actor, as soon as it exists: it needs seconds to be ready to play."""
+        found: list[psutil.Process] = []
+
+        def exists() -> bool:
+            time.sleep(0.01)
+            for child in psutil.Process(run.pid).children(recursive=True):
+                with suppress(psutil.Error):
+                    if child.cmdline()[-3:] == ["launch.worker", "actor", "0"]:
+                        found.append(child)
+            return bool(found)
+
+        until(exists, "the run has an actor", START_SECONDS)
+        return found[0]
 
     def _run_id(self, weights: Path) -> str:
         with zmq.Context.instance().socket(zmq.SUB) as listener:
