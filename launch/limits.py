@@ -52,7 +52,6 @@ AT_LEAST_0 = (
     "learner.clipped.clone_weight",
     "learner.clipped.critic_first",
     "cloning.weight_decay",
-    "reward.likelihood_scale",
     "reward.prior_stddev",
     "reward.final_learning_rate",
     "reward.max_delay_seconds",
@@ -68,6 +67,7 @@ ABOVE_0 = (
     "learner.critic_gradient_norm",
     "learner.deadline_seconds",
     "cloning.learning_rate",
+    "reward.likelihood_episodes",
     "reward.learning_rate",
     "reward.deadline_seconds",
 )

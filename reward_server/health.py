@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from reward_server.svgd import squared_distances
+from reward_server.svgd import Forces, squared_distances
 
 
 class Health:
@@ -16,6 +16,7 @@ class Health:
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
         self._distances: list[torch.Tensor] = []
+        self._ratios: list[torch.Tensor] = []
 
     def add_logits(self, logits: torch.Tensor, labels: torch.Tensor, active: torch.Tensor, agent_rows: int) -> None:
         """logits [g, L, R], labels and active [g, 1, R]; the first `agent_rows` rows are the agents'."""
@@ -43,10 +44,19 @@ class Health:
         assert isinstance(squares, torch.Tensor)
         self._distances.append(squares.sqrt().flatten(1))
 
+    def add_forces(self, forces: Sequence[Forces]) -> None:
+        """What moves some groups, [g, L, …]; of each of the tensors that a particle consists of."""
+        attraction, repulsion = (
+            torch.stack([part.flatten(1).square().sum(dim=1) for part in parts]).sum(dim=0).sqrt()
+            for parts in zip(*((f.attraction, f.repulsion) for f in forces), strict=True)
+        )
+        self._ratios.append(repulsion / attraction.clamp_min(torch.finfo(attraction.dtype).tiny))
+
     def figures(self) -> dict[str, float]:
         """Means: `loss` (−log-likelihood of a row), `accuracy_agent`, `accuracy_expert`, `entropy` (nats),
         `particle_deviation` (standard deviation of the reward over particles), `particle_distance` (Euclidean, of the
-        parameters of two particles)."""
+        parameters of two particles), `repulsion_ratio` (of the kernel's two forces, ‖Σ_j ∇k‖ / ‖Σ_j k ∇ log p‖, mean
+        over groups; 0 where there is no kernel)."""
         sums = self._sums
         rows = {"accuracy_agent": sums["agent"], "accuracy_expert": sums["expert"]}
         total = sums["agent"] + sums["expert"]
@@ -54,4 +64,6 @@ class Health:
         figures = {name: sums[name] / max(1.0, rows.get(name, total)) for name in names}
         distances = torch.cat(self._distances)
         pairs = distances.shape[1] - round(distances.shape[1] ** 0.5)
-        return figures | {"particle_distance": float(distances.sum(dim=1).mean()) / max(1, pairs)}
+        figures["particle_distance"] = float(distances.sum(dim=1).mean()) / max(1, pairs)
+        figures["repulsion_ratio"] = float(torch.cat(self._ratios).mean()) if self._ratios else 0.0
+        return figures

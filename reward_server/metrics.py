@@ -50,6 +50,7 @@ class RewardServerMetrics:
             "entropy": "Entropy of a discriminator's verdict per row and agent, mean, in nats",
             "particle_distance": "Euclidean distance of two particles' parameters, mean over pairs and groups",
             "particle_deviation": "Standard deviation of a reward over particles, mean over rows and agents",
+            "repulsion_ratio": "Repulsion of the particles as a part of their attraction (SVGD), mean over groups",
         }
         units = {"loss": "nats", "entropy": "nats", "accuracy_agent": "ratio", "accuracy_expert": "ratio"}
         self._health = {

@@ -20,7 +20,7 @@ from reward_server.memory import Memory
 from reward_server.model import Answer, check_rewards
 from reward_server.sees import columns_seen
 from reward_server.settings import RewardSettings
-from reward_server.svgd import svgd_direction, svgd_directions
+from reward_server.svgd import svgd_forces, svgd_forces_of
 
 TILE_ACTIVATIONS = 1_500_000
 """Hidden activations computed at a time: what the cache next to a core holds, and what bounds the memory."""
@@ -162,8 +162,7 @@ class RewardModel:
         agent = torch.randint(self._memory.filled, (batch,), generator=self._generator)
         expert = torch.randint(len(self._expert), (batch,), generator=self._generator)
         for b, layers in enumerate(self._layers):
-            self._differentiate(b, self._batch(b, agent, expert), health)
-            self._direct(b)
+            self._direct(b, self._differentiate(b, self._batch(b, agent, expert), health), health)
             if health:
                 health.add_layers(layers)
         self._adam.step()
@@ -185,13 +184,15 @@ class RewardModel:
             grid(active).to(self._device, torch.float32).contiguous(),
         ]
 
-    def _differentiate(self, b: int, batch: Sequence[torch.Tensor], health: Health | None) -> None:
+    def _differentiate(self, b: int, batch: Sequence[torch.Tensor], health: Health | None) -> torch.Tensor:
         """Write the likelihood's gradients, for these rows of memory and expert, into a block's layers.
 
         With the kernel in function space the logits move in their SVGD direction instead, and the layers with them.
+        Returns how much of a particle's own score there is in what was written, [G, L]: 1 but for that kernel.
         """
         architecture, block = self._architectures[b], self.layout.blocks[b]
         rows, smoothing = batch[0].shape[1] * block.slots, self.settings.label_smoothing
+        mass = torch.ones(block.groups, architecture.particles, device=self._device)
         labels = torch.tensor([1 - smoothing, smoothing], device=self._device).repeat_interleave(rows // 2)
         for tile in _tiles(block.groups, architecture.activations * rows, TILE_ACTIVATIONS):
             layers = [layer[tile] for layer in self._layers[b]]
@@ -203,34 +204,50 @@ class RewardModel:
             if health:
                 health.add_logits(logits, labels, active, rows // 2)
             score = (labels - torch.sigmoid(logits)) * self._row_weights(active)
-            if self.settings.kernel_scope == "function":
-                score = svgd_direction(logits * active, score)
+            if self.settings.kernel_scope == "function" and architecture.particles > 1:
+                forces = svgd_forces(logits * active, score)
+                mass[tile] = forces.mass
+                if health:
+                    health.add_forces([forces])
+                score = forces.attraction.add_(forces.repulsion)
             gradients = [_gradient(layer)[tile] for layer in self._layers[b]]
             backward(layers, x, activations, score, architecture.activation, self._work, gradients)
+        return mass
 
     def _row_weights(self, active: torch.Tensor) -> torch.Tensor:
-        """How much each row counts in the likelihood; active [g, 1, R], the agents' rows first, then the expert's."""
-        if not self.settings.likelihood_scale:
-            return active
-        halves = active.unflatten(2, (2, -1))
-        return (self.settings.likelihood_scale * halves / halves.sum(-1, keepdim=True).clamp_min(1)).flatten(2)
+        """How much each row counts in the likelihood; active [g, 1, R], the agents' rows first, then the expert's.
 
-    def _direct(self, b: int) -> None:
-        """Turn the likelihood's gradients into directions: add the prior, and apply a kernel on parameters."""
+        log p(rows | φ) = steps · (mean of the agents' log D + mean of the expert's log(1 − D)): Eq. 3, the expected sum
+        over the steps of `likelihood_episodes` episodes, of which a batch of any size is a sample.
+        """
+        steps = self.settings.likelihood_episodes * self.layout.spec.episode_length
+        halves = active.unflatten(2, (2, -1))
+        return (steps * halves / halves.sum(-1, keepdim=True).clamp_min(1)).flatten(2)
+
+    def _direct(self, b: int, mass: torch.Tensor, health: Health | None) -> None:
+        """Turn what `_differentiate` wrote into directions: add the prior, and apply a kernel on parameters.
+
+        Prior and likelihood keep the proportion that they have in ∇ log p, whatever the kernel. A kernel on parameters
+        weighs both, being parts of one score. In function space the direction of f_l holds the likelihood's scores of
+        all particles with the weights k(f_j, f_l) / L; the prior is known by parameters and not by f, so particle l
+        gets its own with the sum of these weights, `mass`: what Eq. 5 gives if others' priors were like its own.
+        """
         scope, architecture, layers = self.settings.kernel_scope, self._architectures[b], self._layers[b]
         gradients = [_gradient(layer) for layer in layers]
         prior = self.settings.prior_stddev**-2 if self.settings.prior_stddev else 0.0
         if scope in ("function", "none") or architecture.particles == 1:
             for gradient, layer in zip(gradients, layers, strict=True):
-                gradient.sub_(layer, alpha=prior)
+                gradient.addcmul_(layer, mass[..., None, None], value=-prior)
             return
         size = sum(layer[0].numel() for layer in layers)
         for tile in _tiles(self.layout.blocks[b].groups, size, TILE_PARAMETERS):
             particles, targets = (architecture.tensors([t[tile] for t in part]) for part in (layers, gradients))
             scores = [torch.sub(*pair, alpha=prior) for pair in zip(targets, particles, strict=True)]
-            directions = svgd_directions(particles, scores, one_kernel=scope == "network")
-            for target, direction in zip(targets, directions, strict=True):
-                target.copy_(direction)
+            forces = svgd_forces_of(particles, scores, one_kernel=scope == "network")
+            if health:
+                health.add_forces(forces)
+            for target, (attraction, repulsion, _) in zip(targets, forces, strict=True):
+                torch.add(attraction, repulsion, out=target)
 
     def _query_block(self, b: int, rows: JointRows, deviation: bool) -> list[torch.Tensor]:
         """Rewards and deviations of a block."""

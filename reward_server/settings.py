@@ -27,8 +27,9 @@ class RewardSettings:
     (`place`, `time`), `purpose` (the parts that the environment calls so), `action`."""
     kernel_scope: KernelScope = "function"
     """What the SVGD kernel acts on: logits, each parameter tensor, the whole network; `none` is a plain ensemble."""
-    likelihood_scale: float = 0.0
-    """Rows that the likelihood of Eq. 3 counts as: its mean is multiplied by this. 0: the rows of the batch (a sum)."""
+    likelihood_episodes: float = 1.0
+    """Episodes over whose steps the likelihood of Eq. 3 sums: a batch's mean log-likelihood times their steps, whatever
+    the batch size. The more, the less prior and repulsion of the particles matter beside it."""
     prior_stddev: float = 1.0
     """Standard deviation of the Gaussian prior of the parameters; 0 leaves the prior out."""
     learning_rate: float = 1e-3

@@ -10,11 +10,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 SMALLEST_BANDWIDTH = 1e-8
 """Added to 2h, as the authors' code does: h is 0 where half of the particles coincide."""
+
+
+class Forces(NamedTuple):
+    """What moves particles [..., L, d].
+
+    attraction: (1/L) Σ_j k(x_j, x_l) ∇ log p(x_j), [..., L, d].
+    repulsion: (1/L) Σ_j ∇_{x_j} k(x_j, x_l), [..., L, d].
+    mass: (1/L) Σ_j k(x_j, x_l), [..., L]: what the scores weigh together; 1 where all particles coincide.
+    """
+
+    attraction: torch.Tensor
+    repulsion: torch.Tensor
+    mass: torch.Tensor
 
 
 def squared_distances(particles: torch.Tensor) -> torch.Tensor:
@@ -40,23 +54,28 @@ def svgd_direction(particles: torch.Tensor, score: torch.Tensor) -> torch.Tensor
     """
     if particles.shape[-2] == 1:
         return score
+    attraction, repulsion, _ = svgd_forces(particles, score)
+    return attraction.add_(repulsion)
+
+
+def svgd_forces(particles: torch.Tensor, score: torch.Tensor) -> Forces:
+    """The two parts of `svgd_direction`, apart."""
     moved = particles - particles[..., :1, :]
     return _combine(*_coefficients(_distances(moved)), moved, score)
 
 
-def svgd_directions(
-    particles: Sequence[torch.Tensor], score: Sequence[torch.Tensor], one_kernel: bool
-) -> list[torch.Tensor]:
-    """`svgd_direction` of particles that consist of several tensors, with a kernel for each, or with one over all.
+def svgd_forces_of(particles: Sequence[torch.Tensor], score: Sequence[torch.Tensor], one_kernel: bool) -> list[Forces]:
+    """`svgd_forces` on particles that consist of several tensors, with a kernel for each, or with one over all.
 
-    particles, score: [G, L, ...] each → the same shapes.
+    particles, score: [G, L, ...] each → forces of the same shapes.
     """
     moved = [(part - part[:, :1]).flatten(2) for part in particles]
     distances = torch.stack([_distances(part) for part in moved])
     if one_kernel:
         distances = distances.sum(dim=0).expand_as(distances)
     parts = zip(*_coefficients(distances), moved, score, strict=True)
-    return [_combine(kernel, repulsion, x, s.flatten(2)).view(s.shape) for kernel, repulsion, x, s in parts]
+    forces = [(_combine(kernel, repulsion, x, s.flatten(2)), s.shape) for kernel, repulsion, x, s in parts]
+    return [Forces(f.attraction.view(shape), f.repulsion.view(shape), f.mass) for f, shape in forces]
 
 
 # Only differences of particles matter. The functions below take them `moved`, one of them to the origin: what is left
@@ -79,5 +98,5 @@ def _coefficients(distances: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return kernel, (torch.diag_embed(kernel.sum(dim=-1)) - kernel) * (2 * inverse)
 
 
-def _combine(kernel: torch.Tensor, repulsion: torch.Tensor, moved: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
-    return (kernel @ score).add_(repulsion @ moved)
+def _combine(kernel: torch.Tensor, repulsion: torch.Tensor, moved: torch.Tensor, score: torch.Tensor) -> Forces:
+    return Forces(kernel @ score, repulsion @ moved, kernel.sum(dim=-1))

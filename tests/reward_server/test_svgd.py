@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from reward_server.svgd import inverse_bandwidth, squared_distances, svgd_direction, svgd_directions
+from reward_server.svgd import inverse_bandwidth, squared_distances, svgd_direction, svgd_forces, svgd_forces_of
 
 torch.set_num_threads(1)
 
@@ -55,6 +55,15 @@ def test_median_is_the_true_one_with_the_zero_diagonal() -> None:
     assert float(inverse_bandwidth(squared_distances(x))) == pytest.approx(1 / (2 * h + 1e-8), rel=1e-12)
 
 
+def test_forces_are_the_two_sums_and_the_mass_of_the_kernel() -> None:
+    x, score = torch.randn(2, 4, 7, dtype=torch.float64), torch.randn(2, 4, 7, dtype=torch.float64)
+    still, mass = (svgd_direction(x, s) for s in (torch.zeros_like(x), torch.ones_like(x)))
+    forces = svgd_forces(x, score)
+    torch.testing.assert_close(forces.repulsion, still)  # no score: what is left is repulsion
+    torch.testing.assert_close(forces.attraction, svgd_direction(x, score) - still)
+    torch.testing.assert_close(forces.mass, (mass - still)[..., 0])  # of scores that are 1
+
+
 def test_coinciding_particles_stay_finite_and_share_their_score() -> None:
     x, score = torch.ones(4, 3), torch.arange(12.0).view(4, 3)
     torch.testing.assert_close(svgd_direction(x, score), score.mean(0).expand(4, 3))
@@ -71,11 +80,12 @@ def test_particles_of_several_tensors_have_one_kernel_over_all_or_one_for_each()
     x = [torch.randn(2, 4, d, dtype=torch.float64) for d in sizes]
     score = [torch.randn(2, 4, d, dtype=torch.float64) for d in sizes]
     joined = svgd_direction(torch.cat(x, -1), torch.cat(score, -1))
-    torch.testing.assert_close(torch.cat(svgd_directions(x, score, one_kernel=True), -1), joined)
+    together = [f.attraction + f.repulsion for f in svgd_forces_of(x, score, one_kernel=True)]
+    torch.testing.assert_close(torch.cat(together, -1), joined)
     apart = [svgd_direction(*pair) for pair in zip(x, score, strict=True)]
     assert not torch.allclose(joined[..., :3], apart[0])
-    for found, expected in zip(svgd_directions(x, score, one_kernel=False), apart, strict=True):
-        torch.testing.assert_close(found, expected)
+    for found, expected in zip(svgd_forces_of(x, score, one_kernel=False), apart, strict=True):
+        torch.testing.assert_close(found.attraction + found.repulsion, expected)
 
 
 def run_svgd(x: torch.Tensor, score: object, steps: int, rate: float) -> torch.Tensor:
