@@ -11,10 +11,13 @@ from reward_server.svgd import Forces, squared_distances
 
 
 class Health:
-    """Sums over the batches of an update; all figures count active rows only and average over particles."""
+    """Sums over the batches of an update; all figures count active rows only and average over particles.
+
+    The sums stay on the device of what is added, and are read by `figures`.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, torch.Tensor] = {}
         self._distances: list[torch.Tensor] = []
         self._ratios: list[torch.Tensor] = []
 
@@ -36,7 +39,8 @@ class Health:
             "particle_deviation": surprise.std(dim=1, keepdim=True, correction=0) * active,
         }
         for name, values in per_row.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(values.mean(dim=1).sum())
+            total = values.mean(dim=1).sum()
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
 
     def add_layers(self, layers: Sequence[torch.Tensor]) -> None:
         """Layers [G, L, …] of one block."""
@@ -57,7 +61,7 @@ class Health:
         `particle_deviation` (standard deviation of the reward over particles), `particle_distance` (Euclidean, of the
         parameters of two particles), `repulsion_ratio` (of the kernel's two forces, ‖Σ_j ∇k‖ / ‖Σ_j k ∇ log p‖, mean
         over groups; 0 where there is no kernel)."""
-        sums = self._sums
+        sums = {name: float(total) for name, total in self._sums.items()}
         rows = {"accuracy_agent": sums["agent"], "accuracy_expert": sums["expert"]}
         total = sums["agent"] + sums["expert"]
         names = ("loss", "accuracy_agent", "accuracy_expert", "entropy", "particle_deviation")
