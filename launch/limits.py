@@ -77,6 +77,7 @@ PARTS = (
     "learner.target_rate",
     "cloning.held_out",
     "reward.label_smoothing",
+    "reward.imagined",
 )
 
 

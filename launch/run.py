@@ -26,7 +26,7 @@ from protocol.job import Endpoints
 from protocol.messages import Sender
 from protocol.registry import make_environment
 from protocol.telemetry import Telemetry
-from reward_server.sees import columns_seen
+from reward_server.sees import check_imagined, columns_seen
 
 SERIAL_SHOW_SECONDS = 0.5
 
@@ -60,6 +60,7 @@ def check(config: Config) -> Config:
     environment = make_environment(config.environment, 1)
     if config.reward.source == "learned":
         columns_seen(environment.spec, config.reward.sees)
+        check_imagined(environment.spec, config.reward.imagined)
     if config.demonstrations:
         recorded = Demonstrations.load(resolve(config.demonstrations))
         recorded.check_against(environment.spec)

@@ -11,6 +11,7 @@ import torch
 from actors import gaussian
 from actors.policy import Policy
 from learner import losses
+from learner.memory import keep_freed_memory
 from learner.optimisation import adam_arrays, load_adam_arrays, part
 from learner.settings import CloningSettings
 from protocol.demonstrations import Demonstrations
@@ -59,9 +60,12 @@ class Cloning:
         self._generator.set_state(torch.tensor(state))
 
 
-def clone(policy: Policy, demonstrations: Demonstrations, settings: CloningSettings, seed: int) -> None:
+def clone(
+    policy: Policy, demonstrations: Demonstrations, settings: CloningSettings, seed: int, telemetry: Telemetry
+) -> None:
     """Make the policy what the algorithm `bc` would end with, from the same start and seed to the same bits."""
-    run = BehaviourCloning(policy, demonstrations, settings, next(policy.parameters()).device, seed)
+    device = next(policy.parameters()).device
+    run = BehaviourCloning(policy, demonstrations, settings, device, seed, telemetry)
     for iteration in range(settings.iterations):
         run.iterate(iteration / settings.iterations, lambda: None)
     run.finish()
@@ -92,6 +96,8 @@ class BehaviourCloning:
         self._optimiser = torch.optim.AdamW(
             policy.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
+        if device.type == "cpu":
+            keep_freed_memory()
         self._best = (float("inf"), copy.deepcopy(policy.state_dict()))
 
     def begin(self, session: str, learner: dict[str, np.ndarray] | None, rewards: object) -> None:

@@ -86,7 +86,7 @@ class Imitation(ABC):
             if self._demonstrations is None:
                 raise InputError("learner.start cloned needs demonstrations; name a file with --demonstrations")
             with self._telemetry.stage("clone"):
-                clone(self.policy, self._demonstrations, self._cloning_settings, self._job.seed)
+                clone(self.policy, self._demonstrations, self._cloning_settings, self._job.seed, self._telemetry)
             self._learner.start_from(self.policy)
 
     @abstractmethod

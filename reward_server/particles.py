@@ -18,7 +18,7 @@ from reward_server.discriminator import Architecture, Workspace, backward, forwa
 from reward_server.health import Health
 from reward_server.memory import Memory
 from reward_server.model import Answer, check_rewards
-from reward_server.sees import columns_seen
+from reward_server.sees import check_imagined, columns_seen
 from reward_server.settings import RewardSettings
 from reward_server.svgd import svgd_forces, svgd_forces_of
 
@@ -177,12 +177,32 @@ class RewardModel:
         observations = observations.unflatten(1, sources[0].shape[1:])
         actions = torch.cat([memory.actions[b][agent], expert_rows.actions[b][expert]])
         active = torch.cat([memory.active[b][agent], expert_rows.active[b][expert]])
+        if count := round(self.settings.imagined * len(agent)):
+            self._imagine(b, observations[:count], actions[:count], active[:count])
         grid = self.layout.blocks[b].grid
         return [
             grid(observations),
             grid(actions).contiguous(),
             grid(active).to(self._device, torch.float32).contiguous(),
         ]
+
+    def _imagine(self, b: int, observations: torch.Tensor, actions: torch.Tensor, active: torch.Tensor) -> None:
+        """Overwrite joint rows of a block with what nobody did: each named part, and the action, as the same agent of
+        the expert had it at another moment. What never changes for an agent, as its home, stays right.
+
+        Against these a discriminator learns which parts go together: log p(parts) − Σ log p(part).
+        """
+        parts = self.layout.spec.types[self.layout.blocks[b].types[0]].parts
+        moments = torch.randint(len(self._expert), (len(parts) + 1, len(active)), generator=self._generator)
+        first = 0
+        active.fill_(True)
+        for part, moment in zip(parts, moments, strict=False):
+            columns = slice(first, first + part.width)
+            observations[..., columns] = self._expert.observations[b][moment][..., columns]
+            active &= self._expert.active[b][moment]
+            first += part.width
+        actions.copy_(self._expert.actions[b][moments[-1]])
+        active &= self._expert.active[b][moments[-1]]
 
     def _differentiate(self, b: int, batch: Sequence[torch.Tensor], health: Health | None) -> torch.Tensor:
         """Write the likelihood's gradients, for these rows of memory and expert, into a block's layers.
@@ -287,6 +307,7 @@ class RewardModel:
 def architectures(layout: Layout, settings: RewardSettings, agent_identity: bool) -> list[Architecture]:
     """The discriminators of every block. Raises InputError if they cannot see what `settings.sees` names."""
     seen = columns_seen(layout.spec, settings.sees)
+    check_imagined(layout.spec, settings.imagined)
     # The types of a block have equal parts, so what is seen of one is seen of all.
     return [
         Architecture(

@@ -52,6 +52,16 @@ def columns_seen(spec: EnvironmentSpec, sees: Sequence[str]) -> list[Seen]:
     return [_seen_by(agent_type, sees) for agent_type in spec.types]
 
 
+def check_imagined(spec: EnvironmentSpec, imagined: float) -> None:
+    """Raise InputError if rows shall be imagined of an environment that does not name the parts of its observations."""
+    unnamed = [agent_type.name for agent_type in spec.types if not agent_type.parts]
+    if imagined and unnamed:
+        raise InputError(
+            f"--reward.imagined {imagined:g} puts parts of observations together anew, and '{spec.name}' names none "
+            f"for '{unnamed[0]}': leave it out, or name them (`parts` of the type)"
+        )
+
+
 def _seen_by(agent_type: TypeSpec, sees: Sequence[str]) -> Seen:
     if ALL in sees:
         return Seen(((0, agent_type.observation_dim),), action=True)

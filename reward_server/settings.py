@@ -27,7 +27,7 @@ class RewardSettings:
     (`place`, `time`), `purpose` (the parts that the environment calls so), `action`."""
     kernel_scope: KernelScope = "function"
     """What the SVGD kernel acts on: logits, each parameter tensor, the whole network; `none` is a plain ensemble."""
-    likelihood_episodes: float = 1.0
+    likelihood_episodes: float = 10.0
     """Episodes over whose steps the likelihood of Eq. 3 sums: a batch's mean log-likelihood times their steps, whatever
     the batch size. The more, the less prior and repulsion of the particles matter beside it."""
     prior_stddev: float = 1.0
@@ -45,6 +45,9 @@ class RewardSettings:
     memory: MemoryKind = "window"
     """Which of the agents' joint rows updates draw from: the newest of the run (`window`), or a sample of all of them
     (`run`), so that what agents no longer do is still known to be wrong."""
+    imagined: float = 0.0
+    """Part of the agents' rows of an update that nobody played: rows of the expert whose parts are each from another
+    moment, its places at other hours. They keep what was never tried from passing for right."""
     window_steps: int = 8_000
     """How many joint rows of the agents that is."""
     max_batch_rows: int = 4_096
