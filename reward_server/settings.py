@@ -29,7 +29,8 @@ class RewardSettings:
     """What the SVGD kernel acts on: logits, each parameter tensor, the whole network; `none` is a plain ensemble."""
     likelihood_episodes: float = 10.0
     """Episodes over whose steps the likelihood of Eq. 3 sums: a batch's mean log-likelihood times their steps, whatever
-    the batch size. The more, the less prior and repulsion of the particles matter beside it."""
+    the batch size. The more, the less prior and repulsion of the particles matter beside it. With few short episodes
+    the prior wins and nothing is learned: take more of them, or a wider `prior_stddev`."""
     prior_stddev: float = 1.0
     """Standard deviation of the Gaussian prior of the parameters; 0 leaves the prior out."""
     learning_rate: float = 1e-3
