@@ -11,12 +11,22 @@ FLAGS = $(call flag,PRESET,preset) $(call flag,NODES,nodes) $(call flag,ALGORITH
 	$(call flag,SEED,seed) $(call flag,STEPS,steps) $(call flag,ACTORS,actors) $(call flag,MODE,mode) \
 	$(call flag,HOSTFILE,hostfile) $(ARGS)
 
+OF_LAUNCH := NODES PRESET ALGORITHM ENVIRONMENT DEMONSTRATIONS RUN SEED STEPS ACTORS MODE HOSTFILE ARGS
+
+# A misspelt variable would be ignored, and another run trained than was asked for.
+KNOWN := $(OF_LAUNCH) SECONDS PYTHON VENV
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
+NEAREST = import sys; from protocol.errors import unknown_name; print(unknown_name("variable", sys.argv[1], sys.argv[2:]))
+ifneq ($(filter-out $(KNOWN),$(GIVEN)),)
+$(error $(shell $(PYTHON) -c '$(NEAREST)' '$(firstword $(filter-out $(KNOWN),$(GIVEN)))' $(KNOWN)))
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help launch submit test lint bench chaos fuzz
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "Variables of launch: NODES PRESET ALGORITHM ENVIRONMENT DEMONSTRATIONS RUN SEED STEPS ACTORS MODE HOSTFILE ARGS"
+	@echo "Variables of launch: $(OF_LAUNCH)"
 
 launch: $(VENV)/.installed  ## train, by default from the demonstrations that come with bm3il
 	@$(BIN)/bm3il train $(FLAGS)
