@@ -88,6 +88,7 @@ def evaluate(args: list[str]) -> int:
     parser = _parser("evaluate")
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--episodes", type=int, default=2000, help="fresh episodes")
+    parser.add_argument("--environment", default="", help="a changed world to play in, e.g. 'rover_tower?slip=0.05'")
     parser.add_argument("--paired", action="store_true", help="also from the start states of the demonstrations")
     parser.add_argument("--best", action="store_true", help="the best checkpoint instead of the newest")
     parser.add_argument("--pictures", action="store_true", help="maps and loads beside the demonstrations'")
@@ -95,7 +96,7 @@ def evaluate(args: list[str]) -> int:
     options = parser.parse_args(args)
     from launch import evaluate
 
-    shown = options.pictures, options.hour
+    shown = options.pictures, options.hour, options.environment
     return evaluate.main(options.run, options.episodes, options.paired, options.best, *shown)
 
 

@@ -3,107 +3,165 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from actors.environments.berlin.environment import Berlin
 from actors.evaluation import ReturnEstimate, evaluate
-from actors.policy import UniformPolicy
+from actors.experts.scripted import expert_for
+from actors.policy import Policy, UniformPolicy
+from actors.rollout import Acts
 from launch.config import Config
 from launch.run_folder import write_atomically
 from launch.trained import Trained, load_trained
 from learner.imitation import build_critic
 from learner.optimisation import part
 from protocol.demonstrations import Demonstrations, resolve
+from protocol.environment import Starts
 from protocol.errors import InputError
+from protocol.perturbation import unperturbed
+from protocol.registry import make_environment
+from protocol.specs import EnvironmentSpec
 
 FRESH_SEED = 1_000_003
 """Start states that no training run of a small seed evaluates on."""
 
 
-def main(run: Path, episodes: int, paired: bool, best: bool = False, pictures: bool = False, hour: float = -1.0) -> int:
+@dataclass(frozen=True)
+class Episodes:
+    """Episodes on which all are compared: `count` in `environment`, from given start states (whose unit of
+    independence are `groups`) or fresh ones.
+
+    expert_return: what it is known to be from these start states.
+    """
+
+    environment: str
+    count: int
+    starts: Starts | None = None
+    groups: np.ndarray | None = None
+    expert_return: float | None = None
+
+    def returns(self, policy: Acts, greedy: bool = False) -> ReturnEstimate:
+        """True return per agent and episode."""
+        returns = evaluate(self.environment, policy, self.count, FRESH_SEED, greedy, self.starts)
+        return ReturnEstimate.of(returns, self.groups)
+
+
+def main(
+    run: Path,
+    episodes: int,
+    paired: bool,
+    best: bool = False,
+    pictures: bool = False,
+    hour: float = -1.0,
+    environment: str = "",
+) -> int:
     """Print a table of true returns per agent and episode, and write it to `evaluation.json` in the run's folder.
 
     pictures: also draw what is seen of the policy and of the demonstrations; hour: of the map, negative the busiest.
     paired: also play from the very start states of the demonstrations, where the expert's return is known.
     best: the checkpoint with the highest evaluation return instead of the newest.
+    environment: play there, in a change of the run's world; the expert is the scripted one, which has planned there.
+    Raises InputError for an environment that the policy does not fit.
     """
     if episodes < 1:
         raise InputError(f"--episodes must be at least 1, got {episodes}")
     trained = load_trained(run, best)
-    config, policy, checkpoint = trained.config, trained.policy, trained.checkpoint
-    random = evaluate(config.environment, UniformPolicy(policy.layout.spec), episodes, FRESH_SEED)
-    rows: list[dict[str, Any]] = []
-    for greedy in (False, True):
-        estimate = ReturnEstimate.of(evaluate(config.environment, policy, episodes, FRESH_SEED, greedy))
-        rows.append(_row("fresh", greedy, episodes, estimate, None, float(random.mean())))
+    name = environment or trained.config.environment
+    world = make_environment(name, 1).spec
+    policy = trained.policy_in(world)
+    compared = {"fresh": Episodes(name, episodes)}
     if paired:
-        rows += _paired_rows(config, policy)
-    _print(run, checkpoint.iteration, float(random.mean()), rows)
+        compared["paired"] = _demonstrated(trained.config, name)
+    expert = _scripted_expert(world) if environment else None
+    rows = [row for starts, them in compared.items() for row in _rows(starts, them, policy, expert)]
+    iteration = trained.checkpoint.iteration
+    _print(f"{run}, iteration {iteration}, in {world.name}", rows)
     if pictures:
-        _draw(trained, run / "pictures", hour)
-    write_atomically(run / "evaluation.json", json.dumps({"iteration": checkpoint.iteration, "rows": rows}, indent=1))
+        _draw(trained, name, policy, run / "pictures", hour)
+    write_atomically(run / "evaluation.json", json.dumps({"iteration": iteration, "rows": rows}, indent=1))
     return 0
 
 
-def _draw(trained: Trained, folder: Path, hour: float) -> None:
-    from launch.pictures import draw_attention, draw_pictures
+def _rows(starts: str, episodes: Episodes, policy: Policy, expert: Acts | None) -> list[dict[str, Any]]:
+    """Drawn and greedy actions, beside random and an expert: the one given, else the one whose return is known."""
+    random = episodes.returns(UniformPolicy(policy.layout.spec)).mean
+    best = episodes.expert_return if expert is None else episodes.returns(expert).mean
+    rows = []
+    for greedy in (False, True):
+        estimate = episodes.returns(policy, greedy)
+        rows.append(
+            {
+                "environment": policy.layout.spec.name,
+                "starts": starts,
+                "actions": "greedy" if greedy else "drawn",
+                "episodes": episodes.count,
+                "return_mean": estimate.mean,
+                "return_stderr": estimate.stderr,
+                "random_return": random,
+                "expert_return": best,
+                "normalized_return": _normalized(estimate.mean, random, best),
+            }
+        )
+    return rows
 
-    folder.mkdir(exist_ok=True)
-    config, policy = trained.config, trained.policy
-    if parameters := part(trained.checkpoint.learner, "critic"):
-        critic = build_critic(trained.job, config.learner, config.actor, policy.layout)
-        critic.load_state_dict({name: torch.tensor(value) for name, value in parameters.items()})
-        if draw_attention(critic, config.environment, policy, folder / "attention.png"):
-            print(folder / "attention.png")
-    if not config.environment.startswith("berlin"):
-        print("maps, loads and places are drawn for berlin only")
-    elif not config.demonstrations:
-        raise InputError("pictures show the demonstrations beside the policy, and this run had none")
-    else:
-        demonstrations = Demonstrations.load(resolve(config.demonstrations))
-        for path in draw_pictures(config.environment, policy, demonstrations, folder, hour):
-            print(path)
+
+def _normalized(value: float, random: float, expert: float | None) -> float | None:
+    """0 as random, 1 as the expert; None where these are not apart, as with slip=1."""
+    return None if expert is None or expert == random else (value - random) / (expert - random)
 
 
-def _paired_rows(config: Config, policy: Any) -> list[dict[str, Any]]:
+def _scripted_expert(world: EnvironmentSpec) -> Acts | None:
+    try:
+        return expert_for(world)
+    except InputError:  # not every environment has one
+        return None
+
+
+def _demonstrated(config: Config, name: str) -> Episodes:
+    """From the start states of the run's demonstrations, in the environment of this name.
+
+    Raises InputError if it has no such start states.
+    """
     if not config.demonstrations:
         raise InputError("paired evaluation needs the run's demonstrations, and it had none")
     demonstrations = Demonstrations.load(resolve(config.demonstrations))
     if not demonstrations.starts:
         raise InputError("the demonstrations hold no start states; evaluate without --paired")
-    starts, count = demonstrations.starts, demonstrations.num_episodes
-    expert = demonstrations.return_mean
-    random = float(
-        evaluate(config.environment, UniformPolicy(policy.layout.spec), count, FRESH_SEED, starts=starts).mean()
-    )
-    rows = []
-    for greedy in (False, True):
-        returns = evaluate(config.environment, policy, count, FRESH_SEED, greedy, starts)
-        rows.append(_row("paired", greedy, count, ReturnEstimate.of(returns, demonstrations.groups), expert, random))
-    return rows
+    count, starts = demonstrations.num_episodes, demonstrations.starts
+    make_environment(name, count).reset(FRESH_SEED, starts)  # says what does not fit before anything is played
+    expert = demonstrations.return_mean if name == config.environment else None
+    return Episodes(name, count, starts, demonstrations.groups, expert)
 
 
-def _row(
-    starts: str, greedy: bool, episodes: int, estimate: ReturnEstimate, expert: float | None, random: float
-) -> dict[str, Any]:
-    return {
-        "starts": starts,
-        "actions": "greedy" if greedy else "drawn",
-        "episodes": episodes,
-        "return_mean": estimate.mean,
-        "return_stderr": estimate.stderr,
-        "random_return": random,
-        "expert_return": expert,
-        "normalized_return": None if expert is None else (estimate.mean - random) / (expert - random),
-    }
+def _draw(trained: Trained, name: str, policy: Policy, folder: Path, hour: float) -> None:
+    from launch.pictures import draw_attention, draw_pictures
+
+    folder.mkdir(exist_ok=True)
+    config = trained.config
+    if parameters := part(trained.checkpoint.learner, "critic"):
+        critic = build_critic(trained.job, config.learner, config.actor, policy.layout)
+        critic.load_state_dict({name: torch.tensor(value) for name, value in parameters.items()})
+        if draw_attention(critic, name, policy, folder / "attention.png"):
+            print(folder / "attention.png")
+    if not isinstance(unperturbed(make_environment(name, 1)), Berlin):
+        print("maps, loads and places are drawn for berlin only")
+    elif not config.demonstrations:
+        raise InputError("pictures show the demonstrations beside the policy, and this run had none")
+    else:
+        demonstrations = Demonstrations.load(resolve(config.demonstrations)).for_crowd(policy.layout.spec)
+        for path in draw_pictures(name, policy, demonstrations, folder, hour):
+            print(path)
 
 
-def _print(run: Path, iteration: int, random: float, rows: list[dict[str, Any]]) -> None:
-    table = Table(title=f"{run}, iteration {iteration}: true return per agent and episode")
+def _print(what: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(title=f"{what}: true return per agent and episode")
     for column in ("starts", "actions", "episodes", "return", "± s.e.", "random", "expert", "normalised"):
         table.add_column(column, justify="right")
     for row in rows:

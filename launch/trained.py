@@ -15,6 +15,8 @@ from learner.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
 from learner.optimisation import part
 from protocol.errors import InputError
 from protocol.job import Endpoints, Job
+from protocol.layout import Layout
+from protocol.specs import EnvironmentSpec
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,20 @@ class Trained:
     job: Job
     policy: Policy
     checkpoint: Checkpoint
+
+    def policy_in(self, spec: EnvironmentSpec) -> Policy:
+        """The policy for the agents of another environment than the run's. Raises InputError if it does not fit."""
+        trained_in = self.policy.layout.spec
+        if difference := trained_in.difference(spec, counts=self.config.tells_agents_apart):
+            raise InputError(
+                f"'{spec.name}' does not fit this run: {difference}; its world is '{trained_in.name}', and changes of "
+                "that fit: add slip= (noise= for continuous actions), of berlin also closed=, capacity=, demand="
+            )
+        layout = Layout.of(spec, self.job.parameter_sharing)
+        actor = self.config.actor
+        policy = Policy(layout, actor.hidden, torch.Generator(), actor.agent_identity)
+        policy.load_arrays(self.policy.to_arrays())
+        return policy
 
 
 def load_trained(run: Path, best: bool = False) -> Trained:

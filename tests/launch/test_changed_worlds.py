@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 
+from actors.experts import commuters
+from actors.policy import UniformPolicy
+from launch import evaluate, pictures
 from launch.cli import main
 from launch.config import parse_config
 from launch.run import check
+from launch.trained import load_trained
 from protocol.demonstrations import Demonstrations, resolve
 from protocol.errors import InputError
+from protocol.registry import make_environment
 
 BERLIN = "berlin?scenario=berlin46&types=10&agents=50&sight=near"
 CROWD = f"{BERLIN}&demand=1.2"
@@ -57,3 +62,110 @@ def test_a_reward_learned_from_a_smaller_crowd_judges_a_larger_one(day: str, tmp
     few = ["--steps", "100", "--learner.updates", "1", "--learner.batch-size", "8", "--reward.batch-size", "8"]
     result = train(tmp_path, *berlin(day, "--environment", CROWD, *few))
     assert (result["status"], result["env_steps"]) == ("finished", 1000)
+
+
+@pytest.fixture(scope="module")
+def run(day: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a clone of one day, with parameters per type."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(folder, *berlin(day, "--algorithm", "bc"))
+    return folder / "run"
+
+
+def evaluated(run: Path, *args: str) -> list[dict[str, Any]]:
+    assert main(["evaluate", str(run), "--episodes", "2", *args]) == 0
+    return json.loads((run / "evaluation.json").read_text())["rows"]  # type: ignore[no-any-return]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """The one line of a command that must exit with 2."""
+    capsys.readouterr()
+    assert main(list(args)) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    return captured.err
+
+
+def test_a_policy_plays_in_a_changed_world_beside_the_expert_of_that(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commuters, "EQUILIBRIUM_ROUNDS", 3)
+    world = f"{BERLIN}&closed=22,23&demand=1.2&slip=0.02"
+    rows = evaluated(run, "--environment", world)
+    assert [(row["environment"], row["starts"], row["actions"]) for row in rows] == [
+        (world, "fresh", "drawn"),
+        (world, "fresh", "greedy"),
+    ]
+    for row in rows:
+        assert row["random_return"] == pytest.approx(-404, abs=3)
+        assert 250 < row["expert_return"] < 400
+        range_ = row["expert_return"] - row["random_return"]
+        assert row["normalized_return"] == pytest.approx((row["return_mean"] - row["random_return"]) / range_)
+
+
+def test_the_parameters_are_the_same_in_every_world(run: Path) -> None:
+    trained = load_trained(run)
+    moved = trained.policy_in(make_environment(CROWD, 1).spec)
+    assert moved.sha256() == trained.policy.sha256()
+    assert [t.count for t in moved.layout.spec.types][:2] == [10, 6]
+
+
+def test_the_own_world_has_no_expert_unless_asked_for(run: Path) -> None:
+    rows = evaluated(run)
+    assert {row["environment"] for row in rows} == {BERLIN}
+    assert {row["expert_return"] for row in rows} == {None}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rover_tower", "does not fit this run"),
+        ("berlin?types=9&sight=near", f"expected 10 agent types, found 9; its world is '{BERLIN}'"),
+        ("berlin?closed=22", "expected 'berlin46, near loads seen', found 'berlin46, all loads seen'"),
+        (f"{BERLIN}&closed=46", "there is no road 46"),
+        ("berlyn", "did you mean berlin"),
+    ],
+)
+def test_other_worlds_are_refused(run: Path, name: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refused(capsys, "evaluate", str(run), "--environment", name)
+
+
+def test_pictures_are_of_the_changed_world(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DAYS", "ATTENTION_EPISODES", "FRAMES_PER_SECOND"):
+        monkeypatch.setattr(pictures, name, 1)
+    monkeypatch.setattr(pictures, "_animate", lambda berlin, days, path: path.touch())
+    monkeypatch.setattr(evaluate, "expert_for", lambda spec: UniformPolicy(spec))
+    evaluated(run, "--environment", f"{BERLIN}&closed=22,23&demand=1.2&slip=0.05", "--pictures")
+    assert {path.name for path in (run / "pictures").iterdir()} >= {"map.png", "loads.png", "places.png", "day.gif"}
+
+
+@pytest.fixture(scope="module")
+def rover_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a clone of Rover Tower, with parameters per agent."""
+    folder = tmp_path_factory.mktemp("runs")
+    few = ["--algorithm", "bc", "--parameter-sharing", "agent", "--demonstration-episodes", "2"]
+    train(folder, "--preset", "rover_tower_4", *few)
+    return folder / "run"
+
+
+def test_paired_starts_are_tried_in_a_changed_world(rover_run: Path) -> None:
+    rows = evaluated(rover_run, "--environment", "rover_tower?pairs=2&slip=0.3", "--paired")
+    assert [row["starts"] for row in rows] == ["fresh", "fresh", "paired", "paired"]
+    known = evaluated(rover_run, "--paired")[2]["expert_return"]
+    assert rows[2]["expert_return"] < known - 20, "the scripted expert slips, too"
+
+
+def test_where_all_slip_nobody_is_better_than_random(rover_run: Path) -> None:
+    rows = evaluated(rover_run, "--environment", "rover_tower?pairs=2&slip=1")
+    assert rows[0]["expert_return"] == pytest.approx(rows[0]["random_return"])
+    assert rows[0]["normalized_return"] is None
+
+
+def test_parameters_per_agent_fit_as_many_agents_only(rover_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(capsys, "evaluate", str(rover_run), "--environment", "rover_tower?pairs=4")
+    assert "expected count 2, found 4" in error
+
+
+def test_starts_that_do_not_fit_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = f"{BERLIN}&slip=0.1"
+    assert "no start states" in refused(capsys, "evaluate", str(run), "--environment", world, "--paired")
