@@ -10,13 +10,14 @@ import numpy as np
 from protocol.environment import Environment, TimeStep
 from protocol.errors import InputError
 from protocol.registry import make_environment
+from protocol.specs import EnvironmentSpec
 
 COPIES = 3
 SEED = 7
 
 
 def check_environment(name: str) -> int:
-    """Play random episodes and check shapes, dtypes, masks, ends and repeatability.
+    """Play random episodes and check shapes, dtypes, masks, ends and repeatability, and the world that it changes.
 
     Raises InputError with the first promise that is broken.
     """
@@ -28,10 +29,26 @@ def check_environment(name: str) -> int:
         for x, y in zip(_arrays(a), _arrays(b), strict=True):
             _expect(np.array_equal(x, y), "the same seed and actions give the same episode")
     spec = environment.spec
-    print(
-        f"{name}: {spec.num_agents} agents of {spec.num_types} types, {len(first) - 1} steps played, all checks passed"
+    _check_changes(spec)
+    what = f"{spec.num_agents} agents of {spec.num_types} types" + (
+        f", a change of {spec.changes}" * bool(spec.changes)
     )
+    print(f"{name}: {what}, {len(first) - 1} steps played, all checks passed")
     return 0
+
+
+def _check_changes(spec: EnvironmentSpec) -> None:
+    """A world that is changed can be made, and what fits it fits the change."""
+    if not spec.changes:
+        return
+    promise = f"'{spec.changes}', of which it says it is a change,"
+    try:
+        base = make_environment(spec.changes, 1).spec
+    except InputError as error:
+        _expect(False, f"{promise} can be made", str(error))
+    else:
+        difference = base.difference(spec, counts=False)
+        _expect(difference is None, f"{promise} has the same types of agents", str(difference))
 
 
 def _episode(environment: Environment) -> Iterator[TimeStep]:

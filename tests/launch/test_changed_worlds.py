@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from actors.environments.rover_tower import RoverTower
 from actors.experts import commuters
 from actors.policy import UniformPolicy
 from launch import evaluate, pictures
@@ -15,6 +18,7 @@ from launch.cli import main
 from launch.config import parse_config
 from launch.run import check
 from launch.trained import load_trained
+from protocol import registry
 from protocol.demonstrations import Demonstrations, resolve
 from protocol.errors import InputError
 from protocol.registry import make_environment
@@ -169,3 +173,30 @@ def test_parameters_per_agent_fit_as_many_agents_only(rover_run: Path, capsys: p
 def test_starts_that_do_not_fit_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     world = f"{BERLIN}&slip=0.1"
     assert "no start states" in refused(capsys, "evaluate", str(run), "--environment", world, "--paired")
+
+
+class Liar(RoverTower):
+    """Says that it changes `base`."""
+
+    def __init__(self, num_envs: int, base: str) -> None:
+        super().__init__(num_envs, 2)
+        self.spec = replace(self.spec, name=f"liar?base={base}", changes=base)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("rover_towr", "can be made; found: unknown environment 'rover_towr'"),
+        ("berlin", "has the same types of agents; found: expected 'berlin46, all loads seen', found ''"),
+        ("rover_tower", "found: type 'rover': expected observation_dim 13, found 11"),
+    ],
+)
+def test_what_is_changed_must_be_there_and_fit(
+    base: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    point = EntryPoint("liar", f"{__name__}:Liar", registry.GROUP)
+    real = registry.entry_points
+    monkeypatch.setattr(registry, "entry_points", lambda group: [*real(group=group), point])
+    assert message in refused(capsys, "check-environment", f"liar?base={base}")
+    assert main(["check-environment", "liar?base=rover_tower?pairs=2"]) == 0
+    assert "a change of rover_tower?pairs=2, 25 steps played" in capsys.readouterr().out
