@@ -12,6 +12,7 @@ import pytest
 
 from actors.environments.rover_tower import RoverTower
 from actors.experts import commuters
+from actors.experts.recording import record
 from actors.policy import UniformPolicy
 from launch import evaluate, pictures
 from launch.cli import main
@@ -137,10 +138,14 @@ def test_other_worlds_are_refused(run: Path, name: str, message: str, capsys: py
 def test_pictures_are_of_the_changed_world(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DAYS", "ATTENTION_EPISODES", "FRAMES_PER_SECOND"):
         monkeypatch.setattr(pictures, name, 1)
-    monkeypatch.setattr(pictures, "_animate", lambda berlin, days, path: path.touch())
+    agents: list[int] = []
+    monkeypatch.setattr(
+        pictures, "_animate", lambda berlin, days, path: agents.extend(d.locations.shape[2] for d in days)
+    )
     monkeypatch.setattr(evaluate, "expert_for", lambda spec: UniformPolicy(spec))
     evaluated(run, "--environment", f"{BERLIN}&closed=22,23&demand=1.2&slip=0.05", "--pictures")
-    assert {path.name for path in (run / "pictures").iterdir()} >= {"map.png", "loads.png", "places.png", "day.gif"}
+    assert {path.name for path in (run / "pictures").iterdir()} >= {"map.png", "loads.png", "places.png"}
+    assert agents == [61, 61], "of the demonstrations, too"
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +178,19 @@ def test_parameters_per_agent_fit_as_many_agents_only(rover_run: Path, capsys: p
 def test_starts_that_do_not_fit_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     world = f"{BERLIN}&slip=0.1"
     assert "no start states" in refused(capsys, "evaluate", str(run), "--environment", world, "--paired")
+
+
+def test_starts_of_another_world_are_refused_before_anything_is_played(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shifts = make_environment(BERLIN.replace("berlin46", "berlin46-shifts"), 1)
+    file = str(tmp_path / "shifts.safetensors")
+    record(shifts, UniformPolicy(shifts.spec), 1, 0, "a day of working hours that differ").save(file)
+    train(tmp_path, *berlin(file, "--algorithm", "bc", "--environment", shifts.spec.name))
+    monkeypatch.delattr(evaluate, "evaluate")
+    run = str(tmp_path / "run")
+    for world in (BERLIN, f"{shifts.spec.name}&demand=2"):
+        assert "expected start states" in refused(capsys, "evaluate", run, "--environment", world, "--paired")
 
 
 class Liar(RoverTower):
