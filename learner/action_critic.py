@@ -15,8 +15,9 @@ from actors import gaussian
 from actors.policy import FORBIDDEN_LOGIT
 from learner import losses
 from learner.actor_critic import ActorCritic, draw, grid
-from learner.critics import Critic, Scene
+from learner.critics import Critic
 from learner.mean_field import action_vectors
+from learner.mixture import Scene
 from learner.replay import Batch
 from protocol.layout import Block, JointRows
 
@@ -50,9 +51,9 @@ class ActionCritic(Critic):
         encoded = self.encoders[b](observations, actions)
         if self.others is None or scene is None:
             return self.heads[b](encoded).squeeze(-1)
-        block, batch = self.layout.blocks[b], len(scene.values)
+        block, batch = self.layout.blocks[b], len(scene.visible)
         agents = encoded.unflatten(1, (batch, -1)).movedim(1, 0).flatten(1, 2)
-        mixed = self.others.mix(agents, scene, self._slots[b])
+        mixed = self.others.mix(agents, scene.of(self._slots[b]))
         context = mixed.unflatten(1, (block.groups, block.slots)).movedim(0, 1).flatten(1, 2)
         return self.heads[b](encoded, context).squeeze(-1)
 
@@ -66,7 +67,7 @@ class ActionCritic(Critic):
     @torch.no_grad()
     def attention(self, rows: JointRows) -> torch.Tensor | None:
         """As `Critic.attention`, of the own actions taken."""
-        if self.others is None or self.context == "uniform_types":
+        if self.others is None:
             return None
         encoded = [
             self.encoders[b](grid(block, rows.observations[b]), grid(block, action_vectors(block, rows.actions[b])))
@@ -99,7 +100,7 @@ class ActionActorCritic(ActorCritic):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
             targets = self._targets(batch, rewards, temperature)
             scene = self.critic.scene(batch.rows)
-            seen = None if scene is None else _fixed(scene)
+            seen = None if scene is None else scene.detach()
             loss = torch.zeros((), device=self.device)
             for b, (target, weight) in enumerate(zip(targets, weights, strict=True)):
                 block = self.layout.blocks[b]
@@ -157,7 +158,3 @@ class ActionActorCritic(ActorCritic):
             return gaussian.draw(output, self._generator)
         logits = output.masked_fill(~grid(block, batch.next_action_masks[b]), FORBIDDEN_LOGIT)
         return draw(logits, self._generator), logits
-
-
-def _fixed(scene: Scene) -> Scene:
-    return Scene(None if scene.keys is None else scene.keys.detach(), scene.values.detach(), scene.present)

@@ -273,6 +273,7 @@ def build_critic(job: Job, settings: LearnerSettings, actor: ActorSettings, layo
         settings.attend_own_type,
         torch.Generator().manual_seed(derive_seed(job.seed, "critic")),
         actor.agent_identity,
+        settings.mean_field,
     )
 
 

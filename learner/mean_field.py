@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch.nn import functional
 
 from protocol.layout import Block
+
+MeanField = Literal["others", "all"]
+"""Whose actions an agent sees the mean of, in its own type: the others', or everybody's, its own among them."""
 
 
 def action_vectors(block: Block, actions: torch.Tensor) -> torch.Tensor:
@@ -17,7 +22,7 @@ def mean_actions(block: Block, actions: torch.Tensor, active: torch.Tensor) -> t
     """ā_m, the mean over the active agents of type m of their action vectors.
 
     actions: [B, N_b] int64 or [B, N_b, A] float32. active: [B, N_b] bool.
-    Returns ([B, M_b, A], [B, M_b] bool: whether the type has an active agent; its mean is 0 if not).
+    Returns ([B, M_b, A], [B, M_b] floating point: the number of active agents; the mean of none is 0).
     """
     # Sums by index and not by a product with a membership matrix, which bfloat16 would round beyond 256 agents.
     type_of_agent = block.type_of_agent.to(active.device)
@@ -28,7 +33,7 @@ def mean_actions(block: Block, actions: torch.Tensor, active: torch.Tensor) -> t
     else:
         totals = counts.new_zeros(*counts.shape, block.action_dim)
         totals.index_add_(1, type_of_agent, (actions * active.unsqueeze(-1)).to(counts.dtype))
-    return totals / counts.clamp(min=1).unsqueeze(-1), counts > 0
+    return totals / counts.clamp(min=1).unsqueeze(-1), counts
 
 
 def _count_actions(block: Block, actions: torch.Tensor, active: torch.Tensor) -> torch.Tensor:

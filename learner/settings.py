@@ -36,6 +36,9 @@ class LearnerSettings:
     """Attention heads; must divide `hidden`."""
     attend_own_type: bool = True
     """The attention of Eq. 11 runs over all types (the text); false leaves the agent's own out (the released code)."""
+    mean_field: Literal["others", "all"] = "others"
+    """Whose mean action stands for an agent's own type: the others', so that nothing that a critic sees of them depends
+    on the agent's own action (the baseline of Eq. 13 needs that), or everybody's, the letter of Eq. 6."""
     query: Literal["state", "state_action"] = "state"
     """What an agent's attention and critic are computed from: e^i(s), so that one pass gives Q of all own actions, or
     e^i(s, a^i) as in the text, with a pass for each own action. Continuous actions always take the second."""

@@ -12,6 +12,7 @@ import torch
 
 from actors.policy import Policy
 from learner.critics import Critic
+from learner.mean_field import MeanField
 from learner.replay import Batch
 from protocol.layout import JointRows, Layout
 from protocol.specs import EnvironmentSpec, TypeSpec
@@ -114,25 +115,25 @@ def vector(rows: JointRows, layout: Layout, row: int, agent: Agent) -> torch.Ten
 
 
 def q_values(
-    critic: Critic, rows: JointRows, heads: int, attend_own_type: bool, row: int, agent: Agent
+    critic: Critic,
+    rows: JointRows,
+    heads: int,
+    attend_own_type: bool,
+    row: int,
+    agent: Agent,
+    mean_field: MeanField = "others",
 ) -> torch.Tensor:
     """Q^i(s^i, ·, ã^i) of one agent in one row, [A]."""
     own = mlp(critic.encoders[agent.block], agent.group, agent.slot, rows.observations[agent.block][row, agent.place])
     own = own.clamp(min=0)
     if critic.context != "none":
-        own = torch.cat([own, context(critic, rows, heads, attend_own_type, row, agent, own)])
+        seen = entities(critic, rows, attend_own_type, row, agent, mean_field)
+        own = torch.cat([own, weighed(critic, heads, own, seen)])
     return mlp(critic.heads[agent.block], agent.group, agent.slot, own, slope=0.01)
 
 
-def context(
-    critic: Critic, rows: JointRows, heads: int, attend_own_type: bool, row: int, agent: Agent, own: torch.Tensor
-) -> torch.Tensor:
-    """ã^i [H] (Eq. 11); 0 if there is nothing to see."""
-    return weighed(critic, heads, own, entities(critic, rows, attend_own_type, row, agent))
-
-
 def weighed(critic: Critic, heads: int, own: torch.Tensor, seen: list[torch.Tensor]) -> torch.Tensor:
-    """The attention of e^i over embeddings, [H]."""
+    """ã^i [H], the attention of e^i over embeddings (Eq. 11); 0 if there is nothing to see."""
     attention = critic.others
     width = len(own) // heads
     mixed = []
@@ -150,8 +151,13 @@ def weighed(critic: Critic, heads: int, own: torch.Tensor, seen: list[torch.Tens
     return torch.cat(mixed)
 
 
-def entities(critic: Critic, rows: JointRows, attend_own_type: bool, row: int, agent: Agent) -> list[torch.Tensor]:
-    """The embeddings that an agent may attend to: of the types with an active agent, or of the other active agents."""
+def entities(
+    critic: Critic, rows: JointRows, attend_own_type: bool, row: int, agent: Agent, mean_field: MeanField = "others"
+) -> list[torch.Tensor]:
+    """The embeddings that an agent may attend to: of the types with an active agent, or of the other active agents.
+
+    With the mean field of the others, a type is its active agents but for the one that looks.
+    """
     layout, everybody = critic.layout, agents_of(critic.layout)
     seen = []
     if critic.context == "agents":
@@ -162,12 +168,15 @@ def entities(critic: Critic, rows: JointRows, attend_own_type: bool, row: int, a
         return seen
     for m in range(layout.spec.num_types):
         members = [other for other in everybody if other.type == m]
-        vectors = [vector(rows, layout, row, other) for other in members if rows.active[other.block][row, other.place]]
+        seen_of_m = [other for other in members if rows.active[other.block][row, other.place]]
+        if mean_field == "others":
+            seen_of_m = [other for other in seen_of_m if other != agent]
+        vectors = [vector(rows, layout, row, other) for other in seen_of_m]
         if vectors and (attend_own_type or agent.type != m):
             b = members[0].block
             number = layout.blocks[b].types.index(m)
             mean = sum(vectors, start=torch.zeros(layout.spec.types[m].action_dim)) / len(vectors)
-            seen.append(mlp(critic.others.embeddings[b], number, 0, mean).clamp(min=0))
+            seen.append(mlp(critic.others.embeddings[b], number, 0, mean))
     return seen
 
 

@@ -16,7 +16,7 @@ from learner.critics import Context
 from learner.replay import Replay
 from learner.settings import LearnerSettings
 from protocol.environment import Starts, TimeStep
-from protocol.layout import Layout, ParameterSharing
+from protocol.layout import JointRows, Layout, ParameterSharing
 from protocol.specs import EnvironmentSpec, TypeSpec
 
 HEADS = 2
@@ -66,6 +66,33 @@ def test_the_query_comes_from_state_and_action(
                     slow.append(mlp(critic.heads[agent.block], agent.group, agent.slot, seen, slope=0.01)[0])
                 found = fast[agent.block][row, agent.place]
                 torch.testing.assert_close(found.reshape(-1), torch.stack(slow), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize("sharing", ["agent", "type"])
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_what_others_do_does_not_depend_on_the_own_action_taken(context: Context, sharing: ParameterSharing) -> None:
+    """Q^i(s, a', ã) of a fixed a' stays when the action a^i in the rows changes."""
+    critic = build(MIXED, sharing, context)
+    rows = random_rows(critic.layout, 4, torch.Generator().manual_seed(4), alive=0.8)
+    moved_somebody = False
+    for agent in agents_of(critic.layout):
+        block, changed = critic.layout.blocks[agent.block], [a.clone() for a in rows.actions]
+        own = changed[agent.block][:, agent.place]
+        own.copy_((own + 1) % block.action_dim if block.discrete else own.flip(-1) - 0.5)
+        observations = block.grid(rows.observations[agent.block]).flatten(1, 2)
+        fixed = torch.full((*observations.shape[:2], block.action_dim), 0.3)
+        before, after = (
+            critic.of(
+                agent.block, observations, fixed, critic.scene(JointRows(rows.observations, actions, rows.active))
+            )
+            .unflatten(1, (4, block.slots))
+            .transpose(1, 2)
+            for actions in (rows.actions, changed)
+        )
+        torch.testing.assert_close(after[agent.group, agent.slot], before[agent.group, agent.slot], rtol=1e-10, atol=0)
+        moved_somebody |= not torch.allclose(after, before)
+    assert moved_somebody == (context != "none")
 
 
 @pytest.mark.usefixtures("_float64")

@@ -33,8 +33,12 @@ def test_the_mixture_is_made_with_these_weights(context: Context, sharing: Param
     ]
     weights = critic.attention(rows)
     assert weights is not None
-    values = critic.others._entities(rows)[0] @ critic.others.value
-    torch.testing.assert_close(weights @ values, torch.cat(parts, dim=1), atol=1e-5, rtol=1e-4)
+    scene = critic.others.scene(rows)
+    values = scene.values.entities.unsqueeze(1)
+    if scene.values.own is not None and scene.share is not None:
+        values = values + scene.share.mT.unsqueeze(-1) * (values - scene.values.own.unsqueeze(2))
+    found = (weights.unsqueeze(-1) * values).sum(2)
+    torch.testing.assert_close(found, torch.cat(parts, dim=1), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("sharing", ["agent", "type"])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from slow_reference import agents_of, q_values, random_rows, spec_of
 
 from learner.critics import Context, Critic, ValueCritic
+from learner.mean_field import MeanField
 from protocol.layout import Block, JointRows, Layout, ParameterSharing
 from protocol.specs import EnvironmentSpec, TypeSpec
 
@@ -35,31 +36,38 @@ def build(
     context: Context,
     attend_own_type: bool = True,
     agent_identity: bool = False,
+    mean_field: MeanField = "others",
 ) -> Critic:
     layout = Layout.of(spec, sharing)
     generator = torch.Generator().manual_seed(1)
-    return Critic(layout, context, 6, HEADS, attend_own_type, generator, agent_identity)
+    return Critic(layout, context, 6, HEADS, attend_own_type, generator, agent_identity, mean_field)
 
 
 def build_value(spec: EnvironmentSpec, sharing: ParameterSharing, context: Context) -> ValueCritic:
     return ValueCritic(Layout.of(spec, sharing), context, 6, HEADS, True, torch.Generator().manual_seed(1), True)
 
 
-def assert_as_slow(critic: Critic, rows: JointRows, attend_own_type: bool) -> None:
+def assert_as_slow(
+    critic: Critic, rows: JointRows, attend_own_type: bool = True, mean_field: MeanField = "others"
+) -> None:
     blocks = critic.layout.blocks
     fast = [block.rows(q) for block, q in zip(blocks, critic(rows), strict=True)]
     for agent in agents_of(critic.layout):
         for row in range(len(rows)):
-            slow = q_values(critic, rows, HEADS, attend_own_type, row, agent)
+            slow = q_values(critic, rows, HEADS, attend_own_type, row, agent, mean_field)
             torch.testing.assert_close(fast[agent.block][row, agent.place], slow, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("mean_field", ["others", "all"])
 @pytest.mark.parametrize("sharing", ["agent", "type"])
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("spec", [UNEVEN, EVEN], ids=["uneven", "even"])
-def test_every_context_is_its_equation(spec: EnvironmentSpec, context: Context, sharing: ParameterSharing) -> None:
-    critic = build(spec, sharing, context)
-    assert_as_slow(critic, random_rows(critic.layout, 4, torch.Generator().manual_seed(2)), True)
+def test_every_context_is_its_equation(
+    spec: EnvironmentSpec, context: Context, sharing: ParameterSharing, mean_field: MeanField
+) -> None:
+    critic = build(spec, sharing, context, mean_field=mean_field)
+    rows = random_rows(critic.layout, 4, torch.Generator().manual_seed(2))
+    assert_as_slow(critic, rows, mean_field=mean_field)
 
 
 @pytest.mark.parametrize("sharing", ["agent", "type"])
@@ -72,7 +80,7 @@ def test_own_type_can_be_left_out(context: Context, sharing: ParameterSharing) -
 @pytest.mark.parametrize("context", ["types", "agents"])
 def test_agents_of_a_type_can_differ_by_their_identity(context: Context) -> None:
     critic = build(UNEVEN, "type", context, agent_identity=True)
-    assert_as_slow(critic, random_rows(critic.layout, 3, torch.Generator().manual_seed(4)), True)
+    assert_as_slow(critic, random_rows(critic.layout, 3, torch.Generator().manual_seed(4)))
 
 
 @pytest.mark.parametrize("context", ["types", "uniform_types", "agents"])
@@ -83,7 +91,64 @@ def test_nobody_is_attended_to_when_nobody_is_active(context: Context) -> None:
         active[0] = False  # a row without anybody
     rows.active[0][1:, :3] = False  # and one type that is empty in all others
     rows.active[1][1:] = True
-    assert_as_slow(critic, rows, True)
+    assert_as_slow(critic, rows)
+
+
+@pytest.mark.parametrize("sharing", ["agent", "type"])
+@pytest.mark.parametrize("own_type", [True, False])
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("kind", [Critic, ValueCritic])
+def test_nothing_depends_on_the_own_action_taken(
+    kind: type[Critic], context: Context, own_type: bool, sharing: ParameterSharing
+) -> None:
+    """Q^i(s, ·, ã) and V^i stay when a^i alone changes: else the baseline of Eq. 13 would move with the action."""
+    spec = UNEVEN if kind is Critic else MIXED
+    critic = kind(Layout.of(spec, sharing), context, 6, HEADS, own_type, torch.Generator().manual_seed(1))
+    rows = random_rows(critic.layout, 4, torch.Generator().manual_seed(9), alive=0.8)
+    before = critic(rows)
+    moved_somebody = False
+    for agent in agents_of(critic.layout):
+        block, changed = critic.layout.blocks[agent.block], [a.clone() for a in rows.actions]
+        own = changed[agent.block][:, agent.place]
+        own.copy_((own + 1) % block.action_dim if block.discrete else own.flip(-1) - 0.5)
+        after = critic(JointRows(rows.observations, changed, rows.active))
+        place = (agent.group, slice(None), agent.slot)
+        torch.testing.assert_close(after[agent.block][place], before[agent.block][place], rtol=1e-10, atol=1e-12)
+        moved_somebody |= any(not torch.allclose(x, y) for x, y in zip(after, before, strict=True))
+    assert moved_somebody == (context != "none")
+
+
+def test_with_everybodys_mean_the_own_action_comes_in() -> None:
+    critic = build(UNEVEN, "type", "types", mean_field="all")
+    rows = random_rows(critic.layout, 4, torch.Generator().manual_seed(9), alive=1.0)
+    before = critic(rows)[0][0, :, 0].detach()
+    rows.actions[0][:, 0] = (rows.actions[0][:, 0] + 1) % 3
+    assert not torch.allclose(critic(rows)[0][0, :, 0], before, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sharing", ["agent", "type"])
+def test_a_lone_agent_does_not_see_its_type(sharing: ParameterSharing) -> None:
+    """Not even as a zero: alone in its type, an agent attends as one that has the type left out."""
+    alone = random_rows(Layout.of(EVEN, sharing), 5, torch.Generator().manual_seed(10), alive=1.0)
+    alone.active[0][:, 0] = False
+    for context in ("types", "uniform_types"):
+        seeing, blind = (build(EVEN, sharing, context, attend_own_type=own_type) for own_type in (True, False))
+        blocks = seeing.layout.blocks
+        q, expected = (blocks[0].rows(critic(alone)[0]) for critic in (seeing, blind))
+        torch.testing.assert_close(q[:, 1], expected[:, 1])
+        assert not torch.allclose(q[:, 0], expected[:, 0])  # the inactive one has its fellow to look at
+
+
+@pytest.mark.parametrize("context", ["types", "uniform_types", "agents"])
+def test_bfloat16_products_give_nearly_the_same(context: Context) -> None:
+    torch.set_default_dtype(torch.float32)
+    critic = build(UNEVEN, "type", context)
+    rows = random_rows(critic.layout, 64, torch.Generator().manual_seed(11))
+    exact = critic(rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = critic(rows)
+    for q, approximate in zip(exact, rounded, strict=True):
+        torch.testing.assert_close(approximate.float(), q, rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("context", ["types", "agents"])
