@@ -251,6 +251,7 @@ def build_value_critic(job: Job, settings: LearnerSettings, actor: ActorSettings
         settings.attend_own_type,
         torch.Generator().manual_seed(derive_seed(job.seed, "critic")),
         actor.agent_identity,
+        settings.mean_field,
     )
 
 
