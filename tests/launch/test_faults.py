@@ -23,6 +23,23 @@ SMALL = [
     *("--reward.batch-size", "64", "--reward.particles", "2", "--evaluation.interval", "10"),
     *("--evaluation.episodes", "20", "--evaluation.final-episodes", "20"),
 ]
+CLIPPED = [
+    *("--learner.policy", "clipped", "--learner.start", "cloned", "--learner.clipped.clone-weight", "0.05"),
+    *("--learner.clipped.epochs", "2", "--learner.clipped.parts", "4", "--learner.clipped.critic-first", "2"),
+    *("--cloning.iterations", "3", "--cloning.updates", "5", "--cloning.batch-size", "32", "--actor.babbling", "2"),
+    *(
+        "--reward.memory",
+        "run",
+        "--reward.window-steps",
+        "500",
+        "--reward.imagined",
+        "0.25",
+        "--reward.sees",
+        "purpose",
+    ),
+]
+FAMILIES = {"replayed": [], "clipped": CLIPPED}
+"""What an iteration learns from: rows of a replay, or fresh episodes from the clone on."""
 
 
 def start(folder: Path, run: str, *options: str) -> subprocess.Popen[str]:
@@ -76,20 +93,30 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> list[str]:
+    """Options of a kind of run. Those of one kind follow each other, so that each undisturbed run is played once."""
+    return FAMILIES[request.param]
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return finished(tmp_path_factory.mktemp("undisturbed"), "run", "--mode", "serial")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, family: list[str]) -> dict[str, Any]:
+    return finished(tmp_path_factory.mktemp("undisturbed"), "run", "--mode", "serial", *family)
 
 
-def test_processes_compute_what_one_process_computes(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
-    result = finished(tmp_path, "run")
+def test_processes_compute_what_one_process_computes(
+    tmp_path: Path, family: list[str], undisturbed: dict[str, Any]
+) -> None:
+    result = finished(tmp_path, "run", *family)
     assert result["policy_sha256"] == undisturbed["policy_sha256"]
     assert result["return_mean"] == undisturbed["return_mean"]
 
 
 @pytest.mark.parametrize("role", ["actor", "reward-server", "learner", "evaluator"])
-def test_a_killed_process_leaves_no_trace_in_the_policy(tmp_path: Path, undisturbed: dict[str, Any], role: str) -> None:
-    process = start(tmp_path, "run")
+def test_a_killed_process_leaves_no_trace_in_the_policy(
+    tmp_path: Path, family: list[str], undisturbed: dict[str, Any], role: str
+) -> None:
+    process = start(tmp_path, "run", *family)
     wait_for(lambda: iterations(tmp_path, "run") >= 12, process)
     victim = wait_for(lambda: worker(process, role), process)
     victim.send_signal(signal.SIGKILL)
@@ -100,8 +127,10 @@ def test_a_killed_process_leaves_no_trace_in_the_policy(tmp_path: Path, undistur
     assert result["policy_sha256"] == undisturbed["policy_sha256"]
 
 
-def test_an_interrupted_run_resumes_to_the_same_policy(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
-    process = start(tmp_path, "run")
+def test_an_interrupted_run_resumes_to_the_same_policy(
+    tmp_path: Path, family: list[str], undisturbed: dict[str, Any]
+) -> None:
+    process = start(tmp_path, "run", *family)
     wait_for(lambda: iterations(tmp_path, "run") >= 12, process)
     processes, asked = descendants(process), time.monotonic()
     process.send_signal(signal.SIGINT)
@@ -118,9 +147,9 @@ def test_an_interrupted_run_resumes_to_the_same_policy(tmp_path: Path, undisturb
 
 
 def test_a_killed_supervisor_leaves_no_orphan_and_resume_gives_the_same_policy(
-    tmp_path: Path, undisturbed: dict[str, Any]
+    tmp_path: Path, family: list[str], undisturbed: dict[str, Any]
 ) -> None:
-    process = start(tmp_path, "run")
+    process = start(tmp_path, "run", *family)
     wait_for(lambda: iterations(tmp_path, "run") >= 12, process)
     processes = descendants(process)
     process.kill()
@@ -136,10 +165,10 @@ def test_a_killed_supervisor_leaves_no_orphan_and_resume_gives_the_same_policy(
     assert result_of(tmp_path, "run")["policy_sha256"] == undisturbed["policy_sha256"]
 
 
-def test_eight_nodes_compute_what_one_computes(tmp_path: Path) -> None:
+def test_eight_nodes_compute_what_one_computes(tmp_path: Path, family: list[str]) -> None:
     hashes = set()
     for run, nodes in (("one", "1"), ("eight", "8")):
-        process = start(tmp_path, run, "--nodes", nodes, "--actors", "4", "--steps", "1200")
+        process = start(tmp_path, run, "--nodes", nodes, "--actors", "4", "--steps", "1200", *family)
         output, _ = process.communicate(timeout=DEADLINE_SECONDS)
         assert process.returncode == 0, output
         hashes.add(result_of(tmp_path, run)["policy_sha256"])
@@ -149,8 +178,8 @@ def test_eight_nodes_compute_what_one_computes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("role", ["actor", "reward-server", "learner", "evaluator"])
-def test_an_async_run_outlives_any_process(tmp_path: Path, role: str) -> None:
-    process = start(tmp_path, "run", "--mode", "async", "--actors", "2")
+def test_an_async_run_outlives_any_process(tmp_path: Path, family: list[str], role: str) -> None:
+    process = start(tmp_path, "run", "--mode", "async", "--actors", "2", *family)
     wait_for(lambda: iterations(tmp_path, "run") >= 12, process)
     victim = wait_for(lambda: worker(process, role), process)
     victim.send_signal(signal.SIGKILL)
