@@ -100,6 +100,26 @@ def evaluate(args: list[str]) -> int:
     return evaluate.main(options.run, options.episodes, options.paired, options.best, *shown)
 
 
+def whatif(args: list[str]) -> int:
+    """what the people whom a run imitated will do in a world that changed"""
+    from launch.pool import cores
+
+    parser = _parser("whatif")
+    parser.add_argument("run", type=Path, help="the run's folder; cloning (bc) is enough")
+    parser.add_argument("--environment", required=True, help="the changed world, e.g. 'berlin?...&closed=22,23'")
+    parser.add_argument(
+        "--seeds", type=int, default=5, metavar="K", help="imitate there K times; intervals are over them"
+    )
+    parser.add_argument("--steps", type=int, default=40_000, help="joint environment steps of each")
+    parser.add_argument("--jobs", type=int, default=cores(), help="how many at once; default: one per core")
+    parser.add_argument("--episodes", "--days", type=int, default=200, help="fresh ones, of each policy compared")
+    options = parser.parse_args(args)
+    from launch import whatif
+
+    size = options.seeds, options.steps, options.jobs, options.episodes
+    return whatif.main(options.run, options.environment, *size)
+
+
 def status(args: list[str]) -> int:
     """whether a run is running, how far it is, how it ended"""
     parser = _parser("status")
@@ -210,6 +230,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "join": join,
     "resume": resume,
     "evaluate": evaluate,
+    "whatif": whatif,
     "status": status,
     "demonstrations": demonstrations,
     "check-environment": check_environment,

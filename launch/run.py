@@ -45,7 +45,7 @@ def resume(folder: Path, flags: Config | None = None) -> int:
     """
     config = run_folder.open_existing(folder)
     if flags is not None and flags != config:
-        raise InputError(f"{folder} was started with another configuration: {_differences(config, flags)}")
+        raise InputError(f"{folder} was started with another configuration: {differences(config, flags)}")
     return _run(check(config), folder.resolve())
 
 
@@ -142,7 +142,8 @@ def _run_serial(config: Config, folder: Path, progress: Progress, stopped: StopR
         telemetry.close()
 
 
-def _differences(started: Config, asked: Config) -> str:
+def differences(started: Config, asked: Config) -> str:
+    """The first settings in which the two differ, in words."""
     lines = zip(started.to_yaml().splitlines(), asked.to_yaml().splitlines(), strict=False)
     changes = [f"{old.strip()} then, {new.strip()} now" for old, new in lines if old != new]
     return "; ".join(changes[:3])

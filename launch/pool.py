@@ -1,0 +1,176 @@
+"""Several runs at once on this machine, a process each: started or gone on with, watched, ended in order."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from launch.child import Child
+from launch.run_folder import read_result
+from launch.supervisor import THREAD_VARIABLES, StopRequests
+from launch.topology import Process
+
+POLL_SECONDS = 0.5
+PLAIN_LINE_SECONDS = 10.0
+TAIL_BYTES = 16_384
+LOG = "run.log"
+"""In the folder of a run: what its process wrote."""
+
+
+def cores() -> int:
+    """How many this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def finished(folder: Path) -> bool:
+    """Whether the run came to its end."""
+    return read_result(folder).get("status") == "finished"
+
+
+def run_all(folders: Sequence[Path], jobs: int, stopped: StopRequests, watch: Callable[[], None]) -> dict[Path, str]:
+    """Run what is not finished of these folders, each of which holds a `config.yaml`, at most `jobs` at once.
+
+    A run that fails does not keep the others from going on. Asked to stop, all write their checkpoints and end; asked
+    twice, they end at once. `watch` is called while waiting. Call from the main thread (see `lifeline`).
+    Returns the runs that failed, and why in one line; those that were stopped have not failed.
+    """
+    waiting = deque(folder for folder in folders if not finished(folder))
+    running: dict[Path, Child] = {}
+    failed: dict[Path, str] = {}
+    heard = 0
+    while running or (waiting and not stopped.count):
+        while waiting and len(running) < jobs and not stopped.count:
+            folder = waiting.popleft()
+            running[folder] = _start(folder)
+        if stopped.count > heard:
+            heard = stopped.count
+            for child in running.values():
+                child.send(signal.SIGTERM if heard == 1 else signal.SIGKILL)
+        watch()
+        time.sleep(POLL_SECONDS)
+        for folder, child in list(running.items()):
+            if not child.alive:
+                del running[folder]
+                if not finished(folder) and not stopped.count:
+                    failed[folder] = _why(folder, child)
+    watch()
+    return failed
+
+
+def _start(folder: Path) -> Child:
+    command = [sys.executable, "-m", "launch.cli", "resume", str(folder)]
+    env = os.environ | dict.fromkeys(THREAD_VARIABLES, "1")  # there are as many processes as cores
+    child = Child(Process("run", 0, 0), command, "", folder / LOG, env)
+    child.spawn()
+    return child
+
+
+def _why(folder: Path, child: Child) -> str:
+    code = child.exit_code or 0
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    words = str(read_result(folder).get("error", "")) or child.last_words()
+    return (words.strip().splitlines() or [f"ended with code {code}"])[-1]
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is, from its folder. Returns are true ones per agent and episode, None before they are known."""
+
+    started: bool
+    iteration: int
+    return_mean: float | None
+    clone_return: float | None
+
+    @classmethod
+    def of(cls, folder: Path) -> Position:
+        """What can be read of `log.jsonl` and `curve.csv`; a line that is being written is left out."""
+        returns: dict[int, float] = {}
+        iteration = 0
+        try:
+            with (folder / "log.jsonl").open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+                iteration = json.loads(file.read().rpartition(b"\n")[0].splitlines()[-1])["iteration"]
+        except (OSError, ValueError, LookupError, TypeError):
+            pass
+        try:
+            with (folder / "curve.csv").open(newline="") as file:
+                for row in csv.DictReader(file):
+                    returns[int(row["iteration"])] = float(row["return_mean"])
+        except (OSError, ValueError, LookupError, TypeError):
+            pass
+        return cls((folder / LOG).exists(), iteration, returns[max(returns)] if returns else None, returns.get(0))
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        parts = (("return", self.return_mean), ("clone", self.clone_return))
+        known = ", ".join(f"{name} {value:.1f}" for name, value in parts if value is not None)
+        return known or ("preparing" if self.started else "waiting")
+
+
+class Board:
+    """How far each of several runs is: bars in a terminal, elsewhere a line every ten seconds.
+
+    iterations: of each run.
+    """
+
+    def __init__(self, folders: Sequence[Path], iterations: int, console: Console) -> None:
+        self._folders, self._iterations, self._console = folders, iterations, console
+        self._began = time.monotonic()
+        self._had = sum(Position.of(folder).iteration for folder in folders)
+        self._last_line = -PLAIN_LINE_SECONDS
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
+        self._bars = Progress(*columns, console=console, disable=not console.is_terminal)
+        rows = [*(folder.name for folder in folders), "all"]
+        totals = [*(iterations for _ in folders), iterations * len(folders)]
+        self._tasks = [self._bars.add_task(name, total=n, text="") for name, n in zip(rows, totals, strict=True)]
+
+    def __enter__(self) -> Board:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def show(self) -> None:
+        """Where the runs are now."""
+        positions = [Position.of(folder) for folder in self._folders]
+        done = sum(position.iteration for position in positions)
+        left = self._left(done)
+        if self._console.is_terminal:
+            texts = [*((position.iteration, position.text) for position in positions), (done, left)]
+            for task, (completed, text) in zip(self._tasks, texts, strict=True):
+                self._bars.update(task, completed=completed, text=text)
+        elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
+            self._last_line = time.monotonic()
+            parts = [
+                f"{folder.name} {position.iteration}/{self._iterations} {position.text}"
+                for folder, position in zip(self._folders, positions, strict=True)
+            ]
+            self._console.print("; ".join([*parts, left] if left else parts), markup=False)
+
+    def _left(self, done: int) -> str:
+        """As if iterations went on coming as they did since this command began."""
+        fresh = done - self._had
+        if fresh <= 0:
+            return ""
+        seconds = (self._iterations * len(self._folders) - done) / fresh * (time.monotonic() - self._began)
+        return f"left {timedelta(seconds=round(seconds))}"
