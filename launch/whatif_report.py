@@ -77,7 +77,7 @@ def print_tables(report: Figures, console: Console) -> None:
     for sheet in sheets(report):
         table = Table(title=sheet.title, title_justify="left")
         for number, name in enumerate(sheet.header):
-            table.add_column(name, justify="right" if number else "left", no_wrap=True)
+            table.add_column(name, justify="right" if number else "left", no_wrap=not number)
         for row in sheet.rows:
             table.add_row(*row)
         console.print(table)
