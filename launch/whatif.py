@@ -58,12 +58,14 @@ Arrays = dict[str, np.ndarray]
 def changed_world(config: Config, environment: str, seed: int, steps: int) -> Config:
     """The configuration of one seed's imitation in a changed world: the run's, with the recipe for such worlds.
 
-    The clone is refined in clipped steps by a reward that remembers the run, has seen nonsense first (babbling), and
-    sees what agents are after only, where the environment says what that is.
+    The clone is refined in clipped steps by a reward that remembers the run, has seen nonsense first (babbling)
+    and what was put together anew (imagined), and sees what agents are after only, where the environment says what that
+    is.
     """
     spec = make_environment(environment, 1).spec
     imitates = algorithm(config.algorithm).imitates
     has_purpose = all(agent_type.purpose for agent_type in spec.types)
+    has_parts = all(agent_type.parts for agent_type in spec.types)
     return replace(
         config,
         environment=environment,
@@ -98,6 +100,7 @@ def changed_world(config: Config, environment: str, seed: int, steps: int) -> Co
             config.reward,
             memory="run",
             sees=(PURPOSE,) if has_purpose else config.reward.sees,
+            imagined=0.5 if has_parts else 0.0,
             label_smoothing=0.1,
             # A run without a learned reward has forgotten how many particles there were to be.
             particles=config.reward.particles if imitates else RewardSettings().particles,

@@ -9,6 +9,7 @@ import pytest
 from launch.config import Config, load_preset, parse_config, preset_names
 from launch.limits import ABOVE_0, AT_LEAST_0, AT_LEAST_1, PARTS
 from launch.run import check
+from launch.whatif import changed_world
 from protocol.errors import InputError
 
 
@@ -171,3 +172,16 @@ def test_clipped_updates_and_the_clone_need_what_they_need(flags: list[str], exp
         parse_config(flags).checked()
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["berlin_slip", "berlin_closed"])
+def test_presets_of_changed_worlds_hold_the_recipe_of_whatif(name: str) -> None:
+    preset = load_preset(name)
+    town = replace(load_preset("berlin"), cloning=preset.cloning, evaluation=preset.evaluation)
+    asked = changed_world(town, preset.environment, seed=preset.seed, steps=preset.steps)
+    learner, reward = preset.learner, preset.reward
+    assert replace(asked.learner, checkpoint_interval=0, batch_size=0, temperature=1, final_temperature=1) == replace(
+        learner, checkpoint_interval=0, batch_size=0, temperature=1, final_temperature=1, temperature_anneal=1.0
+    )
+    assert asked.actor == preset.actor
+    assert asked.reward == reward
