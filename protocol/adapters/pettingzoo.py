@@ -13,7 +13,7 @@ import numpy as np
 from protocol.environment import Starts, TimeStep
 from protocol.errors import InputError
 from protocol.seeds import derive_seed
-from protocol.specs import EnvironmentSpec, TypeSpec
+from protocol.specs import EnvironmentSpec, Part, TypeSpec
 
 MAX_SEED = 2**31
 
@@ -26,6 +26,7 @@ class PettingZooParallel:
     names differ by a trailing number are of one type.   episode_length: needed if the environment has no `max_cycles`.
 
     Box actions are scaled from [-1, 1] to the box. An observation `{"observation": …, "action_mask": …}` gives masks.
+    Entries of a dictionary are named parts of the observation (`--reward.sees`).
     An agent that dies is inactive from then on, and sees zeros. An episode ends when nobody is left: terminated if all
     who lived to see it terminated, else truncated.
     """
@@ -145,7 +146,23 @@ class PettingZooParallel:
                     f"{widths[name]}) and cannot be of one type '{kind}': give ?types="
                 )
         observation_dim, action_dim, discrete = widths[names[0]]
-        return TypeSpec(kind, len(names), observation_dim, action_dim, discrete)
+        return TypeSpec(kind, len(names), observation_dim, action_dim, discrete, _parts(self._spaces[names[0]][0]))
+
+
+def _parts(space: Any) -> tuple[Part, ...]:
+    """A dictionary's entries are named parts of an observation, those of one within it `outer.inner`, in the order in
+    which `flatten` puts them side by side; other spaces have none."""
+    from gymnasium import spaces
+
+    if not isinstance(space, spaces.Dict):
+        return ()
+    parts: list[Part] = []
+    for name, entry in space.spaces.items():
+        inner = _parts(entry)
+        parts += [Part(f"{name}.{part.name}", part.width) for part in inner]
+        if not inner and (width := spaces.utils.flatdim(entry)):
+            parts.append(Part(str(name), width))
+    return tuple(parts)
 
 
 def _factory(target: str) -> Any:

@@ -168,3 +168,17 @@ def test_it_trains(tmp_path: Path) -> None:
     assert main(["train", "--environment", SPREAD, "--algorithm", "maac", *tiny, *few, *place]) == 0
     result = SimpleNamespace(**json.loads((tmp_path / "spread" / "result.json").read_text()))
     assert (result.status, result.environment) == ("finished", SPREAD)
+
+
+def test_entries_of_a_dictionary_are_named_parts() -> None:
+    from gymnasium.spaces.utils import flatten
+
+    from protocol.adapters.pettingzoo import _parts
+
+    pair = spaces.Dict({"goal": spaces.Discrete(3), "near": spaces.Box(-1, 1, (2, 2))})
+    space = spaces.Dict({"own": spaces.Box(-1, 1, (2,)), "world": pair})
+    parts = [(part.name, part.width) for part in _parts(space)]
+    assert parts == [("own", 2), ("world.goal", 3), ("world.near", 4)]
+    seen = {"own": np.full(2, 5.0), "world": {"goal": 1, "near": np.full((2, 2), 7.0)}}
+    assert flatten(space, seen).tolist() == [5, 5, 0, 1, 0, 7, 7, 7, 7]
+    assert _parts(spaces.Box(-1, 1, (2,))) == ()
