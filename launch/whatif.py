@@ -3,6 +3,13 @@
 In RUN/whatif/CHANGE/ one run for each seed imitates in the changed world: it begins with the clone of the
 demonstrations, which are of the old world, and learns a reward there that sees what agents are after. Then all that can
 be compared plays the same fresh episodes; `whatif.json`, `whatif.md` and, for Berlin, `whatif.png` tell what came out.
+
+`whatif.json`: `returns` in the changed world of `random`, the `run`'s policy and the `clone` as they are, the
+`imitator` and the re-planned `expert` (absent where nobody has written one), `before_returns` of clone and expert in
+the world as demonstrated, and `imitator_minus_clone`, each with `mean` and `interval` (null if unknown) of all agents
+and by `types`; for Berlin `loads` of roads `before` and `after`, by hour of the day and over the hours of the rush.
+Clone and imitator are one policy for each seed: their intervals are over seeds, on the same episodes; others' are over
+episodes.
 """
 
 from __future__ import annotations

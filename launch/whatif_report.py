@@ -33,6 +33,8 @@ TYPE_COLUMNS = (("clone", ""), ("imitator", ""), ("gain", "+"), ("expert", ""))
 """Who, and the sign of numbers above 0."""
 NOTHING = "–"
 SHOWN_ROADS = 14
+MOST_NAMED = 20
+"""Facilities; the names of more would hide the map."""
 MIN_LIMIT = 0.01
 """Of the colours, in agents: less than this is no change."""
 CHANGE_COLOURS = "coolwarm"
@@ -41,7 +43,7 @@ POINTS = {
     "imitator": ("clone", "#1f5fa8", "o"),
     "expert": ("expert", "#2e8b57", "s"),
 }
-"""Whose loads are shown → whose they were before, colour, marker."""
+"""Whose loads are shown → whose they were before (the imitator was the clone), colour, marker."""
 DOTS_PER_INCH = 100
 ONE_SEED = "One seed: how far another would be from it is not known, so there is no interval over seeds."
 
@@ -123,8 +125,8 @@ def draw_changes(berlin: Berlin, report: Figures, path: Path) -> None:
     """What changes on the roads in the hours of the rush: the imitator's map beside the expert's, and below them the
     roads where most changes, closed ones left out, with the intervals of `whatif.json`."""
     loads, scenario = report["loads"], berlin.scenario
-    closed, change = loads["closed"], changes(loads)
-    largest = np.abs(np.stack([change["imitator"], change["expert"]])).max(axis=0)
+    closed, change = loads["closed"], {name: _load_change(loads, name) for name in ("imitator", "expert")}
+    largest = np.abs(np.stack(list(change.values()))).max(axis=0)
     still_open = np.setdiff1d(np.arange(scenario.num_roads), closed)
     shown = still_open[np.argsort(-largest[still_open], kind="stable")][:SHOWN_ROADS]
     limit = max(float(largest.max()), MIN_LIMIT)
@@ -132,12 +134,14 @@ def draw_changes(berlin: Berlin, report: Figures, path: Path) -> None:
     grid = figure.add_gridspec(2, 1, height_ratios=(1.45, 1))
     above, below = (figure.add_subfigure(grid[row]) for row in (0, 1))
     maps = above.subplots(1, 2)
-    for axes, name in zip(maps, ("imitator", "expert"), strict=True):
-        roads = draw_map(axes, scenario, change[name], limits=(-limit, limit), closed=closed)
+    names = scenario.num_facilities <= MOST_NAMED
+    for axes, (name, values) in zip(maps, change.items(), strict=True):
+        roads = draw_map(axes, scenario, values, limits=(-limit, limit), names=names, closed=closed)
         roads.set_cmap(CHANGE_COLOURS)
         roads.set_linestyle(["--" if road in closed else "-" for road in range(scenario.num_roads)])
+        segments = roads.get_segments()
         for road in (*shown, *closed):
-            _write_number(axes, int(road), roads.get_segments()[road])
+            _write_number(axes, int(road), segments[road])
         axes.set_title(NAMES[name])
     dashed = ", dashed roads closed" if closed else ""
     above.suptitle(f"{report['change']}: what changes on the roads, {_spans(loads['rush_hours'])}{dashed}")
@@ -146,12 +150,9 @@ def draw_changes(berlin: Berlin, report: Figures, path: Path) -> None:
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
 
-def changes(loads: Figures) -> dict[str, np.ndarray]:
-    """[R] mean load after the change less that before it, when the imitator was the clone; in the hours of the rush."""
-    return {
-        name: np.array(loads["after"][name]["rush"]["mean"]) - np.array(loads["before"][source]["rush"])
-        for name, source in (("clone", "clone"), ("imitator", "clone"), ("expert", "expert"))
-    }
+def _load_change(loads: Figures, name: str) -> np.ndarray:
+    """[R] mean load after the change less that before it, in the hours of the rush."""
+    return np.array(loads["after"][name]["rush"]["mean"]) - np.array(loads["before"][POINTS[name][0]]["rush"])
 
 
 def _draw_points(axes: Any, scenario: Scenario, loads: Figures, shown: np.ndarray) -> None:
@@ -180,7 +181,7 @@ def _draw_points(axes: Any, scenario: Scenario, loads: Figures, shown: np.ndarra
 
 
 def _write_number(axes: Any, road: int, segment: np.ndarray) -> None:
-    """Beside the middle of a road, on its right."""
+    """Beside a road, on its right."""
     along = segment[1] - segment[0]
     right = np.array([along[1], -along[0]]) / max(float(np.linalg.norm(along)), 1e-12)
     upper = segment[:, 1].argmax()
