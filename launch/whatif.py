@@ -91,7 +91,7 @@ def changed_world(config: Config, environment: str, seed: int, steps: int) -> Co
             clipped=replace(config.learner.clipped, critic_first=3),
             policy_learning_rate=1e-3,
             critic_learning_rate=1e-3,
-            final_learning_rate=0.1,
+            final_learning_rate=0.3,
             discount=0.99,
             window_steps=0,
             cloning_weight=0.0,
