@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ CLONE_COLOR = "#b5651d"
 def draw_curve(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any], path: Path) -> None:
     """Return against environment steps, with a band of one standard error and lines for random, clone and expert.
 
-    A run that takes no steps is drawn against iterations.
+    A run that takes no steps is drawn against iterations. Beside a clone, what matters is the way from it to the
+    expert:
+    the random policy far below is told, not drawn.
 
     rows: of `curve.csv`. result: of `result.json`. Returns are true returns per agent and episode.
     """
@@ -28,11 +31,13 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any], pat
     errors = [float(row["return_stderr"]) for row in rows]
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    for name, value, color in (
-        ("expert", result.get("expert_return"), EXPERT_COLOR),
-        ("clone", result.get("clone_return"), CLONE_COLOR),
-        ("random", result.get("random_return"), RANDOM_COLOR),
-    ):
+    clone, random = result.get("clone_return"), result.get("random_return")
+    references = [
+        ("expert, as demonstrated" if result.get("changes") else "expert", result.get("expert_return"), EXPERT_COLOR),
+        ("clone", clone, CLONE_COLOR),
+        ("random", None if clone is not None else random, RANDOM_COLOR),
+    ]
+    for name, value, color in references:
         if value is not None:
             axes.axhline(value, color=color, linestyle=(0, (5, 3)), linewidth=1.2)
             axes.annotate(
@@ -51,19 +56,23 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any], pat
     axes.fill_between(steps, low, high, color=CURVE_COLOR, alpha=0.2, linewidth=0)
     axes.plot(steps, means, color=CURVE_COLOR, linewidth=1.8, marker="o", markersize=3)
     if means:
+        lines = [value for _, value, _ in references if value is not None]
+        below = _is_crowded_above(means[-1], [*lines, *means])
         axes.plot(steps[-1], means[-1], "o", color=CURVE_COLOR, markersize=6)
         axes.annotate(
             f"{means[-1]:.1f}",
             (steps[-1], means[-1]),
-            (-6, -8),
+            (-6, -8 if below else 8),
             textcoords="offset points",
             ha="right",
-            va="top",
+            va="top" if below else "bottom",
             color=CURVE_COLOR,
             fontsize=10,
             fontweight="bold",
         )
     axes.set_title(f"{result.get('algorithm', '')} on {result.get('environment', '')}", loc="left", color=TEXT_COLOR)
+    if clone is not None and random is not None:
+        unit += f"  (random policy: {random:.1f})"
     axes.set_xlabel(unit, color=TEXT_COLOR)
     axes.set_ylabel("true return per agent and episode", color=TEXT_COLOR)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -74,3 +83,11 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any], pat
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png")
     temporary.rename(path)
+
+
+def _is_crowded_above(value: float, others: Sequence[float]) -> bool:
+    """Whether a label above `value` would meet one of the lines, and one below it would not so soon."""
+    above = min((other - value for other in others if other > value), default=math.inf)
+    below = min((value - other for other in others if other < value), default=math.inf)
+    room = 0.15 * (max([value, *others]) - min([value, *others]))
+    return above < room and below > above

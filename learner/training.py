@@ -282,6 +282,7 @@ class Training:
             "return_mean": estimate and estimate.mean,
             "return_stderr": estimate and estimate.stderr,
             "random_return": self._random_return,
+            "changes": self._algorithm.policy.layout.spec.changes,
             "expert_return": self._expert_return,
             "clone_return": self._facts.clone_return,
             "normalized_return": estimate and self._normalized(estimate.mean),
