@@ -150,7 +150,7 @@ class ClippedActorCritic:
         played, discount = segments.played, self.settings.discount
         values = self._values(segments)
         rows, per_step = segments.rows(), segments.spread(rewards)
-        masks, old = self._of_rows(segments, segments.action_masks), self._of_rows(segments, segments.log_probabilities)
+        masks, old = segments.of_rows(segments.action_masks), segments.of_rows(segments.log_probabilities)
         weights: list[torch.Tensor | None] = [None] * len(self.layout.blocks)
         if self._lagging:
             now = self._log_probabilities(rows, masks)
@@ -170,7 +170,7 @@ class ClippedActorCritic:
             truncated = weights[b]
             counted = present.to(ahead.dtype) if truncated is None else present * truncated
             for collected, tensor in ((advantage, ahead), (target, aim), (weight, counted)):
-                collected.append(self._of_rows(segments, [tensor])[0])
+                collected += segments.of_rows([tensor])
         clone = None
         if self.clone is not None and self.settings.clipped.clone_weight:
             clone = self._outputs(self.clone, rows)
@@ -209,8 +209,8 @@ class ClippedActorCritic:
         drawn = []
         for block, output, mask in zip(self.layout.blocks, self._outputs(self.policy, rows), masks, strict=True):
             if block.discrete:
-                logits = output.masked_fill(~mask, FORBIDDEN_LOGIT).cpu()
-                drawn.append(sample(logits, self._generator).to(self.device))
+                logits = output.masked_fill(~mask, FORBIDDEN_LOGIT)
+                drawn.append(sample(logits, self._generator))
             else:
                 drawn.append(gaussian.draw(output, self._generator)[0])
         return drawn
@@ -232,10 +232,6 @@ class ClippedActorCritic:
             block.rows(policy.outputs(b, block.grid(rows.observations[b])).float())
             for b, block in enumerate(self.layout.blocks)
         ]
-
-    def _of_rows(self, segments: Segments, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """[T or T+1, E, …] → the R steps that were played, in the order of `Segments.rows`."""
-        return [tensor[: len(segments.played)][segments.played] for tensor in tensors]
 
     @property
     def _height(self) -> int:

@@ -236,7 +236,7 @@ class OnPolicyImitation(Imitation):
             return self._rewards.rewards(self._rewards.submit(rows, self._true_rewards(segments))), figures
 
     def _true_rewards(self, segments: Segments) -> list[torch.Tensor] | None:
-        return None if self._imitates else [rewards[segments.played] for rewards in segments.rewards]
+        return None if self._imitates else segments.of_rows(segments.rewards)
 
 
 def build_value_critic(job: Job, settings: LearnerSettings, actor: ActorSettings, layout: Layout) -> ValueCritic:

@@ -18,8 +18,7 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any], pat
     """Return against environment steps, with a band of one standard error and lines for random, clone and expert.
 
     A run that takes no steps is drawn against iterations. Beside a clone, what matters is the way from it to the
-    expert:
-    the random policy far below is told, not drawn.
+    expert: the random policy far below is told, not drawn.
 
     rows: of `curve.csv`. result: of `result.json`. Returns are true returns per agent and episode.
     """

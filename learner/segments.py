@@ -19,6 +19,7 @@ class Segments:
     actions [T, E, N_b] int64, or [T, E, N_b, A_b] float32.   log_probabilities [T, E, N_b]: log μ(a|s).
     rewards [T, E, N_b]: true rewards, which only runs with `source="environment"` look at.
     terminated [T, E] bool.   played [T, E] bool: whether the episode had this step.
+    index [R]: where the steps that were played lie among all T·E, step by step of all episodes.
     """
 
     observations: list[torch.Tensor]
@@ -29,6 +30,7 @@ class Segments:
     rewards: list[torch.Tensor]
     terminated: torch.Tensor
     played: torch.Tensor
+    index: torch.Tensor
 
     @classmethod
     def of(cls, chunks: Sequence[Trajectories], layout: Layout) -> Segments:
@@ -46,30 +48,32 @@ class Segments:
         terminated = joined("terminated")
         played = torch.arange(len(terminated)).unsqueeze(1) < lengths
         observations, action_masks, active, actions, log_probabilities, rewards = map(columns, fields)
-        return cls(observations, action_masks, active, actions, log_probabilities, rewards, terminated, played)
+        # Found here, on the CPU: a GPU would be waited for to learn how many there are.
+        index = played.flatten().nonzero().squeeze(1)
+        return cls(observations, action_masks, active, actions, log_probabilities, rewards, terminated, played, index)
 
     @property
     def num_steps(self) -> int:
         """R: joint steps that were played."""
-        return int(self.played.sum())
+        return len(self.index)
 
     def rows(self) -> JointRows:
-        """The R joint steps, step by step of all episodes: what is shown to the reward server, and rewarded."""
-        steps = len(self.played)
-        whole = bool(self.played.all())
+        """The R joint steps: what is shown to the reward server, and rewarded."""
+        return JointRows(*(self.of_rows(part) for part in (self.observations, self.actions, self.active)))
 
-        def flat(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor[:steps].flatten(0, 1) if whole else tensor[:steps][self.played]
-
-        return JointRows(*([flat(t) for t in part] for part in (self.observations, self.actions, self.active)))
+    def of_rows(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """[T or T+1, E, …] → the R steps that were played, [R, …], in the order of `rows`; a view if these are all."""
+        flat = [tensor[: len(self.played)].flatten(0, 1) for tensor in tensors]
+        if len(self.index) == self.played.numel():
+            return flat
+        return [tensor.index_select(0, self.index) for tensor in flat]
 
     def spread(self, rewards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Values of `rows`, [R, N_b] per block → [T, E, N_b], 0 where nothing was played."""
         result = []
         for values in rewards:
-            room = values.new_zeros(*self.played.shape, values.shape[1])
-            room[self.played] = values
-            result.append(room)
+            room = values.new_zeros(self.played.numel(), values.shape[1])
+            result.append(room.index_copy_(0, self.index, values).view(*self.played.shape, -1))
         return result
 
     def to(self, device: torch.device) -> Segments:
@@ -87,4 +91,5 @@ class Segments:
             moved(self.rewards),
             self.terminated.to(device),
             self.played.to(device),
+            self.index.to(device),
         )

@@ -135,7 +135,7 @@ def test_a_better_action_becomes_likelier_and_the_clip_holds_it_back() -> None:
     segments, _ = played(built, episodes=40)
     rewards = [(a[segments.played] == 0).float() for a in segments.actions]
     rows = segments.rows()
-    masks = built._of_rows(segments, segments.action_masks)
+    masks = segments.of_rows(segments.action_masks)
     with torch.no_grad():
         before = built._log_probabilities(rows, masks)
     for _ in range(3):

@@ -23,10 +23,12 @@ from actors.policy import Policy
 from learner.action_critic import ActionActorCritic, ActionCritic
 from learner.actor_critic import ActorCritic
 from learner.attention import attention_by_type
+from learner.clipped import ClippedActorCritic
 from learner.cloning import BehaviourCloning, Cloning
-from learner.critics import Context, Critic
+from learner.critics import Context, Critic, ValueCritic
 from learner.replay import Batch
-from learner.settings import CloningSettings, LearnerSettings
+from learner.segments import Segments
+from learner.settings import ClippedSettings, CloningSettings, LearnerSettings
 from protocol.demonstrations import Demonstrations
 from protocol.layout import Layout, ParameterSharing
 from protocol.messages import Sender
@@ -94,6 +96,7 @@ def _without_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(FakeTensor, "numpy", _as_array, raising=False)
     monkeypatch.setattr(FakeTensor, "item", lambda self: 0.0, raising=False)
+    monkeypatch.setattr(FakeTensor, "tolist", lambda self: [0.0] * self.numel(), raising=False)
 
 
 def batch_of(layout: Layout) -> Batch:
@@ -141,6 +144,28 @@ def test_an_update_runs_where_the_networks_are(
         assert {p.device for network in (policy, critic) for p in network.parameters()} == {GPU}
         attention_by_type(critic, batch.rows.to(GPU))
     assert {"policy", "critic", "policy_adam", "critic_adam"} <= {name.partition("/")[0] for name in learner.state()}
+
+
+@pytest.mark.parametrize("sharing", ["agent", "type"])
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("lagging", [False, True])
+def test_a_clipped_update_runs_where_the_networks_are(
+    lagging: bool, name: str, context: Context, sharing: ParameterSharing
+) -> None:
+    layout, policy = Layout.of(SPECS[name], sharing), policy_of(Layout.of(SPECS[name], sharing))
+    settings = LearnerSettings(hidden=HIDDEN, heads=HEADS, clipped=ClippedSettings(epochs=1, parts=2, clone_weight=0.1))
+    critic = ValueCritic(layout, context, HIDDEN, HEADS, True, torch.Generator().manual_seed(1), True)
+    chunk = Trajectories.zeros(SPECS[name], 3)
+    chunk.lengths[0] = 2
+    segments = Segments.of([chunk], layout)
+    rewards = [torch.zeros(segments.num_steps, block.num_agents) for block in layout.blocks]
+    with pretended_gpu():
+        learner = ClippedActorCritic(policy, critic, settings, GPU, 7, lagging)
+        learner.start_from(policy)
+        learner.update(segments, rewards, 0.5)
+        assert {p.device for network in (policy, critic) for p in network.parameters()} == {GPU}
+    assert {"policy", "critic", "clone"} <= {name.partition("/")[0] for name in learner.state()}
 
 
 @pytest.mark.parametrize("sharing", ["agent", "type"])
