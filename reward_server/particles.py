@@ -28,10 +28,8 @@ TILE_PARAMETERS = 1_000_000
 """Parameters that a kernel is applied to at a time."""
 QUERY_ROWS = 2_048
 """Rows per group of a query computed at a time."""
-MEMORY, PARAMETER = "memory.", ".parameter"
+MEMORY = "memory."
 """How the names of a state's arrays begin or end."""
-AXES = ("groups", "particles", "outputs", "inputs and biases")
-"""Of a layer of parameters."""
 
 T = TypeVar("T")
 
@@ -128,21 +126,6 @@ class RewardModel:
         self._memory.load_state(_part(arrays, MEMORY))
         self._generator.set_state(torch.tensor(arrays["generator"]))
         self.version = int(arrays["counters"][0])
-
-    def adopt(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Begin with what another run learned, from its `state`; call it before the first `observe`.
-
-        Particles and Adam's moments are taken over, and the memory with its count of rows if they fit: with other
-        numbers of agents, or another `window_steps`, it begins empty. Version and random draws stay this model's own.
-        Raises InputError for particles that do not fit, ProtocolError as `load_state`.
-        """
-        here = state_table(self.layout, self.settings, self._architectures[0].agent_identity)
-        there: ArrayTable = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
-        if difference := misfit(there, here):
-            raise InputError(f"the particles of the other run do not fit this one: {difference}")
-        self._load_particles(arrays)
-        if _part(here, MEMORY) == _part(there, MEMORY):
-            self._memory.load_state(_part(arrays, MEMORY))
 
     @torch.no_grad()
     def _load_particles(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -295,7 +278,7 @@ class RewardModel:
         tensors: dict[str, torch.Tensor] = {}
         for b, layers in enumerate(self._layers):
             for k, layer in enumerate(layers):
-                tensors[f"{b}.{k}{PARAMETER}"] = layer
+                tensors[f"{b}.{k}.parameter"] = layer
                 for moment in ("exp_avg", "exp_avg_sq"):
                     tensors[f"{b}.{k}.{moment}"] = self._adam.state[layer][moment]
         return tensors
@@ -327,20 +310,6 @@ def state_table(layout: Layout, settings: RewardSettings, agent_identity: bool =
         for k, shape in enumerate(architecture.shapes):
             table |= {f"{b}.{k}.{part}": ("float32", shape) for part in ("parameter", "exp_avg", "exp_avg_sq")}
     return table
-
-
-def misfit(there: ArrayTable, here: ArrayTable) -> str | None:
-    """The first thing in which the particles of one `state_table` do not fit another, in words; None if they do."""
-    tables = [
-        {name: shape for name, (_, shape) in table.items() if name.endswith(PARAMETER)} for table in (there, here)
-    ]
-    for name in sorted(tables[0].keys() | tables[1].keys()):
-        theirs, mine = (table.get(name, (0,) * len(AXES)) for table in tables)
-        for axis, *sizes in zip(AXES, theirs, mine, strict=True):
-            if sizes[0] != sizes[1]:
-                block, layer, _ = name.split(".")
-                return f"{axis} of layer {layer} of block {block}: {sizes[0]} there, {sizes[1]} here"
-    return None
 
 
 def _tiles(groups: int, size: int, limit: int) -> Iterator[slice]:

@@ -19,7 +19,7 @@ from torch.nn import functional
 from protocol.errors import InputError, NumericalError, ProtocolError
 from protocol.layout import JointRows, Layout, ParameterSharing
 from reward_server.model import TrueRewards
-from reward_server.particles import RewardModel, misfit, state_table
+from reward_server.particles import RewardModel, state_table
 
 torch.set_num_threads(1)
 
@@ -150,43 +150,6 @@ def test_updates_draw_from_what_the_memory_keeps(memory: str, remembered: int) -
     sampled = model._memory.rows.observations[0][torch.cat(drawn).unique()].mean(dim=(1, 2))
     assert int((sampled < 0).sum()) == pytest.approx(remembered, abs=8 if remembered else 0)
     assert len(sampled) == 40
-
-
-@pytest.mark.parametrize(("agents", "window_steps", "remembers"), [(3, 40, True), (7, 40, False), (3, 50, False)])
-def test_another_run_is_adopted_also_with_other_numbers_of_agents(
-    agents: int, window_steps: int, remembers: bool
-) -> None:
-    there = make_model(settings=dataclasses.replace(SETTINGS, memory="run"))
-    there.update(0.0)
-    types = (dataclasses.replace(SPEC.types[0], count=agents), *SPEC.types[1:])
-    layout = Layout.of(dataclasses.replace(SPEC, types=types), "type")
-    settings = dataclasses.replace(SETTINGS, memory="run", window_steps=window_steps, updates=7)
-    here = RewardModel(layout, some_rows(layout, 30, 1), settings, seed=9)
-    own = here.state()
-    here.adopt(there.state())
-    for name, array in there.state().items():
-        if name.split(".")[0].isdigit() or (remembers and name.startswith("memory.")):
-            np.testing.assert_array_equal(here.state()[name], array)
-    assert here.state()["counters"].tolist() == [0, SETTINGS.updates]
-    np.testing.assert_array_equal(here.state()["generator"], own["generator"])
-    assert here._memory.observed == (50 if remembers else 0)
-    here.observe(some_rows(layout, 5, 4))
-    here.update(0.0)
-
-
-def test_particles_that_do_not_fit_are_named() -> None:
-    there, here = make_model(), make_model(settings=dataclasses.replace(SETTINGS, particles=2, hidden=(8,)))
-    with pytest.raises(InputError, match="particles of layer 0 of block 0: 3 there, 2 here"):
-        here.adopt(there.state())
-    table = state_table(there.layout, SETTINGS)
-    assert misfit(table, table) is None
-    wider = state_table(there.layout, dataclasses.replace(SETTINGS, hidden=(9, 6)))
-    assert misfit(wider, table) == "outputs of layer 0 of block 0: 9 there, 8 here"
-    deeper = state_table(there.layout, dataclasses.replace(SETTINGS, hidden=(8, 6, 1)))
-    assert misfit(deeper, table) == "groups of layer 3 of block 0: 2 there, 0 here"
-    fewer = state_table(Layout.of(dataclasses.replace(SPEC, types=SPEC.types[:1]), "type"), SETTINGS)
-    assert misfit(fewer, table) == "groups of layer 0 of block 0: 1 there, 2 here"
-    assert misfit({"counters": ("int64", (1,))}, table) == "groups of layer 0 of block 0: 0 there, 2 here"
 
 
 def test_learning_rate_falls_with_progress() -> None:
