@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from protocol.stacked import TILE_NUMBERS
 FORBIDDEN_SCORE = -1e9
 
 Tile = tuple[slice, slice, slice]
-"""Some rows and one head of an array [B, …, H]."""
+"""Some rows and heads of an array [B, …, H]."""
 
 _softmax_backward = torch.ops.aten._softmax_backward_data
 
@@ -29,25 +29,17 @@ class Projected:
     entities: torch.Tensor
     own: torch.Tensor | None = None
 
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Projected:
+        """Both, changed."""
+        return Projected(change(self.entities), None if self.own is None else change(self.own))
+
     def of(self, slots: slice) -> Projected:
         """As these agents see it."""
         return Projected(self.entities, None if self.own is None else self.own[:, slots])
 
-    def detach(self) -> Projected:
-        """Itself as a constant."""
-        return Projected(self.entities.detach(), None if self.own is None else self.own.detach())
-
-    def to(self, dtype: torch.dtype) -> Projected:
-        """Itself in another arithmetic."""
-        return Projected(self.entities.to(dtype), None if self.own is None else self.own.to(dtype))
-
-    def empty_like(self) -> Projected:
-        """Room for its gradient."""
-        return Projected(torch.empty_like(self.entities), None if self.own is None else torch.empty_like(self.own))
-
     def __getitem__(self, tile: Tile) -> Projected:
-        """Views of some rows and one head, [R, …, d]."""
-        return Projected(self.entities[tile], None if self.own is None else self.own[tile])
+        """Views of some rows and heads."""
+        return self.map(lambda x: x[tile])
 
 
 @dataclass(frozen=True)
@@ -74,8 +66,8 @@ class Scene:
 
     def detach(self) -> Scene:
         """Itself as a constant."""
-        keys = None if self.keys is None else self.keys.detach()
-        return Scene(keys, self.values.detach(), self.visible, self.share)
+        keys = None if self.keys is None else self.keys.map(torch.detach)
+        return Scene(keys, self.values.map(torch.detach), self.visible, self.share)
 
 
 def mixture(queries: torch.Tensor, scene: Scene, heads: int) -> torch.Tensor:
@@ -86,23 +78,20 @@ def mixture(queries: torch.Tensor, scene: Scene, heads: int) -> torch.Tensor:
     keys, values = scene.keys, scene.values
     if keys is None:
         weights = scene.visible / scene.visible.sum(1, keepdim=True).clamp(min=1)
-        return _combined(weights, values, scene.share).expand(-1, queries.shape[1], -1)
+        return _combined(weights.unsqueeze(1), values, scene.share).expand(-1, queries.shape[1], -1)
     seen = keys.entities, keys.own, values.entities, values.own
     return _Mixture.apply(queries, *seen, scene.visible, scene.share, heads)
 
 
 def attention(queries: torch.Tensor, keys: Projected, scene: Scene, heads: int) -> torch.Tensor:
     """α as it reads in Eq. 11, for people to look at: queries [B, n, H] → [B, n, K], mean over heads."""
-    width = queries.shape[2] // heads
-    columns = [(slice(None), slice(None), slice(first, first + width)) for first in range(0, width * heads, width)]
-    scores = [_products(queries[head], keys[head], scene.share) for head in columns]
-    return torch.stack([_softmax(score, scene.visible) for score in scores]).mean(0).mT
+    return _softmax(_products(queries, keys, scene.share, heads), scene.visible).mean(1).mT
 
 
 class _Mixture(torch.autograd.Function):
-    """`mixture`, some rows and one head at a time, so that what lies between its products stays cached.
+    """`mixture`, some rows and heads after others, so that what lies between its products stays cached.
 
-    Of a tile, scores and weights are [R, K, n], agents last: a softmax along any other axis than the short one of the
+    Scores and weights are [R, heads, K, n], agents last: a softmax along any other axis than the short one of the
     entities is twenty times as fast.
     """
 
@@ -118,14 +107,15 @@ class _Mixture(torch.autograd.Function):
         share: torch.Tensor | None,
         heads: int,
     ) -> torch.Tensor:
-        k, v = Projected(keys, own_keys).to(queries.dtype), Projected(values, own_values).to(queries.dtype)
+        sides = Projected(keys, own_keys), Projected(values, own_values)
+        k, v = (side.map(lambda x: x.to(queries.dtype)) for side in sides)
         mixed = torch.empty_like(queries)
-        weights = queries.new_empty(heads, len(queries), keys.shape[1], queries.shape[1])
-        for rows, head, tile in _tiles(queries, heads):
+        weights = queries.new_empty(len(queries), heads, keys.shape[1], queries.shape[1])
+        for rows, some, tile in _tiles(weights, queries):
             shares = None if share is None else share[rows]
-            w = _softmax(_products(queries[tile], k[tile], shares), visible[rows])
+            w = weights[rows, some]
+            w.copy_(_softmax(_products(queries[tile], k[tile], shares, w.shape[1]), visible[rows]))
             mixed[tile] = _combined(w, v[tile], shares)
-            weights[head, rows] = w
         ctx.save_for_backward(queries, k.entities, k.own, v.entities, v.own, share, weights)
         return mixed
 
@@ -134,57 +124,86 @@ class _Mixture(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         queries, keys, own_keys, values, own_values, share, weights = ctx.saved_tensors
         k, v = Projected(keys, own_keys), Projected(values, own_values)
-        d_queries, d_k, d_v = torch.empty_like(queries), k.empty_like(), v.empty_like()
-        for rows, head, tile in _tiles(queries, len(weights)):
+        d_queries, d_k, d_v = torch.empty_like(queries), k.map(torch.empty_like), v.map(torch.empty_like)
+        for rows, some, tile in _tiles(weights, queries):
             shares = None if share is None else share[rows]
-            d, w = gradient[tile], weights[head, rows]
-            d_weights = _products(d, v[tile], shares)
-            d_scores = _softmax_backward(d_weights, w.to(d_weights.dtype), 1, d_weights.dtype)
+            d, w = gradient[tile], weights[rows, some]
+            d_weights = _products(d, v[tile], shares, w.shape[1])
+            d_scores = _softmax_backward(d_weights, w.to(d_weights.dtype), 2, d_weights.dtype)
             d_queries[tile] = _combined(d_scores, k[tile], shares)
             _spread(d_scores, queries[tile], shares, d_k[tile])
             _spread(w, d, shares, d_v[tile])
         return d_queries, d_k.entities, d_k.own, d_v.entities, d_v.own, None, None, None
 
 
-def _products(x: torch.Tensor, y: Projected, share: torch.Tensor | None) -> torch.Tensor:
-    """x · y of every agent's x [R, n, d] and what it sees: [R, K, n], at least float32."""
-    products = torch.bmm(y.entities, x.mT)
+def _products(x: torch.Tensor, y: Projected, share: torch.Tensor | None, heads: int) -> torch.Tensor:
+    """x · y of every agent's x [R, n, H] and what it sees, in each head: [R, heads, K, n], at least float32."""
+    products = torch.bmm(_block_diagonal(y.entities, heads), x.mT).unflatten(1, (heads, -1))
     products = products.to(torch.promote_types(products.dtype, torch.float32))
     if y.own is None or share is None:
         return products
-    alone = (x * y.own).sum(-1, dtype=products.dtype).unsqueeze(1)
-    return torch.addcmul(products, share, products - alone)
+    alone = (x * y.own).unflatten(2, (heads, -1)).sum(-1, dtype=products.dtype).mT.unsqueeze(2)
+    return torch.addcmul(products, share.unsqueeze(1), products - alone)
 
 
 def _combined(weights: torch.Tensor, y: Projected, share: torch.Tensor | None) -> torch.Tensor:
-    """Σ_k weight_k y_k of every agent, [R, n, d]; weights [R, K, n]."""
+    """Σ_k weight_k y_k of every agent, [R, n, H]; weights [R, heads, K, n]."""
+    heads, entities = weights.shape[1], _block_diagonal(y.entities, weights.shape[1])
     if y.own is None or share is None:
-        return torch.bmm(weights.mT.to(y.entities.dtype), y.entities)
-    moved = weights * share
-    combined = torch.bmm((weights + moved).mT.to(y.entities.dtype), y.entities)
-    return combined.addcmul_(moved.sum(1).unsqueeze(-1).to(combined.dtype), y.own, value=-1)
+        return torch.bmm(weights.flatten(1, 2).mT.to(entities.dtype), entities)
+    moved = weights * share.unsqueeze(1)
+    combined = torch.bmm((weights + moved).flatten(1, 2).mT.to(entities.dtype), entities)
+    of_own = moved.sum(2).mT.unsqueeze(-1).to(entities.dtype)
+    combined.unflatten(2, (heads, -1)).addcmul_(of_own, y.own.unflatten(2, (heads, -1)), value=-1)
+    return combined
 
 
 def _spread(weights: torch.Tensor, x: torch.Tensor, share: torch.Tensor | None, d_y: Projected) -> None:
     """Write the gradient of Σ x · `_combined` with respect to its y."""
+    heads = weights.shape[1]
     if d_y.own is not None and share is not None:
-        moved = weights * share
-        torch.mul(x, moved.sum(1).neg_().unsqueeze(-1).to(x.dtype), out=d_y.own)
+        moved = weights * share.unsqueeze(1)
+        of_own = moved.sum(2).neg_().mT.unsqueeze(-1).to(x.dtype)
+        torch.mul(x.unflatten(2, (heads, -1)), of_own, out=d_y.own.unflatten(2, (heads, -1)))
         weights = weights + moved
-    d_y.entities.copy_(torch.bmm(weights.to(x.dtype), x))
+    d_y.entities.copy_(_diagonal(torch.bmm(weights.flatten(1, 2).to(x.dtype), x), heads))
 
 
 def _softmax(scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """Weights of what an agent sees, all 0 if that is nothing; scores [R, K, n], visible [R, K, 1 or n] bool."""
-    seen = visible.to(scores.dtype)
-    return (scores + (1 - seen) * FORBIDDEN_SCORE).softmax(1).mul_(seen)
+    """Weights of what an agent sees, all 0 if that is nothing; scores [R, heads, K, n], visible [R, K, 1 or n] bool."""
+    seen = visible.unsqueeze(1).to(scores.dtype)
+    return (scores + (1 - seen) * FORBIDDEN_SCORE).softmax(2).mul_(seen)
 
 
-def _tiles(agents: torch.Tensor, heads: int) -> Iterator[tuple[slice, int, Tile]]:
-    """Rows, head and what they are of an array [B, …, H]."""
-    batch, count, width = agents.shape[0], agents.shape[1], agents.shape[2] // heads
-    height = max(1, TILE_NUMBERS // (count * width)) if agents.device.type == "cpu" else batch
+def _tiles(weights: torch.Tensor, agents: torch.Tensor) -> Iterator[tuple[slice, slice, Tile]]:
+    """Rows, heads and what they are of an array [B, …, H]; weights [B, heads, K, n], agents [B, n, H]."""
+    batch, heads, entities, count = weights.shape
+    width = agents.shape[2] // heads
+    # All heads in one product do `heads` times the work; products of few entities are too small to be worth more calls.
+    together = heads if heads * entities < width else 1
+    height = max(1, TILE_NUMBERS // (count * together * width)) if agents.device.type == "cpu" else batch
     for first in range(0, batch, height):
-        rows = slice(first, first + height)
-        for head in range(heads):
-            yield rows, head, (rows, slice(None), slice(head * width, (head + 1) * width))
+        for head in range(0, heads, together):
+            rows, columns = slice(first, first + height), slice(head * width, (head + together) * width)
+            yield rows, slice(head, head + together), (rows, slice(None), columns)
+
+
+def _block_diagonal(y: torch.Tensor, heads: int) -> torch.Tensor:
+    """[R, K, heads·d] → [R, heads·K, heads·d] with every head in its own rows and columns.
+
+    One product with all heads' weights then does what would take one of each head.
+    """
+    if heads == 1:
+        return y
+    rows, count, width = y.shape
+    spread = y.new_zeros(rows, heads, count, heads, width // heads)
+    spread.diagonal(dim1=1, dim2=3).copy_(y.unflatten(2, (heads, -1)).movedim(2, 3))
+    return spread.view(rows, heads * count, width)
+
+
+def _diagonal(spread: torch.Tensor, heads: int) -> torch.Tensor:
+    """The inverse of `_block_diagonal`, which forgets what is not on the diagonal."""
+    if heads == 1:
+        return spread
+    blocks = spread.unflatten(1, (heads, -1)).unflatten(3, (heads, -1))
+    return blocks.diagonal(dim1=1, dim2=3).movedim(3, 2).flatten(2)

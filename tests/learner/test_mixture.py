@@ -11,22 +11,35 @@ import torch
 from learner import mixture as module
 from learner.mixture import Projected, Scene, attention, mixture
 
-ROWS, AGENTS, ENTITIES, WIDTH, HEADS = 4, 3, 2, 4, 2
+ROWS, AGENTS, ENTITIES, HEADS = 4, 3, 2, 2
+WIDTHS = (4, 12)  # one head at a time, and both together
 
 
-def random_scene(own: bool, alike: bool = False) -> Scene:
+@pytest.fixture(params=WIDTHS)
+def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """H, with three rows in a tile and one in the next."""
+    numbers = {4: 3 * AGENTS * 2, 12: 3 * AGENTS * 12}
+    monkeypatch.setattr(module, "TILE_NUMBERS", numbers[request.param])
+    return int(request.param)
+
+
+def random_scene(width: int, own: bool, alike: bool = False) -> Scene:
     """Own types are 0, 0 and 1; in one row an agent sees nothing."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    projected = [Projected(draw(ROWS, ENTITIES, WIDTH), draw(ROWS, AGENTS, WIDTH) if own else None) for _ in range(2)]
+    projected = [Projected(draw(ROWS, ENTITIES, width), draw(ROWS, AGENTS, width) if own else None) for _ in range(2)]
     visible = torch.rand(ROWS, ENTITIES, 1 if alike else AGENTS, generator=generator) < 0.8
     visible[0, :, 0] = False
     member = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
     share = torch.rand(ROWS, 1, AGENTS, generator=generator, dtype=torch.float64) * member
     return Scene(*projected, visible, share if own else None)
+
+
+def random_queries(width: int) -> torch.Tensor:
+    return torch.randn(ROWS, AGENTS, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def seen_by(side: Projected, scene: Scene, row: int, agent: int, k: int) -> torch.Tensor:
@@ -40,12 +53,12 @@ def seen_by(side: Projected, scene: Scene, row: int, agent: int, k: int) -> torc
 def slow_mixture(queries: torch.Tensor, scene: Scene) -> tuple[torch.Tensor, torch.Tensor]:
     """What `mixture` and `attention` give, one agent, head and entity at a time."""
     mixed, weights = torch.zeros_like(queries), torch.zeros(ROWS, AGENTS, ENTITIES, dtype=queries.dtype)
-    width = WIDTH // HEADS
+    width = queries.shape[2] // HEADS
     for row in range(ROWS):
         for agent in range(AGENTS):
             last = 0 if scene.visible.shape[2] == 1 else agent
             looked_at = [k for k in range(ENTITIES) if scene.visible[row, k, last]]
-            for first in range(0, WIDTH, width):
+            for first in range(0, queries.shape[2], width):
                 columns = slice(first, first + width)
                 keys = {k: seen_by(scene.keys, scene, row, agent, k)[columns] for k in looked_at}
                 powers = {k: math.exp(float(key @ queries[row, agent, columns])) for k, key in keys.items()}
@@ -58,22 +71,18 @@ def slow_mixture(queries: torch.Tensor, scene: Scene) -> tuple[torch.Tensor, tor
 
 @pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("own", [False, True])
-def test_every_agent_mixes_what_it_sees(own: bool, alike: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    scene = random_scene(own, alike)
-    queries = torch.randn(ROWS, AGENTS, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+def test_every_agent_mixes_what_it_sees(width: int, own: bool, alike: bool) -> None:
+    scene, queries = random_scene(width, own, alike), random_queries(width)
     expected, weights = slow_mixture(queries, scene)
-    monkeypatch.setattr(module, "TILE_NUMBERS", 3 * AGENTS * WIDTH // HEADS)  # two tiles, not alike
     torch.testing.assert_close(mixture(queries, scene, HEADS), expected)
     assert scene.keys is not None
     torch.testing.assert_close(attention(queries, scene.keys, scene, HEADS), weights)
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_the_gradient_is_that_of_the_function(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TILE_NUMBERS", 3 * AGENTS * WIDTH // HEADS)
-    scene = random_scene(own)
+def test_the_gradient_is_that_of_the_function(width: int, own: bool) -> None:
+    scene, queries = random_scene(width, own), random_queries(width)
     assert scene.keys is not None
-    queries = torch.randn(ROWS, AGENTS, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     sides = [scene.keys.entities, scene.values.entities]
     if scene.keys.own is not None and scene.values.own is not None:
         sides += [scene.keys.own, scene.values.own]
@@ -86,10 +95,9 @@ def test_the_gradient_is_that_of_the_function(own: bool, monkeypatch: pytest.Mon
     assert torch.autograd.gradcheck(function, inputs)
 
 
-def test_what_all_weigh_the_same_is_averaged() -> None:
-    scene = dataclasses.replace(random_scene(True), keys=None)
+def test_what_all_weigh_the_same_is_averaged(width: int) -> None:
+    scene, queries = dataclasses.replace(random_scene(width, True), keys=None), random_queries(width)
     zeros = dataclasses.replace(scene, keys=Projected(*(torch.zeros_like(x) for x in _arrays(scene.values))))
-    queries = torch.ones(ROWS, AGENTS, WIDTH, dtype=torch.float64)
     torch.testing.assert_close(mixture(queries, scene, HEADS), slow_mixture(queries, zeros)[0])
 
 
