@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ REPLAY_STEPS = 8_000
 """Joint rows that off-policy updates draw from, unless the settings say otherwise."""
 
 Arrays = dict[str, np.ndarray]
+AnyCritic = TypeVar("AnyCritic", bound=Critic)
 
 
 class Learner(Protocol):
@@ -241,18 +242,7 @@ class OnPolicyImitation(Imitation):
 
 def build_value_critic(job: Job, settings: LearnerSettings, actor: ActorSettings, layout: Layout) -> ValueCritic:
     """The value critics of the job's algorithm, for clipped updates, at the start that its seed gives."""
-    kind = algorithm(job.algorithm)
-    settings = kind.learner_settings(settings)
-    return ValueCritic(
-        layout,
-        kind.context,
-        settings.hidden,
-        settings.heads,
-        settings.attend_own_type,
-        torch.Generator().manual_seed(derive_seed(job.seed, "critic")),
-        actor.agent_identity,
-        settings.mean_field,
-    )
+    return _built(ValueCritic, job, settings, actor, layout)
 
 
 def build_critic(job: Job, settings: LearnerSettings, actor: ActorSettings, layout: Layout) -> Critic:
@@ -260,12 +250,18 @@ def build_critic(job: Job, settings: LearnerSettings, actor: ActorSettings, layo
 
     Raises InputError for a Boltzmann policy over continuous actions.
     """
-    kind = algorithm(job.algorithm)
-    settings = kind.learner_settings(settings)
+    settings = algorithm(job.algorithm).learner_settings(settings)
     discrete = all(block.discrete for block in layout.blocks)
     if settings.policy == "boltzmann" and not discrete:
         raise InputError("learner.policy boltzmann needs discrete actions; leave it out for continuous ones")
-    critic = Critic if discrete and settings.query == "state" else ActionCritic
+    return _built(Critic if discrete and settings.query == "state" else ActionCritic, job, settings, actor, layout)
+
+
+def _built(
+    critic: type[AnyCritic], job: Job, settings: LearnerSettings, actor: ActorSettings, layout: Layout
+) -> AnyCritic:
+    kind = algorithm(job.algorithm)
+    settings = kind.learner_settings(settings)
     return critic(
         layout,
         kind.context,

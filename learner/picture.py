@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
@@ -38,18 +39,7 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any], pat
     ]
     for name, value, color in references:
         if value is not None:
-            axes.axhline(value, color=color, linestyle=(0, (5, 3)), linewidth=1.2)
-            axes.annotate(
-                f"{name} {value:.1f}",
-                (1, value),
-                (-4, 4),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                ha="right",
-                va="bottom",
-                color=color,
-                fontsize=9,
-            )
+            _draw_reference(axes, f"{name} {value:.1f}", value, color)
     low = [mean - error for mean, error in zip(means, errors, strict=True)]
     high = [mean + error for mean, error in zip(means, errors, strict=True)]
     axes.fill_between(steps, low, high, color=CURVE_COLOR, alpha=0.2, linewidth=0)
@@ -90,3 +80,19 @@ def _is_crowded_above(value: float, others: Sequence[float]) -> bool:
     below = min((value - other for other in others if other < value), default=math.inf)
     room = 0.15 * (max([value, *others]) - min([value, *others]))
     return above < room and below > above
+
+
+def _draw_reference(axes: Axes, label: str, value: float, color: str) -> None:
+    """A dashed line at a return, named at its right end."""
+    axes.axhline(value, color=color, linestyle=(0, (5, 3)), linewidth=1.2)
+    axes.annotate(
+        label,
+        (1, value),
+        (-4, 4),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        color=color,
+        fontsize=9,
+    )
