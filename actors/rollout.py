@@ -50,10 +50,12 @@ def rollout(
     now = environment.reset(seed, starts)
     _write_view(trajectories, 0, now)
     ended = now.terminated | now.truncated
+    # Asked once: looking a protocol's methods up costs as much as a small network's step.
+    decide = policy.decide if isinstance(policy, KnowsItsChances) else None
     for t in range(environment.spec.episode_length):
         seen = [array[t] for array in trajectories.observations], [array[t] for array in trajectories.action_masks]
-        if isinstance(policy, KnowsItsChances):
-            actions, chances = policy.decide(*seen, generator, greedy)
+        if decide is not None:
+            actions, chances = decide(*seen, generator, greedy)
             for m, chance in enumerate(chances):
                 trajectories.log_probabilities[m][t] = chance
         else:
