@@ -19,7 +19,7 @@ LARGEST_ACTION = 1 - 1e-6
 def draw(output: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """A reparameterised action [..., A] and the logarithm of its density [...]."""
     mean, log_std = _parameters(output)
-    noise = torch.randn(mean.shape, generator=generator).to(mean)
+    noise = torch.randn(mean.shape, generator=generator).to(mean, non_blocking=True)
     free = mean + log_std.exp() * noise
     return torch.tanh(free), _log_density(free, noise, log_std)
 

@@ -142,5 +142,5 @@ def sample(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
     The generator is the CPU's.
     """
-    race = torch.empty_like(logits, device="cpu").exponential_(generator=generator).to(logits.device)
+    race = torch.empty_like(logits, device="cpu").exponential_(generator=generator).to(logits.device, non_blocking=True)
     return (torch.softmax(logits, -1) / race).argmax(-1)

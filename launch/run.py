@@ -54,7 +54,7 @@ def check(config: Config) -> Config:
     config = config.checked()
     if config.mode == "serial" and config.nodes > 1:
         raise InputError("--mode serial runs in one process: leave out --nodes")
-    from learner.imitation import choose_device
+    from protocol.device import choose_device
 
     choose_device(config.device)
     environment = make_environment(config.environment, 1)

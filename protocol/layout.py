@@ -12,14 +12,18 @@ stacked. Two forms of an array, per block:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
 
+from protocol.device import moved
 from protocol.errors import ProtocolError
 from protocol.specs import EnvironmentSpec, ParameterSharing
 from protocol.trajectories import ArrayTable
+
+IndexName = Literal["agent_of_slot", "slot_of_agent", "type_of_agent"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,16 @@ class Block:
     agent_of_slot: torch.Tensor
     slot_of_agent: torch.Tensor
     type_of_agent: torch.Tensor
+    _copies: dict[tuple[str, torch.device], torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def on(self, device: torch.device, name: IndexName) -> torch.Tensor:
+        """One of the index tensors on a device, to which it is copied once."""
+        if device.type == "cpu":
+            index: torch.Tensor = getattr(self, name)
+            return index
+        if (name, device) not in self._copies:
+            self._copies[name, device] = getattr(self, name).to(device)
+        return self._copies[name, device]
 
     @property
     def is_full(self) -> bool:
@@ -51,7 +65,7 @@ class Block:
         """Joint rows [B, N_b, …] → grid [G, B, S, …]; a view where every slot has an agent."""
         if not self.is_full:
             padding = rows.new_zeros(rows.shape[0], 1, *rows.shape[2:])
-            rows = torch.cat([rows, padding], dim=1)[:, self.agent_of_slot.to(rows.device)]
+            rows = torch.cat([rows, padding], dim=1)[:, self.on(rows.device, "agent_of_slot")]
         return rows.reshape(rows.shape[0], self.groups, self.slots, *rows.shape[2:]).transpose(0, 1)
 
     def rows(self, grid: torch.Tensor) -> torch.Tensor:
@@ -59,7 +73,7 @@ class Block:
         rows = grid.transpose(0, 1).flatten(1, 2)
         if self.is_full:
             return rows
-        return rows[:, self.slot_of_agent.to(rows.device)]
+        return rows[:, self.on(rows.device, "slot_of_agent")]
 
 
 @dataclass(frozen=True)
@@ -127,7 +141,11 @@ class JointRows:
 
     def to(self, device: torch.device) -> JointRows:
         """Itself on another device."""
-        return JointRows(*([t.to(device) for t in part] for part in (self.observations, self.actions, self.active)))
+        return JointRows(*(moved(part, device) for part in (self.observations, self.actions, self.active)))
+
+    def on_host(self) -> JointRows:
+        """Itself in the memory of the process, once it is there."""
+        return JointRows(*([t.cpu() for t in part] for part in (self.observations, self.actions, self.active)))
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Named arrays for a message, without copying."""

@@ -61,7 +61,7 @@ class Health:
         `particle_deviation` (standard deviation of the reward over particles), `particle_distance` (Euclidean, of the
         parameters of two particles), `repulsion_ratio` (of the kernel's two forces, ‖Σ_j ∇k‖ / ‖Σ_j k ∇ log p‖, mean
         over groups; 0 where there is no kernel)."""
-        sums = {name: float(total) for name, total in self._sums.items()}
+        sums = dict(zip(self._sums, torch.stack([*self._sums.values()]).tolist(), strict=True))
         rows = {"accuracy_agent": sums["agent"], "accuracy_expert": sums["expert"]}
         total = sums["agent"] + sums["expert"]
         names = ("loss", "accuracy_agent", "accuracy_expert", "entropy", "particle_deviation")

@@ -22,16 +22,20 @@ class Memory:
 
     kind: `window` keeps the newest. `run` keeps a sample of all, in which each row ever pushed is with equal
         probability, capacity / observed (algorithm R; Vitter 1985, "Random Sampling with a Reservoir").
-    rows: the first `filled` of them are there; the order means nothing.   observed: rows pushed since the start.
+    rows: on `device`; the first `filled` of them are there; the order means nothing.
+    observed: rows pushed since the start.
     """
 
-    def __init__(self, layout: Layout, capacity: int, kind: MemoryKind, seed: int) -> None:
+    def __init__(
+        self, layout: Layout, capacity: int, kind: MemoryKind, seed: int, device: torch.device | str = "cpu"
+    ) -> None:
         self.capacity, self.observed = capacity, 0
         self._layout, self._kind = layout, kind
         self._generator = torch.Generator().manual_seed(seed)
         table = JointRows.array_table(layout, capacity)
         arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in table.items()}
-        self.rows = JointRows.from_arrays(arrays, layout)
+        self._device = torch.device(device)
+        self.rows = JointRows.from_arrays(arrays, layout).to(self._device)
 
     @property
     def filled(self) -> int:
@@ -39,19 +43,25 @@ class Memory:
         return min(self.observed, self.capacity)
 
     def push(self, rows: JointRows) -> None:
-        """Take in rows, one after the other in effect: of two that go to one place the later one stays."""
+        """Take in rows, one after the other in effect: of two that go to one place the later one stays.
+
+        Where they go is found on the CPU, for the same draws on every device.
+        """
         number = self.observed + torch.arange(len(rows))
         place = number % self.capacity if self._kind == "window" else self._drawn(number)
         last = torch.full((self.capacity + 1,), -1)
         last.scatter_reduce_(0, place.clamp_max(self.capacity), torch.arange(len(rows)), "amax")
         written = (last[:-1] >= 0).nonzero().squeeze(1)
-        for mine, theirs in zip(_tensors(self.rows), _tensors(rows), strict=True):
-            mine.index_copy_(0, written, theirs.index_select(0, last[written]))
+        taken = rows.select(last[written]).to(self._device)
+        written = written.to(self._device, non_blocking=True)
+        for mine, theirs in zip(_tensors(self.rows), _tensors(taken), strict=True):
+            mine.index_copy_(0, written, theirs)
         self.observed += len(rows)
 
     def state(self) -> Arrays:
         """Everything that a restart needs, copied; `state_table` gives names and shapes."""
-        arrays = {name: array.copy() for name, array in self.rows.to_arrays().items()}
+        held = self.rows.on_host().to_arrays()
+        arrays = {name: array.copy() for name, array in held.items()}
         return arrays | {
             "observed": np.array([self.observed], np.int64),
             "generator": self._generator.get_state().numpy(),
@@ -65,9 +75,9 @@ class Memory:
         observed = int(arrays["observed"][0])
         if not 0 <= observed <= MAX_OBSERVED:
             raise ProtocolError("bad_value", f"a memory cannot have observed {observed} rows")
-        JointRows.from_arrays(arrays, self._layout)  # checks the values
-        for name, mine in self.rows.to_arrays().items():
-            mine[...] = arrays[name]
+        rows = JointRows.from_arrays(arrays, self._layout)  # checks the values
+        for mine, theirs in zip(_tensors(self.rows), _tensors(rows), strict=True):
+            mine.copy_(theirs)
         self._generator.set_state(torch.tensor(arrays["generator"]))
         self.observed = observed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from protocol.device import numbers_at_once
 from protocol.errors import InputError, NumericalError, ProtocolError
 from protocol.layout import JointRows, Layout
 from protocol.messages import Arrays
@@ -23,11 +25,11 @@ from reward_server.settings import RewardSettings
 from reward_server.svgd import svgd_forces, svgd_forces_of
 
 TILE_ACTIVATIONS = 1_500_000
-"""Hidden activations computed at a time: what the cache next to a core holds, and what bounds the memory."""
+"""Hidden activations computed at a time on a CPU: what the cache next to a core holds, and what bounds the memory."""
 TILE_PARAMETERS = 1_000_000
-"""Parameters that a kernel is applied to at a time."""
+"""Parameters that a kernel is applied to at a time on a CPU."""
 QUERY_ROWS = 2_048
-"""Rows per group of a query computed at a time."""
+"""Rows per group of a query computed at a time on a CPU."""
 MEMORY = "memory."
 """How the names of a state's arrays begin or end."""
 
@@ -49,18 +51,19 @@ class RewardModel:
         demonstrations: JointRows,
         settings: RewardSettings,
         seed: int,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         agent_identity: bool = False,
     ) -> None:
         if not len(demonstrations):
             raise InputError("the demonstrations hold no rows; imitation needs at least one episode")
         self.layout, self.settings, self.version = layout, settings, 0
-        self._expert = demonstrations
-        self._memory = Memory(layout, settings.window_steps, settings.memory, derive_seed(seed, "memory"))
+        self._device = torch.device(device)
+        self._expert = demonstrations.to(self._device)
+        memory_seed = derive_seed(seed, "memory")
+        self._memory = Memory(layout, settings.window_steps, settings.memory, memory_seed, self._device)
         self._generator = torch.Generator().manual_seed(seed)
         self._architectures = architectures(layout, settings, agent_identity)
-        self._device = torch.device(device)
-        self._work, self._gathered = Workspace(device=self._device), Workspace()
+        self._work, self._gathered = Workspace(device=self._device), Workspace(device=self._device)
         self._layers = [
             [torch.nn.Parameter(layer.to(self._device)) for layer in architecture.initial(self._generator)]
             for architecture in self._architectures
@@ -91,8 +94,9 @@ class RewardModel:
         health = Health()
         for step in range(self.settings.updates):
             self._step(health if step == self.settings.updates - 1 else None)
-        for b, layers in enumerate(self._layers):
-            if not all(bool(torch.isfinite(layer.sum())) for layer in layers):
+        sums = torch.stack([torch.stack([layer.detach().sum() for layer in layers]).sum() for layers in self._layers])
+        for b, total in enumerate(sums.tolist()):
+            if not math.isfinite(total):
                 raise NumericalError(
                     f"a discriminator parameter of block {b} is not finite after {self.version} updates"
                 )
@@ -105,6 +109,7 @@ class RewardModel:
 
         Raises NumericalError if a reward is not finite.
         """
+        rows = rows.to(self._device)
         answers = [self._query_block(b, rows, deviation) for b in range(len(self._layers))]
         rewards = [answer[0] for answer in answers]
         check_rewards(rewards)
@@ -142,13 +147,17 @@ class RewardModel:
     @torch.no_grad()
     def _step(self, health: Health | None) -> None:
         batch = self.settings.batch_size
-        agent = torch.randint(self._memory.filled, (batch,), generator=self._generator)
-        expert = torch.randint(len(self._expert), (batch,), generator=self._generator)
+        agent = self._draw(self._memory.filled, batch)
+        expert = self._draw(len(self._expert), batch)
         for b, layers in enumerate(self._layers):
             self._direct(b, self._differentiate(b, self._batch(b, agent, expert), health), health)
             if health:
                 health.add_layers(layers)
         self._adam.step()
+
+    def _draw(self, end: int, *shape: int) -> torch.Tensor:
+        """Numbers below `end`; drawn on the CPU, so that every device gets the same."""
+        return torch.randint(end, shape, generator=self._generator).to(self._device, non_blocking=True)
 
     def _batch(self, b: int, agent: torch.Tensor, expert: torch.Tensor) -> list[torch.Tensor]:
         """Observations, actions and active (0. or 1.) of a block: grids [G, 2B, S, …], the agents' rows first."""
@@ -166,7 +175,7 @@ class RewardModel:
         return [
             grid(observations),
             grid(actions).contiguous(),
-            grid(active).to(self._device, torch.float32).contiguous(),
+            grid(active).to(torch.float32).contiguous(),
         ]
 
     def _imagine(self, b: int, observations: torch.Tensor, actions: torch.Tensor, active: torch.Tensor) -> None:
@@ -176,7 +185,7 @@ class RewardModel:
         Against these a discriminator learns which parts go together: log p(parts) − Σ log p(part).
         """
         parts = self.layout.spec.types[self.layout.blocks[b].types[0]].parts
-        moments = torch.randint(len(self._expert), (len(parts) + 1, len(active)), generator=self._generator)
+        moments = self._draw(len(self._expert), len(parts) + 1, len(active))
         first = 0
         active.fill_(True)
         for part, moment in zip(parts, moments, strict=False):
@@ -196,8 +205,9 @@ class RewardModel:
         architecture, block = self._architectures[b], self.layout.blocks[b]
         rows, smoothing = batch[0].shape[1] * block.slots, self.settings.label_smoothing
         mass = torch.ones(block.groups, architecture.particles, device=self._device)
-        labels = torch.tensor([1 - smoothing, smoothing], device=self._device).repeat_interleave(rows // 2)
-        for tile in _tiles(block.groups, architecture.activations * rows, TILE_ACTIVATIONS):
+        halves = (torch.full((rows // 2,), label, device=self._device) for label in (1 - smoothing, smoothing))
+        labels = torch.cat([*halves])
+        for tile in self._tiles(block.groups, architecture.activations * rows, TILE_ACTIVATIONS):
             layers = [layer[tile] for layer in self._layers[b]]
             observations, actions, active = (part[tile] for part in batch)
             x = self._work.take("input", *active.shape, layers[0].shape[-1])
@@ -243,7 +253,7 @@ class RewardModel:
                 gradient.addcmul_(layer, mass[..., None, None], value=-prior)
             return
         size = sum(layer[0].numel() for layer in layers)
-        for tile in _tiles(self.layout.blocks[b].groups, size, TILE_PARAMETERS):
+        for tile in self._tiles(self.layout.blocks[b].groups, size, TILE_PARAMETERS):
             particles, targets = (architecture.tensors([t[tile] for t in part]) for part in (layers, gradients))
             scores = [torch.sub(*pair, alpha=prior) for pair in zip(targets, particles, strict=True)]
             forces = svgd_forces_of(particles, scores, one_kernel=scope == "network")
@@ -257,10 +267,11 @@ class RewardModel:
         architecture, block = self._architectures[b], self.layout.blocks[b]
         answer = torch.empty(1 + deviation, block.groups, len(rows), block.slots, device=self._device)
         grids = [block.grid(part[b]) for part in (rows.observations, rows.actions)]
-        for part in _tiles(len(rows), block.slots, QUERY_ROWS):
+        row = block.slots if self._device.type == "cpu" else block.slots * architecture.activations * block.groups
+        for part in self._tiles(len(rows), row, QUERY_ROWS):
             size = architecture.activations * (part.stop - part.start) * block.slots
             logits = []
-            for tile in _tiles(block.groups, size, TILE_ACTIVATIONS):
+            for tile in self._tiles(block.groups, size, TILE_ACTIVATIONS):
                 layers = [layer[tile] for layer in self._layers[b]]
                 observations, actions = (grid[tile, part] for grid in grids)
                 x = self._work.take("input", *observations.shape[:3], layers[0].shape[-1])
@@ -271,7 +282,14 @@ class RewardModel:
             answer[0, :, part] = rewards.mean(dim=1)
             if deviation:
                 answer[1, :, part] = rewards.std(dim=1, correction=0)
-        return [block.rows(grid).cpu() * rows.active[b] for grid in answer]
+        return [(block.rows(grid) * rows.active[b]).cpu() for grid in answer]
+
+    def _tiles(self, count: int, size: int, on_cpu: int) -> Iterator[slice]:
+        """Slices of `count` groups (or rows) of `size` numbers each: at most `on_cpu` numbers on a CPU, what its memory
+        allows on a GPU, or one group."""
+        limit = on_cpu if self._device.type == "cpu" else numbers_at_once(self._device)
+        step = max(1, limit // max(1, size))
+        return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and Adam's moments by their names in a state."""
@@ -310,12 +328,6 @@ def state_table(layout: Layout, settings: RewardSettings, agent_identity: bool =
         for k, shape in enumerate(architecture.shapes):
             table |= {f"{b}.{k}.{part}": ("float32", shape) for part in ("parameter", "exp_avg", "exp_avg_sq")}
     return table
-
-
-def _tiles(groups: int, size: int, limit: int) -> Iterator[slice]:
-    """Slices of `groups` groups (or rows) of `size` numbers each that hold at most `limit` numbers, or one group."""
-    step = max(1, limit // max(1, size))
-    return (slice(start, min(start + step, groups)) for start in range(0, groups, step))
 
 
 def _part(named: Mapping[str, T], prefix: str) -> dict[str, T]:

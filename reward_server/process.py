@@ -11,6 +11,7 @@ import torch
 
 from protocol.channels import Request, Server
 from protocol.demonstrations import load_demonstrations
+from protocol.device import choose_device
 from protocol.errors import InputError, NumericalError, ProtocolError
 from protocol.job import Job
 from protocol.layout import JointRows, Layout
@@ -74,9 +75,7 @@ def build_model(job: Job, settings: RewardSettings, agent_identity: bool = False
         raise InputError("a learned reward needs demonstrations; name a file with --demonstrations")
     parts = (demonstrations.observations, demonstrations.actions, demonstrations.active)
     expert = JointRows(*(layout.to_rows(part) for part in parts))
-    device = job.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(job.device)
     return RewardModel(layout, expert, settings, derive_seed(job.seed, "reward_server"), device, agent_identity)
 
 

@@ -17,6 +17,7 @@ from reward_server.health import Health
 from reward_server.memory import Memory
 from reward_server.particles import RewardModel
 from reward_server.settings import RewardSettings
+from tests.never_waiting import NeverWaiting
 
 torch.set_num_threads(1)
 
@@ -72,14 +73,18 @@ def test_host_and_device_are_never_mixed(
 ) -> None:
     layout = Layout.of(SPEC, sharing)
     settings = dataclasses.replace(SETTINGS, **changes)
-    memory = Memory(layout, 40, "window", 0)  # its rows and the expert's are on the host, and have values
+    memory = Memory(layout, 40, "window", 0)
     expert, asked = some_rows(layout, 30), some_rows(layout, 5)
     memory.push(some_rows(layout, 50))
     monkeypatch.setattr(particles, "Memory", lambda *_: memory)
     monkeypatch.setattr(torch.optim, "Adam", Standing)
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), torch.no_grad():
+        memory.rows = memory.rows.to(torch.device(DEVICE))
         model = RewardModel(layout, expert, settings, 0, DEVICE, agent_identity=sharing == "type")
-        model._step(Health())
+        model._step(Health())  # the first one brings tensors to the device that stay there
+        with NeverWaiting(torch.device(DEVICE)):
+            model._step(None)
+            model._step(Health())
         for b, layers in enumerate(model._layers):
             assert {layer.device.type for layer in layers} == {DEVICE}
-            assert {values.device.type for values in model._query_block(b, asked, True)} == {"cpu"}
+            assert {values.device.type for values in model._query_block(b, asked.to(model._device), True)} == {"cpu"}
