@@ -91,14 +91,19 @@ class ActionActorCritic(ActorCritic):
 
     critic: ActionCritic
     target_critic: ActionCritic
+    _draws_before = False  # the noise of a Gaussian is drawn where it is needed
+
+    def _draw_numbers(self, size: int) -> list[torch.Tensor]:
+        return []
 
     def _backward(
-        self, batch: Batch, rewards: list[torch.Tensor], weights: list[torch.Tensor], temperature: float
+        self, batch: Batch, rewards: list[torch.Tensor], weights: list[torch.Tensor], numbers: list[torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        temperature = self._temperature
         names = ("critic_loss", "policy_loss", "value", "entropy")
         sums = {name: torch.zeros((), device=self.device) for name in names}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
-            targets = self._targets(batch, rewards, temperature)
+            targets = self._targets(batch, rewards, numbers)
             scene = self.critic.scene(batch.rows)
             seen = None if scene is None else scene.detach()
             loss = torch.zeros((), device=self.device)
@@ -121,7 +126,12 @@ class ActionActorCritic(ActorCritic):
         return sums | {"critic_loss": loss.detach()}
 
     def _improve_continuous(
-        self, b: int, observations: torch.Tensor, scene: Scene | None, temperature: float, weight: torch.Tensor
+        self,
+        b: int,
+        observations: torch.Tensor,
+        scene: Scene | None,
+        temperature: float | torch.Tensor,
+        weight: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """Add the gradients of the policies of one block; nothing is added to the critics'."""
         network = self.policy.networks[b]
@@ -132,7 +142,8 @@ class ActionActorCritic(ActorCritic):
         return {"policy_loss": loss.detach(), "entropy": -(weight * log_density.detach()).sum()}
 
     @torch.no_grad()
-    def _targets(self, batch: Batch, rewards: list[torch.Tensor], temperature: float) -> list[torch.Tensor]:
+    def _targets(self, batch: Batch, rewards: list[torch.Tensor], numbers: list[torch.Tensor]) -> list[torch.Tensor]:
+        temperature = self._temperature
         drawn = [self._draw(b, batch) for b in range(len(self.layout.blocks))]
         actions = [
             block.rows(action.unflatten(1, (-1, block.slots)))
@@ -157,4 +168,5 @@ class ActionActorCritic(ActorCritic):
         if not block.discrete:
             return gaussian.draw(output, self._generator)
         logits = output.masked_fill(~grid(block, batch.next_action_masks[b]), FORBIDDEN_LOGIT)
-        return draw(logits, self._generator), logits
+        numbers = torch.rand(logits.shape[:-1], generator=self._generator).to(logits.device, non_blocking=True)
+        return draw(logits, numbers), logits

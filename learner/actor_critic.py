@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -17,15 +19,18 @@ from learner import losses
 from learner.cloning import Cloning
 from learner.critics import Critic
 from learner.memory import keep_freed_memory
-from learner.optimisation import NetworkClip, adam_arrays, load_adam_arrays, part
+from learner.optimisation import NetworkClip, adam_arrays, load_adam_arrays, part, recordable_adam, set_rate
+from learner.recorded import Recorded
 from learner.replay import Batch
 from learner.settings import LearnerSettings
-from protocol.errors import NumericalError
+from protocol.device import moved, numbers_at_once
 from protocol.layout import Block, JointRows, Layout
 from protocol.stacked import StackedMLP, Tile
 
 CHUNK_ROWS = 65_536
-"""Rows of all agents in one forward and backward pass."""
+"""Rows of all agents in one forward and backward pass on a CPU."""
+NUMBERS_PER_ROW = 1_024
+"""About what is computed of each, besides how it attends to each of the others (or of their types)."""
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -53,6 +58,9 @@ class ActorCritic:
     baseline, the policy's gradient and the value of the next state) are sums over A, not samples.
     """
 
+    _draws_before = True
+    """Whether all random numbers of an update are drawn before it, so that it can be recorded."""
+
     def __init__(
         self, policy: Policy, critic: Critic, settings: LearnerSettings, device: torch.device, seed: int
     ) -> None:
@@ -61,10 +69,11 @@ class ActorCritic:
         self.num_groups = sum(block.groups for block in self.layout.blocks)
         self.policy, self.critic = policy.to(device), critic.to(device)
         self.target_policy, self.target_critic = _frozen(policy), _frozen(critic)
-        self._optimisers = {
-            "policy": torch.optim.Adam(policy.parameters(), settings.policy_learning_rate, fused=True),
-            "critic": torch.optim.Adam(critic.parameters(), settings.critic_learning_rate, fused=True),
-        }
+        self._optimisers = {"policy": recordable_adam(policy), "critic": recordable_adam(critic)}
+        self._temperature: float | torch.Tensor = settings.temperature
+        if device.type == "cuda":  # a recorded graph reads it anew each time
+            self._temperature = torch.full((), settings.temperature, device=device)
+        self._recorded = Recorded(self._learn)
         self._parameters: list[torch.Tensor] = [*policy.parameters(), *critic.parameters()]
         self._target_parameters: list[torch.Tensor] = [
             *self.target_policy.parameters(),
@@ -84,34 +93,18 @@ class ActorCritic:
 
     def update(
         self, batch: Batch, rewards: list[torch.Tensor], progress: float, cloning: Cloning | None = None
-    ) -> dict[str, float]:
+    ) -> dict[str, torch.Tensor | float]:
         """One step on B joint rows.
 
         rewards: per block [B, N_b]. cloning: expert rows, for the behaviour-cloning term of the policies' loss. All of
         them may be on another device than the networks, and are moved to theirs.
-        Returns means over agents and rows. Raises NumericalError if a loss is not finite; no network is changed then.
+        Returns means over agents and rows, where they were computed: nothing here waits for a GPU.
         """
         schedule = Schedule.at(progress, self.settings)
-        for optimiser in self._optimisers.values():
-            optimiser.zero_grad(set_to_none=True)
-        batch, rewards = batch.to(self.device), [r.to(self.device) for r in rewards]
-        weights = losses.row_weights(self.layout, batch.rows.active)
-        height = self._chunk_rows(len(batch.rows))
-        sums = []
-        for start in range(0, len(batch.rows), height):
-            rows = slice(start, start + height)
-            part = _cut(batch, rows), [r[rows] for r in rewards], [w[:, rows].flatten(1, 2) for w in weights]
-            sums.append(self._backward(*part, schedule.temperature))
-        totals = {name: torch.stack([s[name] for s in sums]).sum().item() / self.num_groups for name in sums[0]}
-        if cloning is not None:
-            cloning_loss = cloning.loss(self.policy)
-            (self.settings.cloning_weight * cloning_loss).backward()
-            totals["cloning_loss"] = cloning_loss.item()
-        for name in ("critic_loss", "policy_loss"):
-            if not np.isfinite(totals[name]):
-                raise NumericalError(f"{name} is {totals[name]}")
-        self._step(schedule)
-        return totals | {"temperature": schedule.temperature}
+        self._set(schedule)
+        tensors = batch.to(self.device).tensors() + moved([*rewards, *self._draw_numbers(len(batch.rows))], self.device)
+        learn = self._recorded if self._draws_before and cloning is None else partial(self._learn, cloning=cloning)
+        return learn(tensors) | {"temperature": schedule.temperature}
 
     def state(self) -> dict[str, np.ndarray]:
         """Networks, targets, optimisers, random state, by name; `load_state` is the inverse."""
@@ -126,6 +119,7 @@ class ActorCritic:
             network.load_state_dict({key: torch.tensor(value) for key, value in part(arrays, name).items()})
         for name, optimiser in self._optimisers.items():
             load_adam_arrays(optimiser, part(arrays, f"{name}_adam"))
+        self._recorded.forget()
         self._generator.set_state(torch.tensor(arrays["generator"]))
 
     def _networks(self) -> Iterator[tuple[str, nn.Module]]:
@@ -134,18 +128,49 @@ class ActorCritic:
         yield "target_policy", self.target_policy
         yield "target_critic", self.target_critic
 
+    def _draw_numbers(self, size: int) -> list[torch.Tensor]:
+        """What the next actions of B rows are drawn with: uniform numbers [G, B·S] of each block and each chunk."""
+        counts = [min(rows.stop, size) - rows.start for rows in self._chunks(size)]
+        shapes = [(block.groups, count * block.slots) for count in counts for block in self.layout.blocks]
+        return [torch.rand(shape, generator=self._generator) for shape in shapes]
+
+    def _learn(self, tensors: Sequence[torch.Tensor], cloning: Cloning | None = None) -> dict[str, torch.Tensor]:
+        """One step on the tensors of a batch, its rewards, and the random numbers; returns means."""
+        for optimiser in self._optimisers.values():
+            optimiser.zero_grad(set_to_none=True)
+        blocks = len(self.layout.blocks)
+        batch, others = Batch.of(tensors, blocks)
+        rewards, numbers = others[:blocks], iter(others[blocks:])
+        weights = losses.row_weights(self.layout, batch.rows.active)
+        sums = []
+        for rows in self._chunks(len(batch.rows)):
+            part = _cut(batch, rows), [r[rows] for r in rewards], [w[:, rows].flatten(1, 2) for w in weights]
+            sums.append(self._backward(*part, list(islice(numbers, blocks))))
+        totals = {name: torch.stack([s[name] for s in sums]).sum() / self.num_groups for name in sums[0]}
+        if cloning is not None:
+            cloning_loss = cloning.loss(self.policy)
+            (self.settings.cloning_weight * cloning_loss).backward()
+            totals["cloning_loss"] = cloning_loss.detach()
+        self._step()
+        return totals
+
+    def _chunks(self, size: int) -> list[slice]:
+        height = self._chunk_rows(size)
+        return [slice(start, start + height) for start in range(0, size, height)]
+
     def _chunk_rows(self, size: int) -> int:
         """Joint rows of one forward and backward pass, in even parts: this bounds the memory of many agents."""
-        return math.ceil(size / math.ceil(size * self.layout.spec.num_agents / CHUNK_ROWS))
+        return math.ceil(size / math.ceil(size * self.layout.spec.num_agents / rows_at_once(self.device, self.critic)))
 
     def _backward(
-        self, batch: Batch, rewards: list[torch.Tensor], weights: list[torch.Tensor], temperature: float
+        self, batch: Batch, rewards: list[torch.Tensor], weights: list[torch.Tensor], numbers: list[torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Add the gradients of some rows to the parameters; returns sums over networks."""
+        temperature = self._temperature
         observations = self._grids(batch.rows.observations)
         sums = {name: torch.zeros((), device=self.device) for name in ("critic_loss", "policy_loss", "value")}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
-            targets = self._targets(batch, rewards, temperature)
+            targets = self._targets(batch, rewards, numbers)
             encoded = self.critic.encode(observations)
             own = [e.detach().requires_grad_() for e in encoded]  # their gradient comes from heads and contexts
             contexts = self.critic.contexts(own, batch.rows)
@@ -163,11 +188,11 @@ class ActorCritic:
         torch.autograd.backward(encoded, [e.grad for e in own])
         return sums | self._entropy(sums["policy_loss"], temperature)
 
-    def _entropy(self, policy_loss: torch.Tensor, temperature: float) -> dict[str, torch.Tensor]:
+    def _entropy(self, policy_loss: torch.Tensor, temperature: float | torch.Tensor) -> dict[str, torch.Tensor]:
         """Of the policies, which the value of Eq. 13's loss tells (see `losses.policy_loss`)."""
         return {"entropy": -policy_loss / temperature} if self.settings.policy == "actor" else {}
 
-    def _targets(self, batch: Batch, rewards: list[torch.Tensor], temperature: float) -> list[torch.Tensor]:
+    def _targets(self, batch: Batch, rewards: list[torch.Tensor], numbers: list[torch.Tensor]) -> list[torch.Tensor]:
         """y of Eq. 8 per block [G, B·S]; ã' from actions that the target policies draw with the next masks."""
         observations, masks = self._grids(batch.next_observations), self._grids(batch.next_action_masks)
         logits = [torch.empty(mask.shape, device=self.device) for mask in masks]
@@ -175,7 +200,7 @@ class ActorCritic:
         for b, block in enumerate(self.layout.blocks):
             for tile, output in _stack(self.target_policy.networks, b).outputs(observations[b]):
                 logits[b][tile] = output.float().masked_fill_(~masks[b][tile], FORBIDDEN_LOGIT)
-            actions.append(block.rows(draw(logits[b], self._generator).unflatten(1, (-1, block.slots))))
+            actions.append(block.rows(draw(logits[b], numbers[b]).unflatten(1, (-1, block.slots))))
         rows = JointRows(batch.next_observations, actions, batch.next_active)
         encoded = self.target_critic.encode(observations)
         contexts = self.target_critic.contexts(encoded, rows)
@@ -185,7 +210,7 @@ class ActorCritic:
             for tile, q in _stack(self.target_critic.heads, b).outputs(
                 encoded[b], *(context[b] for context in contexts)
             ):
-                values[tile] = losses.soft_value(q.float(), logits[b][tile], temperature)
+                values[tile] = losses.soft_value(q.float(), logits[b][tile], self._temperature)
             targets.append(self._target(block, batch.next_active[b], batch.terminated, rewards[b], values))
         return targets
 
@@ -226,7 +251,7 @@ class ActorCritic:
         observations: torch.Tensor,
         batch: Batch,
         q: torch.Tensor,
-        temperature: float,
+        temperature: float | torch.Tensor,
         weight: torch.Tensor,
     ) -> torch.Tensor:
         """The policies of one block: their loss."""
@@ -246,26 +271,42 @@ class ActorCritic:
     def _grids(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
         return [grid(block, tensor) for block, tensor in zip(self.layout.blocks, rows, strict=True)]
 
-    def _step(self, schedule: Schedule) -> None:
-        """Clip, let the optimisers step, move the targets."""
+    def _set(self, schedule: Schedule) -> None:
+        """The temperature and the steps of the next update."""
+        if isinstance(self._temperature, torch.Tensor):
+            self._temperature.fill_(schedule.temperature)
+        else:
+            self._temperature = schedule.temperature
         rates = {"policy": self.settings.policy_learning_rate, "critic": self.settings.critic_learning_rate}
+        for name, optimiser in self._optimisers.items():
+            set_rate(optimiser, rates[name] * schedule.learning_rate)
+
+    def _step(self) -> None:
+        """Clip, let the optimisers step, move the targets."""
         for clip in self._clips:
             clip()
-        for name, optimiser in self._optimisers.items():
-            optimiser.param_groups[0]["lr"] = rates[name] * schedule.learning_rate
+        for optimiser in self._optimisers.values():
             optimiser.step()
         with torch.no_grad():
             torch._foreach_lerp_(self._target_parameters, self._parameters, self.settings.target_rate)
 
 
-def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Actions [...] from softmax(logits [..., A]) by one uniform number each: the first whose cumulated
-    share exceeds it.
+def rows_at_once(device: torch.device, critic: Critic) -> int:
+    """Rows of all agents together in one forward and backward pass."""
+    if device.type == "cpu":
+        return CHUNK_ROWS
+    attended = 0 if critic.others is None else critic.others.heads * len(critic.others.own)
+    return max(1, numbers_at_once(device) // (NUMBERS_PER_ROW + attended))
+
+
+def draw(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Actions [...] from softmax(logits [..., A]) by one uniform number each, [...]: the first whose cumulated share
+    exceeds it.
 
     An action of probability 0 adds nothing to the share and so is never the first.
     """
     shares = logits.softmax(-1).cumsum(-1)
-    threshold = torch.rand(logits.shape[:-1], generator=generator).to(logits.device) * shares[..., -1]
+    threshold = numbers * shares[..., -1]
     return (shares <= threshold.unsqueeze(-1)).sum(-1)
 
 

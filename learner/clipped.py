@@ -12,7 +12,7 @@ so that it takes nothing from the gradient's expectation and much from its varia
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,13 +22,15 @@ from torch import nn
 from actors import gaussian
 from actors.policy import FORBIDDEN_LOGIT, Policy, sample
 from learner import losses
-from learner.actor_critic import CHUNK_ROWS, Schedule, grid
+from learner.actor_critic import Schedule, grid, rows_at_once
 from learner.advantages import advantages, normalised
 from learner.critics import ValueCritic
 from learner.memory import keep_freed_memory
-from learner.optimisation import NetworkClip, adam_arrays, load_adam_arrays, part
+from learner.optimisation import NetworkClip, adam_arrays, load_adam_arrays, part, recordable_adam, set_rate
+from learner.recorded import Recorded
 from learner.segments import Segments
 from learner.settings import LearnerSettings
+from protocol.device import moved
 from protocol.errors import NumericalError
 from protocol.layout import JointRows
 from protocol.stacked import StackedMLP, Tile
@@ -51,6 +53,21 @@ class _Steps:
     target: list[torch.Tensor]
     weight: list[torch.Tensor]
     clone_outputs: list[torch.Tensor] | None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them, for `of`."""
+        rows = (self.rows.observations, self.rows.actions, self.rows.active)
+        columns = (self.action_masks, self.old_log_probability, self.advantage, self.target, self.weight)
+        return [tensor for part in (*rows, *columns, self.clone_outputs or []) for tensor in part]
+
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor], blocks: int) -> _Steps:
+        """The inverse of `tensors`."""
+        observations, actions, active, masks, old, advantage, target, weight, *clone = (
+            list(tensors[first : first + blocks]) for first in range(0, len(tensors), blocks)
+        )
+        rows = JointRows(observations, actions, active)
+        return cls(rows, masks, old, advantage, target, weight, clone[0] if clone else None)
 
 
 class ClippedActorCritic:
@@ -77,15 +94,14 @@ class ClippedActorCritic:
         # V is learned in units of the horizon: numbers of the size of one reward, whatever γ and the episodes are.
         discount, length = settings.discount, self.layout.spec.episode_length
         self._horizon = min(float(length), 1 / max(1 - discount, 1e-6))
-        self._optimisers = {
-            "policy": torch.optim.Adam(policy.parameters(), settings.policy_learning_rate, fused=True),
-            "critic": torch.optim.Adam(critic.parameters(), settings.critic_learning_rate, fused=True),
-        }
+        self._optimisers = {"policy": recordable_adam(policy), "critic": recordable_adam(critic)}
         self._clips = {
             "policy": NetworkClip(policy, settings.policy_gradient_norm),
             "critic": NetworkClip(critic, settings.critic_gradient_norm),
         }
         self._generator = torch.Generator().manual_seed(seed)
+        self._learn_critic = Recorded(lambda tensors: self._learn(tensors, False))
+        self._learn_both = Recorded(lambda tensors: self._learn(tensors, True))
         if device.type == "cpu":
             keep_freed_memory()
 
@@ -101,18 +117,19 @@ class ClippedActorCritic:
         rewards: per block [R, N_b], of `segments.rows()`.   learn_policy: false while only the critics learn.
         Returns means over agents, rows and parts. Raises NumericalError if a loss is not finite.
         """
-        schedule = Schedule.at(progress, self.settings)
         settings = self.settings.clipped
-        steps = self._look_back(segments.to(self.device), [r.to(self.device) for r in rewards])
+        self._set_rates(Schedule.at(progress, self.settings))
+        steps = self._look_back(segments.to(self.device), moved(rewards, self.device))
         sums: dict[str, torch.Tensor] = {}
-        taught = ("critic", "policy") if learn_policy else ("critic",)
+        # The entropy of continuous policies is that of a draw, and draws are the CPU's.
+        recordable = all(block.discrete for block in self.layout.blocks)
+        learn = self._learn_both if learn_policy else self._learn_critic
         for _ in range(settings.epochs):
             order = torch.randperm(len(steps.rows), generator=self._generator)
             for index in order.chunk(settings.parts):
-                figures = self._backward(_select(steps, index.to(self.device)), learn_policy)
+                part = _select(steps, index.to(self.device, non_blocking=True)).tensors()
+                figures = learn(part) if recordable else self._learn(part, learn_policy)
                 sums = {name: sums.get(name, 0) + value for name, value in figures.items()}
-                for name in taught:
-                    self._step(name, schedule)
         scale = settings.epochs * min(settings.parts, len(steps.rows)) * self.num_groups
         totals = dict(zip(sums, torch.stack(list(sums.values())).div(scale).tolist(), strict=True))
         for name in ("critic_loss", "policy_loss"):
@@ -137,6 +154,8 @@ class ClippedActorCritic:
             network.load_state_dict({key: torch.tensor(value) for key, value in part(arrays, name).items()})
         for name, optimiser in self._optimisers.items():
             load_adam_arrays(optimiser, part(arrays, f"{name}_adam"))
+        for recorded in (self._learn_critic, self._learn_both):
+            recorded.forget()
         self._generator.set_state(torch.tensor(arrays["generator"]))
 
     def _networks(self) -> Iterator[tuple[str, nn.Module]]:
@@ -235,7 +254,15 @@ class ClippedActorCritic:
 
     @property
     def _height(self) -> int:
-        return max(1, CHUNK_ROWS // self.layout.spec.num_agents)
+        return max(1, rows_at_once(self.device, self.critic) // self.layout.spec.num_agents)
+
+    def _learn(self, tensors: Sequence[torch.Tensor], learn_policy: bool) -> dict[str, torch.Tensor]:
+        """One gradient step on the tensors of some `_Steps`; returns sums over networks."""
+        figures = self._backward(_Steps.of(tensors, len(self.layout.blocks)), learn_policy)
+        for name in ("critic", "policy") if learn_policy else ("critic",):
+            self._clips[name]()
+            self._optimisers[name].step()
+        return figures
 
     def _backward(self, steps: _Steps, learn_policy: bool) -> dict[str, torch.Tensor]:
         """Write the gradients of some rows into the parameters; returns sums over networks."""
@@ -318,12 +345,10 @@ class ClippedActorCritic:
         surrogate.backward()
         return loss - settings.entropy_weight * entropy.detach(), entropy.detach()
 
-    def _step(self, name: str, schedule: Schedule) -> None:
+    def _set_rates(self, schedule: Schedule) -> None:
         rates = {"policy": self.settings.policy_learning_rate, "critic": self.settings.critic_learning_rate}
-        self._clips[name]()
-        optimiser = self._optimisers[name]
-        optimiser.param_groups[0]["lr"] = rates[name] * schedule.learning_rate
-        optimiser.step()
+        for name, rate in rates.items():
+            set_rate(self._optimisers[name], rate * schedule.learning_rate)
 
 
 def _select(steps: _Steps, index: torch.Tensor) -> _Steps:

@@ -44,7 +44,7 @@ class Cloning:
         for b, block in enumerate(self._layout.blocks):
             observations, actions = block.grid(rows.observations[b]), block.grid(rows.actions[b])
             if block.discrete:
-                masks = block.grid(self._masks[b].index_select(0, index).to(device))
+                masks = block.grid(self._masks[b].index_select(0, index).to(device, non_blocking=True))
                 log_policy = policy.logits(b, observations, masks).float().log_softmax(-1)
                 terms.append(losses.cloning_loss(log_policy, actions, weights[b]))
             else:

@@ -213,7 +213,7 @@ class Attention(nn.Module):
 
 def _of_each(block: Block, actions: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """weight_mᵀ a^i + bias_m of every agent i of type m, [B, N_b, H]; weight [M_b, A, H], bias [M_b, 1, H]."""
-    type_of_agent = block.type_of_agent.to(actions.device, non_blocking=True)
+    type_of_agent = block.on(actions.device, "type_of_agent")
     if block.discrete:
         return functional.embedding(type_of_agent * block.action_dim + actions, (weight + bias).flatten(0, 1))
     return (actions.transpose(0, 1) @ weight[type_of_agent] + bias[type_of_agent]).transpose(0, 1)

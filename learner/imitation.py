@@ -19,11 +19,13 @@ from learner.clipped import ClippedActorCritic
 from learner.cloning import Cloning, clone
 from learner.critics import Critic, ValueCritic
 from learner.experience import Experience
+from learner.figures import Figures
 from learner.optimisation import part
 from learner.replay import Batch, Replay
 from learner.segments import Segments
 from learner.settings import CloningSettings, LearnerSettings
 from protocol.demonstrations import Demonstrations
+from protocol.device import choose_device
 from protocol.errors import InputError
 from protocol.job import Job
 from protocol.layout import Layout
@@ -146,10 +148,10 @@ class OffPolicyImitation(Imitation):
             if self._imitates:
                 self._rewards.observe(fresh)
                 _, figures = self._rewards.update(progress)
-        totals: dict[str, float] = {}
+        learned = Figures()
         for batch, rewards in self._batches():
-            self._train(batch, rewards, progress, totals)
-        return sum(chunk.num_steps for chunk in chunks), figures | totals
+            self._train(batch, rewards, progress, learned)
+        return sum(chunk.num_steps for chunk in chunks), figures | learned.means()
 
     def state(self) -> tuple[Arrays, Arrays]:
         arrays, rewards = super().state()
@@ -166,12 +168,10 @@ class OffPolicyImitation(Imitation):
         if self._cloning is not None:
             self._cloning.load_state(arrays["cloning_generator"])
 
-    def _train(self, batch: Batch, rewards: list[torch.Tensor], progress: float, totals: dict[str, float]) -> None:
-        """One update; its figures are added to `totals`, means over the iteration."""
+    def _train(self, batch: Batch, rewards: list[torch.Tensor], progress: float, learned: Figures) -> None:
         with self._telemetry.stage("update"):
-            update = self._learner.update(batch, rewards, progress, self._cloning)
-        for name, value in (update | {"reward": _mean(rewards)}).items():
-            totals[name] = totals.get(name, 0.0) + value / self._settings.updates
+            figures = self._learner.update(batch, rewards, progress, self._cloning)
+        learned.add(figures | {"reward": _mean(rewards)})
 
     def _ask(self) -> None:
         """Draw a batch and ask for its rewards."""
@@ -272,15 +272,6 @@ def _built(
         actor.agent_identity,
         settings.mean_field,
     )
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` takes the GPU if there is one. Raises InputError for a GPU that this machine, or its torch, lacks."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("there is no GPU that this PyTorch can use; leave out --device cuda, or install another build")
-    return torch.device(name)
 
 
 def _mean(rewards: list[torch.Tensor]) -> float:

@@ -8,7 +8,7 @@ from actors.policy import FORBIDDEN_LOGIT
 from protocol.layout import Layout
 
 
-def soft_value(q: torch.Tensor, logits: torch.Tensor, temperature: float) -> torch.Tensor:
+def soft_value(q: torch.Tensor, logits: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
     """v(s) = Σ_a π(a|s) (Q(s,a,ã) − temperature · log π(a|s)): the bracket of Eq. 8, exact over the own action.
 
     q, logits (masked): [..., A] → [...].
@@ -37,7 +37,7 @@ def critic_loss(
 
 
 def policy_loss(
-    logits: torch.Tensor, q: torch.Tensor, temperature: float, weight: torch.Tensor
+    logits: torch.Tensor, q: torch.Tensor, temperature: float | torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Σ weight · Σ_a π(a|s) (temperature · log π(a|s) − advantage(a)) and its gradient with respect to the logits.
 
@@ -55,7 +55,7 @@ def policy_loss(
 
 
 def boltzmann_loss(
-    logits: torch.Tensor, q: torch.Tensor, temperature: float, weight: torch.Tensor
+    logits: torch.Tensor, q: torch.Tensor, temperature: float | torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Σ weight · KL(p ‖ π), p(a|s) ∝ exp(Q(s,a,ã)/temperature) the Boltzmann policy of Eq. 12 with β = 1/temperature,
     and its gradient with respect to the logits, π − p.

@@ -25,7 +25,7 @@ def mean_actions(block: Block, actions: torch.Tensor, active: torch.Tensor) -> t
     Returns ([B, M_b, A], [B, M_b] floating point: the number of active agents; the mean of none is 0).
     """
     # Sums by index and not by a product with a membership matrix, which bfloat16 would round beyond 256 agents.
-    type_of_agent = block.type_of_agent.to(active.device, non_blocking=True)
+    type_of_agent = block.on(active.device, "type_of_agent")
     counts = torch.zeros(len(active), len(block.types), device=active.device)
     counts.index_add_(1, type_of_agent, active.to(counts.dtype))
     if block.discrete:
@@ -39,7 +39,7 @@ def mean_actions(block: Block, actions: torch.Tensor, active: torch.Tensor) -> t
 def _count_actions(block: Block, actions: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
     """[B, M_b, A]: how many active agents of each type took each action, without building one-hot rows."""
     batch, num_types, width = len(actions), len(block.types), block.action_dim
-    type_of_agent = block.type_of_agent.to(actions.device, non_blocking=True)
+    type_of_agent = block.on(actions.device, "type_of_agent")
     cell = torch.arange(batch, device=actions.device).unsqueeze(1) * num_types + type_of_agent
     totals = torch.zeros(batch * num_types * width, device=actions.device)
     totals.index_add_(0, (cell * width + actions).flatten(), active.flatten().to(totals.dtype))

@@ -35,6 +35,24 @@ class NetworkClip:
             nn.utils.clip_grad_norm_(self._shared, self._largest_norm)
 
 
+def recordable_adam(network: nn.Module) -> torch.optim.Adam:
+    """Adam, its step still to be set by `set_rate`. On a GPU the step is a number of the device, which a recorded graph
+    reads anew each time."""
+    parameters = list(network.parameters())
+    if parameters[0].device.type == "cuda":
+        return torch.optim.Adam(parameters, torch.zeros((), device=parameters[0].device), fused=True, capturable=True)
+    return torch.optim.Adam(parameters, fused=True)
+
+
+def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """The step of all further updates."""
+    group = optimiser.param_groups[0]
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
 def adam_arrays(optimiser: torch.optim.Optimizer) -> Iterator[tuple[str, np.ndarray]]:
     """The state of an Adam optimiser as named arrays; empty before its first step."""
     for index, state in optimiser.state_dict()["state"].items():

@@ -12,12 +12,13 @@ from actors.settings import ActorSettings, EvaluationSettings
 from learner.algorithms import algorithm
 from learner.cloning import BehaviourCloning
 from learner.experience import Experience, LocalExperience, RemoteExperience
-from learner.imitation import Imitation, OffPolicyImitation, OnPolicyImitation, choose_device
+from learner.imitation import Imitation, OffPolicyImitation, OnPolicyImitation
 from learner.record import RunRecord
 from learner.settings import CloningSettings, LearnerSettings
 from learner.streaming import StreamedExperience, StreamedOffPolicy, StreamedOnPolicy
 from learner.training import Iterated, Training, iterations_for
 from protocol.demonstrations import load_demonstrations
+from protocol.device import choose_device
 from protocol.errors import InputError
 from protocol.job import Job
 from protocol.telemetry import Telemetry

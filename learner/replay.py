@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from protocol.device import moved
 from protocol.errors import InputError
 from protocol.layout import JointRows, Layout
 from protocol.trajectories import Trajectories
@@ -31,20 +32,34 @@ class Batch:
     rewards: list[torch.Tensor]
     terminated: torch.Tensor
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them, for `of`."""
+        rows = (self.rows.observations, self.rows.actions, self.rows.active)
+        following = (self.next_observations, self.next_action_masks, self.next_active)
+        parts = (*rows, self.action_masks, *following, self.rewards, [self.terminated])
+        return [tensor for part in parts for tensor in part]
+
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor], blocks: int) -> tuple[Batch, Sequence[torch.Tensor]]:
+        """The inverse of `tensors`, and what comes behind."""
+        observations, actions, active, masks, following, next_masks, next_active, rewards = (
+            list(tensors[first : first + blocks]) for first in range(0, 8 * blocks, blocks)
+        )
+        rows = JointRows(observations, actions, active)
+        batch = cls(rows, masks, following, next_masks, next_active, rewards, tensors[8 * blocks])
+        return batch, tensors[8 * blocks + 1 :]
+
     def to(self, device: torch.device) -> Batch:
         """Itself on another device."""
 
-        def moved(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-            return [tensor.to(device) for tensor in tensors]
-
         return Batch(
             rows=self.rows.to(device),
-            action_masks=moved(self.action_masks),
-            next_observations=moved(self.next_observations),
-            next_action_masks=moved(self.next_action_masks),
-            next_active=moved(self.next_active),
-            rewards=moved(self.rewards),
-            terminated=self.terminated.to(device),
+            action_masks=moved(self.action_masks, device),
+            next_observations=moved(self.next_observations, device),
+            next_action_masks=moved(self.next_action_masks, device),
+            next_active=moved(self.next_active, device),
+            rewards=moved(self.rewards, device),
+            terminated=self.terminated.to(device, non_blocking=True),
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from protocol.device import moved
 from protocol.layout import JointRows, Layout
 from protocol.trajectories import Trajectories
 
@@ -79,17 +80,14 @@ class Segments:
     def to(self, device: torch.device) -> Segments:
         """Itself on another device."""
 
-        def moved(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-            return [tensor.to(device) for tensor in tensors]
-
         return Segments(
-            moved(self.observations),
-            moved(self.action_masks),
-            moved(self.active),
-            moved(self.actions),
-            moved(self.log_probabilities),
-            moved(self.rewards),
-            self.terminated.to(device),
-            self.played.to(device),
-            self.index.to(device),
+            moved(self.observations, device),
+            moved(self.action_masks, device),
+            moved(self.active, device),
+            moved(self.actions, device),
+            moved(self.log_probabilities, device),
+            moved(self.rewards, device),
+            self.terminated.to(device, non_blocking=True),
+            self.played.to(device, non_blocking=True),
+            self.index.to(device, non_blocking=True),
         )

@@ -13,6 +13,7 @@ from actors.policy import Policy
 from actors.process import CREDITS
 from actors.settings import ActorSettings
 from learner.experience import REPEAT_SECONDS, RemoteExperience
+from learner.figures import Figures
 from learner.imitation import Arrays, OffPolicyImitation, OnPolicyImitation
 from learner.segments import Segments
 from protocol.channels import Request
@@ -161,12 +162,12 @@ class StreamedOffPolicy(OffPolicyImitation):
                 if self._updating is not None:
                     _, figures = self._rewards.end_update(self._updating)
             self._updating = self._rewards.begin_update(fresh, progress)
-        totals: dict[str, float] = {}
+        learned = Figures()
         for _ in range(self._settings.updates):
             batch, rewards = self._answered()
             self._ask()
-            self._train(batch, rewards, progress, totals)
-        return sum(chunk.num_steps for chunk in chunks), figures | totals
+            self._train(batch, rewards, progress, learned)
+        return sum(chunk.num_steps for chunk in chunks), figures | learned.means()
 
 
 class StreamedOnPolicy(OnPolicyImitation):

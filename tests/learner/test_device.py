@@ -36,6 +36,7 @@ from protocol.specs import EnvironmentSpec, TypeSpec
 from protocol.stacked import StackedMLP, _Layers
 from protocol.telemetry import Telemetry
 from protocol.trajectories import Trajectories
+from tests.never_waiting import NeverWaiting
 
 GPU = torch.device("meta")
 HIDDEN, HEADS, ROWS = 8, 2, 6
@@ -166,6 +167,51 @@ def test_a_clipped_update_runs_where_the_networks_are(
         learner.update(segments, rewards, 0.5)
         assert {p.device for network in (policy, critic) for p in network.parameters()} == {GPU}
     assert {"policy", "critic", "clone"} <= {name.partition("/")[0] for name in learner.state()}
+
+
+@contextmanager
+def never_waiting(monkeypatch: pytest.MonkeyPatch, reads: int) -> Iterator[None]:
+    """Where a GPU's numbers may be read `reads` times in all."""
+    read: list[str] = []
+    monkeypatch.setattr(FakeTensor, "item", lambda self: read.append("item") or 0.0)
+    monkeypatch.setattr(FakeTensor, "tolist", lambda self: read.append("tolist") or [0.0] * self.numel())
+    with NeverWaiting(GPU):
+        yield
+    assert len(read) == reads
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("name", SPECS)
+def test_an_update_does_not_wait_for_the_device(name: str, context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout.of(SPECS[name], "type")
+    kinds = (Critic, ActorCritic) if name == "discrete" else (ActionCritic, ActionActorCritic)
+    critic = kinds[0](layout, context, HIDDEN, HEADS, False, torch.Generator().manual_seed(1), True)
+    batch, policy = batch_of(layout), policy_of(layout)
+    with pretended_gpu():
+        learner = kinds[1](policy, critic, LearnerSettings(hidden=HIDDEN, heads=HEADS), GPU, 7)  # type: ignore[arg-type]
+        learner.update(batch, batch.rewards, 0.0)  # the first one brings tensors to the device that stay there
+        with never_waiting(monkeypatch, reads=0):
+            learner.update(batch, batch.rewards, 0.5)
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("name", SPECS)
+def test_a_clipped_iteration_reads_once_from_the_device(
+    name: str, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, policy = Layout.of(SPECS[name], "type"), policy_of(Layout.of(SPECS[name], "type"))
+    settings = LearnerSettings(hidden=HIDDEN, heads=HEADS, clipped=ClippedSettings(epochs=2, parts=2, clone_weight=0.1))
+    critic = ValueCritic(layout, context, HIDDEN, HEADS, True, torch.Generator().manual_seed(1), True)
+    chunk = Trajectories.zeros(SPECS[name], 3)
+    chunk.lengths[:] = SPECS[name].episode_length
+    segments = Segments.of([chunk], layout)
+    rewards = [torch.zeros(segments.num_steps, block.num_agents) for block in layout.blocks]
+    with pretended_gpu():
+        learner = ClippedActorCritic(policy, critic, settings, GPU, 7)
+        learner.start_from(policy)
+        learner.update(segments, rewards, 0.0)
+        with never_waiting(monkeypatch, reads=1):
+            learner.update(segments, rewards, 0.5)
 
 
 @pytest.mark.parametrize("sharing", ["agent", "type"])
