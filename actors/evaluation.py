@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.rollout import Acts, rollout
+from actors import rollout
+from actors.rollout import Acts
 from actors.settings import EvaluationSettings
 from protocol.demonstrations import Demonstrations, resolve
 from protocol.environment import Starts
@@ -16,6 +17,8 @@ from protocol.registry import make_environment
 from protocol.seeds import derive_seed
 
 EPISODES_AT_ONCE = 250
+NUMBERS_AT_ONCE = 1 << 27
+"""Of one moment's observations: half a gigabyte. Fewer episodes are played at once where they are more."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,11 @@ def evaluate(
     starts: start states [episodes, …] by name instead of seeded ones.
     """
     returns = []
-    for first in range(0, episodes, EPISODES_AT_ONCE):
-        count = min(EPISODES_AT_ONCE, episodes - first)
+    seen = sum(t.count * t.observation_dim for t in make_environment(environment, 1).spec.types)
+    at_once = max(1, min(EPISODES_AT_ONCE, NUMBERS_AT_ONCE // seen))
+    for first in range(0, episodes, at_once):
+        count = min(at_once, episodes - first)
         part = None if starts is None else {name: array[first : first + count] for name, array in starts.items()}
         batch_seed = derive_seed(seed, "evaluation", first)
-        returns.append(rollout(make_environment(environment, count), policy, batch_seed, greedy, part).returns())
+        returns.append(rollout.returns(make_environment(environment, count), policy, batch_seed, greedy, part))
     return np.concatenate(returns)

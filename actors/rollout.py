@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -37,41 +38,81 @@ class KnowsItsChances(Acts, Protocol):
     ) -> tuple[list[np.ndarray], list[np.ndarray]]: ...
 
 
-def rollout(
+@dataclass
+class Moment:
+    """One joint step of E environments: what was done, by what chance (if the policy tells), and what it led to.
+
+    before: whether the E episodes had ended already; what they show is padding then.
+    """
+
+    actions: list[np.ndarray]
+    chances: list[np.ndarray] | None
+    now: TimeStep
+    before: np.ndarray
+
+
+def play(
     environment: Environment, policy: Acts, seed: int, greedy: bool = False, starts: Starts | None = None
-) -> Trajectories:
-    """Play one whole episode in each of the E environments.
+) -> tuple[TimeStep, Iterator[Moment]]:
+    """One whole episode in each of the E environments: how they begin, and their steps until the last one has ended.
 
     A pure function of (policy, seed, starts): the environment and the action noise take their seeds from `seed`.
-    The log-probabilities of actions are recorded if the policy tells them, else they stay 0.
+    The arrays of a time step are overwritten by the next one.
     """
-    trajectories = Trajectories.zeros(environment.spec, environment.num_envs)
-    generator = torch.Generator().manual_seed(seed)
-    now = environment.reset(seed, starts)
-    _write_view(trajectories, 0, now)
+    first = environment.reset(seed, starts)
+    return first, _moments(environment, policy, torch.Generator().manual_seed(seed), greedy, first)
+
+
+def _moments(
+    environment: Environment, policy: Acts, generator: torch.Generator, greedy: bool, now: TimeStep
+) -> Iterator[Moment]:
     ended = now.terminated | now.truncated
     # Asked once: looking a protocol's methods up costs as much as a small network's step.
     decide = policy.decide if isinstance(policy, KnowsItsChances) else None
-    for t in range(environment.spec.episode_length):
-        seen = [array[t] for array in trajectories.observations], [array[t] for array in trajectories.action_masks]
+    for _ in range(environment.spec.episode_length):
+        chances = None
         if decide is not None:
-            actions, chances = decide(*seen, generator, greedy)
-            for m, chance in enumerate(chances):
-                trajectories.log_probabilities[m][t] = chance
+            actions, chances = decide(now.observations, now.action_masks, generator, greedy)
         else:
-            actions = policy.act(*seen, generator, greedy)
+            actions = policy.act(now.observations, now.action_masks, generator, greedy)
         now = environment.step(actions)
-        for m, action in enumerate(actions):
+        yield Moment(actions, chances, now, ended)
+        ended = ended | now.terminated | now.truncated
+        if ended.all():
+            return
+
+
+def rollout(
+    environment: Environment, policy: Acts, seed: int, greedy: bool = False, starts: Starts | None = None
+) -> Trajectories:
+    """The episodes of `play`, kept. The log-probabilities of actions are recorded if the policy tells them, else they
+    stay 0.
+    """
+    trajectories = Trajectories.zeros(environment.spec, environment.num_envs)
+    first, moments = play(environment, policy, seed, greedy, starts)
+    _write_view(trajectories, 0, first)
+    for t, moment in enumerate(moments):
+        now = moment.now
+        for m, chance in enumerate(moment.chances or ()):
+            trajectories.log_probabilities[m][t] = chance
+        for m, action in enumerate(moment.actions):
             trajectories.actions[m][t] = action
             trajectories.rewards[m][t] = now.rewards[m]
         trajectories.terminated[t], trajectories.truncated[t] = now.terminated, now.truncated
         _write_view(trajectories, t + 1, now)
-        ends_now = (now.terminated | now.truncated) & ~ended
-        trajectories.lengths[ends_now] = t + 1
-        ended |= ends_now
-        if ended.all():
-            break
+        trajectories.lengths[(now.terminated | now.truncated) & ~moment.before] = t + 1
     return trajectories
+
+
+def returns(
+    environment: Environment, policy: Acts, seed: int, greedy: bool = False, starts: Starts | None = None
+) -> np.ndarray:
+    """True return of each episode of `play` and each agent, [E, N] float32; nothing else is kept of them."""
+    _, moments = play(environment, policy, seed, greedy, starts)
+    total = np.zeros((environment.num_envs, environment.spec.num_agents), np.float32)
+    for moment in moments:
+        total += np.concatenate(moment.now.rewards, axis=1)
+    return total
 
 
 def _write_view(trajectories: Trajectories, t: int, now: TimeStep) -> None:

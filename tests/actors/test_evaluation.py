@@ -8,6 +8,7 @@ import pytest
 from actors import evaluation
 from actors.evaluation import ReturnEstimate, evaluate
 from actors.policy import UniformPolicy
+from protocol.environment import Environment
 from protocol.registry import make_environment
 
 
@@ -36,3 +37,18 @@ def test_evaluations_repeat_and_their_episodes_differ(monkeypatch: pytest.Monkey
     assert np.array_equal(one, again)
     assert not np.array_equal(one, other)
     assert len(np.unique(one[:, 0])) == 10
+
+
+def test_what_would_not_fit_the_memory_is_played_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    played: list[int] = []
+
+    def returns(environment: Environment, *_: object) -> np.ndarray:
+        played.append(environment.num_envs)
+        return np.zeros((environment.num_envs, environment.spec.num_agents))
+
+    monkeypatch.setattr(evaluation.rollout, "returns", returns)
+    spec = make_environment("rover_tower?pairs=2", 1).spec
+    seen = sum(t.count * t.observation_dim for t in spec.types)
+    monkeypatch.setattr(evaluation, "NUMBERS_AT_ONCE", 3 * seen + 1)
+    assert evaluate("rover_tower?pairs=2", UniformPolicy(spec), 10, 3).shape == (10, 4)
+    assert played == [3, 3, 3, 1]

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from actors.rollout import rollout
+from actors.policy import UniformPolicy
+from actors.rollout import returns, rollout
 from protocol.environment import Environment, Starts, TimeStep
+from protocol.registry import make_environment
 from protocol.specs import EnvironmentSpec, TypeSpec
 
 ENDS = np.array([2, 4, 6, 3])
@@ -95,6 +97,16 @@ def test_returns_count_the_steps_of_the_episode_only() -> None:
     played = rollout(Counting(ENDS, TERMINATES), FirstAllowed(), seed=7)
     for e, end in enumerate(ENDS):
         assert (played.returns()[e] == sum(100 * (t + 1) + t % 4 for t in range(end))).all()
+
+
+def test_returns_alone_are_those_of_the_rollout() -> None:
+    kept = rollout(Counting(ENDS, TERMINATES), FirstAllowed(), seed=7).returns()
+    alone = returns(Counting(ENDS, TERMINATES), FirstAllowed(), seed=7)
+    assert alone.dtype == np.float32
+    assert np.array_equal(alone, kept)
+    environments = (make_environment("berlin?types=5&agents=10&slip=0.1", 3) for _ in range(2))
+    one, other = (play(e, UniformPolicy(e.spec), 2) for e, play in zip(environments, (returns, rollout), strict=True))
+    assert np.array_equal(one, other.returns())
 
 
 def test_nobody_plays_on_when_all_episodes_have_ended() -> None:
