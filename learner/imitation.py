@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -25,7 +26,7 @@ from learner.replay import Batch, Replay
 from learner.segments import Segments
 from learner.settings import CloningSettings, LearnerSettings
 from protocol.demonstrations import Demonstrations
-from protocol.device import choose_device
+from protocol.device import choose_device, choose_precision
 from protocol.errors import InputError
 from protocol.job import Job
 from protocol.layout import Layout
@@ -74,11 +75,15 @@ class Imitation(ABC):
         kind = algorithm(job.algorithm)
         self.policy = policy
         self.starts_cloned = settings.start == "cloned"
-        self._job, self._settings = job, kind.learner_settings(settings)
+        device = choose_device(job.device)
+        self._job = job
+        self._settings = replace(
+            kind.learner_settings(settings), precision=choose_precision(settings.precision, device)
+        )
         self._cloning_settings, self._demonstrations = cloning, demonstrations
         self._imitates = kind.imitates
         self._experience, self._rewards, self._telemetry = experience, rewards, telemetry
-        self._learner = self._build(choose_device(job.device), actor)
+        self._learner = self._build(device, actor)
 
     def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None) -> None:
         """Start a session on both sides: from a checkpoint's arrays, or from the seed and perhaps from the clone."""

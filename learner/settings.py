@@ -78,7 +78,7 @@ class LearnerSettings:
     critic_gradient_norm: float = 10.0
     """Largest norm of one critic network's gradient."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the matrix products; parameters and optimisers stay float32."""
+    """Arithmetic of the matrix products, if the device has it; parameters and optimisers stay float32."""
     cloning_weight: float = 0.0
     """Weight of a behaviour-cloning term on expert rows in the policy loss; 0 is the paper."""
     max_policy_lag: int = 4

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+from typing import Literal
+
 import torch
 
 from protocol.errors import InputError
 
+Precision = Literal["float32", "bfloat16"]
+CPU_FEATURES = Path("/proc/cpuinfo")
+
 PARTS_OF_MEMORY = 16
 """On a GPU, arrays of one kind take up to this part of its memory at a time: there may be several of them, of several
 roles. Of its whole memory and not of what is free, so that the same card computes in the same parts."""
+
+log = logging.getLogger(__name__)
 
 
 def choose_device(name: str) -> torch.device:
@@ -18,6 +27,26 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("there is no GPU that this PyTorch can use; leave out --device cuda, or install another build")
     return torch.device(name)
+
+
+def choose_precision(wanted: Precision, device: torch.device) -> Precision:
+    """bfloat16 only where the device computes in it; a CPU that must pretend takes ten times as long as in float32.
+
+    Says so where float32 is taken instead.
+    """
+    if wanted == "bfloat16" and not _has_bfloat16(device):
+        log.warning("this %s has no instructions for bfloat16: computing in float32", device.type.upper())
+        return "float32"
+    return wanted
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    try:  # avx512_bf16 or amx_bf16 of x86, bf16 of Arm
+        return "bf16" in CPU_FEATURES.read_text()
+    except OSError:  # not Linux: nobody says
+        return False
 
 
 def numbers_at_once(device: torch.device) -> int:

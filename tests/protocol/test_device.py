@@ -1,0 +1,50 @@
+"""Which device, and which arithmetic, a role computes with."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from protocol import device
+from protocol.device import choose_device, choose_precision
+from protocol.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+def test_without_a_gpu_the_cpu_is_taken_or_the_gpu_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == choose_device("cpu") == CPU
+    with pytest.raises(InputError, match="no GPU"):
+        choose_device("cuda")
+
+
+def test_with_a_gpu_it_is_taken_unless_the_cpu_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda")
+    assert choose_device("cpu") == CPU
+
+
+@pytest.mark.parametrize(
+    ("features", "precision", "warned"),
+    [("avx2 avx512f", "float32", True), ("avx512_bf16", "bfloat16", False), (None, "float32", True)],
+)
+def test_a_cpu_without_bfloat16_computes_in_float32_and_says_so(
+    features: str | None,
+    precision: str,
+    warned: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = tmp_path / "cpuinfo"
+    if features is not None:
+        path.write_text(f"flags : {features}")
+    monkeypatch.setattr(device, "CPU_FEATURES", path)
+    with caplog.at_level(logging.WARNING):
+        assert choose_precision("bfloat16", CPU) == precision
+    assert ("no instructions for bfloat16" in caplog.text) == warned
+    assert choose_precision("float32", CPU) == "float32"
