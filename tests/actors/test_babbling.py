@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,12 @@ def test_an_environment_of_its_own_is_played_as_beside_others() -> None:
         for m in range(layout.spec.num_types):
             np.testing.assert_array_equal(actions[m][e], alone[0][m][0])
             np.testing.assert_allclose(chances[m][e], alone[1][m][0], rtol=1e-4, atol=1e-6)
+
+
+def test_no_two_networks_are_one() -> None:
+    babble = Babble(Layout.of(make_environment(TOWN, 1).spec, "type"), (16,), 3, seed=3)
+    first_layers = [next(policy.parameters()) for policy in babble._policies]
+    assert not any(torch.equal(one, other) for one, other in combinations(first_layers, 2))
 
 
 def test_the_first_versions_are_babbled_whatever_the_weights() -> None:

@@ -48,6 +48,32 @@ def test_parts_come_from_several_moments_and_homes_stay() -> None:
     assert LAYOUT.blocks[0].rows(active)[:20].all()
 
 
+def test_actions_are_the_experts_and_of_another_moment() -> None:
+    expert, agents = demonstrations(), demonstrations()
+    expert.actions[0][:] = (expert.observations[0][..., 0] > 0).long()
+    agents.actions[0][:] = 2
+    built = RewardModel(LAYOUT, expert, SETTINGS, 0)
+    built.observe(agents)
+    observations, actions, _ = (LAYOUT.blocks[0].rows(g) for g in built._batch(0, torch.arange(40), torch.arange(40)))
+    imagined, played = actions[:20], actions[20:40]
+    assert (played == 2).all()
+    assert (imagined < 2).all()
+    fits = imagined == (observations[:20, :, 0] > 0)
+    assert 0.2 < fits.float().mean() < 0.8
+
+
+def test_who_was_not_there_at_one_of_the_moments_is_not_imagined() -> None:
+    rows = demonstrations()
+    rows.active[0][:, 1] = torch.arange(60) % 4 > 0  # one of the agents, for three quarters of the time
+    built = RewardModel(LAYOUT, rows, replace(SETTINGS, imagined=1.0), 0)
+    built.observe(rows)
+    _, _, active = built._batch(0, torch.arange(40), torch.arange(40))
+    there = LAYOUT.blocks[0].rows(active)[:40]
+    assert there[:, [0, 2]].all()
+    # Three parts and the action are of four moments.
+    assert 0.1 < there[:, 1].mean() < 0.55
+
+
 def test_what_nobody_did_becomes_known_to_be_wrong() -> None:
     """Agents only ever do right, and yet a place at the wrong hour has less reward than at the right one."""
     right, wrong = demonstrations(), demonstrations()
