@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from actors.policy import Policy
@@ -36,11 +37,15 @@ class Trained:
                 f"'{spec.name}' does not fit this run: {difference}; its world is '{trained_in.name}', and changes of "
                 "that fit: add slip= (noise= for continuous actions), of berlin also closed=, capacity=, demand="
             )
-        layout = Layout.of(spec, self.job.parameter_sharing)
-        actor = self.config.actor
-        policy = Policy(layout, actor.hidden, torch.Generator(), actor.agent_identity)
-        policy.load_arrays(self.policy.to_arrays())
-        return policy
+        return policy_of(self.config, self.policy.to_arrays(), spec)
+
+
+def policy_of(config: Config, arrays: dict[str, np.ndarray], spec: EnvironmentSpec) -> Policy:
+    """A policy of a run's kind with these parameters, for the agents of an environment that they fit."""
+    layout = Layout.of(spec, config.parameter_sharing)
+    policy = Policy(layout, config.actor.hidden, torch.Generator(), config.actor.agent_identity)
+    policy.load_arrays(arrays)
+    return policy
 
 
 def load_trained(run: Path, best: bool = False) -> Trained:

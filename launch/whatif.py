@@ -32,7 +32,6 @@ from rich.progress import track
 from actors.environments.berlin.environment import Berlin
 from actors.experts.scripted import expert_for
 from actors.policy import Policy, UniformPolicy
-from actors.process import build_policy
 from actors.rollout import Acts
 from launch import run_folder
 from launch.config import Config
@@ -41,7 +40,7 @@ from launch.pool import LOG, Board, finished, run_all
 from launch.run import check, differences
 from launch.supervisor import StopRequests
 from launch.topology import make_job
-from launch.trained import load_trained
+from launch.trained import load_trained, policy_of
 from launch.whatif_figures import OF_SEEDS, Figures, Sample, figures_of, loads_of, play
 from launch.whatif_report import draw_changes, markdown, print_tables
 from learner.algorithms import algorithm
@@ -157,10 +156,7 @@ class Question:
 
     def policy(self, arrays: Arrays, environment: str) -> Policy:
         """A policy of networks like the run's, for the agents of one of the worlds."""
-        job = make_job(replace(self.config, environment=environment), "", self.run, Endpoints("", "", "", ""))
-        policy = build_policy(job, self.config.actor)
-        policy.load_arrays(arrays)
-        return policy
+        return policy_of(self.config, arrays, self.before_spec if environment == self.before else self.after_spec)
 
 
 def _check_change(before: EnvironmentSpec, after: EnvironmentSpec) -> None:
