@@ -38,7 +38,8 @@ CLIPPED = [
         "purpose",
     ),
 ]
-FAMILIES = {"replayed": [], "clipped": CLIPPED}
+REPLAYED = ["--learner.policy", "actor"]
+FAMILIES = {"replayed": REPLAYED, "clipped": CLIPPED}
 """What an iteration learns from: rows of a replay, or fresh episodes from the clone on."""
 
 

@@ -71,7 +71,7 @@ def test_the_conclusion_completes_the_result(config: Config) -> None:
 
 def test_another_configuration_is_refused_on_resume_and_shown(config: Config) -> None:
     folder = run_folder.create(config)
-    with pytest.raises(InputError, match="steps: 200000 then, steps: 7 now"):
+    with pytest.raises(InputError, match="steps: 60000 then, steps: 7 now"):
         run.resume(folder, replace(config, steps=7))
 
 

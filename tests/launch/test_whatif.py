@@ -203,6 +203,7 @@ def test_the_recipe_for_changed_worlds() -> None:
     tower = changed_world(tower, "rover_tower?pairs=4&slip=0.1", seed=1, steps=7)
     assert (tower.algorithm, tower.nodes, tower.actors, tower.evaluation.starts) == ("ma-gail", 1, 1, "fresh")
     assert (tower.actor.steps_per_iteration, tower.actor.agent_identity) == (800, True)
+    assert tower.learner.clipped == berlin.learner.clipped
     assert changed_world(replace(tower, algorithm="ma-gail"), TOWER, 1, 7).reward == tower.reward
 
 

@@ -24,13 +24,17 @@ TINY = {
     "rover_tower_8": ["--actor.steps-per-iteration", "50", "--steps", "100"],
     "berlin": ["--actor.steps-per-iteration", "100", "--steps", "200"],
 }
-OPTIONS = {"boltzmann": ["--learner.policy", "boltzmann"], "state_action": ["--learner.query", "state_action"]}
+OPTIONS = {
+    "boltzmann": ["--learner.policy", "boltzmann"],
+    "state_action": ["--learner.query", "state_action"],
+    "clipped": ["--learner.policy", "clipped", "--learner.window-steps", "0"],
+}
 QUICK = [
     *("--mode", "serial", "--demonstration-episodes", "1", "--seed", "3", "--learner.updates", "2"),
     *("--learner.batch-size", "16", "--reward.batch-size", "16", "--reward.updates", "1", "--cloning.updates", "2"),
     *("--cloning.iterations", "2", "--cloning.batch-size", "16", "--evaluation.episodes", "2"),
     *("--evaluation.final-episodes", "2", "--evaluation.starts", "fresh", "--learner.window-steps", "400"),
-    *("--reward.window-steps", "400"),
+    *("--reward.window-steps", "400", "--learner.policy", "actor"),
 ]
 
 
