@@ -61,13 +61,22 @@ class Cloning:
 
 
 def clone(
-    policy: Policy, demonstrations: Demonstrations, settings: CloningSettings, seed: int, telemetry: Telemetry
+    policy: Policy,
+    demonstrations: Demonstrations,
+    settings: CloningSettings,
+    seed: int,
+    telemetry: Telemetry,
+    abort: Callable[[], None] = lambda: None,
 ) -> None:
-    """Make the policy what the algorithm `bc` would end with, from the same start and seed to the same bits."""
+    """Make the policy what the algorithm `bc` would end with, from the same start and seed to the same bits.
+
+    `abort` is called between iterations, and may raise.
+    """
     device = next(policy.parameters()).device
     run = BehaviourCloning(policy, demonstrations, settings, device, seed, telemetry)
     for iteration in range(settings.iterations):
-        run.iterate(iteration / settings.iterations, lambda: None)
+        abort()
+        run.iterate(iteration / settings.iterations, abort)
     run.finish()
 
 
@@ -100,7 +109,9 @@ class BehaviourCloning:
             keep_freed_memory()
         self._best = (float("inf"), copy.deepcopy(policy.state_dict()))
 
-    def begin(self, session: str, learner: dict[str, np.ndarray] | None, rewards: object) -> None:
+    def begin(
+        self, session: str, learner: dict[str, np.ndarray] | None, rewards: object, abort: Callable[[], None]
+    ) -> None:
         """Start, or go on from a checkpoint's arrays; there is no reward server."""
         if learner is not None:
             self._load_state(learner)

@@ -85,8 +85,11 @@ class Imitation(ABC):
         self._experience, self._rewards, self._telemetry = experience, rewards, telemetry
         self._learner = self._build(device, actor)
 
-    def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None) -> None:
-        """Start a session on both sides: from a checkpoint's arrays, or from the seed and perhaps from the clone."""
+    def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None, abort: Callable[[], None]) -> None:
+        """Start a session on both sides: from a checkpoint's arrays, or from the seed and perhaps from the clone.
+
+        `abort` may raise while the clone is made, which can take a minute.
+        """
         self._rewards.begin(session, rewards)
         if learner is not None:
             self._load_state(learner)
@@ -94,7 +97,7 @@ class Imitation(ABC):
             if self._demonstrations is None:
                 raise InputError("learner.start cloned needs demonstrations; name a file with --demonstrations")
             with self._telemetry.stage("clone"):
-                clone(self.policy, self._demonstrations, self._cloning_settings, self._job.seed, self._telemetry)
+                clone(self.policy, self._demonstrations, self._cloning_settings, self._job.seed, self._telemetry, abort)
             self._learner.start_from(self.policy)
 
     @abstractmethod
@@ -141,9 +144,9 @@ class OffPolicyImitation(Imitation):
             self._cloning = Cloning(layout, self._demonstrations, settings.batch_size, seed)
         return kinds(self.policy, critic, settings, device, derive_seed(job.seed, "next-actions"))
 
-    def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None) -> None:
+    def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None, abort: Callable[[], None]) -> None:
         self._asked.clear()
-        super().begin(session, learner, rewards)
+        super().begin(session, learner, rewards, abort)
 
     def iterate(self, progress: float, abort: Callable[[], None]) -> tuple[int, dict[str, float]]:
         chunks = self._collect(abort)

@@ -146,8 +146,8 @@ class StreamedOffPolicy(OffPolicyImitation):
 
     _rewards: RemoteRewards
 
-    def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None) -> None:
-        super().begin(session, learner, rewards)
+    def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None, abort: Callable[[], None]) -> None:
+        super().begin(session, learner, rewards, abort)
         self._updating: tuple[int, int] | None = None
 
     def iterate(self, progress: float, abort: Callable[[], None]) -> tuple[int, dict[str, float]]:
@@ -176,8 +176,8 @@ class StreamedOnPolicy(OnPolicyImitation):
 
     _rewards: RemoteRewards
 
-    def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None) -> None:
-        super().begin(session, learner, rewards)
+    def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None, abort: Callable[[], None]) -> None:
+        super().begin(session, learner, rewards, abort)
         self._updating: tuple[int, int] | None = None
         self._is_first = True
 

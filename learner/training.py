@@ -48,7 +48,9 @@ class Iterated(Protocol):
     policy: Policy
     starts_cloned: bool
 
-    def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None) -> None: ...
+    def begin(
+        self, session: str, learner: Arrays | None, rewards: Arrays | None, abort: Callable[[], None]
+    ) -> None: ...
 
     def iterate(self, progress: float, abort: Callable[[], None]) -> tuple[int, dict[str, float]]: ...
 
@@ -91,6 +93,7 @@ class Training:
         self._checkpoints = CheckpointFolder(job.run_folder / "checkpoints", settings.checkpoints_kept)
         self._metrics = LearnerMetrics(telemetry.registry)
         self._facts = Facts()
+        self._begun = False
         self._counted_until = time.monotonic()
         self._final_estimate: ReturnEstimate | None = None
         self._figures: dict[int, dict[str, float]] = {}
@@ -156,13 +159,15 @@ class Training:
         with self._telemetry.stage("restore"):
             checkpoint = self._checkpoints.newest()
             if checkpoint is None:
-                self._algorithm.begin(session, None, None)
+                self._algorithm.begin(session, None, None, self._abort)
+                self._begun = True
                 self._figures = {0: self._position()}
                 self._checkpoint()
                 return
             if checkpoint.config != self._config:
                 raise InputError(f"the checkpoint was written by another configuration: {self._difference(checkpoint)}")
-            self._algorithm.begin(session, checkpoint.learner, checkpoint.rewards)
+            self._algorithm.begin(session, checkpoint.learner, checkpoint.rewards, self._abort)
+            self._begun = True
             lost_seconds = max(0.0, self._facts.wall_seconds - checkpoint.facts["wall_seconds"])
             self._facts = Facts(**checkpoint.facts)
             self._facts.wall_seconds += lost_seconds
@@ -195,7 +200,12 @@ class Training:
             self._checkpoints.write(Checkpoint(facts.iteration, self._config, asdict(facts), learner, rewards))
 
     def _checkpoint_if_possible(self) -> None:
-        """Before an interrupt; a reward server that was just restarted has nothing to save, the one before counts."""
+        """Before an interrupt; a reward server that was just restarted has nothing to save, the one before counts.
+
+        A run that was told to stop while it made its clone has nothing to go on from: it will begin anew.
+        """
+        if not self._begun:
+            return
         try:
             self._checkpoint()
         except (Refused, Unanswered) as error:

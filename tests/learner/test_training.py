@@ -15,6 +15,7 @@ import actors.collector
 import actors.evaluation
 from actors.settings import ActorSettings, EvaluationSettings
 from learner.algorithms import ALGORITHMS, algorithm
+from learner.cloning import BehaviourCloning
 from learner.experience import LocalExperience
 from learner.process import run_serial
 from learner.settings import CloningSettings, LearnerSettings
@@ -184,6 +185,26 @@ def test_what_the_reward_server_refuses_for_good_ends_the_run(tmp_path: Path, mo
     monkeypatch.setattr(LocalRewards, "observe", refuse)
     with pytest.raises(InputError, match=r"rows must lie in 1\.\.5"):
         run(tmp_path / "run")
+
+
+def test_a_stop_is_heard_while_the_clone_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what there is of the clone is no checkpoint: the run begins anew."""
+    cloned = {"start": "cloned", "policy": "clipped", "window_steps": 0}
+    stop, iterate, iterations = threading.Event(), BehaviourCloning.iterate, []
+
+    def iterated(cloning: BehaviourCloning, *args: object) -> object:
+        iterations.append(1)
+        stop.set()
+        return iterate(cloning, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(BehaviourCloning, "iterate", iterated)
+    assert run(tmp_path / "stopped", stop=stop, **cloned)["status"] == "interrupted"  # type: ignore[arg-type]
+    assert len(iterations) == 1
+    assert not list((tmp_path / "stopped" / "checkpoints").glob("0*"))
+    monkeypatch.undo()
+    resumed, whole = (run(tmp_path / name, **cloned) for name in ("stopped", "whole"))  # type: ignore[arg-type]
+    assert resumed["status"] == "finished"
+    assert resumed["policy_sha256"] == whole["policy_sha256"]
 
 
 def test_another_configuration_is_not_resumed(tmp_path: Path) -> None:
