@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from protocol.device import moved
+from protocol.device import check_room, moved
 from protocol.errors import InputError
 from protocol.layout import JointRows, Layout
 from protocol.trajectories import Trajectories
@@ -72,12 +72,19 @@ class Replay:
         self.capacity = max(1, math.ceil(window_steps / length)) * (length + 1)
         self._cursor = 0
         one = Trajectories.zeros(layout.spec, 1).arrays
+        fields = ("observations", "action_masks", "active", "actions", "rewards")
+        table = {
+            name: (str(array.dtype), (self.capacity, *array.shape[2:]))
+            for name, array in one.items()
+            if name.partition(".")[2] in fields
+        }
+        check_room(table, torch.device("cpu"), "learner.window-steps", window_steps)
         self._columns = {
             field: [
                 torch.from_numpy(np.zeros((self.capacity, *array.shape[2:]), array.dtype))
                 for array in (one[f"{b}.{field}"] for b in range(len(layout.blocks)))
             ]
-            for field in ("observations", "action_masks", "active", "actions", "rewards")
+            for field in fields
         }
         self._terminated = torch.zeros(self.capacity, dtype=torch.bool)
         self._has_successor = torch.zeros(self.capacity, dtype=torch.bool)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import psutil
 import torch
 
 from protocol.errors import InputError
+from protocol.trajectories import ArrayTable
 
 Precision = Literal["float32", "bfloat16"]
 CPU_FEATURES = Path("/proc/cpuinfo")
@@ -53,6 +57,24 @@ def numbers_at_once(device: torch.device) -> int:
     """How many float32 numbers of one kind to compute at a time on a GPU, which wants few and large products."""
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2**40
     return memory // (4 * PARTS_OF_MEMORY)
+
+
+def check_room(table: ArrayTable, device: torch.device, setting: str, steps: int) -> None:
+    """Raise InputError if arrays of these dtypes and shapes cannot all be in the device's memory at once.
+
+    setting: what makes them as large as they are, and its value `steps`: memory is taken when it is written to, so that
+    the run would otherwise end when the window is full.
+    """
+    needed = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in table.values())
+    held = psutil.virtual_memory().total
+    if device.type == "cuda":
+        held = torch.cuda.get_device_properties(device).total_memory
+    if needed > held:
+        fits = int(steps * 0.5 * held / needed)
+        raise InputError(
+            f"--{setting} {steps} would take {needed / 1e9:.1f} GB, and this {device.type.upper()} has "
+            f"{held / 1e9:.1f} GB; half of that holds {fits}"
+        )
 
 
 def moved(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:

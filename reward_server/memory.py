@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from protocol.device import check_room
 from protocol.errors import ProtocolError
 from protocol.layout import JointRows, Layout
 from protocol.messages import Arrays
@@ -32,9 +33,10 @@ class Memory:
         self.capacity, self.observed = capacity, 0
         self._layout, self._kind = layout, kind
         self._generator = torch.Generator().manual_seed(seed)
-        table = JointRows.array_table(layout, capacity)
-        arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in table.items()}
         self._device = torch.device(device)
+        table = JointRows.array_table(layout, capacity)
+        check_room(table, self._device, "reward.window-steps", capacity)
+        arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in table.items()}
         self.rows = JointRows.from_arrays(arrays, layout).to(self._device)
 
     @property

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
+from learner.replay import Replay
 from protocol import device
 from protocol.device import choose_device, choose_precision
 from protocol.errors import InputError
+from protocol.layout import Layout
+from protocol.specs import EnvironmentSpec, TypeSpec
+from reward_server.memory import Memory
 
 CPU = torch.device("cpu")
 
@@ -48,3 +55,20 @@ def test_a_cpu_without_bfloat16_computes_in_float32_and_says_so(
         assert choose_precision("bfloat16", CPU) == precision
     assert ("no instructions for bfloat16" in caplog.text) == warned
     assert choose_precision("float32", CPU) == "float32"
+
+
+def test_a_window_that_no_memory_holds_is_refused_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=1_000_000))
+    table = {"0.observations": ("float32", (100, 50, 20)), "0.active": ("bool", (100, 50))}
+    device.check_room(table, CPU, "reward.window-steps", 100)
+    table["1.observations"] = ("float32", (100, 50, 40))
+    with pytest.raises(InputError, match=r"--reward.window-steps 100 would take 0.0 GB.* half of that holds 41"):
+        device.check_room(table, CPU, "reward.window-steps", 100)
+
+
+@pytest.mark.parametrize("make", [lambda layout: Memory(layout, 100, "run", 0), lambda layout: Replay(layout, 100)])
+def test_who_keeps_rows_asks_for_room_first(make: Callable[[Layout], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=10_000))
+    spec = EnvironmentSpec("crowd", (TypeSpec("a", 50, 20, 3),), 10)
+    with pytest.raises(InputError, match="window-steps 100 would take"):
+        make(Layout.of(spec, "type"))
