@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from random_data import EPISODE, shaken, some_batch, some_rows, some_segments
 from torch.profiler import ProfilerActivity, profile
 
 from actors.policy import Policy
@@ -33,10 +34,8 @@ from learner.actor_critic import ActorCritic
 from learner.algorithms import ALGORITHMS
 from learner.clipped import ClippedActorCritic
 from learner.critics import Context, Critic, ValueCritic
-from learner.replay import Batch
-from learner.segments import Segments
 from learner.settings import ClippedSettings, LearnerSettings
-from protocol.layout import JointRows, Layout, ParameterSharing
+from protocol.layout import Layout, ParameterSharing
 from protocol.specs import EnvironmentSpec, TypeSpec
 from reward_server.particles import RewardModel
 from reward_server.settings import KernelScope, RewardSettings
@@ -44,12 +43,9 @@ from reward_server.settings import KernelScope, RewardSettings
 UPDATES = 20
 LARGEST_DISTANCE = 1e-4
 """Between the parameters of both devices after `UPDATES` updates in float32, as a part of their norm."""
-LAST_BITS = 2.0**-22
-"""How far observations are shaken: as far as products of a hundred terms round, in another order."""
 Precision = Literal["float32", "bfloat16"]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CONTEXTS: tuple[Context, ...] = ("types", "uniform_types", "agents", "none")
-EPISODE = 100
 CLI = (sys.executable, "-m", "launch.cli")
 
 
@@ -183,14 +179,14 @@ def make_learner(
         clipped = ClippedActorCritic(policy, value, settings, device, 0)
         clipped.start_from(clipped.policy)
         segments = some_segments(layout, max(1, shape.rows // EPISODE))
-        segments.observations = _shaken(segments.observations, last_bits)
+        segments.observations = shaken(segments.observations, last_bits)
         rewards = segments.of_rows(segments.rewards)
         return clipped, lambda: clipped.update(segments, rewards, 0.0)
     discrete = all(block.discrete for block in layout.blocks)
     critic = (Critic if discrete else ActionCritic)(layout, context, shape.hidden, settings.heads, True, generator)
     learner = (ActorCritic if discrete else ActionActorCritic)(policy, critic, settings, device, 0)
     batch = some_batch(layout, shape.rows)
-    batch.rows.observations = _shaken(batch.rows.observations, last_bits)
+    batch.rows.observations = shaken(batch.rows.observations, last_bits)
     return learner, lambda: learner.update(batch, batch.rewards, 0.0)
 
 
@@ -205,76 +201,6 @@ def make_model(shape: Shape, scope: KernelScope, device: torch.device) -> Reward
     model = RewardModel(shape.layout, some_rows(shape.layout, 2 * shape.rows, 1), settings, 0, device.type)
     model.observe(some_rows(shape.layout, 2 * shape.rows, 2))
     return model
-
-
-# Random data: all of it drawn on the CPU, so that both devices get the same.
-
-
-def some_rows(layout: Layout, count: int, seed: int) -> JointRows:
-    generator = torch.Generator().manual_seed(seed)
-    rows = JointRows([], [], [])
-    for block in layout.blocks:
-        shape = (count, block.num_agents)
-        rows.observations.append(torch.randn(*shape, block.observation_dim, generator=generator))
-        rows.actions.append(_some_actions(shape, block.action_dim, block.discrete, generator))
-        rows.active.append(torch.rand(shape, generator=generator) < 0.9)
-    return rows
-
-
-def _shaken(observations: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
-    if not seed:
-        return observations
-    generator = torch.Generator().manual_seed(seed)
-    return [o * (1 + LAST_BITS * torch.randn(o.shape, generator=generator)) for o in observations]
-
-
-def _some_actions(shape: tuple[int, ...], width: int, discrete: bool, generator: torch.Generator) -> torch.Tensor:
-    if discrete:
-        return torch.randint(width, shape, generator=generator)
-    return torch.rand(*shape, width, generator=generator) * 1.8 - 0.9
-
-
-def _some_masks(layout: Layout, shape: tuple[int, ...], actions: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
-    """Nine of ten actions are allowed, and those that were taken."""
-    generator, masks = torch.Generator().manual_seed(5), []
-    for b, block in enumerate(layout.blocks):
-        mask = torch.rand(*shape, block.num_agents, block.action_dim, generator=generator) < 0.9
-        mask[..., 0] = True
-        if actions and block.discrete:
-            mask[: len(actions[b])].scatter_(-1, actions[b].unsqueeze(-1), True)
-        masks.append(mask)
-    return masks
-
-
-def some_batch(layout: Layout, count: int) -> Batch:
-    rows, following = some_rows(layout, count, 3), some_rows(layout, count, 4)
-    generator = torch.Generator().manual_seed(6)
-    return Batch(
-        rows=rows,
-        action_masks=_some_masks(layout, (count,), rows.actions),
-        next_observations=following.observations,
-        next_action_masks=_some_masks(layout, (count,)),
-        next_active=following.active,
-        rewards=[torch.rand(count, block.num_agents, generator=generator) for block in layout.blocks],
-        terminated=torch.rand(count, generator=generator) < 0.01,
-    )
-
-
-def some_segments(layout: Layout, episodes: int) -> Segments:
-    generator, shape = torch.Generator().manual_seed(8), (EPISODE, episodes)
-    views, steps = some_rows(layout, (EPISODE + 1) * episodes, 9), some_rows(layout, EPISODE * episodes, 10)
-    actions = [a.unflatten(0, shape) for a in steps.actions]
-    return Segments(
-        [o.unflatten(0, (EPISODE + 1, episodes)) for o in views.observations],
-        _some_masks(layout, (EPISODE + 1, episodes), actions),
-        [torch.ones(EPISODE + 1, episodes, block.num_agents, dtype=torch.bool) for block in layout.blocks],
-        actions,
-        [torch.full((*shape, block.num_agents), -1.0) for block in layout.blocks],
-        [torch.rand(*shape, block.num_agents, generator=generator) for block in layout.blocks],
-        torch.zeros(shape, dtype=torch.bool),
-        torch.ones(shape, dtype=torch.bool),
-        torch.arange(EPISODE * episodes),
-    )
 
 
 # Fast.

@@ -25,13 +25,13 @@ from learner import losses
 from learner.actor_critic import Schedule, grid, rows_at_once
 from learner.advantages import advantages, normalised
 from learner.critics import ValueCritic
+from learner.figures import Figures
 from learner.memory import keep_freed_memory
 from learner.optimisation import NetworkClip, adam_arrays, load_adam_arrays, part, recordable_adam, set_rate
 from learner.recorded import Recorded
 from learner.segments import Segments
 from learner.settings import LearnerSettings
 from protocol.device import moved
-from protocol.errors import NumericalError
 from protocol.layout import JointRows
 from protocol.stacked import StackedMLP, Tile
 
@@ -120,7 +120,7 @@ class ClippedActorCritic:
         settings = self.settings.clipped
         self._set_rates(Schedule.at(progress, self.settings))
         steps = self._look_back(segments.to(self.device), moved(rewards, self.device))
-        sums: dict[str, torch.Tensor] = {}
+        learned = Figures()
         # The entropy of continuous policies is that of a draw, and draws are the CPU's.
         recordable = all(block.discrete for block in self.layout.blocks)
         learn = self._learn_both if learn_policy else self._learn_critic
@@ -128,14 +128,8 @@ class ClippedActorCritic:
             order = torch.randperm(len(steps.rows), generator=self._generator)
             for index in order.chunk(settings.parts):
                 part = _select(steps, index.to(self.device, non_blocking=True)).tensors()
-                figures = learn(part) if recordable else self._learn(part, learn_policy)
-                sums = {name: sums.get(name, 0) + value for name, value in figures.items()}
-        scale = settings.epochs * min(settings.parts, len(steps.rows)) * self.num_groups
-        totals = dict(zip(sums, torch.stack(list(sums.values())).div(scale).tolist(), strict=True))
-        for name in ("critic_loss", "policy_loss"):
-            if not np.isfinite(totals.get(name, 0.0)):
-                raise NumericalError(f"{name} is {totals[name]}")
-        return totals
+                learned.add(learn(part) if recordable else self._learn(part, learn_policy))
+        return {name: value / self.num_groups for name, value in learned.means().items()}
 
     def state(self) -> dict[str, np.ndarray]:
         """Networks, optimisers, π_clone, random state, by name; `load_state` is the inverse."""

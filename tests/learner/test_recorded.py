@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 
 from learner.recorded import Recorded
@@ -23,3 +24,33 @@ def test_without_a_gpu_every_call_is_made() -> None:
     recorded.forget()
     assert calls == [1, 1, 1]
     assert parameter.tolist() == [6.0, 6.0]
+
+
+class _OnGpu(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda")
+
+
+def test_a_part_of_another_size_does_not_spoil_the_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            told.append("play")
+
+    def record(self: Recorded, inputs: Sequence[torch.Tensor]) -> Graph:
+        told.append("record")
+        return Graph()
+
+    monkeypatch.setattr(Recorded, "_record", record)
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *_: None)
+    recorded = Recorded(lambda inputs: told.append("call") or {})  # type: ignore[func-returns-value]
+    for size in (5, 5, 5, 3, 5, 3, 5):
+        recorded([torch.zeros(size).as_subclass(_OnGpu)])
+    assert told == ["call", "record", "play", "play", "call", "play", "call", "play"]
+    recorded.forget()
+    recorded([torch.zeros(5).as_subclass(_OnGpu)])
+    assert told[-1] == "call"

@@ -1,0 +1,83 @@
+"""Random rows, batches and episodes of any layout, drawn on the CPU: every device gets the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from learner.replay import Batch
+from learner.segments import Segments
+from protocol.layout import JointRows, Layout
+
+EPISODE = 100
+"""Steps of an episode."""
+LAST_BITS = 2.0**-22
+"""How far observations are shaken: as far as products of a hundred terms round, in another order."""
+
+
+def some_rows(layout: Layout, count: int, seed: int) -> JointRows:
+    generator = torch.Generator().manual_seed(seed)
+    rows = JointRows([], [], [])
+    for block in layout.blocks:
+        shape = (count, block.num_agents)
+        rows.observations.append(torch.randn(*shape, block.observation_dim, generator=generator))
+        rows.actions.append(_some_actions(shape, block.action_dim, block.discrete, generator))
+        rows.active.append(torch.rand(shape, generator=generator) < 0.9)
+    return rows
+
+
+def shaken(observations: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
+    if not seed:
+        return observations
+    generator = torch.Generator().manual_seed(seed)
+    return [o * (1 + LAST_BITS * torch.randn(o.shape, generator=generator)) for o in observations]
+
+
+def _some_actions(shape: tuple[int, ...], width: int, discrete: bool, generator: torch.Generator) -> torch.Tensor:
+    if discrete:
+        return torch.randint(width, shape, generator=generator)
+    return torch.rand(*shape, width, generator=generator) * 1.8 - 0.9
+
+
+def _some_masks(layout: Layout, shape: tuple[int, ...], actions: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
+    """Nine of ten actions are allowed, and those that were taken."""
+    generator, masks = torch.Generator().manual_seed(5), []
+    for b, block in enumerate(layout.blocks):
+        mask = torch.rand(*shape, block.num_agents, block.action_dim, generator=generator) < 0.9
+        mask[..., 0] = True
+        if actions and block.discrete:
+            mask[: len(actions[b])].scatter_(-1, actions[b].unsqueeze(-1), True)
+        masks.append(mask)
+    return masks
+
+
+def some_batch(layout: Layout, count: int) -> Batch:
+    rows, following = some_rows(layout, count, 3), some_rows(layout, count, 4)
+    generator = torch.Generator().manual_seed(6)
+    return Batch(
+        rows=rows,
+        action_masks=_some_masks(layout, (count,), rows.actions),
+        next_observations=following.observations,
+        next_action_masks=_some_masks(layout, (count,)),
+        next_active=following.active,
+        rewards=[torch.rand(count, block.num_agents, generator=generator) for block in layout.blocks],
+        terminated=torch.rand(count, generator=generator) < 0.01,
+    )
+
+
+def some_segments(layout: Layout, episodes: int) -> Segments:
+    generator, shape = torch.Generator().manual_seed(8), (EPISODE, episodes)
+    views, steps = some_rows(layout, (EPISODE + 1) * episodes, 9), some_rows(layout, EPISODE * episodes, 10)
+    actions = [a.unflatten(0, shape) for a in steps.actions]
+    return Segments(
+        [o.unflatten(0, (EPISODE + 1, episodes)) for o in views.observations],
+        _some_masks(layout, (EPISODE + 1, episodes), actions),
+        [torch.ones(EPISODE + 1, episodes, block.num_agents, dtype=torch.bool) for block in layout.blocks],
+        actions,
+        [torch.full((*shape, block.num_agents), -1.0) for block in layout.blocks],
+        [torch.rand(*shape, block.num_agents, generator=generator) for block in layout.blocks],
+        torch.zeros(shape, dtype=torch.bool),
+        torch.ones(shape, dtype=torch.bool),
+        torch.arange(EPISODE * episodes),
+    )
