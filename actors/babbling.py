@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from actors.policy import Policy
+from protocol.environment import TimeStep
 from protocol.layout import Layout
 from protocol.seeds import derive_seed
 from protocol.stacked import StackedMLP
@@ -35,31 +36,21 @@ class Babble:
                 for part in (stack.weights[-1], stack.biases[-1]):
                     part.data.mul_(factor)
 
-    def act(
-        self,
-        observations: Sequence[np.ndarray],
-        action_masks: Sequence[np.ndarray],
-        generator: torch.Generator,
-        greedy: bool = False,
-    ) -> list[np.ndarray]:
+    def act(self, now: TimeStep, generator: torch.Generator, greedy: bool = False) -> list[np.ndarray]:
         """As `Policy.act`."""
-        return self.decide(observations, action_masks, generator, greedy)[0]
+        return self.decide(now, generator, greedy)[0]
 
     def decide(
-        self,
-        observations: Sequence[np.ndarray],
-        action_masks: Sequence[np.ndarray],
-        generator: torch.Generator,
-        greedy: bool = False,
+        self, now: TimeStep, generator: torch.Generator, greedy: bool = False
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """As `Policy.decide`: environment e is played by policy e modulo their number."""
-        count, envs = len(self._policies), len(observations[0])
+        count, seen = len(self._policies), now.seen(self._policies[0].layout.spec)
         parts = [
-            policy.decide([o[k::count] for o in observations], [a[k::count] for a in action_masks], generator, greedy)
+            policy.choose([block[k::count] for block in seen], generator, greedy)
             for k, policy in enumerate(self._policies)
         ]
         actions, chances = ([part[half] for part in parts] for half in (0, 1))
-        return _woven(actions, envs), _woven(chances, envs)
+        return _woven(actions, len(seen[0])), _woven(chances, len(seen[0]))
 
 
 def _generator(seed: int, number: int) -> torch.Generator:

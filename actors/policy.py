@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
 from actors import gaussian
+from protocol.environment import TimeStep
 from protocol.layout import Layout
-from protocol.specs import EnvironmentSpec
+from protocol.observations import Observations
+from protocol.specs import ArrayTable, EnvironmentSpec
 from protocol.stacked import StackedMLP
-from protocol.trajectories import ArrayTable
 
 FORBIDDEN_LOGIT = -1e9
 
@@ -53,34 +55,29 @@ class Policy(nn.Module):
         groups, batch, slots, _ = observations.shape
         return self.networks[block_index](observations.flatten(1, 2)).view(groups, batch, slots, -1)
 
-    @torch.no_grad()
-    def act(
-        self,
-        observations: Sequence[np.ndarray],
-        action_masks: Sequence[np.ndarray],
-        generator: torch.Generator,
-        greedy: bool = False,
-    ) -> list[np.ndarray]:
-        """Draw actions (or take the likeliest; of continuous ones the centre): per type [E, X_m, …] → [E, X_m] int64,
-        or [E, X_m, A_m] float32. The generator is the CPU's, wherever the policy is."""
-        return self.decide(observations, action_masks, generator, greedy)[0]
+    def act(self, now: TimeStep, generator: torch.Generator, greedy: bool = False) -> list[np.ndarray]:
+        """Draw actions (or take the likeliest; of continuous ones the centre): per type [E, X_m] int64, or
+        [E, X_m, A_m] float32. The generator is the CPU's, wherever the policy is."""
+        return self.decide(now, generator, greedy)[0]
 
-    @torch.no_grad()
     def decide(
-        self,
-        observations: Sequence[np.ndarray],
-        action_masks: Sequence[np.ndarray],
-        generator: torch.Generator,
-        greedy: bool = False,
+        self, now: TimeStep, generator: torch.Generator, greedy: bool = False
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """The actions of `act`, and log π(a|s) of each (of continuous ones the density's): [E, X_m] float32."""
+        return self.choose(now.seen(self.layout.spec), generator, greedy)
+
+    @torch.no_grad()
+    def choose(
+        self, observations: Sequence[Observations], generator: torch.Generator, greedy: bool = False
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """As `decide`, on what the agents of each block see."""
         device = next(self.parameters()).device
         actions, chances = [], []
-        block_rows = zip(self.layout.to_rows(observations), self.layout.to_rows(action_masks), strict=True)
-        for b, (observation, mask) in enumerate(block_rows):
-            block, observation = self.layout.blocks[b], observation.to(device)
+        for b, (block, seen) in enumerate(zip(self.layout.blocks, observations, strict=True)):
+            seen = seen.to(device)
+            observation = seen.dense()
             if block.discrete:
-                logits = block.rows(self.logits(b, block.grid(observation), block.grid(mask.to(device))))
+                logits = block.rows(self.logits(b, block.grid(observation), block.grid(seen.masks())))
                 action = logits.argmax(-1) if greedy else sample(logits, generator)
                 chance = logits.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
             else:
@@ -92,7 +89,7 @@ class Policy(nn.Module):
                     action, chance = gaussian.draw(output, generator)
             actions.append(action)
             chances.append(chance)
-        by_type = self.layout.by_type
+        by_type = partial(self.layout.spec.by_type, axis=1)
         return [a.cpu().numpy() for a in by_type(actions)], [c.cpu().numpy() for c in by_type(chances)]
 
     def to_arrays(self) -> dict[str, np.ndarray]:
@@ -121,19 +118,13 @@ class UniformPolicy:
     def __init__(self, spec: EnvironmentSpec) -> None:
         self._spec = spec
 
-    def act(
-        self,
-        observations: Sequence[np.ndarray],
-        action_masks: Sequence[np.ndarray],
-        generator: torch.Generator,
-        greedy: bool = False,
-    ) -> list[np.ndarray]:
+    def act(self, now: TimeStep, generator: torch.Generator, greedy: bool = False) -> list[np.ndarray]:
         """As `Policy.act`; `greedy` makes no difference."""
         return [
             sample(torch.zeros(mask.shape).masked_fill(~torch.as_tensor(mask), FORBIDDEN_LOGIT), generator).numpy()
             if agent_type.discrete
             else torch.empty(mask.shape).uniform_(-1, 1, generator=generator).numpy()
-            for agent_type, mask in zip(self._spec.types, action_masks, strict=True)
+            for agent_type, mask in zip(self._spec.types, now.action_masks, strict=True)
         ]
 
 

@@ -19,8 +19,9 @@ from protocol.layout import Layout
 from protocol.messages import Chunk, Done, Evaluation, Refusal, Weights
 from protocol.registry import make_environment
 from protocol.seeds import derive_seed
+from protocol.specs import ArrayTable
 from protocol.telemetry import Telemetry
-from protocol.trajectories import ArrayTable, Trajectories
+from protocol.trajectories import Trajectories
 
 POLL_SECONDS = 0.2
 CREDITS = 2

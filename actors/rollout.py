@@ -10,19 +10,15 @@ import numpy as np
 import torch
 
 from protocol.environment import Environment, Starts, TimeStep
-from protocol.trajectories import Trajectories
+from protocol.trajectories import Trajectories, columns_of
 
 
 class Acts(Protocol):
     """Whoever chooses actions: a policy, the uniform policy, a scripted expert."""
 
-    def act(
-        self,
-        observations: Sequence[np.ndarray],
-        action_masks: Sequence[np.ndarray],
-        generator: torch.Generator,
-        greedy: bool = False,
-    ) -> list[np.ndarray]: ...
+    def act(self, now: TimeStep, generator: torch.Generator, greedy: bool = False) -> list[np.ndarray]:
+        """On what the agents observe and may do now, and on nothing else: per type [E, X_m], or [E, X_m, A_m]."""
+        ...
 
 
 @runtime_checkable
@@ -30,11 +26,7 @@ class KnowsItsChances(Acts, Protocol):
     """Who also tells how likely each chosen action was, as `Policy.decide` does."""
 
     def decide(
-        self,
-        observations: Sequence[np.ndarray],
-        action_masks: Sequence[np.ndarray],
-        generator: torch.Generator,
-        greedy: bool = False,
+        self, now: TimeStep, generator: torch.Generator, greedy: bool = False
     ) -> tuple[list[np.ndarray], list[np.ndarray]]: ...
 
 
@@ -72,9 +64,9 @@ def _moments(
     for _ in range(environment.spec.episode_length):
         chances = None
         if decide is not None:
-            actions, chances = decide(now.observations, now.action_masks, generator, greedy)
+            actions, chances = decide(now, generator, greedy)
         else:
-            actions = policy.act(now.observations, now.action_masks, generator, greedy)
+            actions = policy.act(now, generator, greedy)
         now = environment.step(actions)
         yield Moment(actions, chances, now, ended)
         ended = ended | now.terminated | now.truncated
@@ -89,17 +81,16 @@ def rollout(
     stay 0.
     """
     trajectories = Trajectories.zeros(environment.spec, environment.num_envs)
+    write = _Writer(trajectories)
     first, moments = play(environment, policy, seed, greedy, starts)
-    _write_view(trajectories, 0, first)
+    write.view(0, first)
     for t, moment in enumerate(moments):
         now = moment.now
-        for m, chance in enumerate(moment.chances or ()):
-            trajectories.log_probabilities[m][t] = chance
-        for m, action in enumerate(moment.actions):
-            trajectories.actions[m][t] = action
-            trajectories.rewards[m][t] = now.rewards[m]
+        write.per_type("log_probabilities", t, moment.chances or ())
+        write.per_type("actions", t, moment.actions)
+        write.per_type("rewards", t, now.rewards)
         trajectories.terminated[t], trajectories.truncated[t] = now.terminated, now.truncated
-        _write_view(trajectories, t + 1, now)
+        write.view(t + 1, now)
         trajectories.lengths[(now.terminated | now.truncated) & ~moment.before] = t + 1
     return trajectories
 
@@ -115,8 +106,22 @@ def returns(
     return total
 
 
-def _write_view(trajectories: Trajectories, t: int, now: TimeStep) -> None:
-    for m in range(len(now.observations)):
-        trajectories.observations[m][t] = now.observations[m]
-        trajectories.action_masks[m][t] = now.action_masks[m]
-        trajectories.active[m][t] = now.active[m]
+class _Writer:
+    """Where the steps of trajectories are written to: views of their arrays, made once."""
+
+    def __init__(self, trajectories: Trajectories) -> None:
+        self._spec = trajectories.spec
+        self._columns = [columns_of(trajectories.arrays, b) for b in range(len(self._spec.blocks))]
+        names = ("active", "actions", "log_probabilities", "rewards")
+        self._per_type: dict[str, list[np.ndarray]] = {name: getattr(trajectories, name) for name in names}
+
+    def view(self, t: int, now: TimeStep) -> None:
+        """What agents observe and may do at step t."""
+        for columns, seen in zip(self._columns, now.seen(self._spec), strict=True):
+            for name, column in columns.items():
+                column[t] = seen.columns[name]
+        self.per_type("active", t, now.active)
+
+    def per_type(self, name: str, t: int, arrays: Sequence[np.ndarray]) -> None:
+        for target, array in zip(self._per_type[name], arrays, strict=False):
+            target[t] = array

@@ -33,7 +33,8 @@ from protocol.messages import (
     encode,
 )
 from protocol.registry import make_environment
-from protocol.trajectories import ArrayTable, Trajectories
+from protocol.specs import ArrayTable
+from protocol.trajectories import Trajectories
 from reward_server.particles import state_table
 from reward_server.process import request_schema
 from reward_server.settings import RewardSettings

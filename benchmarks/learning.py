@@ -30,6 +30,7 @@ from learner.critics import Context, Critic
 from learner.replay import Batch
 from learner.settings import LearnerSettings
 from protocol.layout import JointRows, Layout, ParameterSharing
+from protocol.observations import Observations
 from protocol.specs import EnvironmentSpec, TypeSpec
 
 LARGEST_RATIO = 1.4
@@ -166,7 +167,7 @@ def _random_batch(layout: Layout, rows: int, generator: torch.Generator) -> Batc
         tensors = []
         for block in layout.blocks:
             shape = (rows, block.num_agents)
-            if kind == "observations":
+            if kind == "own":
                 tensors.append(torch.randn(*shape, block.observation_dim, generator=generator))
             elif kind == "actions":
                 tensors.append(torch.randint(block.action_dim, shape, generator=generator))
@@ -176,12 +177,14 @@ def _random_batch(layout: Layout, rows: int, generator: torch.Generator) -> Batc
                 tensors.append(torch.rand(shape, generator=generator))
         return tensors
 
+    def seen() -> list[Observations]:
+        columns = zip(layout.blocks, draw("own"), draw("masks"), strict=True)
+        return [Observations(block.form, {"own": own, "masks": masks}) for block, own, masks in columns]
+
     active = [torch.ones(rows, block.num_agents, dtype=torch.bool) for block in layout.blocks]
     return Batch(
-        rows=JointRows(draw("observations"), draw("actions"), active),
-        action_masks=draw("masks"),
-        next_observations=draw("observations"),
-        next_action_masks=draw("masks"),
+        rows=JointRows(seen(), draw("actions"), active),
+        next_observations=seen(),
         next_active=active,
         rewards=draw("rewards"),
         terminated=torch.rand(rows, generator=generator) < 0.01,

@@ -9,6 +9,7 @@ import torch
 from learner.replay import Batch
 from learner.segments import Segments
 from protocol.layout import JointRows, Layout
+from protocol.observations import Observations
 
 EPISODE = 100
 """Steps of an episode."""
@@ -17,21 +18,28 @@ LAST_BITS = 2.0**-22
 
 
 def some_rows(layout: Layout, count: int, seed: int) -> JointRows:
+    """Without masks, as the reward server sees them."""
     generator = torch.Generator().manual_seed(seed)
     rows = JointRows([], [], [])
     for block in layout.blocks:
         shape = (count, block.num_agents)
-        rows.observations.append(torch.randn(*shape, block.observation_dim, generator=generator))
+        own = torch.randn(*shape, block.observation_dim, generator=generator)
+        rows.observations.append(Observations(block.form, {"own": own}))
         rows.actions.append(_some_actions(shape, block.action_dim, block.discrete, generator))
         rows.active.append(torch.rand(shape, generator=generator) < 0.9)
     return rows
 
 
-def shaken(observations: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
+def shaken(observations: list[Observations], seed: int) -> list[Observations]:
     if not seed:
         return observations
     generator = torch.Generator().manual_seed(seed)
-    return [o * (1 + LAST_BITS * torch.randn(o.shape, generator=generator)) for o in observations]
+    result = []
+    for seen in observations:
+        own = seen.columns["own"]
+        own = own * (1 + LAST_BITS * torch.randn(own.shape, generator=generator))
+        result.append(Observations(seen.form, seen.columns | {"own": own}))
+    return result
 
 
 def _some_actions(shape: tuple[int, ...], width: int, discrete: bool, generator: torch.Generator) -> torch.Tensor:
@@ -52,14 +60,18 @@ def _some_masks(layout: Layout, shape: tuple[int, ...], actions: Sequence[torch.
     return masks
 
 
+def _masked(observations: list[Observations], masks: list[torch.Tensor]) -> list[Observations]:
+    pairs = zip(observations, masks, strict=True)
+    return [Observations(seen.form, seen.columns | {"masks": mask}) for seen, mask in pairs]
+
+
 def some_batch(layout: Layout, count: int) -> Batch:
     rows, following = some_rows(layout, count, 3), some_rows(layout, count, 4)
     generator = torch.Generator().manual_seed(6)
+    rows.observations = _masked(rows.observations, _some_masks(layout, (count,), rows.actions))
     return Batch(
         rows=rows,
-        action_masks=_some_masks(layout, (count,), rows.actions),
-        next_observations=following.observations,
-        next_action_masks=_some_masks(layout, (count,)),
+        next_observations=_masked(following.observations, _some_masks(layout, (count,))),
         next_active=following.active,
         rewards=[torch.rand(count, block.num_agents, generator=generator) for block in layout.blocks],
         terminated=torch.rand(count, generator=generator) < 0.01,
@@ -70,9 +82,9 @@ def some_segments(layout: Layout, episodes: int) -> Segments:
     generator, shape = torch.Generator().manual_seed(8), (EPISODE, episodes)
     views, steps = some_rows(layout, (EPISODE + 1) * episodes, 9), some_rows(layout, EPISODE * episodes, 10)
     actions = [a.unflatten(0, shape) for a in steps.actions]
+    seen = [o.map(lambda column: column.unflatten(0, (EPISODE + 1, episodes))) for o in views.observations]
     return Segments(
-        [o.unflatten(0, (EPISODE + 1, episodes)) for o in views.observations],
-        _some_masks(layout, (EPISODE + 1, episodes), actions),
+        _masked(seen, _some_masks(layout, (EPISODE + 1, episodes), actions)),
         [torch.ones(EPISODE + 1, episodes, block.num_agents, dtype=torch.bool) for block in layout.blocks],
         actions,
         [torch.full((*shape, block.num_agents), -1.0) for block in layout.blocks],

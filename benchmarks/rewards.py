@@ -22,6 +22,7 @@ from floors import matmul_rate, median_seconds
 
 from protocol.layout import JointRows, Layout
 from protocol.messages import Sender
+from protocol.observations import Observations
 from protocol.specs import EnvironmentSpec, TypeSpec
 from protocol.telemetry import Telemetry
 from reward_server.client import RemoteRewards
@@ -47,7 +48,7 @@ def settings(scope: Any) -> RewardSettings:
 def some_rows(count: int, seed: int) -> JointRows:
     generator = torch.Generator().manual_seed(seed)
     return JointRows(
-        [torch.randn(count, AGENTS, OBSERVATIONS, generator=generator)],
+        [Observations(LAYOUT.blocks[0].form, {"own": torch.randn(count, AGENTS, OBSERVATIONS, generator=generator)})],
         [torch.randint(ACTIONS, (count, AGENTS), generator=generator)],
         [torch.ones(count, AGENTS, dtype=torch.bool)],
     )

@@ -22,6 +22,7 @@ from actors.rollout import rollout
 from learner.actor_critic import ActorCritic
 from learner.algorithms import algorithm
 from learner.critics import Critic
+from learner.imitation import REPLAY_STEPS
 from learner.replay import Replay
 from learner.settings import LearnerSettings
 from protocol.layout import Layout
@@ -59,7 +60,7 @@ def measure(name: str, precision: str) -> dict[str, float | str]:
     policy = Policy(layout, (HIDDEN, HIDDEN), generator)
     critic = Critic(layout, algorithm(name).context, HIDDEN, settings.heads, True, generator)
     learner = ActorCritic(policy, critic, settings, torch.device("cpu"), 0)
-    replay = Replay(layout, settings.window_steps)
+    replay = Replay(layout, REPLAY_STEPS)
     seconds, collecting = [], []
     for version in range(ROUNDS + 1):
         start = time.process_time()

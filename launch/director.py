@@ -20,8 +20,8 @@ from launch.topology import Plan
 from protocol.channels import Server
 from protocol.errors import InputError
 from protocol.messages import Done, Status
+from protocol.specs import ArrayTable
 from protocol.telemetry import STOP, Telemetry
-from protocol.trajectories import ArrayTable
 
 log = logging.getLogger(__name__)
 

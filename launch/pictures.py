@@ -63,10 +63,10 @@ def draw_pictures(
     world = make_environment(environment, DAYS)
     berlin = berlin_of(world)
     folder.mkdir(exist_ok=True)
-    places, steps = berlin.scenario.num_locations, berlin.scenario.steps
-    shown = [array.reshape(-1, steps, *array.shape[1:])[:DAYS] for array in demonstrations.observations]
-    played = [array[:-1].swapaxes(0, 1) for array in rollout(world, policy, SEED).observations]
-    days = [Days(title, _locations(seen, places)) for title, seen in (("expert", shown), ("imitator", played))]
+    steps = berlin.scenario.steps
+    shown = demonstrations.in_form_of(world.spec).arrays["0.codes"][: DAYS * steps, :, 0]
+    played = rollout(world, policy, SEED).arrays["0.codes"][:-1, ..., 0].swapaxes(0, 1)
+    days = [Days("expert", shown.reshape(-1, steps, shown.shape[1])), Days("imitator", played)]
     step = _busiest(berlin, days[0]) if hour < 0 else _step_at(berlin, hour)
     drawings: dict[str, Callable[[Path], None]] = {
         "map.png": lambda path: _draw_maps(berlin, days, step, path),
@@ -97,11 +97,6 @@ def draw_attention(critic: Critic, environment: str, policy: Acts, path: Path) -
     figure.colorbar(image, ax=axes, label="attention, mean over heads and agents")
     figure.savefig(path, dpi=DOTS_PER_INCH)
     return True
-
-
-def _locations(observations: list[np.ndarray], places: int) -> np.ndarray:
-    """[days, T, N] from observations [days, T, X_m, O] per type, whose first columns are the location one-hot."""
-    return np.concatenate([seen[..., :places].argmax(axis=-1) for seen in observations], axis=2)
 
 
 def _hours(berlin: Berlin) -> np.ndarray:

@@ -15,6 +15,7 @@ from actors.environments.berlin.environment import Berlin
 from actors.evaluation import EPISODES_AT_ONCE
 from actors.rollout import Acts, rollout
 from launch.evaluate import FRESH_SEED
+from protocol.environment import TimeStep
 from protocol.perturbation import unperturbed
 from protocol.registry import make_environment
 from protocol.seeds import derive_seed
@@ -58,16 +59,10 @@ class _Watched:
         self._policy, self._berlin = policy, berlin
         self.counts: list[np.ndarray] = []
 
-    def act(
-        self,
-        observations: Sequence[np.ndarray],
-        action_masks: Sequence[np.ndarray],
-        generator: torch.Generator,
-        greedy: bool = False,
-    ) -> list[np.ndarray]:
+    def act(self, now: TimeStep, generator: torch.Generator, greedy: bool = False) -> list[np.ndarray]:
         """As `Acts.act`."""
         self.counts.append(self._berlin.counts[:, : self._berlin.scenario.num_roads])
-        return self._policy.act(observations, action_masks, generator, greedy)
+        return self._policy.act(now, generator, greedy)
 
 
 def play(name: str, policy: Acts, episodes: int) -> Sample:

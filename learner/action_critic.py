@@ -34,7 +34,7 @@ class ActionCritic(Critic):
         scene = self.scene(rows)
         values = []
         for b, block in enumerate(self.layout.blocks):
-            observations = grid(block, rows.observations[b])
+            observations = grid(block, rows.observations[b].dense())
             if block.discrete:
                 q = self.of_all_actions(b, observations, scene)
             else:
@@ -70,7 +70,9 @@ class ActionCritic(Critic):
         if self.others is None:
             return None
         encoded = [
-            self.encoders[b](grid(block, rows.observations[b]), grid(block, action_vectors(block, rows.actions[b])))
+            self.encoders[b](
+                grid(block, rows.observations[b].dense()), grid(block, action_vectors(block, rows.actions[b]))
+            )
             for b, block in enumerate(self.layout.blocks)
         ]
         return self.others.weights(encoded, rows)
@@ -109,7 +111,10 @@ class ActionActorCritic(ActorCritic):
             loss = torch.zeros((), device=self.device)
             for b, (target, weight) in enumerate(zip(targets, weights, strict=True)):
                 block = self.layout.blocks[b]
-                observations, actions = grid(block, batch.rows.observations[b]), grid(block, batch.rows.actions[b])
+                observations, actions = (
+                    grid(block, batch.rows.observations[b].dense()),
+                    grid(block, batch.rows.actions[b]),
+                )
                 if block.discrete:
                     q = self.critic.of_all_actions(b, observations, scene).float()
                     taken = q.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
@@ -152,7 +157,7 @@ class ActionActorCritic(ActorCritic):
         scene = self.target_critic.scene(JointRows(batch.next_observations, actions, batch.next_active))
         targets = []
         for b, (action, likelihood) in enumerate(drawn):
-            block, observations = self.layout.blocks[b], grid(self.layout.blocks[b], batch.next_observations[b])
+            block, observations = self.layout.blocks[b], grid(self.layout.blocks[b], batch.next_observations[b].dense())
             if block.discrete:
                 q = self.target_critic.of_all_actions(b, observations, scene).float()
                 value = losses.soft_value(q, likelihood, temperature)
@@ -164,9 +169,9 @@ class ActionActorCritic(ActorCritic):
     def _draw(self, b: int, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Next actions of one block by the target policies, and their masked logits [G, B·S, A] or log densities."""
         block = self.layout.blocks[b]
-        output = self.target_policy.networks[b](grid(block, batch.next_observations[b])).float()
+        output = self.target_policy.networks[b](grid(block, batch.next_observations[b].dense())).float()
         if not block.discrete:
             return gaussian.draw(output, self._generator)
-        logits = output.masked_fill(~grid(block, batch.next_action_masks[b]), FORBIDDEN_LOGIT)
+        logits = output.masked_fill(~grid(block, batch.next_observations[b].masks()), FORBIDDEN_LOGIT)
         numbers = torch.rand(logits.shape[:-1], generator=self._generator).to(logits.device, non_blocking=True)
         return draw(logits, numbers), logits

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from operator import itemgetter
 from typing import TypeVar
 
 import numpy as np
@@ -25,6 +26,7 @@ from learner.replay import Batch
 from learner.settings import LearnerSettings
 from protocol.device import moved, numbers_at_once
 from protocol.layout import Block, JointRows, Layout
+from protocol.observations import Observations
 from protocol.stacked import StackedMLP, Tile
 
 CHUNK_ROWS = 65_536
@@ -138,13 +140,13 @@ class ActorCritic:
         """One step on the tensors of a batch, its rewards, and the random numbers; returns means."""
         for optimiser in self._optimisers.values():
             optimiser.zero_grad(set_to_none=True)
-        blocks = len(self.layout.blocks)
-        batch, others = Batch.of(tensors, blocks)
-        rewards, numbers = others[:blocks], iter(others[blocks:])
+        blocks, left = len(self.layout.blocks), iter(tensors)
+        batch = Batch.taken(self.layout, left)
+        rewards, numbers = list(islice(left, blocks)), left
         weights = losses.row_weights(self.layout, batch.rows.active)
         sums = []
         for rows in self._chunks(len(batch.rows)):
-            part = _cut(batch, rows), [r[rows] for r in rewards], [w[:, rows].flatten(1, 2) for w in weights]
+            part = batch.map(itemgetter(rows)), [r[rows] for r in rewards], [w[:, rows].flatten(1, 2) for w in weights]
             sums.append(self._backward(*part, list(islice(numbers, blocks))))
         totals = {name: torch.stack([s[name] for s in sums]).sum() / self.num_groups for name in sums[0]}
         if cloning is not None:
@@ -167,7 +169,7 @@ class ActorCritic:
     ) -> dict[str, torch.Tensor]:
         """Add the gradients of some rows to the parameters; returns sums over networks."""
         temperature = self._temperature
-        observations = self._grids(batch.rows.observations)
+        observations = self._dense(batch.rows.observations)
         sums = {name: torch.zeros((), device=self.device) for name in ("critic_loss", "policy_loss", "value")}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
             targets = self._targets(batch, rewards, numbers)
@@ -194,7 +196,10 @@ class ActorCritic:
 
     def _targets(self, batch: Batch, rewards: list[torch.Tensor], numbers: list[torch.Tensor]) -> list[torch.Tensor]:
         """y of Eq. 8 per block [G, B·S]; ã' from actions that the target policies draw with the next masks."""
-        observations, masks = self._grids(batch.next_observations), self._grids(batch.next_action_masks)
+        observations = self._dense(batch.next_observations)
+        masks = [
+            grid(block, seen.masks()) for block, seen in zip(self.layout.blocks, batch.next_observations, strict=True)
+        ]
         logits = [torch.empty(mask.shape, device=self.device) for mask in masks]
         actions = []
         for b, block in enumerate(self.layout.blocks):
@@ -255,7 +260,7 @@ class ActorCritic:
         weight: torch.Tensor,
     ) -> torch.Tensor:
         """The policies of one block: their loss."""
-        mask = grid(self.layout.blocks[b], batch.action_masks[b])
+        mask = grid(self.layout.blocks[b], batch.rows.observations[b].masks())
         improve = losses.boltzmann_loss if self.settings.policy == "boltzmann" else losses.policy_loss
         total = torch.zeros((), device=self.device)
 
@@ -268,8 +273,8 @@ class ActorCritic:
         _stack(self.policy.networks, b).backpropagate([observations], gradient, to_inputs=False)
         return total
 
-    def _grids(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [grid(block, tensor) for block, tensor in zip(self.layout.blocks, rows, strict=True)]
+    def _dense(self, observations: list[Observations]) -> list[torch.Tensor]:
+        return [grid(block, seen.dense()) for block, seen in zip(self.layout.blocks, observations, strict=True)]
 
     def _set(self, schedule: Schedule) -> None:
         """The temperature and the steps of the next update."""
@@ -328,18 +333,3 @@ def _frozen(network: Network) -> Network:
 def _arrays_of(network: nn.Module) -> Iterator[tuple[str, np.ndarray]]:
     for key, value in network.state_dict().items():
         yield key, value.detach().cpu().numpy()
-
-
-def _cut(batch: Batch, rows: slice) -> Batch:
-    def part(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [tensor[rows] for tensor in tensors]
-
-    return Batch(
-        JointRows(part(batch.rows.observations), part(batch.rows.actions), part(batch.rows.active)),
-        part(batch.action_masks),
-        part(batch.next_observations),
-        part(batch.next_action_masks),
-        part(batch.next_active),
-        part(batch.rewards),
-        batch.terminated[rows],
-    )

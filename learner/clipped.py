@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from learner.recorded import Recorded
 from learner.segments import Segments
 from learner.settings import LearnerSettings
 from protocol.device import moved
-from protocol.layout import JointRows
+from protocol.layout import JointRows, Layout
 from protocol.stacked import StackedMLP, Tile
 
 FIGURES = ("critic_loss", "policy_loss", "entropy", "value")
@@ -40,14 +41,13 @@ FIGURES = ("critic_loss", "policy_loss", "entropy", "value")
 
 @dataclass
 class _Steps:
-    """What the epochs read: R joint steps, one tensor per block in each list, joint rows [R, N_b, …].
+    """What the epochs read: R joint steps, one entry per block in each list, joint rows [R, N_b, …].
 
     advantage, target, weight, old_log_probability: [R, N_b]; `weight` is the truncated weight of a lagging chunk, 0 for
     an agent that is not there.
     """
 
     rows: JointRows
-    action_masks: list[torch.Tensor]
     old_log_probability: list[torch.Tensor]
     advantage: list[torch.Tensor]
     target: list[torch.Tensor]
@@ -56,18 +56,16 @@ class _Steps:
 
     def tensors(self) -> list[torch.Tensor]:
         """All of them, for `of`."""
-        rows = (self.rows.observations, self.rows.actions, self.rows.active)
-        columns = (self.action_masks, self.old_log_probability, self.advantage, self.target, self.weight)
-        return [tensor for part in (*rows, *columns, self.clone_outputs or []) for tensor in part]
+        columns = (self.old_log_probability, self.advantage, self.target, self.weight, self.clone_outputs or [])
+        return [*self.rows.tensors(), *(tensor for column in columns for tensor in column)]
 
     @classmethod
-    def of(cls, tensors: Sequence[torch.Tensor], blocks: int) -> _Steps:
+    def of(cls, tensors: Sequence[torch.Tensor], layout: Layout) -> _Steps:
         """The inverse of `tensors`."""
-        observations, actions, active, masks, old, advantage, target, weight, *clone = (
-            list(tensors[first : first + blocks]) for first in range(0, len(tensors), blocks)
-        )
-        rows = JointRows(observations, actions, active)
-        return cls(rows, masks, old, advantage, target, weight, clone[0] if clone else None)
+        left = iter(tensors)
+        rows = JointRows.taken(layout, left)
+        old, advantage, target, weight = (list(islice(left, len(layout.blocks))) for _ in range(4))
+        return cls(rows, old, advantage, target, weight, list(left) or None)
 
 
 class ClippedActorCritic:
@@ -163,10 +161,10 @@ class ClippedActorCritic:
         played, discount = segments.played, self.settings.discount
         values = self._values(segments)
         rows, per_step = segments.rows(), segments.spread(rewards)
-        masks, old = segments.of_rows(segments.action_masks), segments.of_rows(segments.log_probabilities)
+        old = segments.of_rows(segments.log_probabilities)
         weights: list[torch.Tensor | None] = [None] * len(self.layout.blocks)
         if self._lagging:
-            now = self._log_probabilities(rows, masks)
+            now = self._log_probabilities(rows)
             ratios = [(mine - acted).exp().clamp(max=1) for mine, acted in zip(now, old, strict=True)]
             weights, old = [*segments.spread(ratios)], now
         advantage: list[torch.Tensor] = []
@@ -187,7 +185,7 @@ class ClippedActorCritic:
         clone = None
         if self.clone is not None and self.settings.clipped.clone_weight:
             clone = self._outputs(self.clone, rows)
-        return _Steps(rows, masks, old, self._normalised(advantage, rows.active), target, weight, clone)
+        return _Steps(rows, old, self._normalised(advantage, rows.active), target, weight, clone)
 
     def _normalised(self, advantage: list[torch.Tensor], active: list[torch.Tensor]) -> list[torch.Tensor]:
         """Per parameter group: what is much for one type may be little for another."""
@@ -203,37 +201,36 @@ class ClippedActorCritic:
 
         Nobody has acted on a last view: what the others would do there is drawn from their policies.
         """
-        shape = segments.observations[0].shape[:2]
+        shape = segments.active[0].shape[:2]
         last = segments.played.sum(0), torch.arange(shape[1], device=self.device)
         views = JointRows([o[last] for o in segments.observations], [], [a[last] for a in segments.active])
-        drawn = self._draw(views, [mask[last] for mask in segments.action_masks])
+        drawn = self._draw(views)
         actions = [torch.cat([a, torch.zeros_like(a[:1])]) for a in segments.actions]
         for column, action in zip(actions, drawn, strict=True):
             column[last] = action
-        parts = (segments.observations, actions, segments.active)
-        rows = JointRows(*([t.flatten(0, 1) for t in columns] for columns in parts))
+        rows = JointRows(segments.observations, actions, segments.active).map(lambda tensor: tensor.flatten(0, 1))
         found: list[list[torch.Tensor]] = [[] for _ in self.layout.blocks]
         for index in torch.arange(len(rows), device=self.device).split(self._height):
             for values, block, value in zip(found, self.layout.blocks, self.critic(rows.select(index)), strict=True):
                 values.append(block.rows(value.float()) * self._horizon)
         return [torch.cat(values).unflatten(0, shape) for values in found]
 
-    def _draw(self, rows: JointRows, masks: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _draw(self, rows: JointRows) -> list[torch.Tensor]:
         drawn = []
-        for block, output, mask in zip(self.layout.blocks, self._outputs(self.policy, rows), masks, strict=True):
-            if block.discrete:
-                logits = output.masked_fill(~mask, FORBIDDEN_LOGIT)
+        for b, output in enumerate(self._outputs(self.policy, rows)):
+            if self.layout.blocks[b].discrete:
+                logits = output.masked_fill(~rows.observations[b].masks(), FORBIDDEN_LOGIT)
                 drawn.append(sample(logits, self._generator))
             else:
                 drawn.append(gaussian.draw(output, self._generator)[0])
         return drawn
 
-    def _log_probabilities(self, rows: JointRows, masks: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _log_probabilities(self, rows: JointRows) -> list[torch.Tensor]:
         """log π(a|s) of the actions taken, [R, N_b] per block."""
         result = []
         for b, output in enumerate(self._outputs(self.policy, rows)):
             if self.layout.blocks[b].discrete:
-                log_policy = output.masked_fill(~masks[b], FORBIDDEN_LOGIT).log_softmax(-1)
+                log_policy = output.masked_fill(~rows.observations[b].masks(), FORBIDDEN_LOGIT).log_softmax(-1)
                 result.append(log_policy.gather(-1, rows.actions[b].unsqueeze(-1)).squeeze(-1))
             else:
                 result.append(gaussian.log_density(output, rows.actions[b]))
@@ -242,7 +239,7 @@ class ClippedActorCritic:
     def _outputs(self, policy: Policy, rows: JointRows) -> list[torch.Tensor]:
         """What a policy's networks say, as joint rows [R, N_b, …]."""
         return [
-            block.rows(policy.outputs(b, block.grid(rows.observations[b])).float())
+            block.rows(policy.outputs(b, block.grid(rows.observations[b].dense())).float())
             for b, block in enumerate(self.layout.blocks)
         ]
 
@@ -252,7 +249,7 @@ class ClippedActorCritic:
 
     def _learn(self, tensors: Sequence[torch.Tensor], learn_policy: bool) -> dict[str, torch.Tensor]:
         """One gradient step on the tensors of some `_Steps`; returns sums over networks."""
-        figures = self._backward(_Steps.of(tensors, len(self.layout.blocks)), learn_policy)
+        figures = self._backward(_Steps.of(tensors, self.layout), learn_policy)
         for name in ("critic", "policy") if learn_policy else ("critic",):
             self._clips[name]()
             self._optimisers[name].step()
@@ -288,11 +285,11 @@ class ClippedActorCritic:
         block, settings = self.layout.blocks[b], self.settings.clipped
         columns = (steps.rows.actions[b], steps.old_log_probability[b], steps.advantage[b])
         action, old, advantage = (grid(block, column) for column in columns)
-        observations = grid(block, steps.rows.observations[b])
+        observations = grid(block, steps.rows.observations[b].dense())
         clone = None if steps.clone_outputs is None else grid(block, steps.clone_outputs[b])
         if not block.discrete:
             return self._improve_continuous(b, observations, action, old, advantage, weight, clone)
-        mask = grid(block, steps.action_masks[b])
+        mask = grid(block, steps.rows.observations[b].masks())
         total, entropy = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
 
         def gradient(tile: Tile, output: torch.Tensor) -> torch.Tensor:
@@ -351,7 +348,6 @@ def _select(steps: _Steps, index: torch.Tensor) -> _Steps:
 
     return _Steps(
         steps.rows.select(index),
-        taken(steps.action_masks),
         taken(steps.old_log_probability),
         taken(steps.advantage),
         taken(steps.target),

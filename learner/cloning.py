@@ -15,7 +15,7 @@ from learner.memory import keep_freed_memory
 from learner.optimisation import adam_arrays, load_adam_arrays, part
 from learner.settings import CloningSettings
 from protocol.demonstrations import Demonstrations
-from protocol.layout import JointRows, Layout
+from protocol.layout import Layout
 from protocol.seeds import derive_seed
 from protocol.telemetry import Telemetry
 
@@ -25,9 +25,7 @@ class Cloning:
 
     def __init__(self, layout: Layout, demonstrations: Demonstrations, batch_size: int, seed: int) -> None:
         self._layout, self._batch_size = layout, batch_size
-        parts = (demonstrations.observations, demonstrations.actions, demonstrations.active)
-        self._rows = JointRows(*(layout.to_rows(part) for part in parts))
-        self._masks = layout.to_rows(demonstrations.action_masks)
+        self._rows = demonstrations.rows(layout)
         self._generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
@@ -38,13 +36,14 @@ class Cloning:
         if index is None:
             index = torch.randint(len(self._rows), (self._batch_size,), generator=self._generator)
         device = next(policy.parameters()).device
-        rows = self._rows.select(index).to(device)
+        rows = self._rows.select(index).widened().to(device)
         weights = losses.row_weights(self._layout, rows.active)
         terms = []
         for b, block in enumerate(self._layout.blocks):
-            observations, actions = block.grid(rows.observations[b]), block.grid(rows.actions[b])
+            seen = rows.observations[b]
+            observations, actions = block.grid(seen.dense()), block.grid(rows.actions[b])
             if block.discrete:
-                masks = block.grid(self._masks[b].index_select(0, index).to(device, non_blocking=True))
+                masks = block.grid(seen.masks())
                 log_policy = policy.logits(b, observations, masks).float().log_softmax(-1)
                 terms.append(losses.cloning_loss(log_policy, actions, weights[b]))
             else:

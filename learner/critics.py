@@ -70,7 +70,7 @@ class Critic(nn.Module):
     def forward(self, rows: JointRows) -> list[torch.Tensor]:
         """Joint rows (their actions are those that the others took) → per block Q [G, B, S, A]."""
         observations = [
-            block.grid(observation).flatten(1, 2)
+            block.grid(observation.dense()).flatten(1, 2)
             for block, observation in zip(self.layout.blocks, rows.observations, strict=True)
         ]
         encoded = self.encode(observations)
@@ -88,7 +88,9 @@ class Critic(nn.Module):
         """
         if self.others is None:
             return None
-        grids = [block.grid(x).flatten(1, 2) for block, x in zip(self.layout.blocks, rows.observations, strict=True)]
+        grids = [
+            block.grid(x.dense()).flatten(1, 2) for block, x in zip(self.layout.blocks, rows.observations, strict=True)
+        ]
         return self.others.weights(self.encode(grids), rows)
 
     def _ends(self, block: Block) -> tuple[int, int]:
@@ -194,7 +196,7 @@ class Attention(nn.Module):
         """Embeddings [B, N, H] of all agents, and which are active [B, N]."""
         embedded = []
         for b, (block, embed) in enumerate(zip(self.layout.blocks, self.embeddings, strict=True)):
-            seen = torch.cat([rows.observations[b], action_vectors(block, rows.actions[b])], dim=-1)
+            seen = torch.cat([rows.observations[b].dense(), action_vectors(block, rows.actions[b])], dim=-1)
             output = embed(block.grid(seen).flatten(1, 2))
             embedded.append(block.rows(output.unflatten(1, (len(rows), block.slots))))
         return torch.cat(embedded, dim=1), torch.cat(rows.active, dim=1)

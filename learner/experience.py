@@ -20,8 +20,9 @@ from protocol.channels import Broadcaster, Request, Server
 from protocol.errors import ProtocolError
 from protocol.job import Job
 from protocol.messages import Chunk, Done, Evaluation, Weights, frame_limit
+from protocol.specs import ArrayTable
 from protocol.telemetry import Telemetry
-from protocol.trajectories import ArrayTable, Trajectories
+from protocol.trajectories import Trajectories
 
 log = logging.getLogger(__name__)
 

@@ -3,64 +3,61 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from protocol.device import check_room, moved
+from protocol.device import check_room
 from protocol.errors import InputError
-from protocol.layout import JointRows, Layout
+from protocol.layout import JointRows, Layout, widened
+from protocol.observations import COLUMNS, Observations
 from protocol.trajectories import Trajectories
 
 
 @dataclass
 class Batch:
-    """B transitions; one tensor per block in each list, joint rows [B, N_b, …] (see `protocol.layout`).
+    """B transitions; one entry per block in each list, joint rows [B, N_b, …] (see `protocol.layout`).
 
-    `action_masks` belong to `observations`, `next_action_masks` to `next_observations`. `rewards` are true rewards,
-    which only runs with `source="environment"` look at. `terminated` [B] means that nothing follows; a truncated
-    row is an ordinary one whose next observation is bootstrapped from.
+    Observations hold their action masks. `rewards` are true rewards, which only runs with `source="environment"` look
+    at. `terminated` [B] means that nothing follows; a truncated row is an ordinary one whose next observation is
+    bootstrapped from.
     """
 
     rows: JointRows
-    action_masks: list[torch.Tensor]
-    next_observations: list[torch.Tensor]
-    next_action_masks: list[torch.Tensor]
+    next_observations: list[Observations]
     next_active: list[torch.Tensor]
     rewards: list[torch.Tensor]
     terminated: torch.Tensor
 
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """Every array changed in the same way, along the axis of the transitions."""
+        return Batch(
+            rows=self.rows.map(change),
+            next_observations=[seen.map(change) for seen in self.next_observations],
+            next_active=[change(active) for active in self.next_active],
+            rewards=[change(reward) for reward in self.rewards],
+            terminated=change(self.terminated),
+        )
+
     def tensors(self) -> list[torch.Tensor]:
-        """All of them, for `of`."""
-        rows = (self.rows.observations, self.rows.actions, self.rows.active)
-        following = (self.next_observations, self.next_action_masks, self.next_active)
-        parts = (*rows, self.action_masks, *following, self.rewards, [self.terminated])
-        return [tensor for part in parts for tensor in part]
+        """All of them, for `taken`."""
+        following = [tensor for seen in self.next_observations for tensor in seen.columns.values()]
+        return [*self.rows.tensors(), *following, *self.next_active, *self.rewards, self.terminated]
 
     @classmethod
-    def of(cls, tensors: Sequence[torch.Tensor], blocks: int) -> tuple[Batch, Sequence[torch.Tensor]]:
-        """The inverse of `tensors`, and what comes behind."""
-        observations, actions, active, masks, following, next_masks, next_active, rewards = (
-            list(tensors[first : first + blocks]) for first in range(0, 8 * blocks, blocks)
-        )
-        rows = JointRows(observations, actions, active)
-        batch = cls(rows, masks, following, next_masks, next_active, rewards, tensors[8 * blocks])
-        return batch, tensors[8 * blocks + 1 :]
+    def taken(cls, layout: Layout, tensors: Iterator[torch.Tensor]) -> Batch:
+        """The inverse of `tensors`: of the next ones."""
+        blocks = layout.blocks
+        rows = JointRows.taken(layout, tensors)
+        following = [Observations.taken(block.form, tensors) for block in blocks]
+        next_active, rewards = ([next(tensors) for _ in blocks] for _ in ("next_active", "rewards"))
+        return cls(rows, following, next_active, rewards, next(tensors))
 
     def to(self, device: torch.device) -> Batch:
-        """Itself on another device."""
-
-        return Batch(
-            rows=self.rows.to(device),
-            action_masks=moved(self.action_masks, device),
-            next_observations=moved(self.next_observations, device),
-            next_action_masks=moved(self.next_action_masks, device),
-            next_active=moved(self.next_active, device),
-            rewards=moved(self.rewards, device),
-            terminated=self.terminated.to(device, non_blocking=True),
-        )
+        """Itself on another device, without waiting for it."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 class Replay:
@@ -71,21 +68,14 @@ class Replay:
         self.layout = layout
         self.capacity = max(1, math.ceil(window_steps / length)) * (length + 1)
         self._cursor = 0
-        one = Trajectories.zeros(layout.spec, 1).arrays
-        fields = ("observations", "action_masks", "active", "actions", "rewards")
+        one = Trajectories.array_table(layout.spec, length, 1)
         table = {
-            name: (str(array.dtype), (self.capacity, *array.shape[2:]))
-            for name, array in one.items()
-            if name.partition(".")[2] in fields
+            name: (dtype, (self.capacity, *shape[2:]))
+            for name, (dtype, shape) in one.items()
+            if "." in name and not name.endswith(".log_probabilities")
         }
         check_room(table, torch.device("cpu"), "learner.window-steps", window_steps)
-        self._columns = {
-            field: [
-                torch.from_numpy(np.zeros((self.capacity, *array.shape[2:]), array.dtype))
-                for array in (one[f"{b}.{field}"] for b in range(len(layout.blocks)))
-            ]
-            for field in fields
-        }
+        self._columns = {name: torch.from_numpy(np.zeros(shape, dtype)) for name, (dtype, shape) in table.items()}
         self._terminated = torch.zeros(self.capacity, dtype=torch.bool)
         self._has_successor = torch.zeros(self.capacity, dtype=torch.bool)
 
@@ -111,7 +101,8 @@ class Replay:
 
     def rows(self, index: torch.Tensor) -> JointRows:
         """The transitions at these places, copied."""
-        return JointRows(*(self._take(field, index) for field in ("observations", "actions", "active")))
+        actions = [widened(action) for action in self._take("actions", index)]
+        return JointRows(self._seen(index), actions, self._take("active", index))
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
         """B transitions, uniformly and with replacement."""
@@ -120,9 +111,7 @@ class Replay:
         following = (index + 1) % self.capacity
         return Batch(
             rows=self.rows(index),
-            action_masks=self._take("action_masks", index),
-            next_observations=self._take("observations", following),
-            next_action_masks=self._take("action_masks", following),
+            next_observations=self._seen(following),
             next_active=self._take("active", following),
             rewards=self._take("rewards", index),
             terminated=self._terminated[index],
@@ -130,15 +119,14 @@ class Replay:
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything, for a checkpoint."""
-        arrays = {f"{field}.{b}": t.numpy() for field, blocks in self._columns.items() for b, t in enumerate(blocks)}
+        arrays = {name: column.numpy() for name, column in self._columns.items()}
         arrays |= {"terminated": self._terminated.numpy(), "has_successor": self._has_successor.numpy()}
         return arrays | {"cursor": np.array([self._cursor])}
 
     def load_state(self, arrays: dict[str, np.ndarray]) -> None:
         """The inverse of `state`, for arrays that were checked against `state_table`."""
-        for field, blocks in self._columns.items():
-            for b, stored in enumerate(blocks):
-                stored.copy_(torch.tensor(arrays[f"{field}.{b}"]))
+        for name, column in self._columns.items():
+            column.copy_(torch.tensor(arrays[name]))
         self._terminated.copy_(torch.tensor(arrays["terminated"]))
         self._has_successor.copy_(torch.tensor(arrays["has_successor"]))
         self._cursor = int(arrays["cursor"][0])
@@ -148,9 +136,11 @@ class Replay:
         step = torch.arange(trajectories.terminated.shape[0] + 1)
         kept = step <= lengths.unsqueeze(1)
         index = (self._cursor + torch.arange(int(kept.sum()))) % self.capacity
-        for field, stored in self._columns.items():
-            for column, values in zip(stored, self._episode_major(trajectories, field), strict=True):
-                column[index] = values[kept]
+        longest = trajectories.terminated.shape[0] + 1
+        for name, column in self._columns.items():
+            steps = torch.from_numpy(trajectories.arrays[name])
+            steps = steps if len(steps) == longest else _with_last_row(steps)
+            column[index] = steps.transpose(0, 1)[kept]
         self._terminated[index] = _with_last_row(torch.as_tensor(trajectories.terminated)).T[kept]
         self._has_successor[index] = (step < lengths.unsqueeze(1))[kept]
         self._cursor = (self._cursor + len(index)) % self.capacity
@@ -167,13 +157,12 @@ class Replay:
         rows, episodes = self.layout.spec.episode_length + 1, trajectories.num_episodes
         end = self._cursor + episodes * rows
         place = slice(self._cursor, end)
-        for field, stored in self._columns.items():
-            for b, column in enumerate(stored):
-                steps = torch.from_numpy(trajectories.arrays[f"{b}.{field}"]).transpose(0, 1)
-                target = column[place].unflatten(0, (episodes, rows))
-                target[:, : steps.shape[1]] = steps
-                if steps.shape[1] < rows:
-                    target[:, -1] = 0  # as `_with_last_row`
+        for name, column in self._columns.items():
+            steps = torch.from_numpy(trajectories.arrays[name]).transpose(0, 1)
+            target = column[place].unflatten(0, (episodes, rows))
+            target[:, : steps.shape[1]] = steps
+            if steps.shape[1] < rows:
+                target[:, -1] = 0  # as `_with_last_row`
         step = torch.arange(rows)
         self._terminated[place] = _with_last_row(torch.as_tensor(trajectories.terminated)).T.flatten()
         self._has_successor[place] = (step < rows - 1).repeat(episodes)
@@ -181,14 +170,22 @@ class Replay:
         self._cursor = end % self.capacity
         return index
 
-    def _episode_major(self, trajectories: Trajectories, field: str) -> list[torch.Tensor]:
-        """A field of the trajectories per block, [E, T+1, N_b, …]."""
-        per_step = [torch.from_numpy(trajectories.arrays[f"{b}.{field}"]) for b in range(len(self.layout.blocks))]
-        longest = trajectories.terminated.shape[0] + 1
-        return [(steps if len(steps) == longest else _with_last_row(steps)).transpose(0, 1) for steps in per_step]
+    def _seen(self, index: torch.Tensor) -> list[Observations]:
+        """What was observed at these places, copied."""
+        return [
+            Observations(
+                block.form,
+                {
+                    name: self._columns[f"{b}.{name}"].index_select(0, index)
+                    for name in COLUMNS
+                    if f"{b}.{name}" in self._columns
+                },
+            )
+            for b, block in enumerate(self.layout.blocks)
+        ]
 
     def _take(self, field: str, index: torch.Tensor) -> list[torch.Tensor]:
-        return [stored.index_select(0, index) for stored in self._columns[field]]
+        return [self._columns[f"{b}.{field}"].index_select(0, index) for b in range(len(self.layout.blocks))]
 
 
 def _num_rows(trajectories: Trajectories) -> int:

@@ -8,23 +8,23 @@ from dataclasses import dataclass
 import torch
 
 from protocol.device import moved
-from protocol.layout import JointRows, Layout
-from protocol.trajectories import Trajectories
+from protocol.layout import JointRows, Layout, widened
+from protocol.observations import Observations
+from protocol.trajectories import Trajectories, columns_of
 
 
 @dataclass
 class Segments:
-    """E episodes side by side, padded to T steps; one tensor per block in each list.
+    """E episodes side by side, padded to T steps; one entry per block in each list.
 
-    observations [T+1, E, N_b, O_b], action_masks [T+1, E, N_b, A_b], active [T+1, E, N_b] bool.
+    observations compact, with their action masks, [T+1, E] in front.   active [T+1, E, N_b] bool.
     actions [T, E, N_b] int64, or [T, E, N_b, A_b] float32.   log_probabilities [T, E, N_b]: log μ(a|s).
     rewards [T, E, N_b]: true rewards, which only runs with `source="environment"` look at.
     terminated [T, E] bool.   played [T, E] bool: whether the episode had this step.
     index [R]: where the steps that were played lie among all T·E, step by step of all episodes.
     """
 
-    observations: list[torch.Tensor]
-    action_masks: list[torch.Tensor]
+    observations: list[Observations]
     active: list[torch.Tensor]
     actions: list[torch.Tensor]
     log_probabilities: list[torch.Tensor]
@@ -44,14 +44,18 @@ class Segments:
         def columns(field: str) -> list[torch.Tensor]:
             return [joined(f"{b}.{field}") for b in range(len(layout.blocks))]
 
-        fields = ("observations", "action_masks", "active", "actions", "log_probabilities", "rewards")
+        observations = [
+            Observations(block.form, {name: joined(f"{b}.{name}") for name in columns_of(chunks[0].arrays, b)})
+            for b, block in enumerate(layout.blocks)
+        ]
         lengths = torch.cat([torch.from_numpy(chunk.lengths) for chunk in chunks])
         terminated = joined("terminated")
         played = torch.arange(len(terminated)).unsqueeze(1) < lengths
-        observations, action_masks, active, actions, log_probabilities, rewards = map(columns, fields)
+        active, log_probabilities, rewards = map(columns, ("active", "log_probabilities", "rewards"))
+        actions = [widened(action) for action in columns("actions")]
         # Found here, on the CPU: a GPU would be waited for to learn how many there are.
         index = played.flatten().nonzero().squeeze(1)
-        return cls(observations, action_masks, active, actions, log_probabilities, rewards, terminated, played, index)
+        return cls(observations, active, actions, log_probabilities, rewards, terminated, played, index)
 
     @property
     def num_steps(self) -> int:
@@ -60,14 +64,16 @@ class Segments:
 
     def rows(self) -> JointRows:
         """The R joint steps: what is shown to the reward server, and rewarded."""
-        return JointRows(*(self.of_rows(part) for part in (self.observations, self.actions, self.active)))
+        observations = [seen.map(self._of_rows) for seen in self.observations]
+        return JointRows(observations, self.of_rows(self.actions), self.of_rows(self.active))
 
     def of_rows(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """[T or T+1, E, …] → the R steps that were played, [R, …], in the order of `rows`; a view if these are all."""
-        flat = [tensor[: len(self.played)].flatten(0, 1) for tensor in tensors]
-        if len(self.index) == self.played.numel():
-            return flat
-        return [tensor.index_select(0, self.index) for tensor in flat]
+        return [self._of_rows(tensor) for tensor in tensors]
+
+    def _of_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        flat = tensor[: len(self.played)].flatten(0, 1)
+        return flat if len(self.index) == self.played.numel() else flat.index_select(0, self.index)
 
     def spread(self, rewards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Values of `rows`, [R, N_b] per block → [T, E, N_b], 0 where nothing was played."""
@@ -81,8 +87,7 @@ class Segments:
         """Itself on another device."""
 
         return Segments(
-            moved(self.observations, device),
-            moved(self.action_masks, device),
+            [seen.to(device) for seen in self.observations],
             moved(self.active, device),
             moved(self.actions, device),
             moved(self.log_probabilities, device),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from protocol.errors import InputError
-from protocol.specs import EnvironmentSpec, TypeSpec
+from protocol.observations import Form, Observations, forms
+from protocol.specs import ArrayTable, EnvironmentSpec, TypeSpec
+from protocol.trajectories import columns_of
 
-ROWS_AT_ONCE = 8_192
+ROWS_AT_ONCE = 1_024
+OWN, SHARED = "observed values are not finite", "values that all observe are not finite"
 FORBIDDEN = "actions are forbidden by their masks"
 
 
@@ -36,50 +39,72 @@ def check_episodes(
             raise InputError(f"starts.{name}: a value is not finite")
 
 
-def check_type(
-    agent_type: TypeSpec,
-    rows: int,
-    observations: np.ndarray,
-    actions: np.ndarray,
-    masks: np.ndarray,
-    active: np.ndarray,
+def check_block(
+    kinds: Sequence[TypeSpec], form: Form, b: int, arrays: Mapping[str, np.ndarray], table: ArrayTable
 ) -> None:
-    """Check what exists once per row, for one type; bounded memory, whatever the number of rows. Raises InputError."""
-    name, agents, width = agent_type.name, (rows, agent_type.count), agent_type.action_dim
-    _expect_shape(f"observations of type '{name}'", observations, (*agents, agent_type.observation_dim))
-    _expect_shape(f"actions of type '{name}'", actions, agents if agent_type.discrete else (*agents, width))
-    _expect_shape(f"action masks of type '{name}'", masks, (*agents, width))
-    _expect_shape(f"active of type '{name}'", active, agents)
+    """Check what exists once per row, for the block number b of these types; bounded memory, whatever the rows.
+
+    Raises InputError.
+    """
+    whose = f"type '{kinds[0].name}'" + (" or one like it" if len(kinds) > 1 else "")
+    mine = {name: entry for name, entry in table.items() if name.startswith(f"{b}.")}
+    if missing := sorted(set(mine) - set(arrays)):
+        raise InputError(f"{whose}: {', '.join(missing)} is missing")
+    for name, (dtype, shape) in mine.items():
+        _expect_shape(f"{name.partition('.')[2]} of {whose}", arrays[name], shape)
+        integers = name.endswith(".actions") and kinds[0].discrete
+        if arrays[name].dtype != np.dtype(dtype) and not (integers and arrays[name].dtype.kind in "iu"):
+            raise InputError(f"{name.partition('.')[2]} of {whose}: expected {dtype}, found {arrays[name].dtype}")
+    columns = columns_of(arrays, b)
+    rows = len(arrays[f"{b}.active"])
     wrong_values: dict[str, tuple[int, str]] = {}
     for first in range(0, rows, ROWS_AT_ONCE):
         part = slice(first, first + ROWS_AT_ONCE)
-        for what, wrong in _wrong(agent_type, observations[part], actions[part], masks[part], active[part]).items():
+        seen = Observations.of_arrays(form, {name: column[part] for name, column in columns.items()})
+        for what, wrong in _wrong(kinds[0], seen, arrays[f"{b}.actions"][part], arrays[f"{b}.active"][part]).items():
             if wrong.any():
-                row, agent = np.argwhere(wrong)[0][:2]
-                count, where = wrong_values.get(what, (0, f"row {first + row}, agent {agent}"))
+                row, *agent = np.argwhere(wrong)[0]
+                at = f"row {first + row}" + f", agent {agent[0]}" * (what != SHARED)
+                count, where = wrong_values.get(what, (0, at))
                 wrong_values[what] = count + int(wrong.sum()), where
     for what, (count, where) in wrong_values.items():
         advice = "; `bm3il demonstrations clean` leaves them out" if what == FORBIDDEN else ""
-        raise InputError(f"type '{name}': {count} {what}, the first in {where}{advice}")
+        raise InputError(f"{whose}: {count} {what}, the first in {where}{advice}")
 
 
-def _wrong(
-    agent_type: TypeSpec, observations: np.ndarray, actions: np.ndarray, masks: np.ndarray, active: np.ndarray
-) -> dict[str, np.ndarray]:
-    """What can be wrong → where it is, [rows, X_m, …] bool."""
-    wrong = {"observed values are not finite": ~np.isfinite(observations)}
-    if not agent_type.discrete:
+def without_forbidden(spec: EnvironmentSpec, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays, with agents inactive where they do what their masks forbid."""
+    cleaned = dict(arrays)
+    for b, (types, form) in enumerate(zip(spec.blocks, forms(spec), strict=True)):
+        if spec.types[types[0]].discrete:
+            seen, actions = Observations.of_arrays(form, columns_of(arrays, b)), arrays[f"{b}.actions"]
+            allowed = [
+                allowed_by(seen[part].masks().numpy(), actions[part])
+                for part in (slice(k, k + ROWS_AT_ONCE) for k in range(0, len(actions), ROWS_AT_ONCE))
+            ]
+            cleaned[f"{b}.active"] = arrays[f"{b}.active"] & np.concatenate(allowed)
+    return cleaned
+
+
+def _wrong(kind: TypeSpec, seen: Observations, actions: np.ndarray, active: np.ndarray) -> dict[str, np.ndarray]:
+    """What can be wrong → where it is, [rows, N_b, …] (or [rows, S] of what all agents share) bool."""
+    columns = {name: column.numpy() for name, column in seen.columns.items()}
+    wrong = {what: ~np.isfinite(columns[name]) for name, what in (("own", OWN), ("shared", SHARED)) if name in columns}
+    if "codes" in columns:
+        sizes = np.array(seen.form.code_sizes)
+        wrong["codes are out of their range"] = (columns["codes"] < 0) | (columns["codes"] > sizes)
+    if not kind.discrete:
         return wrong | {"action values are not within −1..1": ~(np.abs(actions) <= 1)}
-    last = agent_type.action_dim - 1
-    return wrong | {
-        f"actions are not in 0..{last}": (actions < 0) | (actions > last),
-        FORBIDDEN: active & ~allowed_by(masks, actions),
-    }
+    last = kind.action_dim - 1
+    wrong[f"actions are not in 0..{last}"] = (actions < 0) | (actions > last)
+    if not any(each.any() for each in wrong.values()):  # masks are found by codes
+        wrong[FORBIDDEN] = active & ~allowed_by(seen.masks().numpy(), actions)
+    return wrong
 
 
 def allowed_by(masks: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """Whether each action [rows, X_m] is one that its mask [rows, X_m, A_m] allows (the nearest, if out of range)."""
-    known = np.clip(actions, 0, masks.shape[2] - 1)
+    """Whether each action [rows, N_b] is one that its mask [rows, N_b, A_b] allows (the nearest, if out of range)."""
+    known = np.clip(actions.astype(np.int64), 0, masks.shape[2] - 1)
     return np.take_along_axis(masks, known[..., None], axis=2)[..., 0]
 
 

@@ -1,66 +1,44 @@
-"""Expert demonstrations: whole episodes in one safetensors file, checked when they are read, and mapped, not copied.
-
-Metadata of the file: `format` and `version`, and `header`, JSON with the environment's spec, the origin in words, the
-counts of episodes and rows, and the mean return with its standard error (true return per agent and episode).
-
-Tensors, for the type number m of the spec; a row is one joint step, episodes follow each other without a gap:
-
-- `m.observations` [rows, X_m, O_m] float32, seen before the action.
-- `m.actions` [rows, X_m] integers, or [rows, X_m, A_m] float32 if continuous.
-- `m.action_masks` [rows, X_m, A_m] and `m.active` [rows, X_m] bool; a tensor that is all true is left out.
-- `NAME.xz` [bytes] uint8 in place of observations or masks NAME that xz makes much smaller: the bytes of the array.
-- `episode_lengths` [episodes] int64, `returns` [episodes, N] float32 (NaN where unknown), `groups` [episodes] int64.
-- `starts.<name>` [episodes, …]: start states, as `Environment.reset` takes them.
-"""
+"""Expert demonstrations: whole episodes, compact (`protocol.observations`), checked whoever made them."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as serialise
 
-from protocol.demonstration_checks import allowed_by, check_episodes, check_type
+from protocol import demonstration_file
+from protocol.demonstration_checks import check_block, check_episodes, without_forbidden
 from protocol.errors import InputError
 from protocol.job import Job
-from protocol.packing import MAX_UNPACKED_BYTES, PACKED, Tensors, packed
-from protocol.specs import EnvironmentSpec
-from protocol.trajectories import Trajectories
+from protocol.layout import JointRows, Layout
+from protocol.observations import Form, Observations, compacted, forms, integers, tensor_of
+from protocol.specs import ArrayTable, EnvironmentSpec, TypeSpec
+from protocol.trajectories import Trajectories, actions_entry, columns_of
 
-FORMAT, VERSION = "bm3il-demonstrations", "1"
 RETURNS_UNIT = "true return per agent and episode"
 SHIPPED_IN, SUFFIX = "actors.experts", ".safetensors"
-START_NAME = re.compile(r"starts\.[a-z][a-z0-9_]{0,63}")
-INTEGERS = ("I8", "U8", "I16", "I32", "I64")
-NUMBERS = (*INTEGERS, "F32", "F64", "BOOL")
 
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """Episodes of an expert: the tensors of a file, one array per type in each of the first four fields.
+    """Episodes of an expert. A row is one joint step; episodes follow each other without a gap.
 
-    observations: [rows, X_m, O_m] float32.   actions: [rows, X_m] int64, or [rows, X_m, A_m] float32.
-    action_masks: [rows, X_m, A_m] bool.   active: [rows, X_m] bool.
+    arrays: for the block number b of the spec, as `array_table` says: `b.own`, `b.codes`, `b.shared`, `b.masks`, the
+        columns of what was seen before the action; `b.actions` [rows, N_b, …]; `b.active` [rows, N_b] bool.
+    episode_lengths: [episodes] int64.   returns: [episodes, N] float32, NaN where unknown.
     groups: [episodes] int64, the unit of independence, e.g. the number of a start state that several episodes share.
+    starts: start states by name, [episodes, …], as `Environment.reset` takes them.
 
     Raises InputError, also from the constructor, if shapes do not fit the spec, episodes do not add up to the rows,
-    observations are not finite, or an action is out of range or forbidden by its mask.
+    observations are not finite, a code is out of range, or an action is, or is forbidden by its mask.
     """
 
     spec: EnvironmentSpec
     origin: str
-    observations: Sequence[np.ndarray]
-    actions: Sequence[np.ndarray]
-    action_masks: Sequence[np.ndarray]
-    active: Sequence[np.ndarray]
+    arrays: Mapping[str, np.ndarray]
     episode_lengths: np.ndarray
     returns: np.ndarray
     groups: np.ndarray
@@ -68,9 +46,52 @@ class Demonstrations:
 
     def __post_init__(self) -> None:
         check_episodes(self.spec, self.episode_lengths, self.returns, self.groups, self.starts)
-        columns = zip(self.spec.types, self.observations, self.actions, self.action_masks, self.active, strict=True)
-        for agent_type, *arrays in columns:
-            check_type(agent_type, self.num_rows, *arrays)
+        table = self.array_table(self.spec, self.num_rows)
+        for b, types in enumerate(self.spec.blocks):
+            check_block([self.spec.types[m] for m in types], forms(self.spec)[b], b, self.arrays, table)
+
+    @classmethod
+    def of_types(
+        cls,
+        spec: EnvironmentSpec,
+        origin: str,
+        observations: Sequence[np.ndarray],
+        actions: Sequence[np.ndarray],
+        action_masks: Sequence[np.ndarray],
+        active: Sequence[np.ndarray],
+        episode_lengths: np.ndarray,
+        returns: np.ndarray,
+        groups: np.ndarray,
+        starts: Mapping[str, np.ndarray] | None = None,
+    ) -> Demonstrations:
+        """From arrays of each type, expanded: observations [rows, X_m, O_m], actions [rows, X_m] or [rows, X_m, A_m],
+        action masks [rows, X_m, A_m], active [rows, X_m]; of a spec that does not say what observations are made of."""
+        arrays: dict[str, np.ndarray] = {}
+        actions = [_narrowed(kind, action) for kind, action in zip(spec.types, actions, strict=True)]
+        for b, types in enumerate(spec.blocks):
+            columns = {"own": observations, "masks": action_masks, "actions": actions, "active": active}
+            arrays |= {f"{b}.{name}": _side_by_side([part[m] for m in types]) for name, part in columns.items()}
+        return cls(spec, origin, arrays, episode_lengths, returns, groups, starts or {})
+
+    @property
+    def observations(self) -> list[np.ndarray]:
+        """Per type [rows, X_m, O_m] float32, expanded."""
+        return self.spec.by_type([seen.dense().numpy() for seen in self._seen()], axis=1)
+
+    @property
+    def action_masks(self) -> list[np.ndarray]:
+        """Per type [rows, X_m, A_m] bool, expanded."""
+        return self.spec.by_type([seen.masks().numpy() for seen in self._seen()], axis=1)
+
+    @property
+    def actions(self) -> list[np.ndarray]:
+        """Per type [rows, X_m] integers, or [rows, X_m, A_m] float32: views."""
+        return self._column("actions")
+
+    @property
+    def active(self) -> list[np.ndarray]:
+        """Per type [rows, X_m] bool: views."""
+        return self._column("active")
 
     @property
     def num_episodes(self) -> int:
@@ -97,6 +118,28 @@ class Demonstrations:
             return None
         return float(np.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)) / len(values))
 
+    def rows(self, layout: Layout) -> JointRows:
+        """All rows for the networks of this layout, without copying if they have the form of its environment."""
+        if self.spec.blocks == layout.spec.blocks:
+            seen = self._seen()
+            actions, active = (
+                [tensor_of(self.arrays[f"{b}.{name}"]) for b in range(len(seen))] for name in ("actions", "active")
+            )
+            return JointRows(seen, actions, active)
+        columns = {"own": self.observations, "masks": self.action_masks, "actions": self.actions, "active": self.active}
+        blocks = [
+            {name: tensor_of(_side_by_side([part[m] for m in block.types])) for name, part in columns.items()}
+            for block in layout.blocks
+        ]
+        seen = [
+            Observations(
+                Form.plain(block.num_agents, block.observation_dim, block.action_dim),
+                {name: arrays[name] for name in ("own", "masks")},
+            )
+            for block, arrays in zip(layout.blocks, blocks, strict=True)
+        ]
+        return JointRows(seen, *([arrays[name] for arrays in blocks] for name in ("actions", "active")))
+
     def check_against(self, spec: EnvironmentSpec) -> None:
         """Raise InputError if these are not demonstrations for an environment of this spec.
 
@@ -107,6 +150,20 @@ class Demonstrations:
                 f"demonstrations of '{self.spec.name}' do not fit the environment '{spec.name}': {difference}; "
                 "choose the environment they were recorded in, or record others with `bm3il demonstrations record`"
             )
+
+    def in_form_of(self, spec: EnvironmentSpec) -> Demonstrations:
+        """Themselves as compact as an environment of this spec describes its observations, if their file (of a release
+        that did not describe them) holds nothing that would be lost; else themselves."""
+        plain = all(form.own == form.observation_dim and form.own_masks for form in forms(self.spec))
+        found = compacted(self.spec, spec, self.observations, self.action_masks) if plain else None
+        if found is None:
+            return self
+        described, columns = found
+        arrays = {f"{b}.{name}": array for b, block in enumerate(columns) for name, array in block.items()}
+        for name, per_type in (("actions", self.actions), ("active", self.active)):
+            for b, types in enumerate(described.blocks):
+                arrays[f"{b}.{name}"] = _side_by_side([per_type[m] for m in types])
+        return replace(self, spec=described, arrays=arrays)
 
     def for_crowd(self, spec: EnvironmentSpec) -> Demonstrations:
         """These demonstrations as if there had been as many agents of each type as `spec` has.
@@ -119,18 +176,21 @@ class Demonstrations:
             return self
         row = np.arange(self.num_rows)[:, None]
         types = [replace(mine, count=t.count) for mine, t in zip(self.spec.types, spec.types, strict=True)]
-        recorded = [(np.arange(t.count) + row) % mine.count for mine, t in zip(self.spec.types, types, strict=True)]
-
-        def shown(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-            return [array[row, agents] for array, agents in zip(arrays, recorded, strict=True)]
-
+        arrays = dict(self.arrays)
+        for b, block in enumerate(self.spec.blocks):
+            counts = [self.spec.types[m].count for m in block]
+            firsts = np.cumsum([0, *counts])
+            shown = [
+                first + (np.arange(types[m].count) + row) % count
+                for m, first, count in zip(block, firsts, counts, strict=False)
+            ]
+            agents = np.concatenate(shown, axis=1)
+            per_agent = (name for name in self.arrays if name.startswith(f"{b}.") and name != f"{b}.shared")
+            arrays |= {name: self.arrays[name][row, agents] for name in per_agent}
         return replace(
             self,
             spec=replace(self.spec, types=tuple(types)),
-            observations=shown(self.observations),
-            actions=shown(self.actions),
-            action_masks=shown(self.action_masks),
-            active=shown(self.active),
+            arrays=arrays,
             returns=self.returns.mean(axis=1, keepdims=True).repeat(sum(t.count for t in types), axis=1),
             starts={},
         )
@@ -164,21 +224,19 @@ class Demonstrations:
         return self._take(~chosen), self._take(chosen)
 
     def save(self, path: str | Path) -> None:
-        """Write the file under a temporary name, then rename it: nobody ever sees a part of it.
+        """Write the file of `protocol.demonstration_file`, whole or not at all.
 
         Raises InputError if the folder is not writable or full; nothing is left behind then.
         """
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(serialise(self._tensors(), self._metadata()))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            raise InputError(f"cannot write the demonstrations {path}: {error}") from error
+        counts = {"episodes": self.num_episodes, "rows": self.num_rows}
+        per_episode = self.episode_lengths, self.returns, self.groups, dict(self.starts)
+        contents = demonstration_file.Contents(self.spec, self.origin, dict(self.arrays), *per_episode, counts)
+        figures = {
+            "returns_unit": RETURNS_UNIT,
+            "return_mean": self.return_mean,
+            "return_stderr": self.return_stderr,
+        }
+        demonstration_file.write(path, contents, figures)
 
     @classmethod
     def load(cls, path: str | Path, ignore_forbidden: bool = False) -> Demonstrations:
@@ -187,13 +245,17 @@ class Demonstrations:
         ignore_forbidden: agents are taken as inactive where they do what their masks forbid, instead of refusing them.
         Raises InputError, naming the file and what is wrong, for anything that `save` would not have written.
         """
+        found = demonstration_file.read(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                return _read(file, ignore_forbidden)
+            arrays = without_forbidden(found.spec, found.arrays) if ignore_forbidden else found.arrays
+            per_episode = found.episode_lengths, found.returns, found.groups, found.starts
+            demonstrations = cls(found.spec, found.origin, arrays, *per_episode)
+            for key, count in (("episodes", demonstrations.num_episodes), ("rows", demonstrations.num_rows)):
+                if found.counts[key] != count:
+                    raise InputError(f"the header says {found.counts[key]!r} {key}, the tensors hold {count}")
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
-        except (OSError, SafetensorError, ValueError) as error:
-            raise InputError(f"{path}: expected a safetensors file of demonstrations: {error}") from error
+        return demonstrations
 
     @classmethod
     def from_trajectories(
@@ -207,22 +269,33 @@ class Demonstrations:
         """Whole episodes as they come from a rollout; without `groups`, each episode is independent of the others."""
         steps, episodes = trajectories.terminated.shape
         played = np.arange(steps) < trajectories.lengths[:, None]
-
-        def rows(array: np.ndarray) -> np.ndarray:
-            return array[:steps].swapaxes(0, 1)[played]
-
+        names = cls.array_table(spec, 0)
         return cls(
             spec=spec,
             origin=origin,
-            observations=[rows(array) for array in trajectories.observations],
-            actions=[rows(array) for array in trajectories.actions],
-            action_masks=[rows(array) for array in trajectories.action_masks],
-            active=[rows(array) for array in trajectories.active],
+            arrays={name: trajectories.arrays[name][:steps].swapaxes(0, 1)[played] for name in names},
             episode_lengths=trajectories.lengths.astype(np.int64),
             returns=trajectories.returns(),
             groups=np.arange(episodes) if groups is None else groups,
             starts=starts or {},
         )
+
+    @staticmethod
+    def array_table(spec: EnvironmentSpec, rows: int) -> ArrayTable:
+        """Name → (dtype, shape) of `arrays`; discrete actions may be of any integers."""
+        table: ArrayTable = {}
+        for b, form in enumerate(forms(spec)):
+            shape = (rows, form.agents)
+            table |= {f"{b}.{name}": entry for name, entry in form.table_of(rows).items()}
+            table[f"{b}.actions"] = actions_entry(spec.types[spec.blocks[b][0]], shape)
+            table[f"{b}.active"] = ("bool", shape)
+        return table
+
+    def _seen(self) -> list[Observations]:
+        return [Observations.of_arrays(form, columns_of(self.arrays, b)) for b, form in enumerate(forms(self.spec))]
+
+    def _column(self, name: str) -> list[np.ndarray]:
+        return self.spec.by_type([self.arrays[f"{b}.{name}"] for b in range(len(self.spec.blocks))], axis=1)
 
     def _known_returns(self) -> tuple[np.ndarray, np.ndarray]:
         values = self.returns.mean(axis=1, dtype=np.float64)
@@ -232,45 +305,14 @@ class Demonstrations:
     def _take(self, chosen: np.ndarray) -> Demonstrations:
         """The episodes for which `chosen` [episodes] is true, copied."""
         rows = np.repeat(chosen, self.episode_lengths)
-        return Demonstrations(
-            spec=self.spec,
-            origin=self.origin,
-            observations=[array[rows] for array in self.observations],
-            actions=[array[rows] for array in self.actions],
-            action_masks=[array[rows] for array in self.action_masks],
-            active=[array[rows] for array in self.active],
+        return replace(
+            self,
+            arrays={name: array[rows] for name, array in self.arrays.items()},
             episode_lengths=self.episode_lengths[chosen],
             returns=self.returns[chosen],
             groups=self.groups[chosen],
             starts={name: array[chosen] for name, array in self.starts.items()},
         )
-
-    def _tensors(self) -> dict[str, np.ndarray]:
-        tensors = {"episode_lengths": self.episode_lengths, "returns": self.returns, "groups": self.groups}
-        tensors |= {f"starts.{name}": array for name, array in self.starts.items()}
-        for m, agent_type in enumerate(self.spec.types):
-            small = np.int8 if agent_type.action_dim <= 128 else np.int64
-            tensors[f"{m}.observations"] = self.observations[m]
-            tensors[f"{m}.actions"] = self.actions[m].astype(small) if agent_type.discrete else self.actions[m]
-            optional = {f"{m}.action_masks": self.action_masks[m], f"{m}.active": self.active[m]}
-            tensors |= {name: array for name, array in optional.items() if not array.all()}
-            for name in (f"{m}.observations", f"{m}.action_masks"):
-                if name in tensors and (compressed := packed(tensors[name])) is not None:
-                    del tensors[name]
-                    tensors[name + PACKED] = compressed
-        return {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-
-    def _metadata(self) -> dict[str, str]:
-        header = {
-            "spec": self.spec.to_json(),
-            "origin": self.origin,
-            "episodes": self.num_episodes,
-            "rows": self.num_rows,
-            "returns_unit": RETURNS_UNIT,
-            "return_mean": self.return_mean,
-            "return_stderr": self.return_stderr,
-        }
-        return {"format": FORMAT, "version": VERSION, "header": json.dumps(header, sort_keys=True)}
 
 
 def resolve(name_or_path: str | Path) -> Path:
@@ -292,7 +334,8 @@ def resolve(name_or_path: str | Path) -> Path:
 
 
 def load_demonstrations(job: Job, spec: EnvironmentSpec) -> Demonstrations | None:
-    """The demonstrations of the job, checked against its environment, for as many agents; None if it names none.
+    """The demonstrations of the job, checked against its environment, in its form and for as many agents; None if it
+    names none.
 
     Raises InputError if they cannot be used.
     """
@@ -302,85 +345,17 @@ def load_demonstrations(job: Job, spec: EnvironmentSpec) -> Demonstrations | Non
     demonstrations.check_against(spec)
     if job.demonstration_episodes:
         demonstrations = demonstrations.select(job.demonstration_episodes, seed=0)
-    return demonstrations.for_crowd(spec)
+    return demonstrations.in_form_of(spec).for_crowd(spec)
 
 
-def _read(file: Any, ignore_forbidden: bool) -> Demonstrations:
-    header = _header(file.metadata() or {})
-    spec = EnvironmentSpec.from_json(header.get("spec"))
-    tensors = Tensors(file)
-    start_names = sorted(name for name in tensors.names if START_NAME.fullmatch(name))
-    _check_names(spec, [name.removesuffix(PACKED) for name in tensors.names - set(start_names)])
-    lengths = tensors.read("episode_lengths", "I64")
-    observations, actions, masks, active = _columns(tensors, spec, lengths, ignore_forbidden)
-    demonstrations = Demonstrations(
-        spec=spec,
-        origin=str(header.get("origin", "")),
-        observations=observations,
-        actions=actions,
-        action_masks=masks,
-        active=active,
-        episode_lengths=lengths,
-        returns=tensors.read("returns", "F32"),
-        groups=tensors.read("groups", "I64"),
-        starts={name.removeprefix("starts."): tensors.read(name, *NUMBERS) for name in start_names},
-    )
-    for key, found in (("episodes", demonstrations.num_episodes), ("rows", demonstrations.num_rows)):
-        if header.get(key) != found:
-            raise InputError(f"the header says {header.get(key)!r} {key}, the tensors hold {found}")
-    return demonstrations
+def _narrowed(kind: TypeSpec, actions: np.ndarray) -> np.ndarray:
+    """The actions as the smallest integers, if they are integers that fit."""
+    if not kind.discrete or actions.dtype.kind not in "iu":
+        return actions
+    small = actions.astype(integers(kind.action_dim))
+    return small if np.array_equal(small, actions) else actions
 
 
-def _columns(
-    tensors: Tensors, spec: EnvironmentSpec, lengths: np.ndarray, ignore_forbidden: bool
-) -> tuple[list[np.ndarray], ...]:
-    """Observations, actions, masks and active, one array per type each."""
-    rows = int(lengths.clip(0, MAX_UNPACKED_BYTES).sum())
-    columns: tuple[list[np.ndarray], ...] = ([], [], [], [])
-    for m, t in enumerate(spec.types):
-        seen = tensors.unpack(f"{m}.observations", "F32", (rows, t.count, t.observation_dim))
-        action = tensors.read(f"{m}.actions", *(INTEGERS if t.discrete else ("F32",)))
-        action = action.astype(np.int64) if t.discrete else action
-        mask, active = (
-            tensors.unpack(f"{m}.{name}", "BOOL", (rows, t.count, *width))
-            if tensors.has(f"{m}.{name}")
-            # No memory until it is copied: the width may be a lie, which only the comparison with an environment shows.
-            else np.broadcast_to(np.ones((), bool), (*seen.shape[:2], *width))
-            for name, width in (("action_masks", (t.action_dim,)), ("active", ()))
-        )
-        if ignore_forbidden and t.discrete:
-            active = active & allowed_by(mask, action)
-        for column, array in zip(columns, (seen, action, mask, active), strict=True):
-            column.append(array)
-    return columns
-
-
-def _header(metadata: Mapping[str, str]) -> dict[str, Any]:
-    if metadata.get("format") != FORMAT:
-        raise InputError(
-            f"expected format '{FORMAT}', found {metadata.get('format')!r}; convert it with "
-            "`bm3il demonstrations import`"
-        )
-    if metadata.get("version") != VERSION:
-        raise InputError(f"expected version {VERSION} of the format, found {metadata.get('version')!r}")
-    try:
-        header = json.loads(metadata.get("header", ""))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"the header is not JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise InputError(f"expected a header of names and values, found {type(header).__name__}")
-    return header
-
-
-def _check_names(spec: EnvironmentSpec, found: Sequence[str]) -> None:
-    names = set(found)
-    numbers = range(spec.num_types)
-    required = {"episode_lengths", "returns", "groups"}
-    required |= {f"{m}.{name}" for m in numbers for name in ("observations", "actions")}
-    allowed = required | {f"{m}.{name}" for m in numbers for name in ("action_masks", "active")}
-    if missing := sorted(required - names):
-        raise InputError(f"tensors are missing: {', '.join(missing)}")
-    if extra := sorted(names - allowed):
-        raise InputError(f"unexpected tensors: {', '.join(extra[:5])}")
-    if len(names) < len(found):
-        raise InputError("a tensor is there twice, packed and unpacked")
+def _side_by_side(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """[rows, X_m, …] of all types of a block → [rows, N_b, …]; one is not copied."""
+    return np.concatenate(arrays, axis=1) if len(arrays) > 1 else arrays[0]

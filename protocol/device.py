@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from protocol.errors import InputError
-from protocol.trajectories import ArrayTable
+from protocol.specs import ArrayTable
 
 Precision = Literal["float32", "bfloat16"]
 CPU_FEATURES = Path("/proc/cpuinfo")

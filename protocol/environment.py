@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, overload, runtime_checkable
 
 import numpy as np
+import torch
 
+from protocol.errors import InputError
+from protocol.observations import Observations, forms
 from protocol.specs import EnvironmentSpec
 
 Starts = Mapping[str, np.ndarray]
@@ -25,18 +28,90 @@ class TimeStep:
         and for training experts, never by imitation.
     terminated: [E] bool, the episode has ended and nothing follows (no bootstrap).
     truncated: [E] bool, the episode was cut off by a time limit (bootstrap through it).
+    columns: per block of the spec the columns of `protocol.observations`, with [E] in front, where the spec says what
+        observations are made of (see `compact_step`); None where it says nothing.
 
     Stepping an environment that has ended changes nothing until `reset`: its agents are inactive, its rewards 0, its
     flags stay set.
     The arrays may be overwritten by the next call: copy what must stay.
     """
 
-    observations: list[np.ndarray]
-    action_masks: list[np.ndarray]
+    observations: Sequence[np.ndarray]
+    action_masks: Sequence[np.ndarray]
     active: list[np.ndarray]
     rewards: list[np.ndarray]
     terminated: np.ndarray
     truncated: np.ndarray
+    columns: list[dict[str, np.ndarray]] | None = None
+
+    def seen(self, spec: EnvironmentSpec) -> list[Observations]:
+        """What the agents of each block observe and may do, compact, [E] in front; where they can, views.
+
+        Raises InputError if the spec says what observations are made of, and this holds none of it.
+        """
+        if self.columns is not None:
+            return [Observations.of_arrays(form, c) for form, c in zip(forms(spec), self.columns, strict=True)]
+        found = []
+        for form, types in zip(forms(spec), spec.blocks, strict=True):
+            if form.own < form.observation_dim or not form.own_masks:
+                raise InputError(
+                    f"the spec of '{spec.name}' says what observations are made of, so its time steps must hold "
+                    "`columns`: see protocol.environment.compact_step"
+                )
+            parts = {"own": self.observations, "masks": self.action_masks}
+            columns = {name: np.concatenate([part[m] for m in types], axis=1) for name, part in parts.items()}
+            found.append(Observations.of_arrays(form, columns))
+        return found
+
+
+def compact_step(
+    spec: EnvironmentSpec,
+    columns: list[dict[str, np.ndarray]],
+    active: list[np.ndarray],
+    rewards: list[np.ndarray],
+    terminated: np.ndarray,
+    truncated: np.ndarray,
+) -> TimeStep:
+    """A time step of an environment whose spec says what observations are made of.
+
+    columns: per block of the spec its columns, in arrays that may be overwritten by the next step. Observations and
+    masks are expanded from them when somebody looks at those of the step, each time anew.
+    """
+    observations = _Expanded(spec, columns, Observations.dense)
+    action_masks = _Expanded(spec, columns, Observations.masks)
+    return TimeStep(observations, action_masks, active, rewards, terminated, truncated, columns)
+
+
+class _Expanded(Sequence[np.ndarray]):
+    """Observations or masks of all types, [E, X_m, …]."""
+
+    def __init__(
+        self,
+        spec: EnvironmentSpec,
+        columns: list[dict[str, np.ndarray]],
+        expand: Callable[[Observations], torch.Tensor],
+    ) -> None:
+        self._spec, self._columns, self._expand = spec, columns, expand
+
+    def __len__(self) -> int:
+        return self._spec.num_types
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter(self._all())
+
+    @overload
+    def __getitem__(self, which: int) -> np.ndarray: ...
+
+    @overload
+    def __getitem__(self, which: slice) -> list[np.ndarray]: ...
+
+    def __getitem__(self, which: int | slice) -> np.ndarray | list[np.ndarray]:
+        return self._all()[which]
+
+    def _all(self) -> list[np.ndarray]:
+        blocks = zip(forms(self._spec), self._columns, strict=True)
+        expanded = [self._expand(Observations.of_arrays(form, columns)).numpy() for form, columns in blocks]
+        return self._spec.by_type(expanded, axis=1)
 
 
 @runtime_checkable

@@ -1,9 +1,10 @@
 """How agents are laid out for stacked networks: every process that holds parameters uses the same layout.
 
-Types whose observations and actions have equal widths form a *block*; their agents' networks have one shape and are
+Types whose observations and actions are alike form a *block*; their agents' networks have one shape and are
 stacked. Two forms of an array, per block:
 
-- **joint rows** `[B, N_b, …]`: B joint steps of the block's N_b agents, in the order of the spec. Replay and wire.
+- **joint rows** `[B, N_b, …]`: B joint steps of the block's N_b agents, in the order of the spec. Replay and wire;
+  observations are compact there (`protocol.observations`).
 - **grid** `[G, B, S, …]`: G parameter groups with S agent slots each. Computation; `[G, B·S, …]` feeds one batched
   matrix product. With `parameter_sharing="agent"` G = N_b, S = 1, and the grid is a view of the joint rows. With
   `"type"` G is the number of types and S the largest count; slots without an agent are inactive and hold zeros.
@@ -11,17 +12,16 @@ stacked. Two forms of an array, per block:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import torch
 
-from protocol.device import moved
-from protocol.errors import ProtocolError
-from protocol.specs import EnvironmentSpec, ParameterSharing
-from protocol.trajectories import ArrayTable
+from protocol.observations import Form, Observations, forms, integers
+from protocol.specs import ArrayTable, EnvironmentSpec, ParameterSharing
+from protocol.trajectories import actions_entry, check_actions, columns_of
 
 IndexName = Literal["agent_of_slot", "slot_of_agent", "type_of_agent"]
 
@@ -32,10 +32,11 @@ class Block:
 
     types: indices into `spec.types`.   num_agents: N_b.   groups, slots: G, S.
     agent_of_slot: [G·S] index into the block's agents, -1 where the slot is empty.   slot_of_agent: [N_b].
-    type_of_agent: [N_b] index into `types`.
+    type_of_agent: [N_b] index into `types`.   form: how they observe.
     """
 
     types: tuple[int, ...]
+    form: Form
     observation_dim: int
     action_dim: int
     discrete: bool
@@ -98,25 +99,17 @@ class Layout:
             for block in self.blocks
         ]
 
-    def by_type(self, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Joint rows per block → per type [B, X_m, …], in the order of the spec: the inverse of `to_rows`."""
-        parts: dict[int, torch.Tensor] = {}
-        for block, values in zip(self.blocks, rows, strict=True):
-            first = 0
-            for m in block.types:
-                parts[m] = values[:, first : first + self.spec.types[m].count]
-                first += self.spec.types[m].count
-        return [parts[m] for m in range(self.spec.num_types)]
-
 
 @dataclass
 class JointRows:
-    """B joint steps as the reward server sees them: what was observed and done; one tensor per block in each list.
+    """B joint steps as the reward server sees them: what was observed and done; one entry per block in each list.
 
-    observations [B, N_b, O_b] float32.   actions [B, N_b] int64, or [B, N_b, A_b] float32.   active [B, N_b] bool.
+    observations: compact, [B] in front.   active [B, N_b] bool.
+    actions [B, N_b], the smallest integers that hold them, or [B, N_b, A_b] float32; integers are widened to int64
+    where rows are taken out to be computed with (`widened`).
     """
 
-    observations: list[torch.Tensor]
+    observations: list[Observations]
     actions: list[torch.Tensor]
     active: list[torch.Tensor]
 
@@ -128,63 +121,101 @@ class JointRows:
         """The rows of all parts, in their order."""
         blocks = range(len(parts[0].observations))
         return cls(
-            [torch.cat([part.observations[b] for part in parts]) for b in blocks],
+            [Observations.joined([part.observations[b] for part in parts]) for b in blocks],
             [torch.cat([part.actions[b] for part in parts]) for b in blocks],
             [torch.cat([part.active[b] for part in parts]) for b in blocks],
         )
 
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> JointRows:
+        """Every array changed in the same way, along the leading axes."""
+        return JointRows(
+            [seen.map(change) for seen in self.observations],
+            [change(action) for action in self.actions],
+            [change(active) for active in self.active],
+        )
+
     def select(self, index: torch.Tensor) -> JointRows:
         """The rows of these numbers, copied."""
-        return JointRows(
-            *([t.index_select(0, index) for t in part] for part in (self.observations, self.actions, self.active))
-        )
+        return self.map(lambda tensor: tensor.index_select(0, index))
+
+    def without_masks(self) -> JointRows:
+        """Itself without the masks that nobody observes."""
+        return JointRows([seen.without_masks() for seen in self.observations], self.actions, self.active)
+
+    def widened(self) -> JointRows:
+        """Itself with actions that are indices."""
+        return JointRows(self.observations, [widened(action) for action in self.actions], self.active)
 
     def to(self, device: torch.device) -> JointRows:
         """Itself on another device."""
-        return JointRows(*(moved(part, device) for part in (self.observations, self.actions, self.active)))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def on_host(self) -> JointRows:
         """Itself in the memory of the process, once it is there."""
-        return JointRows(*([t.cpu() for t in part] for part in (self.observations, self.actions, self.active)))
+        return self.map(lambda tensor: tensor.cpu())
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them, for `taken`."""
+        columns = [tensor for seen in self.observations for tensor in seen.columns.values()]
+        return [*columns, *self.actions, *self.active]
+
+    @classmethod
+    def taken(cls, layout: Layout, tensors: Iterator[torch.Tensor]) -> JointRows:
+        """The inverse of `tensors`, of rows that hold masks: of the next ones."""
+        blocks = layout.blocks
+        observations = [Observations.taken(block.form, tensors) for block in blocks]
+        return cls(observations, *([next(tensors) for _ in blocks] for _ in ("actions", "active")))
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Named arrays for a message, without copying."""
+        """Named arrays for a message, of the dtypes of `array_table`; copied only where actions are widened."""
         named: dict[str, np.ndarray] = {}
-        for name in ("observations", "actions", "active"):
-            named |= {f"{b}.{name}": t.numpy() for b, t in enumerate(getattr(self, name))}
+        for b, seen in enumerate(self.observations):
+            named |= {f"{b}.{name}": tensor.numpy() for name, tensor in seen.without_masks().columns.items()}
+            action = self.actions[b].numpy()
+            if action.dtype == np.int64:
+                action = action.astype(integers(seen.form.action_dim))
+            named |= {f"{b}.actions": action, f"{b}.active": self.active[b].numpy()}
         return named
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], layout: Layout) -> JointRows:
         """Copy out of a message whose arrays were checked against `array_table`.
 
-        Raises ProtocolError (cause `bad_value`) for actions out of range and observations that are not finite.
+        Raises ProtocolError (cause `bad_value`) for actions and codes out of range, and observations that are not
+        finite.
         """
         rows = cls(
+            [
+                Observations(block.form, {name: torch.tensor(array) for name, array in columns_of(arrays, b).items()})
+                for b, block in enumerate(layout.blocks)
+            ],
             *(
                 [torch.tensor(arrays[f"{b}.{name}"]) for b in range(len(layout.blocks))]
-                for name in ("observations", "actions", "active")
-            )
+                for name in ("actions", "active")
+            ),
         )
-        for block, observations, actions in zip(layout.blocks, rows.observations, rows.actions, strict=True):
-            # A finite sum has finite terms, and costs a tenth of looking at each of them.
-            if not torch.isfinite(observations.sum()) and not torch.isfinite(observations).all():
-                raise ProtocolError("bad_value", "an observation is not finite")
-            least, most = (0, block.action_dim - 1) if block.discrete else (-1, 1)
-            if actions.numel() and not (least <= actions.min() and actions.max() <= most):
-                raise ProtocolError("bad_value", f"actions must lie in {least}..{most}")
+        for block, seen, actions in zip(layout.blocks, rows.observations, rows.actions, strict=True):
+            kind = layout.spec.types[block.types[0]]
+            whose = f"type '{kind.name}'" + (" or one like it" if len(block.types) > 1 else "")
+            seen.check(whose)
+            check_actions(kind, actions, whose)
         return rows
 
     @staticmethod
     def array_table(layout: Layout, rows: int) -> ArrayTable:
-        """Name → (dtype, shape) of `rows` joint rows."""
+        """Name → (dtype, shape) of `rows` joint rows; without masks, which nobody observes."""
         table: ArrayTable = {}
         for b, block in enumerate(layout.blocks):
             shape = (rows, block.num_agents)
-            table[f"{b}.observations"] = ("float32", (*shape, block.observation_dim))
-            table[f"{b}.actions"] = ("int64", shape) if block.discrete else ("float32", (*shape, block.action_dim))
+            table |= {f"{b}.{name}": entry for name, entry in block.form.table_of(rows, masks=False).items()}
+            table[f"{b}.actions"] = actions_entry(layout.spec.types[block.types[0]], shape)
             table[f"{b}.active"] = ("bool", shape)
         return table
+
+
+def widened(actions: torch.Tensor) -> torch.Tensor:
+    """Integers as indices; real numbers as they are."""
+    return actions if actions.is_floating_point() else actions.long()
 
 
 def _block(spec: EnvironmentSpec, types: tuple[int, ...], parameter_sharing: ParameterSharing) -> Block:
@@ -201,6 +232,7 @@ def _block(spec: EnvironmentSpec, types: tuple[int, ...], parameter_sharing: Par
     first = spec.types[types[0]]
     return Block(
         types=types,
+        form=forms(spec)[spec.blocks.index(types)],
         observation_dim=first.observation_dim,
         action_dim=first.action_dim,
         discrete=first.discrete,

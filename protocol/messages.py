@@ -23,9 +23,9 @@ import numpy as np
 
 from protocol.errors import ProtocolError
 from protocol.keys import Keys
-from protocol.trajectories import ArrayTable
+from protocol.specs import ArrayTable
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_HEADER_BYTES = 1 << 20
 MAX_ARRAYS = 4096
 MAX_RANK = 8

@@ -1,4 +1,4 @@
-"""Arrays that compress well, as they are stored in a file: one-hot observations and masks shrink a hundredfold."""
+"""Arrays that compress well, as they are stored in a file: masks, and what stays as it was, shrink a hundredfold."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ PACKED_FROM_BYTES, PACKED_RATIO = 1 << 20, 4
 """Arrays of this size are packed if that makes them so many times smaller: one that is not is read without copying."""
 MAX_UNPACKED_BYTES = 1 << 34
 XZ_MEMORY_BYTES = 1 << 26
+IN_FILE = {"float32": "F32", "bool": "BOOL", "uint8": "U8", "int16": "I16", "int32": "I32"}
+"""What safetensors calls the dtypes of columns."""
 
 
 def packed(array: np.ndarray) -> np.ndarray | None:
@@ -25,7 +27,7 @@ def packed(array: np.ndarray) -> np.ndarray | None:
     return np.frombuffer(small, np.uint8) if len(small) * PACKED_RATIO <= array.nbytes else None
 
 
-def unpacked(name: str, small: np.ndarray, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+def unpacked(name: str, small: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     """The inverse of `packed`, for untrusted bytes; never more memory than the shape needs."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size > MAX_UNPACKED_BYTES:
@@ -37,7 +39,7 @@ def unpacked(name: str, small: np.ndarray, dtype: type, shape: tuple[int, ...]) 
         raise InputError(f"tensor '{name}': expected xz: {error}") from error
     if len(data) != size:
         raise InputError(f"tensor '{name}': expected {size} bytes when unpacked, found {len(data)}")
-    if dtype is bool and np.frombuffer(data, np.uint8).max(initial=0) > 1:
+    if dtype == "bool" and np.frombuffer(data, np.uint8).max(initial=0) > 1:
         raise InputError(f"tensor '{name}': expected bytes of 0 and 1")
     return np.frombuffer(bytearray(data), dtype).reshape(shape)
 
@@ -49,10 +51,6 @@ class Tensors:
         self._file = file
         self.names = set(file.keys())
 
-    def has(self, name: str) -> bool:
-        """Whether a tensor is there, packed or not."""
-        return name in self.names or name + PACKED in self.names
-
     def read(self, name: str, *dtypes: str) -> np.ndarray:
         """A tensor as it lies in the file. Raises InputError for another dtype."""
         found = self._file.get_slice(name).get_dtype()
@@ -61,7 +59,13 @@ class Tensors:
         return self._file.get_tensor(name).numpy()
 
     def unpack(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-        """A tensor that may be packed; only a packed one is held to the shape here. Raises InputError."""
+        """A tensor that may be packed, or, if it is bool, left out where all of it is true. Raises InputError.
+
+        Only a packed one is held to the shape here.
+        """
         if name + PACKED in self.names:
-            return unpacked(name, self.read(name + PACKED, "U8"), bool if dtype == "BOOL" else np.float32, shape)
-        return self.read(name, dtype)
+            return unpacked(name, self.read(name + PACKED, "U8"), dtype, shape)
+        if name not in self.names and dtype == "bool":
+            # No memory until it is copied: the width may be a lie, which only the comparison with an environment shows.
+            return np.broadcast_to(np.ones((), bool), shape)
+        return self.read(name, IN_FILE[dtype])

@@ -44,11 +44,10 @@ class Perturbed:
 
     def step(self, actions: Sequence[np.ndarray]) -> TimeStep:
         """As `inner.step`, with what becomes of the actions; these stay as they are."""
+        now = zip(self.spec.types, actions, self._now.action_masks, self._now.active, strict=True)
         done = [
-            self._slipped(action, self._now.action_masks[m], self._now.active[m])
-            if kind.discrete
-            else self._shaken(action)
-            for m, (kind, action) in enumerate(zip(self.spec.types, actions, strict=True))
+            self._slipped(action, masks, active) if kind.discrete else self._shaken(action)
+            for kind, action, masks, active in now
         ]
         self._now = self.inner.step(done)
         return self._now

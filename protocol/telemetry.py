@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from protocol.channels import Client, Refused, Unanswered
 from protocol.messages import MAX_TEXT, Done, Refusal, Sender, Status
-from protocol.trajectories import ArrayTable
+from protocol.specs import ArrayTable
 
 log = logging.getLogger(__name__)
 

@@ -6,38 +6,68 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from protocol.errors import ProtocolError
-from protocol.specs import EnvironmentSpec
-
-ArrayTable = dict[str, tuple[str, tuple[int, ...]]]
+from protocol.observations import COLUMNS, Observations, forms, integers
+from protocol.specs import ArrayTable, EnvironmentSpec, TypeSpec
 
 
 @dataclass
 class Trajectories:
-    """E whole episodes, padded to T steps; one array per type in each list.
+    """E whole episodes, padded to T steps: the arrays of `array_table` by name, as they travel.
 
     Action t was chosen on observation t and mask t; reward t, terminated t and truncated t came with observation
-    t + 1. This is the only off-by-one of the data path.
+    t + 1. This is the only off-by-one of the data path. For the block number b of the spec:
 
-    observations: [T+1, E, X_m, O_m] float32.   action_masks: [T+1, E, X_m, A_m] bool.   active: [T+1, E, X_m] bool.
-    actions: [T, E, X_m] int64, or [T, E, X_m, A_m] float32 if continuous.
-    log_probabilities: [T, E, X_m] float32, log μ(a|s) of the policy that acted (of continuous actions the density's).
-    rewards: [T, E, X_m] float32, true rewards; imitation never reads them.
+    b.own, b.codes, b.shared, b.masks: what its N_b agents observe and may do, the columns of `protocol.observations`
+        with the leading axes [T+1, E].   b.active: [T+1, E, N_b] bool.
+    b.actions: [T, E, N_b], the smallest integers that hold them, or [T, E, N_b, A_b] float32 if continuous.
+    b.log_probabilities: [T, E, N_b] float32, log μ(a|s) of the policy that acted (of continuous actions the density's).
+    b.rewards: [T, E, N_b] float32, true rewards; imitation never reads them.
     terminated, truncated: [T, E] bool.   lengths: [E] int64, the steps of each episode; what lies beyond is padding.
-    arrays: the memory of all these by name, as it travels: the types of a block lie side by side, [T+1, E, N_b, …].
+
+    The properties show them type by type, [T or T+1, E, X_m, …]: observations and masks are expanded, the others views.
     """
 
+    spec: EnvironmentSpec
     arrays: Mapping[str, np.ndarray]
-    observations: list[np.ndarray]
-    action_masks: list[np.ndarray]
-    active: list[np.ndarray]
-    actions: list[np.ndarray]
-    log_probabilities: list[np.ndarray]
-    rewards: list[np.ndarray]
-    terminated: np.ndarray
-    truncated: np.ndarray
-    lengths: np.ndarray
+
+    @property
+    def terminated(self) -> np.ndarray:
+        return self.arrays["terminated"]
+
+    @property
+    def truncated(self) -> np.ndarray:
+        return self.arrays["truncated"]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.arrays["lengths"]
+
+    @property
+    def observations(self) -> list[np.ndarray]:
+        return self.spec.by_type([seen.dense().numpy() for seen in self.seen()], axis=2)
+
+    @property
+    def action_masks(self) -> list[np.ndarray]:
+        return self.spec.by_type([seen.masks().numpy() for seen in self.seen()], axis=2)
+
+    @property
+    def active(self) -> list[np.ndarray]:
+        return self._column("active")
+
+    @property
+    def actions(self) -> list[np.ndarray]:
+        return self._column("actions")
+
+    @property
+    def log_probabilities(self) -> list[np.ndarray]:
+        return self._column("log_probabilities")
+
+    @property
+    def rewards(self) -> list[np.ndarray]:
+        return self._column("rewards")
 
     @property
     def num_steps(self) -> int:
@@ -47,6 +77,10 @@ class Trajectories:
     @property
     def num_episodes(self) -> int:
         return len(self.lengths)
+
+    def seen(self) -> list[Observations]:
+        """What the agents of each block observe and may do, compact, [T+1, E] in front; without copying."""
+        return [Observations.of_arrays(form, columns_of(self.arrays, b)) for b, form in enumerate(forms(self.spec))]
 
     def returns(self) -> np.ndarray:
         """True return of each episode and agent, [E, N]."""
@@ -58,30 +92,28 @@ class Trajectories:
         table = cls.array_table(spec, spec.episode_length, episodes)
         arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in table.items()}
         arrays["lengths"][:] = spec.episode_length
-        return cls._views(arrays, spec)
+        return cls(spec, arrays)
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], spec: EnvironmentSpec) -> Trajectories:
-        """Views of `arrays`, after checking the values that an index or a mask will rely on.
+        """Take over `arrays`, after checking the values that an index or a mask will rely on.
 
         Shapes and dtypes must have been checked against `array_table`.
-        Raises ProtocolError (cause `bad_value`) for actions or lengths out of range, or values that are not finite.
+        Raises ProtocolError (cause `bad_value`) for actions, codes or lengths out of range, or values that are not
+        finite.
         """
+        found = cls(spec, arrays)
         steps, lengths = arrays["terminated"].shape[0], arrays["lengths"]
         if lengths.size and not (lengths.min() >= 1 and lengths.max() <= steps):
             raise ProtocolError("bad_value", f"episode lengths must lie in 1..{steps}")
-        for b, types in enumerate(spec.blocks):
+        for b, (types, seen) in enumerate(zip(spec.blocks, found.seen(), strict=True)):
             first = spec.types[types[0]]
             whose = f"type '{first.name}'" + (" or one like it" if len(types) > 1 else "")
-            if not np.isfinite(arrays[f"{b}.observations"]).all():
-                raise ProtocolError("bad_value", f"{whose}: an observation is not finite")
-            actions = arrays[f"{b}.actions"]
-            least, most = (0, first.action_dim - 1) if first.discrete else (-1, 1)
-            if actions.size and not (least <= actions.min() and actions.max() <= most):  # NaN is not either
-                raise ProtocolError("bad_value", f"{whose}: actions must lie in {least}..{most}")
+            seen.check(whose)
+            check_actions(first, torch.from_numpy(arrays[f"{b}.actions"]), whose)
             if not np.isfinite(arrays[f"{b}.log_probabilities"]).all():
                 raise ProtocolError("bad_value", f"{whose}: a log-probability is not finite")
-        return cls._views(arrays, spec)
+        return found
 
     @staticmethod
     def array_table(spec: EnvironmentSpec, steps: int, episodes: int) -> ArrayTable:
@@ -91,26 +123,31 @@ class Trajectories:
             "truncated": ("bool", (steps, episodes)),
             "lengths": ("int64", (episodes,)),
         }
-        for b, types in enumerate(spec.blocks):
-            t, agents = spec.types[types[0]], sum(spec.types[m].count for m in types)
-            rows, next_rows = (steps, episodes, agents), (steps + 1, episodes, agents)
-            table[f"{b}.observations"] = ("float32", (*next_rows, t.observation_dim))
-            table[f"{b}.action_masks"] = ("bool", (*next_rows, t.action_dim))
-            table[f"{b}.active"] = ("bool", next_rows)
-            table[f"{b}.actions"] = ("int64", rows) if t.discrete else ("float32", (*rows, t.action_dim))
+        for b, form in enumerate(forms(spec)):
+            rows = (steps, episodes, form.agents)
+            table |= {f"{b}.{name}": entry for name, entry in form.table_of(steps + 1, episodes).items()}
+            table[f"{b}.active"] = ("bool", (steps + 1, episodes, form.agents))
+            table[f"{b}.actions"] = actions_entry(spec.types[spec.blocks[b][0]], rows)
             table[f"{b}.log_probabilities"] = ("float32", rows)
             table[f"{b}.rewards"] = ("float32", rows)
         return table
 
-    @classmethod
-    def _views(cls, arrays: Mapping[str, np.ndarray], spec: EnvironmentSpec) -> Trajectories:
-        columns: dict[str, list[np.ndarray]] = {}
-        for field in ("observations", "action_masks", "active", "actions", "log_probabilities", "rewards"):
-            parts: dict[int, np.ndarray] = {}
-            for b, types in enumerate(spec.blocks):
-                ends = np.cumsum([spec.types[m].count for m in types])
-                parts |= dict(zip(types, np.split(arrays[f"{b}.{field}"], ends[:-1], axis=2), strict=True))
-            columns[field] = [parts[m] for m in range(spec.num_types)]
-        return cls(
-            arrays, terminated=arrays["terminated"], truncated=arrays["truncated"], lengths=arrays["lengths"], **columns
-        )
+    def _column(self, name: str) -> list[np.ndarray]:
+        return self.spec.by_type([self.arrays[f"{b}.{name}"] for b in range(len(self.spec.blocks))], axis=2)
+
+
+def columns_of(arrays: Mapping[str, np.ndarray], b: int) -> dict[str, np.ndarray]:
+    """The columns of the observations of a block that there are, under their own names."""
+    return {name: arrays[f"{b}.{name}"] for name in COLUMNS if f"{b}.{name}" in arrays}
+
+
+def actions_entry(kind: TypeSpec, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """Dtype and shape of what the agents of a type did, of so many agents: the entry of a table."""
+    return (integers(kind.action_dim), shape) if kind.discrete else ("float32", (*shape, kind.action_dim))
+
+
+def check_actions(kind: TypeSpec, actions: torch.Tensor, whose: str) -> None:
+    """Raise ProtocolError (cause `bad_value`) for actions that there are not."""
+    least, most = (0, kind.action_dim - 1) if kind.discrete else (-1, 1)
+    if actions.numel() and not (least <= actions.min() and actions.max() <= most):  # NaN is not either
+        raise ProtocolError("bad_value", f"{whose}: actions must lie in {least}..{most}")

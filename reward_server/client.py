@@ -27,7 +27,7 @@ from protocol.messages import (
     Statistics,
     Update,
 )
-from protocol.trajectories import ArrayTable
+from protocol.specs import ArrayTable
 from reward_server.model import Model
 
 OVERLOAD_PAUSE_SECONDS = 0.05

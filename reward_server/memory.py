@@ -11,7 +11,7 @@ from protocol.device import check_room
 from protocol.errors import ProtocolError
 from protocol.layout import JointRows, Layout
 from protocol.messages import Arrays
-from protocol.trajectories import ArrayTable
+from protocol.specs import ArrayTable
 from reward_server.settings import MemoryKind
 
 MAX_OBSERVED = 2**60
@@ -54,10 +54,10 @@ class Memory:
         last = torch.full((self.capacity + 1,), -1)
         last.scatter_reduce_(0, place.clamp_max(self.capacity), torch.arange(len(rows)), "amax")
         written = (last[:-1] >= 0).nonzero().squeeze(1)
-        taken = rows.select(last[written]).to(self._device)
+        taken = rows.without_masks().select(last[written]).to(self._device)
         written = written.to(self._device, non_blocking=True)
-        for mine, theirs in zip(_tensors(self.rows), _tensors(taken), strict=True):
-            mine.index_copy_(0, written, theirs)
+        for mine, theirs in zip(self.rows.tensors(), taken.tensors(), strict=True):
+            mine.index_copy_(0, written, theirs.to(mine.dtype))
         self.observed += len(rows)
 
     def state(self) -> Arrays:
@@ -78,7 +78,7 @@ class Memory:
         if not 0 <= observed <= MAX_OBSERVED:
             raise ProtocolError("bad_value", f"a memory cannot have observed {observed} rows")
         rows = JointRows.from_arrays(arrays, self._layout)  # checks the values
-        for mine, theirs in zip(_tensors(self.rows), _tensors(rows), strict=True):
+        for mine, theirs in zip(self.rows.tensors(), rows.tensors(), strict=True):
             mine.copy_(theirs)
         self._generator.set_state(torch.tensor(arrays["generator"]))
         self.observed = observed
@@ -97,7 +97,3 @@ class Memory:
         """
         bits = torch.randint(2**63 - 1, number.shape, generator=self._generator)
         return torch.where(number < self.capacity, number, bits % (number + 1))
-
-
-def _tensors(rows: JointRows) -> list[torch.Tensor]:
-    return [*rows.observations, *rows.actions, *rows.active]

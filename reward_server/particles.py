@@ -12,10 +12,10 @@ from torch.nn import functional
 
 from protocol.device import numbers_at_once
 from protocol.errors import InputError, NumericalError, ProtocolError
-from protocol.layout import JointRows, Layout
+from protocol.layout import JointRows, Layout, widened
 from protocol.messages import Arrays
 from protocol.seeds import derive_seed
-from protocol.trajectories import ArrayTable
+from protocol.specs import ArrayTable
 from reward_server.discriminator import Architecture, Workspace, backward, forward
 from reward_server.health import Health
 from reward_server.memory import Memory
@@ -58,7 +58,7 @@ class RewardModel:
             raise InputError("the demonstrations hold no rows; imitation needs at least one episode")
         self.layout, self.settings, self.version = layout, settings, 0
         self._device = torch.device(device)
-        self._expert = demonstrations.to(self._device)
+        self._expert = demonstrations.without_masks().to(self._device)
         memory_seed = derive_seed(seed, "memory")
         self._memory = Memory(layout, settings.window_steps, settings.memory, memory_seed, self._device)
         self._generator = torch.Generator().manual_seed(seed)
@@ -109,7 +109,7 @@ class RewardModel:
 
         Raises NumericalError if a reward is not finite.
         """
-        rows = rows.to(self._device)
+        rows = rows.widened().to(self._device)
         answers = [self._query_block(b, rows, deviation) for b in range(len(self._layers))]
         rewards = [answer[0] for answer in answers]
         check_rewards(rewards)
@@ -161,14 +161,11 @@ class RewardModel:
 
     def _batch(self, b: int, agent: torch.Tensor, expert: torch.Tensor) -> list[torch.Tensor]:
         """Observations, actions and active (0. or 1.) of a block: grids [G, 2B, S, …], the agents' rows first."""
-        memory, expert_rows = self._memory.rows, self._expert
-        sources = memory.observations[b], expert_rows.observations[b]
-        observations = self._gathered.take("observations", 2 * len(agent), sources[0][0].numel())
-        for source, index, target in zip(sources, (agent, expert), observations.chunk(2), strict=True):
-            torch.index_select(source.flatten(1), 0, index, out=target)
-        observations = observations.unflatten(1, sources[0].shape[1:])
-        actions = torch.cat([memory.actions[b][agent], expert_rows.actions[b][expert]])
-        active = torch.cat([memory.active[b][agent], expert_rows.active[b][expert]])
+        parts = (self._memory.rows, agent), (self._expert, expert)
+        seen = [rows.observations[b].select(index).dense() for rows, index in parts]
+        observations = torch.cat(seen, out=self._gathered.take("observations", 2 * len(agent), *seen[0].shape[1:]))
+        actions = torch.cat([widened(rows.actions[b][index]) for rows, index in parts])
+        active = torch.cat([rows.active[b][index] for rows, index in parts])
         if count := round(self.settings.imagined * len(agent)):
             self._imagine(b, observations[:count], actions[:count], active[:count])
         grid = self.layout.blocks[b].grid
@@ -190,7 +187,7 @@ class RewardModel:
         active.fill_(True)
         for part, moment in zip(parts, moments, strict=False):
             columns = slice(first, first + part.width)
-            observations[..., columns] = self._expert.observations[b][moment][..., columns]
+            observations[..., columns] = self._expert.observations[b].select(moment).dense()[..., columns]
             active &= self._expert.active[b][moment]
             first += part.width
         actions.copy_(self._expert.actions[b][moments[-1]])
@@ -266,7 +263,7 @@ class RewardModel:
         """Rewards and deviations of a block."""
         architecture, block = self._architectures[b], self.layout.blocks[b]
         answer = torch.empty(1 + deviation, block.groups, len(rows), block.slots, device=self._device)
-        grids = [block.grid(part[b]) for part in (rows.observations, rows.actions)]
+        grids = [block.grid(part) for part in (rows.observations[b].dense(), rows.actions[b])]
         row = block.slots if self._device.type == "cpu" else block.slots * architecture.activations * block.groups
         for part in self._tiles(len(rows), row, QUERY_ROWS):
             size = architecture.activations * (part.stop - part.start) * block.slots

@@ -31,8 +31,8 @@ from protocol.messages import (
 )
 from protocol.registry import make_environment
 from protocol.seeds import derive_seed
+from protocol.specs import ArrayTable
 from protocol.telemetry import Telemetry
-from protocol.trajectories import ArrayTable
 from reward_server.batcher import QueryBatcher, Waiting
 from reward_server.client import STATE, rewards_table
 from reward_server.metrics import RewardServerMetrics
@@ -73,10 +73,10 @@ def build_model(job: Job, settings: RewardSettings, agent_identity: bool = False
     demonstrations = load_demonstrations(job, spec)
     if demonstrations is None:
         raise InputError("a learned reward needs demonstrations; name a file with --demonstrations")
-    parts = (demonstrations.observations, demonstrations.actions, demonstrations.active)
-    expert = JointRows(*(layout.to_rows(part) for part in parts))
     device = choose_device(job.device)
-    return RewardModel(layout, expert, settings, derive_seed(job.seed, "reward_server"), device, agent_identity)
+    return RewardModel(
+        layout, demonstrations.rows(layout), settings, derive_seed(job.seed, "reward_server"), device, agent_identity
+    )
 
 
 class RewardServer:
@@ -235,8 +235,5 @@ def _merged(batch: list[Waiting]) -> tuple[JointRows, bool, list[torch.Tensor] |
     deviation = any(query.deviation for query in batch)
     if len(batch) == 1:
         return batch[0].rows, deviation, batch[0].true_rewards
-    parts = [(q.rows.observations, q.rows.actions, q.rows.active, q.true_rewards or []) for q in batch]
-    observations, actions, active, true_rewards = (
-        [torch.cat(block) for block in zip(*part, strict=True)] for part in zip(*parts, strict=True)
-    )
-    return JointRows(observations, actions, active), deviation, true_rewards or None
+    true_rewards = [torch.cat(block) for block in zip(*(query.true_rewards or [] for query in batch), strict=True)]
+    return JointRows.joined([query.rows for query in batch]), deviation, true_rewards or None

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from protocol.environment import Starts, TimeStep
+from protocol.environment import Starts, TimeStep, compact_step
 from protocol.errors import InputError
-from protocol.specs import EnvironmentSpec, Part, TypeSpec
+from protocol.observations import forms
+from protocol.specs import FREE, EnvironmentSpec, Part, TypeSpec
 
 EPISODE_LENGTH = 25
 LANDMARKS = 6
@@ -25,9 +26,6 @@ GOAL_SQUARED_RADIUS = 0.1725
 DIRECTIONS = np.array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]], np.float64)
 """Rover action → unit acceleration (x, y): nothing, +x, −x, +y, −y."""
 
-ROVER_PARTS = {"tower": 0, "symbol": SYMBOLS, "position": 2, "velocity": 2}
-TOWER_PARTS = {"rover": 0, "position": 2, "goal": 2}
-"""Parts of what they observe; 0 stands for the number of pairs."""
 ROVER_PURPOSE = ("symbol", "position", "velocity")
 TOWER_PURPOSE = ("position", "goal")
 """To be led, and to lead to the goal; who belongs to whom says nothing about either."""
@@ -49,15 +47,21 @@ class RoverTower:
         if num_envs < 1 or not 1 <= pairs <= 1_000:
             raise InputError(f"rover_tower: expected num_envs ≥ 1 and pairs in 1..1000, got {num_envs} and {pairs}")
         self.num_envs, self.pairs = num_envs, pairs
+        rover = Part("tower", pairs, "code"), Part("symbol", SYMBOLS, "code"), Part("position", 2), Part("velocity", 2)
+        tower = Part("rover", pairs, "code"), Part("position", 2), Part("goal", 2)
         types = (
-            TypeSpec("rover", pairs, pairs + 9, SYMBOLS, parts=_parts(ROVER_PARTS, pairs), purpose=ROVER_PURPOSE),
-            TypeSpec("tower", pairs, pairs + 4, SYMBOLS, parts=_parts(TOWER_PARTS, pairs), purpose=TOWER_PURPOSE),
+            TypeSpec("rover", pairs, pairs + 9, SYMBOLS, True, rover, ROVER_PURPOSE, FREE),
+            TypeSpec("tower", pairs, pairs + 4, SYMBOLS, True, tower, TOWER_PURPOSE, FREE),
         )
         self.spec = EnvironmentSpec(f"rover_tower?pairs={pairs}", types, EPISODE_LENGTH)
         shape = (num_envs, pairs)
-        self._now = TimeStep(
-            observations=[np.zeros((*shape, t.observation_dim), np.float32) for t in types],
-            action_masks=[np.ones((*shape, SYMBOLS), bool) for _ in types],
+        self._rover, self._tower = (
+            {name: np.zeros(shape, dtype) for name, (dtype, shape) in form.table_of(num_envs).items()}
+            for form in forms(self.spec)
+        )
+        self._now = compact_step(
+            self.spec,
+            [self._rover, self._tower],
             active=[np.ones(shape, bool) for _ in types],
             rewards=[np.zeros(shape, np.float32) for _ in types],
             terminated=np.zeros(num_envs, bool),
@@ -71,8 +75,6 @@ class RoverTower:
         self._at_goal = np.empty(agents, bool)
         self._rover_of_tower = np.zeros(agents, np.int64)
         self._tower_of_rover = np.zeros(agents, np.int64)
-        self._symbol, self._symbol_index = np.zeros(agents, np.int64), np.zeros(agents, np.int64)
-        self._symbol_base = np.arange(agents) * types[0].observation_dim + pairs
         self._steps = EPISODE_LENGTH
 
     @property
@@ -101,15 +103,11 @@ class RoverTower:
         goals = np.asarray(starts["goal_positions"], np.float64).reshape(-1, 2)
         self._goal[:] = goals[self._tower_of_rover].T
         self._velocity.fill(0)
-        self._symbol_index[:] = self._symbol_base
         self._steps = 0
-
-        rover, tower = self._now.observations
-        rover.fill(0)
-        np.put_along_axis(rover, tower_of_rover[..., None], 1, axis=2)
-        tower[..., : self.pairs] = 0
-        np.put_along_axis(tower, rover_of_tower[..., None], 1, axis=2)
-        tower[..., -2:] = goals.reshape(*shape, 2)
+        self._rover["codes"][..., 0] = tower_of_rover
+        self._rover["codes"][..., 1] = SYMBOLS  # nothing was said yet
+        self._tower["codes"][..., 0] = rover_of_tower
+        self._tower["own"][..., 2:] = goals.reshape(*shape, 2)
         self._write_motion()
         self._set_flags(active=True, truncated=False)
         self._clear_rewards()
@@ -172,19 +170,15 @@ class RoverTower:
         np.take(rover, self._rover_of_tower, out=tower, mode="clip")
 
     def _write_motion(self) -> None:
-        rover, tower = (observations.reshape(-1, observations.shape[2]) for observations in self._now.observations)
+        rover, tower = (columns["own"].reshape(-1, 4) for columns in (self._rover, self._tower))
         for coordinate in range(2):
-            rover[:, self.pairs + SYMBOLS + coordinate] = self._position[coordinate]
-            rover[:, self.pairs + SYMBOLS + 2 + coordinate] = self._velocity[coordinate]
+            rover[:, coordinate] = self._position[coordinate]
+            rover[:, 2 + coordinate] = self._velocity[coordinate]
             seen = np.take(self._position[coordinate], self._rover_of_tower, out=self._work[coordinate], mode="clip")
-            tower[:, self.pairs + coordinate] = seen
+            tower[:, coordinate] = seen
 
     def _write_symbols(self, actions: np.ndarray) -> None:
-        flat = self._now.observations[0].reshape(-1)
-        flat[self._symbol_index] = 0
-        np.take(actions, self._tower_of_rover, out=self._symbol, mode="clip")
-        np.add(self._symbol_base, self._symbol, out=self._symbol_index)
-        flat[self._symbol_index] = 1
+        self._rover["codes"].reshape(-1, 2)[:, 1] = actions.take(self._tower_of_rover)
 
     def _set_flags(self, active: bool, truncated: bool) -> None:
         for array in self._now.active:
@@ -212,7 +206,3 @@ class RoverTower:
         if not (np.sort(starts["rover_of_tower"], axis=1) == np.arange(self.pairs)).all():
             raise InputError(f"{self.spec.name}: rover_of_tower must be a permutation of 0..{self.pairs - 1} per row")
         return starts
-
-
-def _parts(widths: dict[str, int], pairs: int) -> tuple[Part, ...]:
-    return tuple(Part(name, width or pairs) for name, width in widths.items())

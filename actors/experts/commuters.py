@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from actors.environments.berlin.environment import berlin_of
 from actors.policy import FORBIDDEN_LOGIT, sample
-from protocol.environment import Environment
+from protocol.environment import Environment, TimeStep
 from protocol.perturbation import Perturbed
 from protocol.registry import make_environment
 
 EQUILIBRIUM_DAYS = 20
 EQUILIBRIUM_ROUNDS = 15
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What commuters observe, in words.
+
+    location: [E, N] int64.   step: of the day.   fullness: [E, R] of all roads; an agent looks only
+    at those that it could enter, which `sight=near` shows, too.
+    work_start, work_end: [E, N] minutes when own working hours begin and end, both 0 on a day off.
+    """
+
+    location: np.ndarray
+    step: int
+    fullness: np.ndarray
+    work_start: np.ndarray
+    work_end: np.ndarray
 
 
 class _Commuters(ABC):
@@ -29,26 +45,31 @@ class _Commuters(ABC):
     def __init__(self, environment: Environment) -> None:
         self._berlin = berlin = berlin_of(environment)
         self.scenario = scenario = berlin.scenario
-        self._counts = [t.count for t in berlin.spec.types]
         self._home, self._work = berlin.home, berlin.work
-        self._places, self._facilities = scenario.num_locations, scenario.num_facilities
+        self._places = scenario.num_locations
 
-    def act(
-        self,
-        observations: Sequence[np.ndarray],
-        action_masks: Sequence[np.ndarray],
-        generator: torch.Generator,
-        greedy: bool = False,
-    ) -> list[np.ndarray]:
-        """Next locations, [E, X_m] int64 each. observations: [E, X_m, O], masks: [E, X_m, K] per type."""
-        seen = np.concatenate(observations, axis=1)
-        location = seen[..., : self._places].argmax(axis=-1)
-        chosen = self._choose(seen, location, generator, greedy)
-        return np.split(chosen, np.cumsum(self._counts)[:-1], axis=1)
+    def act(self, now: TimeStep, generator: torch.Generator, greedy: bool = False) -> list[np.ndarray]:
+        """Next locations, [E, X_m] int64 each."""
+        return self._berlin.spec.by_type([self._choose(self._look(now), generator, greedy)], axis=1)
 
     @abstractmethod
-    def _choose(self, seen: np.ndarray, location: np.ndarray, generator: torch.Generator, greedy: bool) -> np.ndarray:
-        """Next locations [E, N] of agents that see `seen` [E, N, O] and are at `location` [E, N]."""
+    def _choose(self, seen: Seen, generator: torch.Generator, greedy: bool) -> np.ndarray:
+        """Next locations [E, N] of agents that see `seen`."""
+
+    def _look(self, now: TimeStep) -> Seen:
+        """What agents observe, from its columns (`protocol.observations`)."""
+        (seen,) = now.seen(self._berlin.spec)
+        columns = {name: column.numpy() for name, column in seen.columns.items()}
+        scenario, shared = self.scenario, columns["shared"]
+        hours = scenario.day_start_minute + columns["own"] * (scenario.steps * scenario.step_minutes)
+        at_work = columns["own"][..., 1] > 0
+        return Seen(
+            location=columns["codes"][..., 0].astype(np.int64),
+            step=round(float(shared[0, self._places]) * scenario.steps),
+            fullness=shared[:, : scenario.num_roads],
+            work_start=hours[..., 0] * at_work,
+            work_end=hours[..., 1] * at_work,
+        )
 
     def _ways_to(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The next location [N, K] from everywhere on each agent's fastest free-flow way to its facility of `places`
@@ -59,16 +80,6 @@ class _Commuters(ABC):
         hops, minutes = (np.stack(table)[target_of_agent] for table in zip(*ways, strict=True))
         return hops, minutes
 
-    def _step(self, seen: np.ndarray) -> int:
-        return round(float(seen[0, 0, 2 * (self._places + self._facilities)]) * self.scenario.steps)
-
-    def _hours(self, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Minutes [E, N] when own working hours begin and end; both 0 on a day off."""
-        scenario = self.scenario
-        at_work = seen[..., -1] > 0
-        hours = scenario.day_start_minute + seen[..., -2:] * (scenario.steps * scenario.step_minutes)
-        return hours[..., 0] * at_work, hours[..., 1] * at_work
-
 
 class StayHome(_Commuters):
     """Nobody ever leaves home: the local optimum of the shy. Whom a slip drives out goes back."""
@@ -77,8 +88,8 @@ class StayHome(_Commuters):
         super().__init__(environment)
         self._next = self._ways_to(self._home)[0]
 
-    def _choose(self, seen: np.ndarray, location: np.ndarray, generator: torch.Generator, greedy: bool) -> np.ndarray:
-        return self._next[np.arange(len(self._home)), location]
+    def _choose(self, seen: Seen, generator: torch.Generator, greedy: bool) -> np.ndarray:
+        return self._next[np.arange(len(self._home)), seen.location]
 
 
 class FreeFlow(_Commuters):
@@ -91,12 +102,11 @@ class FreeFlow(_Commuters):
         self._to_home, minutes_to_home = self._ways_to(self._home)
         self._minutes = minutes_to_work[agent, self._home], minutes_to_home[agent, self._work]
 
-    def _choose(self, seen: np.ndarray, location: np.ndarray, generator: torch.Generator, greedy: bool) -> np.ndarray:
-        minute = self.scenario.day_start_minute + self._step(seen) * self.scenario.step_minutes
-        start, end = self._hours(seen)
-        to_work = (start - self._minutes[0] <= minute) & (minute < end - self._minutes[1])
+    def _choose(self, seen: Seen, generator: torch.Generator, greedy: bool) -> np.ndarray:
+        minute = self.scenario.day_start_minute + seen.step * self.scenario.step_minutes
+        to_work = (seen.work_start - self._minutes[0] <= minute) & (minute < seen.work_end - self._minutes[1])
         agent = np.arange(len(self._home))
-        return np.where(to_work, self._to_work[agent, location], self._to_home[agent, location])
+        return np.where(to_work, self._to_work[agent, seen.location], self._to_home[agent, seen.location])
 
 
 class CongestionAware(_Commuters):
@@ -126,33 +136,31 @@ class CongestionAware(_Commuters):
             self._leaving += (experienced - self._leaving) / (number + 1)
         self._value = self._values()
 
-    def _choose(self, seen: np.ndarray, location: np.ndarray, generator: torch.Generator, greedy: bool) -> np.ndarray:
-        step = self._step(seen)
-        worth = self._ahead(step)[self._kind_of_agent, self._hours_index(seen)]
-        options = self._successors[location]
-        score = np.take_along_axis(worth, options, axis=2) + self._forbidden[location]
-        score -= self._trust * self._delay_cost(seen, step)[np.arange(len(seen))[:, None, None], options]
+    def _choose(self, seen: Seen, generator: torch.Generator, greedy: bool) -> np.ndarray:
+        worth, hours = self._ahead(seen.step), self._hours_index(seen)
+        options = self._successors[seen.location]
+        score = worth[self._kind_of_agent[:, None], hours[..., None], options] + self._forbidden[seen.location]
+        score -= self._trust * self._delay_cost(seen)[np.arange(len(options))[:, None, None], options]
         if greedy:
             choice = score.argmax(axis=-1)
         else:
             choice = sample(torch.as_tensor(score / self._temperature), generator).numpy()
         return np.take_along_axis(options, choice[..., None], axis=2)[..., 0]
 
-    def _delay_cost(self, seen: np.ndarray, step: int) -> np.ndarray:
+    def _delay_cost(self, seen: Seen) -> np.ndarray:
         """[E, K] what entering each location costs more than was anticipated, as full as it looks now."""
         scenario, roads = self.scenario, self.scenario.num_roads
-        fullness = seen[..., self._places : self._places + roads].max(axis=1).astype(np.float64)
+        fullness = seen.fullness.astype(np.float64)
         chance = self._chance_to_leave(fullness / (1 - fullness))
-        delay_steps = (1 / chance - 1 / self._leaving[step + 1, :roads]).clip(-scenario.steps, scenario.steps)
-        cost = np.zeros((len(seen), self._places))
+        delay_steps = (1 / chance - 1 / self._leaving[seen.step + 1, :roads]).clip(-scenario.steps, scenario.steps)
+        cost = np.zeros((len(fullness), self._places))
         cost[:, :roads] = (scenario.right_reward - scenario.wrong_reward) * delay_steps
         return cost
 
-    def _hours_index(self, seen: np.ndarray) -> np.ndarray:
+    def _hours_index(self, seen: Seen) -> np.ndarray:
         """[E, N] which of `_work_hours` an agent has today."""
-        start, end = self._hours(seen)
-        shift = np.round((start - self.scenario.work_start_minute) / self.scenario.step_minutes).astype(int)
-        return np.where(end > start, shift + self._shifts, 2 * self._shifts + 1)
+        shift = np.round((seen.work_start - self.scenario.work_start_minute) / self.scenario.step_minutes).astype(int)
+        return np.where(seen.work_end > seen.work_start, shift + self._shifts, 2 * self._shifts + 1)
 
     def _due(self, minute: float) -> np.ndarray:
         """[kinds, hours, K] the reward of being at each location at this minute."""
@@ -192,7 +200,7 @@ class CongestionAware(_Commuters):
         generator = torch.Generator().manual_seed(number)
         now, experienced = days.reset(number), self._leaving.copy()
         for step in range(self.scenario.steps):
-            now = days.step(self.act(now.observations, now.action_masks, generator))
+            now = days.step(self.act(now, generator))
             counts = berlin.counts
             there = counts.sum(axis=0)
             mean = (counts * berlin.leave_chance).sum(axis=0) / there.clip(min=1)

@@ -13,7 +13,7 @@ from actors.environments.rover_tower import RoverTower
 from protocol.demonstrations import Demonstrations
 from protocol.errors import InputError
 from protocol.registry import make_environment
-from protocol.trajectories import Trajectories
+from protocol.trajectories import Trajectories, columns_of
 
 MAX_UNPACKED_BYTES = 1 << 30
 
@@ -69,18 +69,17 @@ def _replayed(town: Berlin, location: np.ndarray) -> tuple[Trajectories, int]:
     spec, steps = town.spec, len(location) - 1
     day = Trajectories.zeros(spec, 1)
     day.truncated[-1] = True
-    parts = [slice(o, o + t.count) for o, t in zip(spec.offsets, spec.types, strict=True)]
     allowed = town.allowed[location[:-1], location[1:]]
+    active, actions, rewards = (day.arrays[f"0.{name}"][:, 0] for name in ("active", "actions", "rewards"))
+    active[:-1], active[-1] = allowed, True
+    actions[:] = np.where(allowed, location[1:], location[:-1])
     town.reset(0)
     for t in range(steps + 1):
         now = town.show(location[t][None], t)
-        for m, part in enumerate(parts):
-            day.observations[m][t], day.action_masks[m][t] = now.observations[m], now.action_masks[m]
-            day.active[m][t] = allowed[t, part] if t < steps else True
-            if t < steps:
-                day.actions[m][t] = np.where(allowed[t, part], location[t + 1, part], location[t, part])
-            if t:
-                day.rewards[m][t - 1] = now.rewards[m]
+        for name, column in columns_of(day.arrays, 0).items():
+            column[t] = now.seen(spec)[0].columns[name]
+        if t:
+            rewards[t - 1] = np.concatenate(now.rewards, axis=1)
     return Trajectories.from_arrays(day.arrays, spec), int((~allowed).sum())
 
 
@@ -133,8 +132,8 @@ def _convert(fields: dict[str, np.ndarray], name: str, keep_duplicates: bool) ->
 
     spec = RoverTower(1, pairs).spec
     rewards = np.concatenate([fields["rover_reward"], fields["tower_reward"]], axis=2)
-    demonstrations = Demonstrations(
-        spec=spec,
+    demonstrations = Demonstrations.of_types(
+        spec=spec.plain(),
         origin=f"imported from {name}, without copies of episodes" if not keep_duplicates else f"imported from {name}",
         observations=[rows("rover_obs", np.float32), rows("tower_obs", np.float32)],
         actions=[rows("rover_act", np.int64), rows("tower_act", np.int64)],
@@ -150,4 +149,4 @@ def _convert(fields: dict[str, np.ndarray], name: str, keep_duplicates: bool) ->
         },
     )
     RoverTower(episodes, pairs).reset(0, demonstrations.starts)  # refuses start states that are none
-    return demonstrations
+    return demonstrations.in_form_of(spec)

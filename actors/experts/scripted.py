@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
 from actors.experts.commuters import CongestionAware
 from actors.rollout import Acts
+from protocol.environment import TimeStep
 from protocol.errors import InputError
 from protocol.registry import make_environment
 from protocol.specs import EnvironmentSpec
@@ -24,18 +23,9 @@ class RoverTowerExpert:
     it has heard nothing yet and makes for the centre, where goals are nearest on average.
     """
 
-    def act(
-        self,
-        observations: Sequence[np.ndarray],
-        action_masks: Sequence[np.ndarray],
-        generator: torch.Generator | None = None,
-        greedy: bool = False,
-    ) -> list[np.ndarray]:
-        """Actions of rovers and towers, [E, P] int64 each; the rule is deterministic, so the rest is not used.
-
-        observations: rovers' [E, P, P + 9] and towers' [E, P, P + 4].
-        """
-        rover, tower = observations
+    def act(self, now: TimeStep, generator: torch.Generator | None = None, greedy: bool = False) -> list[np.ndarray]:
+        """Actions of rovers and towers, [E, P] int64 each; the rule is deterministic, so the rest is not used."""
+        rover, tower = now.observations
         symbols, position = rover[..., -9:-4], rover[..., -4:-2]
         orders = symbols.argmax(axis=-1)
         rover_actions = np.where(symbols.any(axis=-1), orders, _direction(-position))

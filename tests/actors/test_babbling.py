@@ -18,6 +18,7 @@ from launch.topology import make_job
 from protocol.job import Endpoints
 from protocol.layout import Layout
 from protocol.registry import make_environment
+from tests.plain import observed
 
 TOWN = "berlin?scenario=berlin46&types=5&agents=10&sight=near"
 
@@ -41,11 +42,11 @@ def test_an_environment_of_its_own_is_played_as_beside_others() -> None:
     town = make_environment(TOWN, 5)
     now = town.reset(0)
     babble = Babble(layout, (16,), 5, seed=3)
-    actions, chances = babble.decide(now.observations, now.action_masks, torch.Generator().manual_seed(0), greedy=True)
+    actions, chances = babble.decide(now, torch.Generator().manual_seed(0), greedy=True)
     for e in range(5):
-        alone = babble._policies[e].decide(
-            [o[e : e + 1] for o in now.observations],
-            [a[e : e + 1] for a in now.action_masks],
+        seen, masks = (layout.to_rows([a[e : e + 1] for a in part]) for part in (now.observations, now.action_masks))
+        alone = babble._policies[e].choose(
+            [observed(*block) for block in zip(seen, masks, strict=True)],
             torch.Generator().manual_seed(0),
             greedy=True,
         )

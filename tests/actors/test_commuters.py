@@ -69,10 +69,7 @@ def test_the_same_expert_is_made_twice() -> None:
 def test_greedy_choices_need_no_chance() -> None:
     berlin = Berlin(2)
     expert, now = CongestionAware(berlin), berlin.reset(0)
-    choices = [
-        expert.act(now.observations, now.action_masks, torch.Generator().manual_seed(seed), greedy=True)
-        for seed in (0, 1)
-    ]
+    choices = [expert.act(now, torch.Generator().manual_seed(seed), greedy=True) for seed in (0, 1)]
     for mine, theirs in zip(*choices, strict=True):
         np.testing.assert_array_equal(mine, theirs)
 

@@ -10,6 +10,7 @@ from actors import gaussian
 from actors.policy import Policy, UniformPolicy, sample
 from protocol.layout import Layout, ParameterSharing
 from protocol.specs import EnvironmentSpec, TypeSpec
+from tests.plain import shown
 
 SPEC = EnvironmentSpec("toy", (TypeSpec("a", 3, 4, 3), TypeSpec("b", 2, 5, 2), TypeSpec("c", 1, 4, 3)), 5)
 
@@ -35,7 +36,7 @@ def view(episodes: int, seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarra
 @pytest.mark.parametrize("sharing", ["agent", "type"])
 def test_forbidden_actions_are_never_taken(sharing: ParameterSharing, identity: bool, greedy: bool) -> None:
     observations, masks = view(500)
-    actions = build(sharing, identity).act(observations, masks, torch.Generator().manual_seed(0), greedy)
+    actions = build(sharing, identity).act(shown(observations, masks), torch.Generator().manual_seed(0), greedy)
     for t, action, mask in zip(SPEC.types, actions, masks, strict=True):
         assert action.shape == (500, t.count)
         assert action.dtype == np.int64
@@ -47,7 +48,7 @@ def test_each_agent_acts_by_its_own_logits() -> None:
     for sharing in ("agent", "type"):
         policy = build(sharing)
         observations, masks = view(20)
-        actions = policy.act(observations, masks, torch.Generator(), greedy=True)
+        actions = policy.act(shown(observations, masks), torch.Generator(), greedy=True)
         places = {0: (0, [0, 1, 2], 0), 1: (1, [0, 1], 0), 2: (0, [3], 1)}
         for m, (block, places_of_type, group_of_type) in places.items():
             network = policy.networks[block]
@@ -71,9 +72,8 @@ def test_draws_follow_the_softmax() -> None:
 
 
 def test_the_same_generator_draws_the_same_actions() -> None:
-    observations, masks = view(50)
-    policy = build()
-    one, again, other = (policy.act(observations, masks, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    now, policy = shown(*view(50)), build()
+    one, again, other = (policy.act(now, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert all(np.array_equal(a, b) for a, b in zip(one, again, strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
@@ -81,7 +81,8 @@ def test_the_same_generator_draws_the_same_actions() -> None:
 def test_the_uniform_policy_draws_every_allowed_action_alike() -> None:
     masks = [np.tile(np.array([True, False, True]), (20_000, 1, 1))]
     spec = EnvironmentSpec("toy", (TypeSpec("a", 1, 2, 3),), 5)
-    (actions,) = UniformPolicy(spec).act([np.zeros((20_000, 1, 2))], masks, torch.Generator().manual_seed(0))
+    now = shown([np.zeros((20_000, 1, 2), np.float32)], masks)
+    (actions,) = UniformPolicy(spec).act(now, torch.Generator().manual_seed(0))
     assert not (actions == 1).any()
     assert abs((actions == 0).mean() - 0.5) < 0.02
 
@@ -115,14 +116,14 @@ def test_continuous_actions_stay_within_their_bounds() -> None:
     spec = EnvironmentSpec("toy", (TypeSpec("arm", 2, 3, 2, discrete=False), TypeSpec("leg", 1, 3, 2)), 5)
     policy = Policy(Layout.of(spec, "type"), (8,), torch.Generator().manual_seed(0))
     observations = [np.random.default_rng(0).normal(size=(400, t.count, 3)).astype(np.float32) for t in spec.types]
-    masks = [np.ones((400, t.count, 2), bool) for t in spec.types]
+    now = shown(observations, [np.ones((400, t.count, 2), bool) for t in spec.types])
     for acts in (policy, UniformPolicy(spec)):
-        arm, leg = acts.act(observations, masks, torch.Generator().manual_seed(0))
+        arm, leg = acts.act(now, torch.Generator().manual_seed(0))
         assert (arm.shape, arm.dtype, leg.dtype) == ((400, 2, 2), np.float32, np.int64)
         assert 0.5 < np.abs(arm).max() <= 1
         assert abs(arm.mean()) < 0.3
-    greedy = policy.act(observations, masks, torch.Generator(), greedy=True)[0]
-    np.testing.assert_array_equal(greedy, policy.act(observations, masks, torch.Generator(), greedy=True)[0])
+    greedy = policy.act(now, torch.Generator(), greedy=True)[0]
+    np.testing.assert_array_equal(greedy, policy.act(now, torch.Generator(), greedy=True)[0])
 
 
 def test_it_tells_how_likely_its_actions_were() -> None:
@@ -131,11 +132,10 @@ def test_it_tells_how_likely_its_actions_were() -> None:
     observations = [np.random.default_rng(0).normal(size=(50, t.count, 3)).astype(np.float32) for t in spec.types]
     masks = [np.ones((50, t.count, t.action_dim), bool) for t in spec.types]
     masks[1][:, :, 0] = False
+    now = shown(observations, masks)
     for greedy in (False, True):
-        actions, chances = policy.decide(observations, masks, torch.Generator().manual_seed(1), greedy)
-        for acted, again in zip(
-            actions, policy.act(observations, masks, torch.Generator().manual_seed(1), greedy), strict=True
-        ):
+        actions, chances = policy.decide(now, torch.Generator().manual_seed(1), greedy)
+        for acted, again in zip(actions, policy.act(now, torch.Generator().manual_seed(1), greedy), strict=True):
             np.testing.assert_array_equal(acted, again)
         arm, leg = (block.grid(torch.as_tensor(o)) for block, o in zip(policy.layout.blocks, observations, strict=True))
         density = gaussian.log_density(

@@ -62,16 +62,10 @@ class FirstAllowed:
     def __init__(self) -> None:
         self.seen: list[np.ndarray] = []
 
-    def act(
-        self,
-        observations: Sequence[np.ndarray],
-        action_masks: Sequence[np.ndarray],
-        generator: torch.Generator,
-        greedy: bool = False,
-    ) -> list[np.ndarray]:
-        self.seen.append(observations[0][:, 0, 0].copy())
+    def act(self, now: TimeStep, generator: torch.Generator, greedy: bool = False) -> list[np.ndarray]:
+        self.seen.append(now.observations[0][:, 0, 0].copy())
         self.greedy = greedy
-        return [mask.argmax(-1) for mask in action_masks]
+        return [mask.argmax(-1) for mask in now.action_masks]
 
 
 def test_action_t_is_chosen_on_view_t_and_reward_t_comes_with_view_t_plus_1() -> None:
@@ -148,13 +142,9 @@ def test_an_environment_may_reuse_its_arrays() -> None:
 def test_log_probabilities_are_recorded_where_the_policy_tells_them() -> None:
     class Certain(FirstAllowed):
         def decide(
-            self,
-            observations: Sequence[np.ndarray],
-            masks: Sequence[np.ndarray],
-            generator: torch.Generator,
-            greedy: bool,
+            self, now: TimeStep, generator: torch.Generator, greedy: bool = False
         ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-            actions = self.act(observations, masks, generator, greedy)
+            actions = self.act(now, generator, greedy)
             return actions, [-(1.0 + action) for action in actions]
 
     told = rollout(Counting(ENDS, TERMINATES), Certain(), seed=0)

@@ -14,8 +14,10 @@ from actors.experts.recording import record
 from actors.experts.scripted import RoverTowerExpert, expert_for
 from actors.rollout import rollout
 from protocol.demonstrations import Demonstrations, resolve
+from protocol.environment import TimeStep
 from protocol.errors import InputError
 from protocol.specs import EnvironmentSpec, TypeSpec
+from tests.plain import shown
 
 torch.set_num_threads(1)
 
@@ -37,7 +39,7 @@ def assert_replays(demonstrations: Demonstrations, tolerance: float) -> None:
     """From its start states, the actions of the demonstrations lead to its observations and returns."""
     pairs, episodes = demonstrations.spec.types[0].count, demonstrations.num_episodes
     played = rollout(RoverTower(episodes, pairs), Replay(demonstrations), 0, starts=demonstrations.starts)
-    again = Demonstrations.from_trajectories(played, demonstrations.spec, "")
+    again = Demonstrations.from_trajectories(played, played.spec, "")
     for m in range(2):
         np.testing.assert_allclose(again.observations[m], demonstrations.observations[m], rtol=0, atol=tolerance)
     np.testing.assert_allclose(again.returns, demonstrations.returns, rtol=0, atol=25 * tolerance)
@@ -53,10 +55,10 @@ def test_expert_uses_the_symbols_alone() -> None:
     """With the messages of another tower, the rovers do not find their goals."""
 
     class Deaf(RoverTowerExpert):
-        def act(self, observations: list[np.ndarray], *_: object) -> list[np.ndarray]:
-            rover, tower = (array.copy() for array in observations)
+        def act(self, now: TimeStep, *_: object) -> list[np.ndarray]:
+            rover, tower = (array.copy() for array in now.observations)
             rover[..., -9:-4] = np.roll(rover[..., -9:-4], 1, axis=1)
-            return super().act([rover, tower], [])
+            return super().act(shown([rover, tower], now.action_masks))
 
     assert rollout(RoverTower(2_000), Deaf(), 0).returns().mean() < 30
 

@@ -15,6 +15,7 @@ from launch import pictures
 from launch.pictures import Days, draw_pictures
 from protocol.demonstrations import Demonstrations, resolve
 from protocol.errors import InputError
+from protocol.registry import make_environment
 
 ENVIRONMENT = "berlin?types=10&agents=50&sight=near"
 
@@ -33,13 +34,23 @@ def test_counts_are_means_over_days() -> None:
     np.testing.assert_allclose(days.counts(4), [[1, 1.5, 0.5, 0]])
 
 
-def test_locations_are_read_from_observations() -> None:
-    berlin = Berlin(3)
-    now = berlin.reset(0)
-    for _ in range(5):
-        now = berlin.step(StayHome(berlin).act(now.observations, now.action_masks, None))  # type: ignore[arg-type]
-    found = pictures._locations([seen[:, None] for seen in now.observations], berlin.scenario.num_locations)
-    np.testing.assert_array_equal(found[:, 0], berlin.locations)
+def test_locations_are_read_from_observations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "DAYS", 3)
+    drawn: list[Days] = []
+    monkeypatch.setattr(pictures, "_draw_maps", lambda berlin, days, step, path: drawn.extend(days))
+    for name in ("_draw_loads", "_draw_places", "_animate"):
+        monkeypatch.setattr(pictures, name, lambda *_: None)
+    demonstrations, berlin = Demonstrations.load(resolve("berlin46")), make_environment(ENVIRONMENT, 3)
+    assert isinstance(berlin, Berlin)
+    places, steps = berlin.scenario.num_locations, berlin.scenario.steps
+    draw_pictures(ENVIRONMENT, StayHome(berlin), demonstrations, tmp_path / "pictures", 8.5)
+    expert, imitator = drawn
+    seen = np.concatenate([o[: 3 * steps, :, :places].argmax(-1) for o in demonstrations.observations], axis=1)
+    np.testing.assert_array_equal(expert.locations, seen.reshape(3, steps, -1))
+    now = berlin.reset(pictures.SEED)
+    for step in range(steps):
+        np.testing.assert_array_equal(imitator.locations[:, step], berlin.locations)
+        now = berlin.step(StayHome(berlin).act(now, None))  # type: ignore[arg-type]
 
 
 def test_an_hour_is_the_step_that_it_falls_in() -> None:

@@ -15,8 +15,10 @@ from learner.critics import Critic
 from learner.mean_field import MeanField
 from learner.replay import Batch
 from protocol.layout import JointRows, Layout
+from protocol.observations import Observations
 from protocol.specs import EnvironmentSpec, TypeSpec
 from protocol.stacked import StackedMLP
+from tests.plain import observed, seen_by
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,15 @@ def agents_of(layout: Layout) -> list[Agent]:
 
 
 def random_rows(layout: Layout, batch: int, generator: torch.Generator, alive: float = 0.7) -> JointRows:
-    """Rows of arbitrary values in which some agents are inactive."""
+    """Rows of arbitrary values in which some agents are inactive, and may do everything."""
     dtype = torch.get_default_dtype()
     shapes = [(batch, block.num_agents) for block in layout.blocks]
+    observations = [
+        torch.randn(*shape, block.observation_dim, generator=generator, dtype=dtype)
+        for shape, block in zip(shapes, layout.blocks, strict=True)
+    ]
     return JointRows(
-        [
-            torch.randn(*shape, block.observation_dim, generator=generator, dtype=dtype)
-            for shape, block in zip(shapes, layout.blocks, strict=True)
-        ],
+        seen_by(layout, observations),
         [
             torch.randint(block.action_dim, shape, generator=generator)
             if block.discrete
@@ -70,13 +73,14 @@ def random_rows(layout: Layout, batch: int, generator: torch.Generator, alive: f
     )
 
 
-def random_masks(layout: Layout, rows: JointRows, generator: torch.Generator) -> list[torch.Tensor]:
-    """Masks that allow the action taken and about half of the others."""
-    masks = []
-    for block, actions in zip(layout.blocks, rows.actions, strict=True):
+def masked(layout: Layout, rows: JointRows, generator: torch.Generator) -> list[Observations]:
+    """What the rows show, with masks that allow the action taken and about half of the others."""
+    observations = []
+    for block, seen, actions in zip(layout.blocks, rows.observations, rows.actions, strict=True):
         mask = torch.rand(*actions.shape, block.action_dim, generator=generator) < 0.5
-        masks.append(mask.scatter(-1, actions.unsqueeze(-1), True) if block.discrete else torch.ones_like(mask))
-    return masks
+        mask = mask.scatter(-1, actions.unsqueeze(-1), True) if block.discrete else torch.ones_like(mask)
+        observations.append(observed(seen.dense(), mask))
+    return observations
 
 
 def random_batch(layout: Layout, size: int, seed: int) -> Batch:
@@ -84,10 +88,8 @@ def random_batch(layout: Layout, size: int, seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     rows, following = (random_rows(layout, size, generator) for _ in range(2))
     return Batch(
-        rows=rows,
-        action_masks=random_masks(layout, rows, generator),
-        next_observations=following.observations,
-        next_action_masks=random_masks(layout, following, generator),
+        rows=JointRows(masked(layout, rows, generator), rows.actions, rows.active),
+        next_observations=masked(layout, following, generator),
         next_active=following.active,
         rewards=[torch.randn(active.shape, generator=generator) for active in rows.active],
         terminated=torch.rand(size, generator=generator) < 0.3,
@@ -108,6 +110,11 @@ def one_hot(action: int, width: int) -> torch.Tensor:
     return torch.tensor([float(a == action) for a in range(width)])
 
 
+def observation(observations: list[Observations], row: int, agent: Agent) -> torch.Tensor:
+    """What one agent observes in one row."""
+    return observations[agent.block].dense()[row, agent.place]
+
+
 def vector(rows: JointRows, layout: Layout, row: int, agent: Agent) -> torch.Tensor:
     """The action vector of one agent in one row."""
     action = rows.actions[agent.block][row, agent.place]
@@ -124,7 +131,7 @@ def q_values(
     mean_field: MeanField = "others",
 ) -> torch.Tensor:
     """Q^i(s^i, ·, ã^i) of one agent in one row, [A]."""
-    own = mlp(critic.encoders[agent.block], agent.group, agent.slot, rows.observations[agent.block][row, agent.place])
+    own = mlp(critic.encoders[agent.block], agent.group, agent.slot, observation(rows.observations, row, agent))
     own = own.clamp(min=0)
     if critic.context != "none":
         seen = entities(critic, rows, attend_own_type, row, agent, mean_field)
@@ -163,7 +170,7 @@ def entities(
     if critic.context == "agents":
         for other in everybody:
             if other != agent and rows.active[other.block][row, other.place]:
-                both = torch.cat([rows.observations[other.block][row, other.place], vector(rows, layout, row, other)])
+                both = torch.cat([observation(rows.observations, row, other), vector(rows, layout, row, other)])
                 seen.append(mlp(critic.others.embeddings[other.block], other.group, 0, both).clamp(min=0))
         return seen
     for m in range(layout.spec.num_types):
@@ -180,11 +187,9 @@ def entities(
     return seen
 
 
-def log_policy(
-    policy: Policy, observations: list[torch.Tensor], masks: list[torch.Tensor], row: int, agent: Agent
-) -> list[torch.Tensor | None]:
+def log_policy(policy: Policy, observations: list[Observations], row: int, agent: Agent) -> list[torch.Tensor | None]:
     """log π^i(a|s^i) of one agent in one row, [A]; None for a forbidden action."""
-    logits = mlp(policy.networks[agent.block], agent.group, agent.slot, observations[agent.block][row, agent.place])
-    mask = masks[agent.block][row, agent.place]
+    logits = mlp(policy.networks[agent.block], agent.group, agent.slot, observation(observations, row, agent))
+    mask = observations[agent.block].masks()[row, agent.place]
     total = sum(torch.exp(logits[a]) for a in range(len(logits)) if mask[a])
     return [logits[a] - torch.log(total) if mask[a] else None for a in range(len(logits))]

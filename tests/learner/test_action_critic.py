@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 import torch
-from slow_reference import agents_of, entities, mlp, one_hot, random_rows, spec_of, weighed
+from slow_reference import agents_of, entities, mlp, observation, one_hot, random_rows, spec_of, weighed
 
 from actors.policy import Policy, UniformPolicy
 from actors.rollout import rollout
@@ -53,11 +53,11 @@ def test_the_query_comes_from_state_and_action(
         for agent in agents_of(critic.layout):
             block = blocks[agent.block]
             for row in range(len(rows)):
-                observation, taken = (x[agent.block][row, agent.place] for x in (rows.observations, rows.actions))
+                taken = rows.actions[agent.block][row, agent.place]
                 own = [one_hot(a, block.action_dim) for a in range(block.action_dim)] if block.discrete else [taken]
                 slow = []
                 for action in own:
-                    both = torch.cat([observation, action])
+                    both = torch.cat([observation(rows.observations, row, agent), action])
                     encoded = mlp(critic.encoders[agent.block], agent.group, agent.slot, both).clamp(min=0)
                     seen = encoded
                     if context != "none":
@@ -80,7 +80,7 @@ def test_what_others_do_does_not_depend_on_the_own_action_taken(context: Context
         block, changed = critic.layout.blocks[agent.block], [a.clone() for a in rows.actions]
         own = changed[agent.block][:, agent.place]
         own.copy_((own + 1) % block.action_dim if block.discrete else own.flip(-1) - 0.5)
-        observations = block.grid(rows.observations[agent.block]).flatten(1, 2)
+        observations = block.grid(rows.observations[agent.block].dense()).flatten(1, 2)
         fixed = torch.full((*observations.shape[:2], block.action_dim), 0.3)
         before, after = (
             critic.of(
@@ -106,7 +106,7 @@ def test_the_policies_step_leaves_the_critics_alone() -> None:
     )
     rows = random_rows(layout, 6, torch.Generator().manual_seed(3))
     b = next(b for b, block in enumerate(layout.blocks) if not block.discrete)
-    observations = layout.blocks[b].grid(rows.observations[b]).flatten(1, 2)
+    observations = layout.blocks[b].grid(rows.observations[b].dense()).flatten(1, 2)
     weight = torch.ones(observations.shape[:2])
     figures = learner._improve_continuous(b, observations, critic.scene(rows), 0.1, weight)
     assert all(p.grad is None for p in critic.parameters())

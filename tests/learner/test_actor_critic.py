@@ -20,6 +20,8 @@ from learner.settings import LearnerSettings
 from protocol import stacked
 from protocol.errors import NumericalError
 from protocol.layout import JointRows, Layout, ParameterSharing
+from protocol.observations import Observations
+from tests.plain import observed
 
 HIDDEN, HEADS = 8, 2
 UNEVEN = spec_of((3, 4, 3), (2, 5, 2), (1, 4, 3))
@@ -67,14 +69,14 @@ def slow_loss(built: ActorCritic, batch: Batch, next_actions: list[torch.Tensor]
             target = float(batch.rewards[agent.block][row, agent.place]) - settings.reward_offset
             if batch.next_active[agent.block][row, agent.place] and not batch.terminated[row]:
                 next_q = q_values(built.target_critic, following, HEADS, True, row, agent)
-                next_log = log_policy(built.target_policy, batch.next_observations, batch.next_action_masks, row, agent)
+                next_log = log_policy(built.target_policy, batch.next_observations, row, agent)
                 for a, log in enumerate(next_log):
                     if log is not None:
                         value = next_q[a] - settings.temperature * log
                         target += settings.discount * float(log.exp() * value)
             taken = int(batch.rows.actions[agent.block][row, agent.place])
             loss = (q[taken] - target) ** 2
-            log = log_policy(built.policy, batch.rows.observations, batch.action_masks, row, agent)
+            log = log_policy(built.policy, batch.rows.observations, row, agent)
             p = {a: float(v.detach().exp()) for a, v in enumerate(log) if v is not None}
             baseline = sum(p[a] * float(q[a].detach()) for a in p)
             for a in p:
@@ -120,8 +122,18 @@ def test_gradients_are_those_of_the_equations(
 
 
 def _double(batch: Batch) -> Batch:
-    rows = dataclasses.replace(batch.rows, observations=[o.double() for o in batch.rows.observations])
-    return dataclasses.replace(batch, rows=rows, next_observations=[o.double() for o in batch.next_observations])
+    now, following = (
+        [observed(seen.dense().double(), seen.masks()) for seen in observations]
+        for observations in (batch.rows.observations, batch.next_observations)
+    )
+    return dataclasses.replace(
+        batch, rows=dataclasses.replace(batch.rows, observations=now), next_observations=following
+    )
+
+
+def _moved(seen: Observations) -> Observations:
+    """Other observations, with the same masks."""
+    return observed(seen.dense() + 1, seen.masks())
 
 
 def test_row_blocks_do_not_change_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +157,7 @@ def test_tiles_do_not_change_the_gradient(sharing: ParameterSharing, monkeypatch
 
 def test_the_value_of_what_follows_counts_unless_the_row_is_terminated(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = random_batch(UNEVEN_LAYOUTS["type"], 8, 3)
-    changed = dataclasses.replace(batch, next_observations=[o + 1 for o in batch.next_observations])
+    changed = dataclasses.replace(batch, next_observations=[_moved(seen) for seen in batch.next_observations])
     for terminated, same in ((torch.ones(8).bool(), True), (torch.zeros(8).bool(), False)):
         one, other = (
             gradients(build(), dataclasses.replace(b, terminated=terminated), monkeypatch) for b in (batch, changed)
@@ -157,7 +169,8 @@ def test_an_agent_that_dies_is_not_bootstrapped(monkeypatch: pytest.MonkeyPatch)
     """The reward of its last step is all that its target holds, whatever its next observation says."""
     batch = dataclasses.replace(random_batch(UNEVEN_LAYOUTS["type"], 8, 4), terminated=torch.zeros(8).bool())
     batch.next_active[1][:] = False
-    changed = dataclasses.replace(batch, next_observations=[batch.next_observations[0], batch.next_observations[1] + 1])
+    first, second = batch.next_observations
+    changed = dataclasses.replace(batch, next_observations=[first, _moved(second)])
     one, other = (gradients(build(), b, monkeypatch) for b in (batch, changed))
     assert all(torch.equal(one[name], other[name]) for name in one)
 

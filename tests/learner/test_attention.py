@@ -23,9 +23,8 @@ def build(context: Context, sharing: ParameterSharing, heads: int = 1, own: bool
 def test_the_mixture_is_made_with_these_weights(context: Context, sharing: ParameterSharing) -> None:
     critic = build(context, sharing)
     rows = random_rows(critic.layout, 4, torch.Generator().manual_seed(2))
-    rows.observations = [x.float() for x in rows.observations]
     assert critic.others is not None
-    grids = [b.grid(x).flatten(1, 2) for b, x in zip(critic.layout.blocks, rows.observations, strict=True)]
+    grids = [b.grid(x.dense()).flatten(1, 2) for b, x in zip(critic.layout.blocks, rows.observations, strict=True)]
     mixed = critic.contexts(critic.encode(grids), rows)[0]
     parts = [
         part.unflatten(1, (4, block.slots)).movedim(1, 0).flatten(1, 2)
@@ -47,7 +46,6 @@ def test_types_are_means_over_their_active_agents(context: Context, sharing: Par
     critic = build(context, sharing, heads=2)
     layout = critic.layout
     rows = random_rows(layout, 5, torch.Generator().manual_seed(3))
-    rows.observations = [x.float() for x in rows.observations]
     weights, found = critic.attention(rows), attention_by_type(critic, rows)
     assert weights is not None
     assert found is not None
@@ -75,7 +73,6 @@ def test_types_are_means_over_their_active_agents(context: Context, sharing: Par
 def test_what_is_left_out_gets_nothing() -> None:
     critic = build("types", "type", own=False)
     rows = random_rows(critic.layout, 5, torch.Generator().manual_seed(3))
-    rows.observations = [x.float() for x in rows.observations]
     found = attention_by_type(critic, rows)
     assert found is not None
     np.testing.assert_array_equal(np.diag(found), 0)

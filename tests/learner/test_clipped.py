@@ -19,6 +19,7 @@ from protocol.errors import NumericalError
 from protocol.layout import Layout, ParameterSharing
 from protocol.specs import EnvironmentSpec, TypeSpec
 from protocol.trajectories import Trajectories
+from tests.plain import shown
 
 HIDDEN, HEADS = 8, 2
 UNEVEN = spec_of((3, 4, 3), (2, 5, 2), (1, 4, 3), episode_length=6)
@@ -69,8 +70,8 @@ def played(built: ClippedActorCritic, episodes: int = 5, seed: int = 1) -> tuple
         chunk.active[m][:] = alive & (np.arange(spec.episode_length + 1)[:, None] <= chunk.lengths)[..., None]
     generator = torch.Generator().manual_seed(seed)
     for t in range(spec.episode_length):
-        views = [o[t] for o in chunk.observations], [a[t] for a in chunk.action_masks]
-        for m, (action, chance) in enumerate(zip(*built.policy.decide(*views, generator), strict=True)):
+        now = shown([o[t] for o in chunk.observations], [a[t] for a in chunk.action_masks])
+        for m, (action, chance) in enumerate(zip(*built.policy.decide(now, generator), strict=True)):
             chunk.actions[m][t], chunk.log_probabilities[m][t] = action, chance
     segments = Segments.of([chunk], built.layout)
     rewards = [torch.randn(segments.num_steps, block.num_agents, generator=generator) for block in built.layout.blocks]
@@ -117,10 +118,10 @@ def test_the_policies_move_along_the_advantages_of_every_agent(sharing: Paramete
         scaled = (numbers - numbers.mean()) / numbers.std()
         for ((step, i), _), wanted in zip(cells.items(), scaled, strict=True):
             t, e = divmod(step, 100)
-            rows = [segments.observations[b][t, e].unsqueeze(0), segments.action_masks[b][t, e].unsqueeze(0)]
-            block = built.layout.blocks[b]
-            output = block.rows(built.policy.outputs(b, block.grid(rows[0])))[0, i]
-            log_policy = output.masked_fill(~rows[1][0, i], FORBIDDEN_LOGIT).log_softmax(-1)
+            seen = segments.observations[b]
+            block, mask = built.layout.blocks[b], seen.masks()[t, e, i]
+            output = block.rows(built.policy.outputs(b, block.grid(seen.dense()[t, e].unsqueeze(0))))[0, i]
+            log_policy = output.masked_fill(~mask, FORBIDDEN_LOGIT).log_softmax(-1)
             entropy = -(log_policy.exp() * log_policy).sum()
             gain = float(wanted) * log_policy[segments.actions[b][t, e, i]]
             loss = loss - (gain + settings.clipped.entropy_weight * entropy) / len(cells)
@@ -135,14 +136,13 @@ def test_a_better_action_becomes_likelier_and_the_clip_holds_it_back() -> None:
     segments, _ = played(built, episodes=40)
     rewards = [(a[segments.played] == 0).float() for a in segments.actions]
     rows = segments.rows()
-    masks = segments.of_rows(segments.action_masks)
     with torch.no_grad():
-        before = built._log_probabilities(rows, masks)
+        before = built._log_probabilities(rows)
     for _ in range(3):
         figures = built.update(segments, rewards, 0.0)
     with torch.no_grad():
-        after = built._log_probabilities(rows, masks)
-    chosen = (rows.actions[0] == 0) & rows.active[0] & (masks[0].sum(-1) > 1)
+        after = built._log_probabilities(rows)
+    chosen = (rows.actions[0] == 0) & rows.active[0] & (rows.observations[0].masks().sum(-1) > 1)
     gain = (after[0] - before[0])[chosen]
     assert 0 < float(gain.mean()) < np.log(1.1) + 0.1  # a few steps past the bound: the last one before it was read
     assert figures["critic_loss"] < 10

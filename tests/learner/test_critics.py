@@ -157,7 +157,7 @@ def test_an_inactive_agent_is_not_seen(context: Context) -> None:
     rows = random_rows(critic.layout, 4, torch.Generator().manual_seed(6), alive=1.0)
     rows.active[0][:, 1] = False
     before = critic(rows)
-    rows.observations[0][:, 1] += 1.0
+    rows.observations[0].dense()[:, 1] += 1.0  # plain: the column itself
     rows.actions[0][:, 1] = (rows.actions[0][:, 1] + 1) % 3
     others = [0, 2, 3]
     torch.testing.assert_close(

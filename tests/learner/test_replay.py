@@ -7,9 +7,12 @@ import pytest
 import torch
 from slow_reference import spec_of
 
+from actors.policy import UniformPolicy
+from actors.rollout import rollout
 from learner.replay import Batch, Replay
 from protocol.errors import InputError
 from protocol.layout import Layout
+from protocol.registry import make_environment
 from protocol.trajectories import Trajectories
 
 SPEC = spec_of((2, 3, 4), (1, 2, 3), episode_length=5)
@@ -37,16 +40,17 @@ def assert_consistent(batch: Batch, ends: dict[int, tuple[int, bool]]) -> set[tu
     """Every row is one step of one episode and its true successor; returns the (episode, step) pairs seen."""
     seen = set()
     for row in range(len(batch.rows)):
-        number, step = divmod(int(batch.rows.observations[0][row, 0, 0]), 100)
+        number, step = divmod(int(batch.rows.observations[0].dense()[row, 0, 0]), 100)
         length, terminates = ends[number]
         assert 0 <= step < length
         assert bool(batch.terminated[row]) == (terminates and step == length - 1)
         for b, block in enumerate(LAYOUT.blocks):
-            assert (batch.rows.observations[b][row] == 100 * number + step).all()
-            assert (batch.next_observations[b][row] == 100 * number + step + 1).all()
+            now, following = batch.rows.observations[b], batch.next_observations[b]
+            assert (now.dense()[row] == 100 * number + step).all()
+            assert (following.dense()[row] == 100 * number + step + 1).all()
             assert (batch.rows.actions[b][row] == step % block.action_dim).all()
-            assert batch.action_masks[b][row, :, step % block.action_dim].all()
-            assert batch.next_action_masks[b][row, :, (step + 1) % block.action_dim].all()
+            assert now.masks()[row, :, step % block.action_dim].all()
+            assert following.masks()[row, :, (step + 1) % block.action_dim].all()
             assert (batch.rows.active[b][row] == (step % 2 == 0)).all()
             assert (batch.next_active[b][row] == (step % 2 == 1)).all()
             assert (batch.rewards[b][row] == step).all()
@@ -58,7 +62,7 @@ def test_rows_of_uneven_episodes_keep_to_their_episode() -> None:
     replay = Replay(LAYOUT, window_steps=20)
     fresh = replay.rows(replay.add(episodes([1, 2, 3], [5, 2, 3], [False, True, False])))
     assert len(replay) == len(fresh) == 10
-    assert [int(v) for v in fresh.observations[1][:, 0, 0]] == [*range(100, 105), 200, 201, 300, 301, 302]
+    assert [int(v) for v in fresh.observations[1].dense()[:, 0, 0]] == [*range(100, 105), 200, 201, 300, 301, 302]
     batch = replay.sample(1_000, torch.Generator().manual_seed(0))
     ends = {1: (5, False), 2: (2, True), 3: (3, False)}
     assert assert_consistent(batch, ends) == {(n, t) for n, (length, _) in ends.items() for t in range(length)}
@@ -98,16 +102,16 @@ def test_all_fresh_rows_of_an_iteration_are_told_even_if_the_window_is_smaller(w
     replay = Replay(LAYOUT, window_steps)
     fresh = replay.add_all([episodes([n], [length], [True]) for n, length in ((1, 5), (2, 2), (3, 5))])
     expected = [*range(100, 105), *range(200, 202), *range(300, 305)]
-    assert [int(v) for v in fresh.observations[1][:, 0, 0]] == expected
+    assert [int(v) for v in fresh.observations[1].dense()[:, 0, 0]] == expected
     assert len(fresh.actions[1]) == len(fresh.active[1]) == len(expected)
 
 
 def test_fresh_rows_are_copies() -> None:
     replay = Replay(LAYOUT, window_steps=5)
     fresh = replay.rows(replay.add(episodes([1], [5], [False])))
-    kept = fresh.observations[0].clone()
+    kept = fresh.observations[0].dense().clone()
     replay.add(episodes([2], [5], [False]))
-    assert torch.equal(fresh.observations[0], kept)
+    assert torch.equal(fresh.observations[0].dense(), kept)
 
 
 def test_a_restored_ring_samples_and_overwrites_alike() -> None:
@@ -119,8 +123,9 @@ def test_a_restored_ring_samples_and_overwrites_alike() -> None:
         replay.add(episodes([9], [4], [False]))
     one, other = (replay.sample(60, torch.Generator().manual_seed(1)) for replay in (first, second))
     for b in range(len(LAYOUT.blocks)):
-        assert torch.equal(one.rows.observations[b], other.rows.observations[b])
-        assert torch.equal(one.next_observations[b], other.next_observations[b])
+        assert torch.equal(one.rows.observations[b].dense(), other.rows.observations[b].dense())
+        assert torch.equal(one.rows.observations[b].masks(), other.rows.observations[b].masks())
+        assert torch.equal(one.next_observations[b].dense(), other.next_observations[b].dense())
     assert torch.equal(one.terminated, other.terminated)
 
 
@@ -144,7 +149,36 @@ def test_whole_episodes_take_a_short_way_to_the_same_rows(batches: int, monkeypa
 
 
 def test_the_short_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Replay, "_episode_major", lambda *_: pytest.fail("the long way"))
+    monkeypatch.setattr(Replay, "_add", lambda *_: pytest.fail("the long way"))
     replay = Replay(LAYOUT, 20)
     for _ in range(3):
         replay.add(episodes([1, 2], [5, 5], [True, False]))
+
+
+@pytest.mark.parametrize("name", ["berlin?types=10&agents=50&sight=near", "rover_tower"])
+def test_a_step_of_an_agent_takes_few_bytes(name: str) -> None:
+    spec = make_environment(name, 1).spec
+    steps = 10 * spec.episode_length
+    state = Replay(Layout.of(spec, "type"), steps).state()
+    assert sum(array.nbytes for array in state.values()) <= 30 * steps * spec.num_agents
+
+
+@pytest.mark.parametrize("name", ["berlin?types=10&agents=50&sight=near", "rover_tower"])
+def test_what_was_kept_compact_comes_out_as_it_was_seen(name: str) -> None:
+    environment = make_environment(name, 2)
+    layout = Layout.of(environment.spec, "type")
+    made = rollout(environment, UniformPolicy(environment.spec), 0)
+    replay = Replay(layout, 2 * environment.spec.episode_length)
+    replay.add(made)
+    batch = replay.sample(30, torch.Generator().manual_seed(0))
+    for b, types in enumerate(environment.spec.blocks):
+        seen, masks = (
+            torch.from_numpy(np.concatenate([parts[m] for m in types], axis=2))
+            for parts in (made.observations, made.action_masks)
+        )
+        now, following = batch.rows.observations[b], batch.next_observations[b]
+        for row in range(30):
+            t, e = (seen[:-1] == now.dense()[row]).flatten(2).all(2).nonzero()[0].tolist()
+            assert torch.equal(now.masks()[row], masks[t, e])
+            assert torch.equal(following.dense()[row], seen[t + 1, e])
+            assert torch.equal(following.masks()[row], masks[t + 1, e])

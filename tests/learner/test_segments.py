@@ -28,15 +28,15 @@ def chunk(lengths: list[int], first: int) -> Trajectories:
 def test_chunks_lie_side_by_side_and_rows_follow_time() -> None:
     segments = Segments.of([chunk([4, 2], 0), chunk([3], 2)], LAYOUT)
     assert segments.num_steps == 9
-    seen = segments.rows().observations[0][:, 0, 0].tolist()
+    seen = segments.rows().observations[0].dense()[:, 0, 0].tolist()
     assert seen == [0, 100, 200, 1, 101, 201, 2, 202, 3]
-    assert segments.observations[1].shape == (5, 3, 1, 5)
+    assert segments.observations[1].dense().shape == (5, 3, 1, 5)
     assert float(segments.log_probabilities[0][1, 2, 0]) == -201
 
 
 def test_whole_episodes_are_shown_alike() -> None:
     whole = Segments.of([chunk([4, 4], 0)], LAYOUT)
-    assert whole.rows().observations[1][:, 0, 0].tolist() == [0, 100, 1, 101, 2, 102, 3, 103]
+    assert whole.rows().observations[1].dense()[:, 0, 0].tolist() == [0, 100, 1, 101, 2, 102, 3, 103]
 
 
 def test_spread_is_the_inverse_of_rows() -> None:

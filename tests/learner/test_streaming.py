@@ -46,14 +46,14 @@ class Learner:
         self.experience.publish(session, version, self.policy, 0)
 
     def send(self, actor: int, version: int, next_version: int, mark: float, session: str = "s") -> int:
-        """A chunk of one episode whose observations are all `mark`; returns its ticket."""
+        """A chunk of one episode whose rovers' own numbers are all `mark`; returns its ticket."""
         steps = SPEC.episode_length
         arrays = Trajectories.zeros(SPEC, 1).arrays
-        arrays["0.observations"][:] = mark
+        arrays["0.own"][:] = mark
         return self.actors[actor].submit(Chunk(session, version, next_version, actor, steps, 1, 0.0), arrays)
 
     def collect(self) -> list[float]:
-        return [float(chunk.observations[0][0, 0, 0, 0]) for chunk in self.experience.collect(lambda: None)]
+        return [float(chunk.arrays["0.own"][0, 0, 0, 0]) for chunk in self.experience.collect(lambda: None)]
 
     def note(self, actor: int, ticket: int) -> str:
         answer = self.actors[actor].result(ticket, 3.0)

@@ -35,6 +35,7 @@ from learner.replay import Batch
 from learner.settings import LearnerSettings
 from protocol.layout import JointRows, Layout
 from protocol.specs import EnvironmentSpec, TypeSpec
+from tests.plain import seen_by
 
 Pairwise = Callable[[torch.Tensor], torch.Tensor]
 """Q^{ij}(s, a^i, ·) of one pair: points [width] → a number."""
@@ -254,19 +255,16 @@ def learn(game: Game, settings: LearnerSettings, seed: int) -> ActorCritic:
     state = random.integers(game.states, size=ROWS)
     for number in range(UPDATES):
         progress = number / UPDATES
-        observations = observe(game, state)
-        masks = [np.ones((ROWS, 2, 2), bool) for _ in range(2)]
-        joint = np.concatenate(learner.policy.act(observations, masks, generator), axis=1)
+        observations = seen_by(layout, layout.to_rows(observe(game, state)))
+        joint = np.concatenate(learner.policy.choose(observations, generator)[0], axis=1)
         explores = random.random(joint.shape) < max(0.02, 1 - 1.5 * progress)
         joint = np.where(explores, random.integers(2, size=joint.shape), joint)
         following = (random.random(ROWS) < game.next_one(joint)).astype(int)
         rewards = layout.to_rows(np.split(game.rewards(state, joint).astype(np.float32), 2, axis=1))
         active = [torch.ones(ROWS, 4, dtype=torch.bool)]
         batch = Batch(
-            rows=JointRows(layout.to_rows(observations), [torch.from_numpy(joint)], active),
-            action_masks=layout.to_rows(masks),
-            next_observations=layout.to_rows(observe(game, following)),
-            next_action_masks=layout.to_rows(masks),
+            rows=JointRows(observations, [torch.from_numpy(joint)], active),
+            next_observations=seen_by(layout, layout.to_rows(observe(game, following))),
             next_active=active,
             rewards=rewards,
             terminated=torch.zeros(ROWS, dtype=torch.bool),
@@ -289,7 +287,7 @@ def errors(game: Game, learner: ActorCritic) -> tuple[float, float]:
     active = [torch.ones(game.states, 4, dtype=torch.bool)]
     (block,) = layout.blocks
     with torch.no_grad():
-        (q,) = learner.critic(JointRows(observations, [torch.from_numpy(play)], active))
+        (q,) = learner.critic(JointRows(seen_by(layout, observations), [torch.from_numpy(play)], active))
         logits = learner.policy.outputs(0, block.grid(observations[0]))
     chance = block.rows(logits).softmax(-1).gather(-1, torch.from_numpy(play).unsqueeze(-1))
     return float(np.abs(block.rows(q).numpy() - nash).max()), float(chance.min())

@@ -44,7 +44,7 @@ def demonstrations() -> Demonstrations:
     actions = random.integers(5, size=(rows, 3))
     masks = random.random((rows, 3, 5)) < 0.5
     np.put_along_axis(masks, actions[..., None], True, axis=2)
-    return Demonstrations(
+    return Demonstrations.of_types(
         spec=SPEC,
         origin="a test",
         observations=[random.normal(size=(rows, t.count, t.observation_dim)).astype(np.float32) for t in SPEC.types],
@@ -74,6 +74,17 @@ def assert_same(one: Demonstrations, other: Demonstrations) -> None:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
+def changed(demonstrations: Demonstrations, name: str, array: np.ndarray) -> Demonstrations:
+    """The same with another array."""
+    return replace(demonstrations, arrays={**demonstrations.arrays, name: array})
+
+
+def opened(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """The tensors and the metadata of a file, in memory."""
+    with safe_open(path, "np") as file:
+        return load_file(path), file.metadata()
+
+
 def test_saved_comes_back(tmp_path: Path, demonstrations: Demonstrations) -> None:
     path = tmp_path / "some.safetensors"
     demonstrations.save(path)
@@ -82,9 +93,9 @@ def test_saved_comes_back(tmp_path: Path, demonstrations: Demonstrations) -> Non
     assert (loaded.spec, loaded.origin) == (SPEC, "a test")
     assert [p.name for p in tmp_path.iterdir()] == ["some.safetensors"]
     tensors = load_file(path)
-    assert tensors["0.actions"].dtype == np.int8
+    assert tensors["0.actions"].dtype == np.uint8
     assert "1.active" not in tensors
-    assert "1.action_masks" not in tensors
+    assert "1.masks" not in tensors
 
 
 def test_file_is_mapped_not_copied(tmp_path: Path, demonstrations: Demonstrations) -> None:
@@ -156,17 +167,17 @@ def test_split_keeps_groups_together(demonstrations: Demonstrations) -> None:
 
 
 def test_a_changed_world_may_have_another_crowd(demonstrations: Demonstrations) -> None:
-    demonstrations = replace(demonstrations, active=[np.ones_like(a) for a in demonstrations.active])
+    demonstrations = changed(demonstrations, "0.active", np.ones_like(demonstrations.active[0]))
     types = (replace(SPEC.types[0], count=5), replace(SPEC.types[1], count=2))
-    changed = replace(SPEC, types=types, name="town?demand=1.7", changes=SPEC.name)
-    demonstrations.check_against(changed)
+    other = replace(SPEC, types=types, name="town?demand=1.7", changes=SPEC.name)
+    demonstrations.check_against(other)
     with pytest.raises(InputError, match="expected count 5, found 3"):
-        demonstrations.check_against(replace(changed, changes=""))
+        demonstrations.check_against(replace(other, changes=""))
     with pytest.raises(InputError, match="expected observation_dim"):
-        demonstrations.check_against(replace(changed, types=(replace(types[0], observation_dim=5), types[1])))
+        demonstrations.check_against(replace(other, types=(replace(types[0], observation_dim=5), types[1])))
 
-    crowd = demonstrations.for_crowd(changed)
-    crowd.check_against(replace(changed, changes=""))
+    crowd = demonstrations.for_crowd(other)
+    crowd.check_against(replace(other, changes=""))
     for m, agent_type in enumerate(types):
         for row in range(demonstrations.num_rows):
             for agent in range(agent_type.count):
@@ -197,8 +208,8 @@ def test_trajectories_lose_their_padding() -> None:
     played = Trajectories.zeros(replace(SPEC, episode_length=6), 2)
     played.lengths[:] = [2, 6]
     for m in range(2):
-        played.observations[m][:] = np.arange(7)[:, None, None, None] + 10 * np.arange(2)[:, None, None]
-        played.action_masks[m][:] = played.active[m][:] = True
+        played.arrays[f"{m}.own"][:] = np.arange(7)[:, None, None, None] + 10 * np.arange(2)[:, None, None]
+        played.arrays[f"{m}.masks"][:] = played.active[m][:] = True
         played.rewards[m][:2] = 1
     made = Demonstrations.from_trajectories(played, SPEC, "test")
     assert made.observations[0][:, 0, 0].tolist() == [0, 1, 10, 11, 12, 13, 14, 15]
@@ -231,11 +242,16 @@ def _replace(name: str, make: Callable[[np.ndarray], np.ndarray]) -> Callable[[T
     return change
 
 
+def _negative(tensors: Tensors, header: Header) -> None:
+    tensors["0.actions"] = tensors["0.actions"].astype(np.int8)
+    tensors["0.actions"][2:4, 1] = -1
+
+
 def _forbid(tensors: Tensors, header: Header) -> None:
     tensors["0.active"] = np.ones_like(tensors["0.active"])
-    tensors["0.action_masks"] = tensors["0.action_masks"].copy()
+    tensors["0.masks"] = tensors["0.masks"].copy()
     for row, agent in ((4, 1), (9, 0)):
-        tensors["0.action_masks"][row, agent, tensors["0.actions"][row, agent]] = False
+        tensors["0.masks"][row, agent, tensors["0.actions"][row, agent]] = False
 
 
 def _drop_groups(tensors: Tensors, header: Header) -> None:
@@ -266,13 +282,13 @@ def _no_spec(tensors: Tensors, header: Header) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (_set("0.observations", (8, 2, 1), np.nan), "type 'bus': 1 observed values are not finite.*row 8, agent 2"),
-        (_set("1.observations", (0, 0, 0), np.inf), "type 'tram': 1 observed values"),
+        (_set("0.own", (8, 2, 1), np.nan), "type 'bus': 1 observed values are not finite.*row 8, agent 2"),
+        (_set("1.own", (0, 0, 0), np.inf), "type 'tram': 1 observed values"),
         (_set("0.actions", (3, 1), 5), r"type 'bus': 1 actions are not in 0\.\.4.*row 3, agent 1"),
-        (_set("0.actions", (slice(2, 4), 1), -1), "type 'bus': 2 actions are not in"),
+        (_negative, "type 'bus': 2 actions are not in"),
         (_set("1.actions", (3, 0, 0), np.nan), "type 'tram': 1 action values are not within"),
         (_forbid, "type 'bus': 2 actions are forbidden by their masks, the first in row 4, agent 1"),
-        (_set("episode_lengths", 0, 5), r"observations of type 'bus': expected \[18, 3, 4\], found \[19, 3, 4\]"),
+        (_set("episode_lengths", 0, 5), r"own of type 'bus': expected \[18, 3, 4\], found \[19, 3, 4\]"),
         (_set("episode_lengths", 0, 7), r"episodes of 1\.\.6 steps, found 1\.\.7"),
         (_set("episode_lengths", 0, 0), r"episodes of 1\.\.6 steps, found 0"),
         (_set("returns", (1, 1), np.inf), "a return is infinite"),
@@ -282,10 +298,10 @@ def _no_spec(tensors: Tensors, header: Header) -> None:
         (_replace("starts.places", lambda a: a[:4]), "starts.places: expected"),
         (_replace("1.actions", lambda a: a[:, :, 0]), "actions of type 'tram': expected"),
         (_replace("0.active", lambda a: a[:, :2]), "active of type 'bus': expected"),
-        (_replace("0.observations", lambda a: a.astype(np.float64)), "'0.observations': expected F32, found F64"),
+        (_replace("0.own", lambda a: a.astype(np.float64)), "'0.own': expected F32, found F64"),
         (_replace("0.actions", lambda a: a.astype(np.float32)), "'0.actions': expected I8 or .*found F32"),
         (_replace("episode_lengths", lambda a: a[:, None]), r"episode_lengths: expected \[5\], found \[5, 1\]"),
-        (_replace("1.observations", lambda a: a.sum()), "observations of type 'tram': expected"),
+        (_replace("1.own", lambda a: a.sum()), "own of type 'tram': expected"),
         (_drop_groups, "tensors are missing: groups"),
         (_add_tensor, r"unexpected tensors: 7\.actions"),
         (_empty, "at least one episode"),
@@ -298,8 +314,9 @@ def test_bad_content_is_refused(
     tmp_path: Path, demonstrations: Demonstrations, change: Callable[[Tensors, Header], None], text: str
 ) -> None:
     path = tmp_path / "bad.safetensors"
-    metadata = demonstrations._metadata()
-    tensors, header = demonstrations._tensors(), json.loads(metadata["header"])
+    demonstrations.save(path)
+    tensors, metadata = opened(path)
+    header = json.loads(metadata["header"])
     change(tensors, header)
     save_file(tensors, path, metadata | {"header": json.dumps(header)})
     with pytest.raises(InputError, match=text) as error:
@@ -312,7 +329,7 @@ def test_bad_content_is_refused(
     ("metadata", "text"),
     [
         ({"format": "other"}, "expected format 'bm3il-demonstrations', found 'other'"),
-        ({"version": "2"}, "version 1 of the format, found '2'"),
+        ({"version": "3"}, "version 1 or 2 of the format, found '3'"),
         ({"header": "{"}, "the header is not JSON"),
         ({"header": "[" * 100_000}, "the header is not JSON"),
         ({"header": "[]"}, "expected a header of names and values"),
@@ -322,7 +339,9 @@ def test_bad_metadata_is_refused(
     tmp_path: Path, demonstrations: Demonstrations, metadata: dict[str, str], text: str
 ) -> None:
     path = tmp_path / "bad.safetensors"
-    save_file(demonstrations._tensors(), path, demonstrations._metadata() | metadata)
+    demonstrations.save(path)
+    tensors, honest = opened(path)
+    save_file(tensors, path, honest | metadata)
     with pytest.raises(InputError, match=text):
         Demonstrations.load(path)
 
@@ -344,7 +363,7 @@ def test_inactive_agents_may_do_what_is_forbidden(demonstrations: Demonstrations
     masks = demonstrations.action_masks[0].copy()
     row, agent = np.argwhere(~demonstrations.active[0])[0]
     masks[row, agent] = False
-    replace(demonstrations, action_masks=[masks, demonstrations.action_masks[1]])
+    changed(demonstrations, "0.masks", masks)
 
 
 def test_names_are_resolved(tmp_path: Path) -> None:
@@ -361,14 +380,14 @@ def test_names_are_resolved(tmp_path: Path) -> None:
 def packed_file(demonstrations: Demonstrations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file whose observations of buses are packed: they repeat."""
     monkeypatch.setattr(packing, "PACKED_FROM_BYTES", 1)
-    repeated = [np.zeros_like(demonstrations.observations[0]), demonstrations.observations[1]]
-    replace(demonstrations, observations=repeated).save(tmp_path / "packed.safetensors")
-    return tmp_path / "packed.safetensors"
+    path = tmp_path / "packed.safetensors"
+    changed(demonstrations, "0.own", np.zeros_like(demonstrations.observations[0])).save(path)
+    return path
 
 
 def test_what_repeats_is_packed_and_comes_back(packed_file: Path, demonstrations: Demonstrations) -> None:
-    assert "0.observations.xz" in load_file(packed_file)
-    assert "0.observations" not in load_file(packed_file)
+    assert "0.own.xz" in load_file(packed_file)
+    assert "0.own" not in load_file(packed_file)
     loaded = Demonstrations.load(packed_file)
     assert (loaded.observations[0] == 0).all()
     np.testing.assert_array_equal(loaded.observations[1], demonstrations.observations[1])
@@ -377,17 +396,15 @@ def test_what_repeats_is_packed_and_comes_back(packed_file: Path, demonstrations
 @pytest.mark.parametrize(
     ("name", "packed", "message"),
     [
-        ("0.observations.xz", b"no xz at all", "expected xz"),
-        ("0.observations.xz", lzma.compress(bytes(8)), "bytes when unpacked, found 8"),
-        ("0.observations.xz", lzma.compress(bytes(10 * 19 * 3 * 4 * 4)), None),
-        ("0.action_masks.xz", lzma.compress(bytes([2]) * (19 * 3 * 5)), "expected bytes of 0 and 1"),
+        ("0.own.xz", b"no xz at all", "expected xz"),
+        ("0.own.xz", lzma.compress(bytes(8)), "bytes when unpacked, found 8"),
+        ("0.own.xz", lzma.compress(bytes(10 * 19 * 3 * 4 * 4)), None),
+        ("0.masks.xz", lzma.compress(bytes([2]) * (19 * 3 * 5)), "expected bytes of 0 and 1"),
         ("episode_lengths.xz", lzma.compress(bytes(40)), "a tensor is there twice"),
     ],
 )
 def test_hostile_packed_tensors_are_refused(packed_file: Path, name: str, packed: bytes, message: str | None) -> None:
-    tensors = load_file(packed_file)
-    with safe_open(packed_file, "np") as file:
-        metadata = file.metadata()
+    tensors, metadata = opened(packed_file)
     tensors.pop(name.removesuffix(".xz") if "mask" in name else name, None)
     tensors[name] = np.frombuffer(packed, np.uint8)
     save_file(tensors, packed_file, metadata)
@@ -403,12 +420,10 @@ def test_forbidden_actions_are_counted_refused_and_left_out_on_demand(
 ) -> None:
     path, output = tmp_path / "wrong.safetensors", tmp_path / "clean.safetensors"
     demonstrations.save(path)
-    tensors = load_file(path)
-    with safe_open(path, "np") as file:
-        metadata = file.metadata()
+    tensors, metadata = opened(path)
     rows, agents = demonstrations.active[0].nonzero()
     for row, agent in zip(rows[:3], agents[:3], strict=True):
-        tensors["0.action_masks"][row, agent, demonstrations.actions[0][row, agent]] = False
+        tensors["0.masks"][row, agent, demonstrations.actions[0][row, agent]] = False
     save_file(tensors, path, metadata)
     first = f"3 actions are forbidden by their masks, the first in row {rows[0]}, agent {agents[0]}; `bm3il"
     with pytest.raises(InputError, match=first):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from protocol.errors import ProtocolError
 from protocol.layout import JointRows, Layout, ParameterSharing
 from protocol.specs import EnvironmentSpec, TypeSpec
+from tests.plain import observed
 
 types = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 2), st.integers(2, 3)), min_size=1, max_size=5)
 sharings = st.sampled_from(["agent", "type"])
@@ -50,7 +51,7 @@ def test_by_type_undoes_to_rows(shapes: list[tuple[int, int, int]], sharing: Par
     layout = layout_of(shapes, sharing)
     arrays = [np.random.default_rng(m).random((3, t.count, 2)) for m, t in enumerate(layout.spec.types)]
     rows = layout.to_rows(arrays)
-    for array, found in zip(arrays, layout.by_type(rows), strict=True):
+    for array, found in zip(arrays, layout.spec.by_type(rows, axis=1), strict=True):
         assert np.array_equal(found.numpy(), array)
     arrays[0][:] = -1  # the rows are copies
     assert not any((block == -1).any() for block in rows)
@@ -72,9 +73,12 @@ def test_agents_with_own_parameters_are_a_view() -> None:
     assert (block.groups, block.slots) == (4, 1)
 
 
-@pytest.mark.parametrize(("field", "value"), [("0.actions", 3), ("0.actions", -1), ("0.observations", np.nan)])
-def test_values_that_an_index_would_trust_are_checked(field: str, value: float) -> None:
-    layout = layout_of([(3, 4, 3)], "agent")
+@pytest.mark.parametrize(
+    ("field", "value", "actions"),
+    [("0.actions", 3, 3), ("0.actions", 255, 3), ("0.actions", -1, 300), ("0.actions", 300, 300), ("0.own", np.nan, 3)],
+)
+def test_values_that_an_index_would_trust_are_checked(field: str, value: float, actions: int) -> None:
+    layout = layout_of([(3, 4, actions)], "agent")
     arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in JointRows.array_table(layout, 2).items()}
     assert len(JointRows.from_arrays(arrays, layout)) == 2
     arrays[field].flat[-1] = value
@@ -83,8 +87,12 @@ def test_values_that_an_index_would_trust_are_checked(field: str, value: float) 
 
 
 def test_selected_rows_are_copies() -> None:
-    rows = JointRows([torch.arange(6.0).view(3, 1, 2)], [torch.arange(3).view(3, 1)], [torch.ones(3, 1).bool()])
-    chosen = rows.select(torch.tensor([2, 0]))
-    rows.observations[0].zero_()
-    assert chosen.observations[0].flatten().tolist() == [4, 5, 0, 1]
-    assert chosen.actions[0].flatten().tolist() == [2, 0]
+    seen = observed(torch.arange(6.0).view(3, 1, 2), torch.tensor([True, False, True]).view(3, 1, 1))
+    rows = JointRows([seen], [torch.arange(3).view(3, 1)], [torch.ones(3, 1).bool()])
+    chosen = rows.select(torch.tensor([2, 1]))
+    for tensor in rows.tensors():
+        tensor.zero_()
+    assert chosen.observations[0].dense().flatten().tolist() == [4, 5, 2, 3]
+    assert chosen.observations[0].masks().flatten().tolist() == [True, False]
+    assert chosen.actions[0].flatten().tolist() == [2, 1]
+    assert chosen.active[0].all()

@@ -9,9 +9,11 @@ from torch.nn import functional
 
 from protocol.layout import JointRows, Layout, ParameterSharing
 from protocol.specs import EnvironmentSpec, TypeSpec
+from reward_server.discriminator import Architecture, Workspace
 from reward_server.particles import RewardModel
 from reward_server.settings import RewardSettings
 from reward_server.svgd import svgd_direction
+from tests.plain import seen_by
 
 torch.set_num_threads(1)
 
@@ -23,16 +25,26 @@ SETTINGS = RewardSettings(particles=3, hidden=(8, 6), batch_size=16, window_step
 
 def some_rows(layout: Layout, count: int, seed: int, shift: float = 0.0) -> JointRows:
     generator = torch.Generator().manual_seed(seed)
-    rows = JointRows([], [], [])
+    observations, actions, active = [], [], []
     for block in layout.blocks:
         shape = (count, block.num_agents)
-        rows.observations.append(torch.randn(*shape, block.observation_dim, generator=generator) + shift)
+        observations.append(torch.randn(*shape, block.observation_dim, generator=generator) + shift)
         if block.discrete:
-            rows.actions.append(torch.randint(block.action_dim, shape, generator=generator))
+            actions.append(torch.randint(block.action_dim, shape, generator=generator))
         else:
-            rows.actions.append(torch.rand(*shape, block.action_dim, generator=generator) * 2 - 1)
-        rows.active.append(torch.rand(shape, generator=generator) < 0.8)
-    return rows
+            actions.append(torch.rand(*shape, block.action_dim, generator=generator) * 2 - 1)
+        active.append(torch.rand(shape, generator=generator) < 0.8)
+    return JointRows(seen_by(layout, observations), actions, active)
+
+
+def encoded(
+    architecture: Architecture, layout: Layout, b: int, rows: JointRows, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """The input [G, B, S, in + biases] of a block's discriminators, written over what is no number."""
+    block = layout.blocks[b]
+    x = Workspace(dtype).take("x", block.groups, len(rows), block.slots, architecture.shapes[0][-1]).fill_(torch.nan)
+    architecture.encode(block.grid(rows.observations[b].dense()), block.grid(rows.actions[b]), x)
+    return x
 
 
 def make_model(
@@ -51,8 +63,8 @@ def slow_logits(
     block = model.layout.blocks[b]
     place = block.agent_of_slot.tolist().index(agent)
     action = rows.actions[b][row, agent]
-    inputs = functional.one_hot(action, block.action_dim) if block.discrete else action
-    x = torch.cat([rows.observations[b][row, agent], inputs, torch.ones(1)]).double()
+    inputs = functional.one_hot(action.long(), block.action_dim) if block.discrete else action
+    x = torch.cat([rows.observations[b].dense()[row, agent], inputs, torch.ones(1)]).double()
     logits = []
     for particle in range(model.settings.particles):
         h = x

@@ -4,11 +4,13 @@ import torch
 
 from protocol.layout import JointRows
 from reward_server.batcher import QueryBatcher, Waiting
+from tests.plain import observed
 
 
 def query(name: str, rows: int, arrived: float = 0.0, alone: bool = False) -> Waiting:
     part = [torch.zeros(rows, 1)]
-    return Waiting(name, JointRows(part, part, part), None, False, alone, arrived)
+    seen = [observed(torch.zeros(rows, 1, 1), torch.ones(rows, 1, 1, dtype=torch.bool))]
+    return Waiting(name, JointRows(seen, part, part), None, False, alone, arrived)
 
 
 def names(queries: list[Waiting]) -> list[str]:

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from protocol.layout import JointRows, Layout, ParameterSharing
+from protocol.observations import Observations, forms
 from protocol.specs import EnvironmentSpec, Part, TypeSpec
 from reward_server import particles
 from reward_server.health import Health
@@ -22,14 +23,22 @@ from tests.never_waiting import NeverWaiting
 torch.set_num_threads(1)
 
 PARTS = (Part("place", 2), Part("time", 1), Part("load", 1))
+DESCRIBED = (
+    Part("place", 2, "code"),
+    Part("load", 3, "shared", masked=True),
+    Part("home", 1, "constant", values=(0.5,)),
+    Part("time", 1),
+)
 SPEC = EnvironmentSpec(
     "uneven",
     (
         TypeSpec("a", 3, 4, 5, parts=PARTS, purpose=("time", "place")),
         TypeSpec("b", 2, 4, 5, parts=PARTS, purpose=("time", "place")),
         TypeSpec("c", 2, 3, 2, discrete=False, parts=(Part("time", 1), Part("goal", 2)), purpose=("goal",)),
+        TypeSpec("d", 2, 7, 3, parts=DESCRIBED, purpose=("place", "home"), mask="place"),
     ),
     10,
+    tables=(("place", ((0,), (1, 2))),),
 )
 SETTINGS = RewardSettings(particles=3, hidden=(8, 6), batch_size=16, window_steps=40)
 DEVICE = "meta"
@@ -48,13 +57,19 @@ class Standing(torch.optim.Adam):
 
 
 def some_rows(layout: Layout, count: int) -> JointRows:
-    rows = JointRows([], [], [])
-    for block in layout.blocks:
-        shape = (count, block.num_agents)
-        rows.observations.append(torch.randn(*shape, block.observation_dim))
-        rows.actions.append(torch.randint(block.action_dim, shape) if block.discrete else torch.rand(*shape, 2))
-        rows.active.append(torch.ones(shape, dtype=torch.bool))
-    return rows
+    shapes = [((count, block.num_agents), block) for block in layout.blocks]
+    columns = [
+        {
+            name: torch.ones(shape, dtype=getattr(torch, dtype))
+            for name, (dtype, shape) in b.form.table_of(count).items()
+        }
+        for b in layout.blocks
+    ]
+    return JointRows(
+        [Observations(b.form, c) for b, c in zip(layout.blocks, columns, strict=True)],
+        [torch.randint(b.action_dim, shape) if b.discrete else torch.rand(*shape, 2) for shape, b in shapes],
+        [torch.ones(shape, dtype=torch.bool) for shape, _ in shapes],
+    )
 
 
 @pytest.mark.parametrize("sharing", ["agent", "type"])
@@ -71,6 +86,7 @@ def some_rows(layout: Layout, count: int) -> JointRows:
 def test_host_and_device_are_never_mixed(
     monkeypatch: pytest.MonkeyPatch, sharing: ParameterSharing, changes: dict[str, Any]
 ) -> None:
+    forms.cache_clear()  # what they copied to the device of another test
     layout = Layout.of(SPEC, sharing)
     settings = dataclasses.replace(SETTINGS, **changes)
     memory = Memory(layout, 40, "window", 0)

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_model import encoded
 
 from protocol.layout import JointRows, Layout, ParameterSharing
 from protocol.specs import EnvironmentSpec, TypeSpec
 from reward_server.discriminator import Activation, Architecture, Workspace, backward, forward
 from reward_server.sees import Seen
+from tests.plain import seen_by
 
 torch.set_num_threads(1)
 
@@ -14,16 +16,16 @@ UNEVEN = EnvironmentSpec("uneven", (TypeSpec("a", 3, 4, 5), TypeSpec("b", 2, 4, 
 
 
 def random_rows(layout: Layout, count: int, generator: torch.Generator) -> JointRows:
-    rows = JointRows([], [], [])
+    observations, actions, active = [], [], []
     for block in layout.blocks:
         shape = (count, block.num_agents)
-        rows.observations.append(torch.randn(*shape, block.observation_dim, generator=generator))
+        observations.append(torch.randn(*shape, block.observation_dim, generator=generator))
         if block.discrete:
-            rows.actions.append(torch.randint(block.action_dim, shape, generator=generator))
+            actions.append(torch.randint(block.action_dim, shape, generator=generator))
         else:
-            rows.actions.append(torch.rand(*shape, block.action_dim, generator=generator) * 2 - 1)
-        rows.active.append(torch.rand(shape, generator=generator) < 0.8)
-    return rows
+            actions.append(torch.rand(*shape, block.action_dim, generator=generator) * 2 - 1)
+        active.append(torch.rand(shape, generator=generator) < 0.8)
+    return JointRows(seen_by(layout, observations), actions, active)
 
 
 def slow_logit(layers: list[torch.Tensor], group: int, particle: int, x: torch.Tensor, activation: str) -> torch.Tensor:
@@ -49,8 +51,8 @@ def test_logits_of_every_agent_and_gradients_equal_the_slow_way(
     layers = [layer.double().requires_grad_() for layer in architecture.initial(generator)]
     rows = random_rows(layout, 7, generator)
     chosen = rows.select(torch.tensor([5, 0, 5]))
-    x = Workspace(torch.float64).take("x", block.groups, 3, block.slots, layers[0].shape[-1]).fill_(torch.nan)
-    architecture.encode(block.grid(chosen.observations[0]), block.grid(chosen.actions[0]), x)
+    x = encoded(architecture, layout, 0, chosen, torch.float64)
+    assert x.shape == (block.groups, 3, block.slots, layers[0].shape[-1])
 
     with torch.no_grad():
         work = Workspace(torch.float64)
@@ -66,7 +68,7 @@ def test_logits_of_every_agent_and_gradients_equal_the_slow_way(
                 agent = int(block.agent_of_slot[g * block.slots + slot])
                 observation, one_hot = torch.zeros(4), torch.zeros(5)
                 if agent >= 0:
-                    observation = chosen.observations[0][row, agent]
+                    observation = chosen.observations[0].dense()[row, agent]
                 one_hot[chosen.actions[0][row, agent] if agent >= 0 else 0] = 1
                 bias = torch.eye(block.slots)[slot] if identity else torch.ones(1)
                 inputs = torch.cat([observation, one_hot, bias]).double()
@@ -84,8 +86,8 @@ def test_continuous_actions_enter_as_they_are() -> None:
     layout = Layout.of(spec, "agent")
     rows = random_rows(layout, 4, torch.Generator().manual_seed(0))
     architecture = Architecture(layout.blocks[0], 1, (4,), "relu", False, Seen(((0, 3),), action=True))
-    x = Workspace().take("x", 2, 4, 1, 6)
-    architecture.encode(*(layout.blocks[0].grid(part[0]) for part in (rows.observations, rows.actions)), x)
+    x = encoded(architecture, layout, 0, rows)
+    assert x.shape == (2, 4, 1, 6)
     torch.testing.assert_close(x[1, :, 0, 3:5], rows.actions[0][:, 1])
 
 

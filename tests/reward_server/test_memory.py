@@ -7,10 +7,15 @@ import numpy as np
 import pytest
 import torch
 
+from actors.environments.berlin.environment import Berlin
+from actors.policy import UniformPolicy
+from actors.rollout import rollout
+from protocol.demonstrations import Demonstrations
 from protocol.errors import ProtocolError
 from protocol.layout import JointRows, Layout
 from protocol.specs import EnvironmentSpec, TypeSpec
 from reward_server.memory import Memory
+from tests.plain import seen_by
 
 torch.set_num_threads(1)
 
@@ -21,7 +26,7 @@ def numbered(first: int, end: int) -> JointRows:
     """Rows that carry their number."""
     number = torch.arange(first, end)
     return JointRows(
-        [number.float().view(-1, 1, 1).expand(-1, 2, 1)],
+        seen_by(LAYOUT, [number.float().view(-1, 1, 1).expand(-1, 2, 1)]),
         [(number % 3).view(-1, 1).expand(-1, 2)],
         [torch.ones(end - first, 2, dtype=torch.bool)],
     )
@@ -36,7 +41,7 @@ def pushed(memory: Memory, counts: list[int]) -> Memory:
 def held(memory: Memory) -> list[int]:
     """The numbers of the rows in it, by place."""
     rows = memory.rows
-    numbers = [int(value) for value in rows.observations[0][: memory.filled, 0, 0]]
+    numbers = [int(value) for value in rows.observations[0].dense()[: memory.filled, 0, 0]]
     assert rows.actions[0][: memory.filled].tolist() == [[n % 3] * 2 for n in numbers]
     assert rows.active[0][: memory.filled].all()
     return numbers
@@ -97,3 +102,25 @@ def test_a_state_with_impossible_values_is_refused(name: str, value: int) -> Non
     saved[name] = np.full_like(saved[name], value)
     with pytest.raises(ProtocolError):
         Memory(LAYOUT, 7, "run", 1).load_state(saved)
+
+
+@pytest.mark.parametrize("sight", ["all", "near"])
+def test_rows_of_a_described_environment_stay_compact(sight: str) -> None:
+    """What a commuter observes is 137 numbers, or 548 bytes: a memory takes 15 for that, the action and all."""
+    berlin = Berlin(1, agents=100, sight=sight)
+    played = rollout(berlin, UniformPolicy(berlin.spec), seed=3)
+    layout = Layout.of(berlin.spec, "type")
+    rows = Demonstrations.from_trajectories(played, berlin.spec, "uniform").rows(layout)
+    memory, restored = (Memory(layout, len(rows), "window", 0) for _ in range(2))
+    assert sum(tensor.nbytes for tensor in memory.rows.tensors()) < 15 * 100 * len(rows)
+    memory.push(rows)
+    restored.load_state(memory.state())
+    observations, masks, actions = (
+        np.concatenate([part[: len(rows), 0] for part in parts], axis=1)
+        for parts in (played.observations, played.action_masks, played.actions)
+    )
+    for kept in (memory.rows, restored.rows):
+        np.testing.assert_array_equal(kept.observations[0].dense().numpy(), observations)
+        np.testing.assert_array_equal(kept.observations[0].masks().numpy(), masks)
+        np.testing.assert_array_equal(kept.actions[0].numpy(), actions)
+        assert kept.active[0].all()

@@ -20,6 +20,7 @@ from protocol.errors import InputError, NumericalError, ProtocolError
 from protocol.layout import JointRows, Layout, ParameterSharing
 from reward_server.model import TrueRewards
 from reward_server.particles import RewardModel, state_table
+from tests.plain import seen_by
 
 torch.set_num_threads(1)
 
@@ -84,11 +85,8 @@ def make_figures(model: RewardModel) -> dict[str, float]:
 def test_inactive_agents_change_nothing() -> None:
     first, second = make_model(), make_model()
     rows = some_rows(first.layout, 40, 5)
-    other = JointRows(
-        [torch.where(m[..., None], o, 7.0) for o, m in zip(rows.observations, rows.active, strict=True)],
-        rows.actions,
-        rows.active,
-    )
+    changed = [torch.where(m[..., None], o.dense(), 7.0) for o, m in zip(rows.observations, rows.active, strict=True)]
+    other = JointRows(seen_by(first.layout, changed), rows.actions, rows.active)
     first.observe(rows)
     second.observe(other)
     assert first.update(0.0) == second.update(0.0)
@@ -142,12 +140,19 @@ def test_updates_draw_from_what_the_memory_keeps(memory: str, remembered: int) -
     model = RewardModel(layout, some_rows(layout, 30, 1), settings, 0)
     first, second = some_rows(layout, 40, 2, shift=-100.0), some_rows(layout, 40, 3, shift=100.0)
     drawn: list[torch.Tensor] = []
-    batch = model._batch
-    model._batch = lambda b, agent, expert: [drawn.append(agent), batch(b, agent, expert)][1]  # type: ignore
+    draw = model._draw
+
+    def recorded(end: int, *shape: int) -> torch.Tensor:
+        numbers = draw(end, *shape)
+        if end == 40:  # of the memory, and not of the expert's 30
+            drawn.append(numbers)
+        return numbers
+
+    model._draw = recorded  # type: ignore[method-assign]
     for rows in (first, second):
         model.observe(rows)
     model.update(0.0)
-    sampled = model._memory.rows.observations[0][torch.cat(drawn).unique()].mean(dim=(1, 2))
+    sampled = model._memory.rows.observations[0].dense()[torch.cat(drawn).unique()].mean(dim=(1, 2))
     assert int((sampled < 0).sum()) == pytest.approx(remembered, abs=8 if remembered else 0)
     assert len(sampled) == 40
 

@@ -51,10 +51,12 @@ def test_directions_equal_the_slow_way(
             torch.testing.assert_close(found.double(), direction, rtol=1e-3, atol=1e-4)
 
 
-@torch.no_grad()
 def directions(model: RewardModel, b: int, agent: torch.Tensor, expert: torch.Tensor) -> list[torch.Tensor]:
-    """Where a block's layers are sent by these rows of the memory and of the expert."""
-    model._direct(b, model._differentiate(b, model._batch(b, agent, expert), None), None)
+    """Where an update that draws these rows of the memory and of the expert sends a block's layers; none moves."""
+    model.settings = dataclasses.replace(model.settings, updates=1, batch_size=len(agent), learning_rate=0.0)
+    drawn = iter([agent, expert])
+    model._draw = lambda end, *shape: next(drawn)  # type: ignore[method-assign]
+    model.update(0.0)
     return [layer.grad.clone() for layer in model._layers[b] if layer.grad is not None]
 
 

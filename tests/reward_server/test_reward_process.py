@@ -23,6 +23,7 @@ from reward_server.model import Model, TrueRewards
 from reward_server.particles import RewardModel, state_table
 from reward_server.process import RewardServer, listen, request_schema
 from reward_server.settings import RewardSettings
+from tests.plain import seen_by
 
 torch.set_num_threads(1)
 
@@ -34,7 +35,7 @@ def some_rows(count: int, seed: int) -> JointRows:
     g = torch.Generator().manual_seed(seed)
     shapes = [((count, b.num_agents), b) for b in LAYOUT.blocks]
     return JointRows(
-        [torch.randn(*shape, b.observation_dim, generator=g) for shape, b in shapes],
+        seen_by(LAYOUT, [torch.randn(*shape, b.observation_dim, generator=g) for shape, b in shapes]),
         [torch.randint(b.action_dim, shape, generator=g) for shape, b in shapes],
         [torch.rand(shape, generator=g) < 0.9 for shape, _ in shapes],
     )
@@ -208,7 +209,7 @@ def test_a_reward_that_is_not_finite_stops_the_learner(tmp_path: Path) -> None:
         state["1.1.parameter"][:] = -3e38
         client.begin("s", state)
         rows = some_rows(3, 0)
-        rows.observations[1].mul_(100)  # finite on the wire, not in the network
+        rows.observations[1].columns["own"].mul_(100)  # finite on the wire, not in the network
         with pytest.raises(NumericalError, match="reward of block 1"):
             client.rewards(client.submit(rows))
 

@@ -5,14 +5,16 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from small_model import encoded
 
 from protocol.errors import InputError
 from protocol.layout import JointRows, Layout
 from protocol.specs import EnvironmentSpec, Part, TypeSpec
-from reward_server.discriminator import Architecture, Workspace
+from reward_server.discriminator import Architecture
 from reward_server.particles import RewardModel
 from reward_server.sees import Seen, columns_seen
 from reward_server.settings import RewardSettings
+from tests.plain import seen_by
 
 torch.set_num_threads(1)
 
@@ -27,19 +29,26 @@ DRIVER = TypeSpec(
 WALKER = TypeSpec("walker", 2, 3, 2, discrete=False, parts=(Part("time", 1), Part("goal", 2)), purpose=("goal",))
 SPEC = EnvironmentSpec("town", (DRIVER, WALKER), 10)
 SETTINGS = RewardSettings(particles=2, hidden=(6,), batch_size=8, window_steps=20, updates=2)
+LAYOUT = Layout.of(SPEC, "type")
 
 
 def some_rows(seed: int, count: int = 20) -> JointRows:
     generator = torch.Generator().manual_seed(seed)
+    observations = [torch.randn(count, 3, 7, generator=generator), torch.randn(count, 2, 3, generator=generator)]
     return JointRows(
-        [torch.randn(count, 3, 7, generator=generator), torch.randn(count, 2, 3, generator=generator)],
+        seen_by(LAYOUT, observations),
         [torch.randint(4, (count, 3), generator=generator), torch.rand(count, 2, 2, generator=generator)],
         [torch.ones(count, 3, dtype=torch.bool), torch.ones(count, 2, dtype=torch.bool)],
     )
 
 
+def dense(rows: JointRows, b: int) -> torch.Tensor:
+    """What the agents of a block observe, [B, N_b, O]: all is their own, so that writing to it changes the rows."""
+    return rows.observations[b].columns["own"]
+
+
 def make_model(sees: tuple[str, ...]) -> RewardModel:
-    model = RewardModel(Layout.of(SPEC, "type"), some_rows(0), dataclasses.replace(SETTINGS, sees=sees), seed=0)
+    model = RewardModel(LAYOUT, some_rows(0), dataclasses.replace(SETTINGS, sees=sees), seed=0)
     model.observe(some_rows(1))
     model.update(0.0)
     return model
@@ -92,15 +101,12 @@ def test_an_environment_without_parts_or_purpose_says_what_to_do() -> None:
 @pytest.mark.parametrize("sees", [("all",), ("time", "place"), ("goal", "loads", "action")])
 @pytest.mark.parametrize("identity", [False, True])
 def test_the_input_holds_what_is_seen_and_nothing_else(sees: tuple[str, ...], identity: bool) -> None:
-    layout, rows = Layout.of(SPEC, "type"), some_rows(2, 5)
-    for b, (block, seen) in enumerate(zip(layout.blocks, columns_seen(SPEC, sees), strict=True)):
-        architecture = Architecture(block, 1, (4,), "relu", identity, seen)
-        width = architecture.shapes[0][-1]
-        x = Workspace().take("x", 1, 5, block.slots, width).fill_(torch.nan)
-        architecture.encode(block.grid(rows.observations[b]), block.grid(rows.actions[b]), x)
+    rows = some_rows(2, 5)
+    for b, (block, seen) in enumerate(zip(LAYOUT.blocks, columns_seen(SPEC, sees), strict=True)):
+        x, observations = encoded(Architecture(block, 1, (4,), "relu", identity, seen), LAYOUT, b, rows), dense(rows, b)
         for row in range(5):
             for agent in range(block.num_agents):
-                expected = [rows.observations[b][row, agent, c] for run in seen.runs for c in range(*run)]
+                expected = [observations[row, agent, c] for run in seen.runs for c in range(*run)]
                 if seen.action and block.discrete:
                     expected += [float(rows.actions[b][row, agent] == action) for action in range(block.action_dim)]
                 elif seen.action:
@@ -114,10 +120,10 @@ def test_rewards_depend_on_what_is_seen_alone() -> None:
     rows, other = some_rows(3), some_rows(4)
     for b, runs in enumerate([[(4, 7)], [(1, 3)]]):
         for first, end in runs:
-            other.observations[b][..., first:end] = rows.observations[b][..., first:end]
+            dense(other, b)[..., first:end] = dense(rows, b)[..., first:end]
     for found, expected in zip(model.query(other)[0], model.query(rows)[0], strict=True):
         assert torch.equal(found, expected)
-    other.observations[0][..., 6] += 1
+    dense(other, 0)[..., 6] += 1
     assert not torch.equal(model.query(other)[0][0], model.query(rows)[0][0])
 
 

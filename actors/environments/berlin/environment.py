@@ -15,8 +15,9 @@ from actors.environments.berlin.changes import Changes, plain_text
 from actors.environments.berlin.scenario import Scenario
 from actors.environments.berlin.scenario_file import load_scenario
 from actors.environments.berlin.variants import split_variant
-from protocol.environment import Environment, Starts, TimeStep
+from protocol.environment import Environment, Starts, TimeStep, compact_step
 from protocol.errors import InputError, unknown_name
+from protocol.observations import forms
 from protocol.perturbation import unperturbed
 from protocol.specs import EnvironmentSpec, Part, TypeSpec
 
@@ -73,7 +74,6 @@ class Berlin:
             raise InputError(f"berlin: flow_scale must be at least 0, got {flow_scale}")
         if sight not in SIGHTS:
             raise unknown_name("sight", sight, SIGHTS)
-        self._sees_all = sight == "all"
         name, self.variant = split_variant(scenario)
         self.scenario, self.num_envs = load_scenario(name), num_envs
         self.changes = Changes.parse(self.scenario, closed, capacity, demand)
@@ -86,12 +86,12 @@ class Berlin:
         options += f"&sight={sight}" if sight != "all" else ""
         base = f"berlin?scenario={name}&{options}"
         changed = f"berlin?scenario={scenario}&{options}{self.changes.options}"
-        self.spec = _spec(changed, base, self.scenario, commuters, sight)
+        self.allowed = self.changes.allowed(self.scenario)
+        self.spec = _spec(changed, base, self.scenario, commuters, sight, self.allowed)
         counts = [count for _, _, count in commuters]
         first = self.scenario.num_roads
         self.home = np.repeat([first + home for home, _, _ in commuters], counts)
         self.work = np.repeat([first + work for _, work, _ in commuters], counts)
-        self.allowed = self.changes.allowed(self.scenario)
         self._leaving, self._fullness = _tables(
             self.scenario, self.load_agents, self.variant.incident_load_factor, len(self.home), agents
         )
@@ -126,11 +126,10 @@ class Berlin:
         shape = (self.num_envs, len(self.home))
         self._work_start = self._conditions.get("work_start_minute", np.full(shape, self.scenario.work_start_minute))
         self._work_end = self._conditions.get("work_end_minute", np.full(shape, self.scenario.work_end_minute))
-        self._observation[..., : self.scenario.num_locations] = 0
         day = self.scenario.steps * self.scenario.step_minutes
         hours = np.stack([self._work_start, self._work_end], axis=-1)
         at_work = (self._work_end > self._work_start)[..., None]
-        self._observation[..., -2:] = (hours - self.scenario.day_start_minute) / day * at_work
+        self._hours[:] = (hours - self.scenario.day_start_minute) / day * at_work
         self._location[:] = np.tile(self.home, self.num_envs)
         self._observe()
         self._reward.fill(0)
@@ -146,7 +145,6 @@ class Berlin:
             locations.min() >= 0 and locations.max() < self.scenario.num_locations
         ):
             raise ValueError(f"Berlin: expected locations [{self.num_envs}, {len(self.home)}] of the scenario")
-        self._observation_flat[self._one_hot_base + self._location] = 0
         self._location[:] = locations.ravel()
         self._step = step
         self._observe()
@@ -193,7 +191,6 @@ class Berlin:
         leaving = self._leaving.ravel().take(self._cell).ravel()
         self._random.random(dtype=np.float32, out=self._chance)
         leaves = self._chance < leaving.take(self._day_offset + self._location)
-        self._observation_flat[self._one_hot_base + self._location] = 0
         np.copyto(self._location, action, where=leaves)
         self._step += 1
         self._observe()
@@ -204,25 +201,17 @@ class Berlin:
 
     def _observe(self) -> None:
         """Count who is where, and write down what everybody sees and may do next."""
-        places, facilities, agents = self.scenario.num_locations, self.scenario.num_facilities, len(self.home)
-        self._observation_flat[self._one_hot_base + self._location] = 1
+        places, agents = self.scenario.num_locations, len(self.home)
+        self._place.reshape(-1)[:] = self._location
         counts = np.bincount(self._day_offset + self._location, minlength=self.num_envs * places)
         np.add(self._cell_base, counts.reshape(self.num_envs, places), out=self._cell)
         if self.variant.incidents:
             slow = self._conditions["slow_from_minute"] <= self.minute
             slow &= self.minute < self._conditions["slow_until_minute"]
             self._cell[:, : slow.shape[1]] += slow * (places * (agents + 1))
-        np.take(self.allowed, self._location, axis=0, out=self._mask_rows, mode="clip")
-        fullness = self._fullness.ravel().take(self._cell)
-        seen = self._observation[..., places : 2 * places]
-        if self._sees_all:
-            seen[:] = fullness[:, None]
-        else:
-            np.multiply(fullness[:, None], self._mask_rows.reshape(seen.shape), out=seen)
+        self._shared[:, :places] = self._fullness.ravel().take(self._cell)
         angle = 2 * math.pi * self.minute / MINUTES_OF_DAY
-        now = (self._step / self.scenario.steps, math.sin(angle), math.cos(angle))
-        column = 2 * (places + facilities)
-        self._observation[..., column : column + 3] = now
+        self._shared[:, places:] = (self._step / self.scenario.steps, math.sin(angle), math.cos(angle))
 
     def _judge(self) -> None:
         minute = self.minute
@@ -233,26 +222,19 @@ class Berlin:
     def _allocate(self) -> None:
         """One array for all types, of which a time step shows each type its part."""
         envs, agents, places = self.num_envs, len(self.home), self.scenario.num_locations
-        width, facilities = self.spec.types[0].observation_dim, self.scenario.num_facilities
-        self._observation = np.zeros((envs, agents, width), np.float32)
-        self._observation_flat = self._observation.reshape(-1)
-        mask = np.zeros((envs, agents, places), bool)
-        self._mask_rows = mask.reshape(-1, places)
+        columns = {name: np.zeros(shape, dtype) for name, (dtype, shape) in forms(self.spec)[0].table_of(envs).items()}
+        self._hours, self._place, self._shared = columns["own"], columns["codes"], columns["shared"]
         self._reward = np.zeros((envs, agents), np.float32)
         active = np.ones((envs, agents), bool)
         self._location = np.tile(self.home, envs)
         self._chance = np.empty(envs * agents, np.float32)
-        self._one_hot_base = np.arange(envs * agents) * width
         self._day_offset = np.repeat(np.arange(envs) * places, agents)
         self._cell_base = np.tile(np.arange(places) * (agents + 1), (envs, 1))
         self._cell = self._cell_base.copy()
-        first = self.scenario.num_roads
-        for column, place in ((2 * places, self.home), (2 * places + facilities, self.work)):
-            self._observation[:, np.arange(agents), column + place - first] = 1
         parts = [slice(o, o + t.count) for o, t in zip(self.spec.offsets, self.spec.types, strict=True)]
-        self._now = TimeStep(
-            observations=[self._observation[:, part] for part in parts],
-            action_masks=[mask[:, part] for part in parts],
+        self._now = compact_step(
+            self.spec,
+            [columns],
             active=[active[:, part] for part in parts],
             rewards=[self._reward[:, part] for part in parts],
             terminated=np.zeros(envs, bool),
@@ -284,26 +266,41 @@ def berlin_of(environment: Environment) -> Berlin:
 
 
 def _spec(
-    name: str, base: str, scenario: Scenario, commuters: list[tuple[int, int, int]], sight: str
+    name: str,
+    base: str,
+    scenario: Scenario,
+    commuters: list[tuple[int, int, int]],
+    sight: str,
+    allowed: np.ndarray,
 ) -> EnvironmentSpec:
     places, facilities = scenario.num_locations, scenario.num_facilities
     width = 2 * places + 2 * facilities + TIME_COLUMNS
-    parts = (
-        Part("place.road", scenario.num_roads),
-        Part("place.facility", facilities),
-        Part("loads.road", scenario.num_roads),
-        Part("loads.facility", facilities),
-        Part("home", facilities),
-        Part("work", facilities),
-        Part("time", 3),
-        Part("hours", 2),
-    )
+
+    def parts(home: int, work: int) -> tuple[Part, ...]:
+        near = sight == "near"
+        return (
+            Part("place.road", scenario.num_roads, "code"),
+            Part("place.facility", facilities, "code"),
+            Part("loads.road", scenario.num_roads, "shared", masked=near),
+            Part("loads.facility", facilities, "shared", masked=near),
+            Part("home", facilities, "constant", values=_one_hot(home, facilities)),
+            Part("work", facilities, "constant", values=_one_hot(work, facilities)),
+            Part("time", 3, "shared"),
+            Part("hours", 2),
+        )
+
     specs = tuple(
-        TypeSpec(f"home{home}-work{work}", count, width, places, parts=parts, purpose=PURPOSE)
+        TypeSpec(f"home{home}-work{work}", count, width, places, True, parts(home, work), PURPOSE, mask="place")
         for home, work, count in commuters
     )
     view = f"{scenario.name}, {sight} loads seen"
-    return EnvironmentSpec(name, specs, scenario.steps, view, changes="" if name == base else base)
+    table = tuple(tuple(np.flatnonzero(row).tolist()) for row in allowed)
+    changes = "" if name == base else base
+    return EnvironmentSpec(name, specs, scenario.steps, view, changes, (("place", table),))
+
+
+def _one_hot(place: int, count: int) -> tuple[float, ...]:
+    return tuple(float(place == other) for other in range(count))
 
 
 def _tables(
