@@ -12,6 +12,7 @@ from torch import nn
 
 from actors import gaussian
 from protocol.environment import TimeStep
+from protocol.grid import ObservationGrid
 from protocol.layout import Layout
 from protocol.observations import Observations
 from protocol.specs import ArrayTable, EnvironmentSpec
@@ -41,19 +42,17 @@ class Policy(nn.Module):
             for block in layout.blocks
         )
 
-    def logits(self, block_index: int, observations: torch.Tensor, action_masks: torch.Tensor) -> torch.Tensor:
-        """Masked logits of a block of discrete actions: observations [G, B, S, O], action_masks [G, B, S, A] →
-        [G, B, S, A].
+    def logits(self, block_index: int, seen: ObservationGrid) -> torch.Tensor:
+        """Masked logits of a block of discrete actions, [G, B, S, A].
 
         A forbidden action has the logit -1e9: its probability is exactly 0, and 0·log 0 stays finite.
         """
-        return self.outputs(block_index, observations).masked_fill(~action_masks, FORBIDDEN_LOGIT)
+        outputs = self.outputs(block_index, seen)
+        return outputs.masked_fill(~seen.masks().view(outputs.shape), FORBIDDEN_LOGIT)
 
-    def outputs(self, block_index: int, observations: torch.Tensor) -> torch.Tensor:
-        """What the networks of one block say: observations [G, B, S, O] → [G, B, S, A], or [G, B, S, 2·A] if
-        continuous."""
-        groups, batch, slots, _ = observations.shape
-        return self.networks[block_index](observations.flatten(1, 2)).view(groups, batch, slots, -1)
+    def outputs(self, block_index: int, seen: ObservationGrid) -> torch.Tensor:
+        """What the networks of one block say of what agents see: [G, B, S, A], or [G, B, S, 2·A] if continuous."""
+        return self.networks[block_index](seen).unflatten(1, (-1, seen.slots))
 
     def act(self, now: TimeStep, generator: torch.Generator, greedy: bool = False) -> list[np.ndarray]:
         """Draw actions (or take the likeliest; of continuous ones the centre): per type [E, X_m] int64, or
@@ -74,14 +73,17 @@ class Policy(nn.Module):
         device = next(self.parameters()).device
         actions, chances = [], []
         for b, (block, seen) in enumerate(zip(self.layout.blocks, observations, strict=True)):
-            seen = seen.to(device)
-            observation = seen.dense()
+            grid = block.see(seen.to(device))
             if block.discrete:
-                logits = block.rows(self.logits(b, block.grid(observation), block.grid(seen.masks())))
-                action = logits.argmax(-1) if greedy else sample(logits, generator)
+                logits = block.rows(self.logits(b, grid))
+                if greedy:
+                    action = logits.argmax(-1)
+                else:
+                    numbers = torch.rand(logits.shape[:-1], generator=generator)
+                    action = draw(logits, numbers.to(device, non_blocking=True))
                 chance = logits.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
             else:
-                output = block.rows(self.outputs(b, block.grid(observation)))
+                output = block.rows(self.outputs(b, grid))
                 if greedy:
                     action = gaussian.mode(output)
                     chance = gaussian.log_density(output, action)
@@ -128,10 +130,22 @@ class UniformPolicy:
         ]
 
 
+def draw(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Actions [...] from softmax(logits [..., A]) by one uniform number each, [...]: the first whose cumulated share
+    exceeds it.
+
+    An action of probability 0 adds nothing to the share and so is never the first.
+    """
+    shares = logits.softmax(-1).cumsum(-1)
+    threshold = numbers * shares[..., -1]
+    return (shares <= threshold.unsqueeze(-1)).sum(-1)
+
+
 def sample(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Draw from softmax(logits) along the last axis by the exponential race: argmax_a p_a / e_a, e_a ~ Exp(1).
 
-    The generator is the CPU's.
+    As `draw`, with a number for each action: what scripted experts have always drawn with, so that what was recorded of
+    them can be recorded again. The generator is the CPU's.
     """
     race = torch.empty_like(logits, device="cpu").exponential_(generator=generator).to(logits.device, non_blocking=True)
     return (torch.softmax(logits, -1) / race).argmax(-1)

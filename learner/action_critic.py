@@ -12,13 +12,14 @@ from itertools import accumulate
 import torch
 
 from actors import gaussian
-from actors.policy import FORBIDDEN_LOGIT
+from actors.policy import FORBIDDEN_LOGIT, draw
 from learner import losses
-from learner.actor_critic import ActorCritic, draw, grid
+from learner.actor_critic import ActorCritic, grid
 from learner.critics import Critic
 from learner.mean_field import action_vectors
 from learner.mixture import Scene
 from learner.replay import Batch
+from protocol.grid import ObservationGrid
 from protocol.layout import Block, JointRows
 
 
@@ -34,7 +35,7 @@ class ActionCritic(Critic):
         scene = self.scene(rows)
         values = []
         for b, block in enumerate(self.layout.blocks):
-            observations = grid(block, rows.observations[b].dense())
+            observations = block.see(rows.observations[b])
             if block.discrete:
                 q = self.of_all_actions(b, observations, scene)
             else:
@@ -46,8 +47,8 @@ class ActionCritic(Critic):
         """What the others do in these rows; None if the critics do not see it."""
         return None if self.others is None else self.others.scene(rows)
 
-    def of(self, b: int, observations: torch.Tensor, actions: torch.Tensor, scene: Scene | None) -> torch.Tensor:
-        """Q of one block [G, B·S] for observations [G, B·S, O] and own action vectors [G, B·S, A]."""
+    def of(self, b: int, observations: ObservationGrid, actions: torch.Tensor, scene: Scene | None) -> torch.Tensor:
+        """Q of one block [G, B·S] for what agents see and own action vectors [G, B·S, A]."""
         encoded = self.encoders[b](observations, actions)
         if self.others is None or scene is None:
             return self.heads[b](encoded).squeeze(-1)
@@ -57,10 +58,10 @@ class ActionCritic(Critic):
         context = mixed.unflatten(1, (block.groups, block.slots)).movedim(0, 1).flatten(1, 2)
         return self.heads[b](encoded, context).squeeze(-1)
 
-    def of_all_actions(self, b: int, observations: torch.Tensor, scene: Scene | None) -> torch.Tensor:
+    def of_all_actions(self, b: int, observations: ObservationGrid, scene: Scene | None) -> torch.Tensor:
         """Q of every own action of a block of discrete ones, [G, B·S, A]."""
         width = self.layout.blocks[b].action_dim
-        one_hot = torch.eye(width, dtype=observations.dtype, device=observations.device)
+        one_hot = torch.eye(width, dtype=next(self.parameters()).dtype, device=observations.device)
         shape = (*observations.shape[:2], width)
         return torch.stack([self.of(b, observations, a.expand(shape), scene) for a in one_hot], dim=-1)
 
@@ -70,9 +71,7 @@ class ActionCritic(Critic):
         if self.others is None:
             return None
         encoded = [
-            self.encoders[b](
-                grid(block, rows.observations[b].dense()), grid(block, action_vectors(block, rows.actions[b]))
-            )
+            self.encoders[b](block.see(rows.observations[b]), grid(block, action_vectors(block, rows.actions[b])))
             for b, block in enumerate(self.layout.blocks)
         ]
         return self.others.weights(encoded, rows)
@@ -112,7 +111,7 @@ class ActionActorCritic(ActorCritic):
             for b, (target, weight) in enumerate(zip(targets, weights, strict=True)):
                 block = self.layout.blocks[b]
                 observations, actions = (
-                    grid(block, batch.rows.observations[b].dense()),
+                    block.see(batch.rows.observations[b]),
                     grid(block, batch.rows.actions[b]),
                 )
                 if block.discrete:
@@ -133,7 +132,7 @@ class ActionActorCritic(ActorCritic):
     def _improve_continuous(
         self,
         b: int,
-        observations: torch.Tensor,
+        observations: ObservationGrid,
         scene: Scene | None,
         temperature: float | torch.Tensor,
         weight: torch.Tensor,
@@ -157,7 +156,7 @@ class ActionActorCritic(ActorCritic):
         scene = self.target_critic.scene(JointRows(batch.next_observations, actions, batch.next_active))
         targets = []
         for b, (action, likelihood) in enumerate(drawn):
-            block, observations = self.layout.blocks[b], grid(self.layout.blocks[b], batch.next_observations[b].dense())
+            block, observations = self.layout.blocks[b], self.layout.blocks[b].see(batch.next_observations[b])
             if block.discrete:
                 q = self.target_critic.of_all_actions(b, observations, scene).float()
                 value = losses.soft_value(q, likelihood, temperature)
@@ -169,7 +168,7 @@ class ActionActorCritic(ActorCritic):
     def _draw(self, b: int, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Next actions of one block by the target policies, and their masked logits [G, B·S, A] or log densities."""
         block = self.layout.blocks[b]
-        output = self.target_policy.networks[b](grid(block, batch.next_observations[b].dense())).float()
+        output = self.target_policy.networks[b](block.see(batch.next_observations[b])).float()
         if not block.discrete:
             return gaussian.draw(output, self._generator)
         logits = output.masked_fill(~grid(block, batch.next_observations[b].masks()), FORBIDDEN_LOGIT)

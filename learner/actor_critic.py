@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from actors.policy import FORBIDDEN_LOGIT, Policy
+from actors.policy import FORBIDDEN_LOGIT, Policy, draw
 from learner import losses
 from learner.cloning import Cloning
 from learner.critics import Critic
@@ -25,9 +25,10 @@ from learner.recorded import Recorded
 from learner.replay import Batch
 from learner.settings import LearnerSettings
 from protocol.device import moved, numbers_at_once
+from protocol.grid import ObservationGrid, Tile
 from protocol.layout import Block, JointRows, Layout
 from protocol.observations import Observations
-from protocol.stacked import StackedMLP, Tile
+from protocol.stacked import StackedMLP
 
 CHUNK_ROWS = 65_536
 """Rows of all agents in one forward and backward pass on a CPU."""
@@ -169,7 +170,7 @@ class ActorCritic:
     ) -> dict[str, torch.Tensor]:
         """Add the gradients of some rows to the parameters; returns sums over networks."""
         temperature = self._temperature
-        observations = self._dense(batch.rows.observations)
+        observations = self._see(batch.rows.observations)
         sums = {name: torch.zeros((), device=self.device) for name in ("critic_loss", "policy_loss", "value")}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
             targets = self._targets(batch, rewards, numbers)
@@ -196,15 +197,15 @@ class ActorCritic:
 
     def _targets(self, batch: Batch, rewards: list[torch.Tensor], numbers: list[torch.Tensor]) -> list[torch.Tensor]:
         """y of Eq. 8 per block [G, B·S]; ã' from actions that the target policies draw with the next masks."""
-        observations = self._dense(batch.next_observations)
-        masks = [
-            grid(block, seen.masks()) for block, seen in zip(self.layout.blocks, batch.next_observations, strict=True)
+        observations = self._see(batch.next_observations)
+        logits = [
+            torch.empty(*seen.shape[:2], block.action_dim, device=self.device)
+            for block, seen in zip(self.layout.blocks, observations, strict=True)
         ]
-        logits = [torch.empty(mask.shape, device=self.device) for mask in masks]
         actions = []
         for b, block in enumerate(self.layout.blocks):
             for tile, output in _stack(self.target_policy.networks, b).outputs(observations[b]):
-                logits[b][tile] = output.float().masked_fill_(~masks[b][tile], FORBIDDEN_LOGIT)
+                logits[b][tile] = output.float().masked_fill_(~observations[b].masks(tile), FORBIDDEN_LOGIT)
             actions.append(block.rows(draw(logits[b], numbers[b]).unflatten(1, (-1, block.slots))))
         rows = JointRows(batch.next_observations, actions, batch.next_active)
         encoded = self.target_critic.encode(observations)
@@ -253,19 +254,18 @@ class ActorCritic:
     def _improve(
         self,
         b: int,
-        observations: torch.Tensor,
+        observations: ObservationGrid,
         batch: Batch,
         q: torch.Tensor,
         temperature: float | torch.Tensor,
         weight: torch.Tensor,
     ) -> torch.Tensor:
         """The policies of one block: their loss."""
-        mask = grid(self.layout.blocks[b], batch.rows.observations[b].masks())
         improve = losses.boltzmann_loss if self.settings.policy == "boltzmann" else losses.policy_loss
         total = torch.zeros((), device=self.device)
 
         def gradient(tile: Tile, output: torch.Tensor) -> torch.Tensor:
-            logits = output.float().masked_fill_(~mask[tile], FORBIDDEN_LOGIT)
+            logits = output.float().masked_fill_(~observations.masks(tile), FORBIDDEN_LOGIT)
             loss, d_logits = improve(logits, q[tile], temperature, weight[tile])
             total.add_(loss)
             return d_logits
@@ -273,8 +273,8 @@ class ActorCritic:
         _stack(self.policy.networks, b).backpropagate([observations], gradient, to_inputs=False)
         return total
 
-    def _dense(self, observations: list[Observations]) -> list[torch.Tensor]:
-        return [grid(block, seen.dense()) for block, seen in zip(self.layout.blocks, observations, strict=True)]
+    def _see(self, observations: list[Observations]) -> list[ObservationGrid]:
+        return [block.see(seen) for block, seen in zip(self.layout.blocks, observations, strict=True)]
 
     def _set(self, schedule: Schedule) -> None:
         """The temperature and the steps of the next update."""
@@ -302,17 +302,6 @@ def rows_at_once(device: torch.device, critic: Critic) -> int:
         return CHUNK_ROWS
     attended = 0 if critic.others is None else critic.others.heads * len(critic.others.own)
     return max(1, numbers_at_once(device) // (NUMBERS_PER_ROW + attended))
-
-
-def draw(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Actions [...] from softmax(logits [..., A]) by one uniform number each, [...]: the first whose cumulated share
-    exceeds it.
-
-    An action of probability 0 adds nothing to the share and so is never the first.
-    """
-    shares = logits.softmax(-1).cumsum(-1)
-    threshold = numbers * shares[..., -1]
-    return (shares <= threshold.unsqueeze(-1)).sum(-1)
 
 
 def grid(block: Block, rows: torch.Tensor) -> torch.Tensor:

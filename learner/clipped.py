@@ -33,8 +33,9 @@ from learner.recorded import Recorded
 from learner.segments import Segments
 from learner.settings import LearnerSettings
 from protocol.device import moved
+from protocol.grid import ObservationGrid, Tile
 from protocol.layout import JointRows, Layout
-from protocol.stacked import StackedMLP, Tile
+from protocol.stacked import StackedMLP
 
 FIGURES = ("critic_loss", "policy_loss", "entropy", "value")
 
@@ -239,7 +240,7 @@ class ClippedActorCritic:
     def _outputs(self, policy: Policy, rows: JointRows) -> list[torch.Tensor]:
         """What a policy's networks say, as joint rows [R, N_b, …]."""
         return [
-            block.rows(policy.outputs(b, block.grid(rows.observations[b].dense())).float())
+            block.rows(policy.outputs(b, block.see(rows.observations[b])).float())
             for b, block in enumerate(self.layout.blocks)
         ]
 
@@ -285,15 +286,15 @@ class ClippedActorCritic:
         block, settings = self.layout.blocks[b], self.settings.clipped
         columns = (steps.rows.actions[b], steps.old_log_probability[b], steps.advantage[b])
         action, old, advantage = (grid(block, column) for column in columns)
-        observations = grid(block, steps.rows.observations[b].dense())
+        observations = block.see(steps.rows.observations[b])
         clone = None if steps.clone_outputs is None else grid(block, steps.clone_outputs[b])
         if not block.discrete:
             return self._improve_continuous(b, observations, action, old, advantage, weight, clone)
-        mask = grid(block, steps.rows.observations[b].masks())
         total, entropy = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
 
         def gradient(tile: Tile, output: torch.Tensor) -> torch.Tensor:
-            logits = output.float().masked_fill_(~mask[tile], FORBIDDEN_LOGIT)
+            mask = observations.masks(tile)
+            logits = output.float().masked_fill_(~mask, FORBIDDEN_LOGIT)
             loss, d_logits, surprise = losses.clipped_loss(
                 logits,
                 action[tile],
@@ -303,7 +304,7 @@ class ClippedActorCritic:
                 settings.clip,
                 settings.entropy_weight,
                 settings.clone_weight,
-                None if clone is None else clone[tile].masked_fill(~mask[tile], FORBIDDEN_LOGIT),
+                None if clone is None else clone[tile].masked_fill(~mask, FORBIDDEN_LOGIT),
             )
             total.add_(loss)
             entropy.add_(surprise)
@@ -317,7 +318,7 @@ class ClippedActorCritic:
     def _improve_continuous(
         self,
         b: int,
-        observations: torch.Tensor,
+        observations: ObservationGrid,
         action: torch.Tensor,
         old: torch.Tensor,
         advantage: torch.Tensor,

@@ -41,10 +41,9 @@ class Cloning:
         terms = []
         for b, block in enumerate(self._layout.blocks):
             seen = rows.observations[b]
-            observations, actions = block.grid(seen.dense()), block.grid(rows.actions[b])
+            observations, actions = block.see(seen), block.grid(rows.actions[b])
             if block.discrete:
-                masks = block.grid(seen.masks())
-                log_policy = policy.logits(b, observations, masks).float().log_softmax(-1)
+                log_policy = policy.logits(b, observations).float().log_softmax(-1)
                 terms.append(losses.cloning_loss(log_policy, actions, weights[b]))
             else:
                 log_density = gaussian.log_density(policy.outputs(b, observations).float(), actions)

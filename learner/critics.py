@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from learner.mean_field import MeanField, action_vectors, mean_actions
 from learner.mixture import Projected, Scene, attention, mixture
+from protocol.grid import ObservationGrid
 from protocol.layout import Block, JointRows, Layout
 from protocol.stacked import StackedMLP, uniform
 
@@ -70,8 +71,7 @@ class Critic(nn.Module):
     def forward(self, rows: JointRows) -> list[torch.Tensor]:
         """Joint rows (their actions are those that the others took) → per block Q [G, B, S, A]."""
         observations = [
-            block.grid(observation.dense()).flatten(1, 2)
-            for block, observation in zip(self.layout.blocks, rows.observations, strict=True)
+            block.see(observation) for block, observation in zip(self.layout.blocks, rows.observations, strict=True)
         ]
         encoded = self.encode(observations)
         contexts = self.contexts(encoded, rows)
@@ -88,17 +88,15 @@ class Critic(nn.Module):
         """
         if self.others is None:
             return None
-        grids = [
-            block.grid(x.dense()).flatten(1, 2) for block, x in zip(self.layout.blocks, rows.observations, strict=True)
-        ]
+        grids = [block.see(x) for block, x in zip(self.layout.blocks, rows.observations, strict=True)]
         return self.others.weights(self.encode(grids), rows)
 
     def _ends(self, block: Block) -> tuple[int, int]:
         """Widths of what the encoders see and of what the heads say."""
         return block.observation_dim, block.action_dim
 
-    def encode(self, observations: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """e^i per block [G, B·S, H], from the observations as grids [G, B·S, O]."""
+    def encode(self, observations: Sequence[ObservationGrid]) -> list[torch.Tensor]:
+        """e^i per block [G, B·S, H], from what agents see."""
         return [encoder(x) for encoder, x in zip(self.encoders, observations, strict=True)]
 
     def contexts(self, encoded: Sequence[torch.Tensor], rows: JointRows) -> list[list[torch.Tensor]]:
@@ -196,8 +194,8 @@ class Attention(nn.Module):
         """Embeddings [B, N, H] of all agents, and which are active [B, N]."""
         embedded = []
         for b, (block, embed) in enumerate(zip(self.layout.blocks, self.embeddings, strict=True)):
-            seen = torch.cat([rows.observations[b].dense(), action_vectors(block, rows.actions[b])], dim=-1)
-            output = embed(block.grid(seen).flatten(1, 2))
+            actions = action_vectors(block, rows.actions[b])
+            output = embed(block.see(rows.observations[b]), block.grid(actions).flatten(1, 2))
             embedded.append(block.rows(output.unflatten(1, (len(rows), block.slots))))
         return torch.cat(embedded, dim=1), torch.cat(rows.active, dim=1)
 

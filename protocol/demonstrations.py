@@ -160,7 +160,8 @@ class Demonstrations:
             return self
         described, columns = found
         arrays = {f"{b}.{name}": array for b, block in enumerate(columns) for name, array in block.items()}
-        for name, per_type in (("actions", self.actions), ("active", self.active)):
+        actions = [_narrowed(kind, action) for kind, action in zip(self.spec.types, self.actions, strict=True)]
+        for name, per_type in (("actions", actions), ("active", self.active)):
             for b, types in enumerate(described.blocks):
                 arrays[f"{b}.{name}"] = _side_by_side([per_type[m] for m in types])
         return replace(self, spec=described, arrays=arrays)

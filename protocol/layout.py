@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from protocol.grid import ObservationGrid
 from protocol.observations import Form, Observations, forms, integers
 from protocol.specs import ArrayTable, EnvironmentSpec, ParameterSharing
 from protocol.trajectories import actions_entry, check_actions, columns_of
@@ -68,6 +69,10 @@ class Block:
             padding = rows.new_zeros(rows.shape[0], 1, *rows.shape[2:])
             rows = torch.cat([rows, padding], dim=1)[:, self.on(rows.device, "agent_of_slot")]
         return rows.reshape(rows.shape[0], self.groups, self.slots, *rows.shape[2:]).transpose(0, 1)
+
+    def see(self, observations: Observations) -> ObservationGrid:
+        """Observations [B] as networks see them, [G, B·S]."""
+        return ObservationGrid(observations, self.groups, self.slots, self.grid)
 
     def rows(self, grid: torch.Tensor) -> torch.Tensor:
         """Grid [G, B, S, …] → joint rows [B, N_b, …]: the inverse of `grid`."""

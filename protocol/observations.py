@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import groupby
 from typing import Literal
 
@@ -42,13 +42,17 @@ class Run:
     masked: bool = False
 
     @property
+    def width(self) -> int:
+        return self.end - self.first
+
+    @property
     def columns(self) -> slice:
         return slice(self.first, self.end)
 
     @property
     def stored(self) -> slice:
         """Of `own`, `shared` or the constants."""
-        return slice(self.source, self.source + self.end - self.first)
+        return slice(self.source, self.source + self.width)
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,21 @@ class Form:
             table["masks"] = ("bool", (*leading, self.agents, self.action_dim))
         return table
 
-    def on(self, device: torch.device, name: Literal["constants", "table"]) -> torch.Tensor:
-        """The constants or the table on a device, to which they are copied once."""
+    @cached_property
+    def near(self) -> np.ndarray:
+        """[size, D] int64: the D actions, at most, that the table allows with every value of the code; padded."""
+        assert self.table is not None
+        allowed = self.table[:-1]
+        return np.argsort(~allowed, axis=1, kind="stable")[:, : allowed.sum(axis=1).max()]
+
+    @cached_property
+    def is_near(self) -> np.ndarray:
+        """[size, D] float32: 1, or 0 where `near` is padded."""
+        assert self.table is not None
+        return np.take_along_axis(self.table[:-1], self.near, axis=1).astype(np.float32)
+
+    def on(self, device: torch.device, name: Literal["constants", "table", "near", "is_near"]) -> torch.Tensor:
+        """One of these on a device, to which it is copied once."""
         if (name, device) not in self._tensors:
             self._tensors[name, device] = torch.from_numpy(getattr(self, name)).to(device)
         return self._tensors[name, device]
@@ -229,7 +246,7 @@ class Observations:
                 target.copy_(self.columns["own"][..., run.stored])
             case "code":
                 code = self.columns["codes"][..., run.source, None]
-                target.copy_(code == torch.arange(run.end - run.first, device=self.device))
+                target.copy_(code == torch.arange(run.width, device=self.device))
             case "constant":
                 target.copy_(self.form.on(self.device, "constants")[:, run.stored])
             case "shared":
@@ -290,7 +307,7 @@ def _compact(form: Form, seen: np.ndarray, allowed: np.ndarray) -> dict[str, np.
             case "own":
                 columns["own"][..., run.stored] = part
             case "code":
-                columns["codes"][..., run.source] = np.where(part.any(-1), part.argmax(-1), run.end - run.first)
+                columns["codes"][..., run.source] = np.where(part.any(-1), part.argmax(-1), run.width)
             case "shared":
                 there = np.where(allowed, part, -np.inf).max(axis=1) if run.masked else part[:, 0]
                 columns["shared"][:, run.stored] = np.where(np.isfinite(there), there, 0)

@@ -290,6 +290,14 @@ class EnvironmentSpec:
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise InputError(f"not an environment spec: {error!r}") from error
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Found once: it is looked up by at every step, and there may be hundreds of types.
+        return hash((self.name, self.types, self.episode_length, self.view, self.changes, self.tables))
+
     def difference(self, other: EnvironmentSpec, counts: bool = True) -> str | None:
         """The first thing in which the agents of `other` do not fit this environment, or None.
 

@@ -17,11 +17,13 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from protocol.grid import ALL, ObservationGrid, Tile
+
 TILE_NUMBERS = 1 << 17
 """Most activations of one layer in a tile."""
 
-Tile = tuple[slice, slice]
-"""Which networks, which of their rows."""
+Input = torch.Tensor | ObservationGrid
+"""What first layers see: numbers [K, R, in], or observations that are expanded no further than products want them."""
 
 _leaky_relu_backward = torch.ops.aten.leaky_relu_backward
 
@@ -32,7 +34,7 @@ class StackedMLP(nn.Module):
     slope: of the leaky ReLU below zero; 0 is the ReLU.   activate_output: whether it follows the last layer too.
     identity_slots: with S > 1 the first layer has one bias per slot, [K, S, out]: the same network as one that sees
         the agent's number one-hot beside its observation. Rows must then be ordered [B, S].
-    Inputs of all methods: one or more [K, R, in_j], which the first layer sees side by side. Products are bfloat16
+    Inputs of all methods: one or more `Input`s, which the first layer sees side by side. Products are bfloat16
     under autocast, and then outputs are too; gradients of parameters are float32.
     """
 
@@ -56,7 +58,7 @@ class StackedMLP(nn.Module):
         self._layers = _Layers(tuple(self.weights), tuple(self.biases), slope, activate_output)
         self._tile_rows = self._layers.tile_rows()
 
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, *inputs: Input) -> torch.Tensor:
         """Output [K, R, out], differentiable once."""
         if len(inputs) == 1 and self._fits_one_tile(inputs[0]) and not torch.is_grad_enabled():
             return self._layers.infer(inputs[0])
@@ -64,46 +66,48 @@ class StackedMLP(nn.Module):
         return _Apply.apply(self.slope, self.activate_output, len(prepared), *prepared, *layers.weights, *layers.biases)
 
     @torch.no_grad()
-    def outputs(self, *inputs: torch.Tensor) -> Iterator[tuple[Tile, torch.Tensor]]:
+    def outputs(self, *inputs: Input) -> Iterator[tuple[Tile, torch.Tensor]]:
         """The output tile by tile, [k, r, out]; each one is overwritten by the next."""
         prepared, layers = self._prepared(inputs)
         buffers = layers.buffers(prepared[0])
         for tile in layers.tiles(prepared[0]):
-            activations = [_like(buffer, prepared[0][tile]) for buffer in buffers]
+            activations = [_like(buffer, prepared[0], tile) for buffer in buffers]
             layers.forward(tile, prepared, activations)
             yield tile, activations[-1]
 
     @torch.no_grad()
     def backpropagate(
-        self, inputs: Sequence[torch.Tensor], gradient: Callable[[Tile, torch.Tensor], torch.Tensor], to_inputs: bool
+        self, inputs: Sequence[Input], gradient: Callable[[Tile, torch.Tensor], torch.Tensor], to_inputs: bool
     ) -> list[torch.Tensor]:
         """Forward and back in one: `gradient` gets each tile's output and answers the loss's gradient with respect
-        to it. Adds to the parameters' `grad`. Returns the gradients of the inputs, or [] unless `to_inputs`.
+        to it. Adds to the parameters' `grad`. Returns the gradients of the inputs, all of numbers, or [] unless
+        `to_inputs`.
         """
         prepared, layers = self._prepared(inputs)
-        d_inputs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in prepared] if to_inputs else []
+        d_inputs = [_room_like(x) for x in prepared] if to_inputs else []
         add = self.weights[0].grad is not None
         for parameter in () if add else self.parameters():
             parameter.grad = torch.empty_like(parameter)
         gradients = [(w.grad, b.grad) for w, b in zip(self.weights, self.biases, strict=True)]
         buffers, spare_buffers = layers.buffers(prepared[0]), layers.buffers(prepared[0])
         for tile in layers.tiles(prepared[0]):
-            activations = [_like(buffer, prepared[0][tile]) for buffer in buffers]
-            spare = [_like(buffer, prepared[0][tile]) for buffer in spare_buffers]
+            activations = [_like(buffer, prepared[0], tile) for buffer in buffers]
+            spare = [_like(buffer, prepared[0], tile) for buffer in spare_buffers]
             layers.forward(tile, prepared, activations)
             d = gradient(tile, activations[-1]).to(activations[-1].dtype)
             layers.backward(tile, prepared, activations, d, spare, gradients, d_inputs, add)
         return d_inputs
 
-    def _fits_one_tile(self, x: torch.Tensor) -> bool:
+    def _fits_one_tile(self, x: Input) -> bool:
         return x.shape[0] * x.shape[1] <= self._tile_rows and not torch.is_autocast_enabled(x.device.type)
 
-    def _prepared(self, inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], _Layers]:
+    def _prepared(self, inputs: Sequence[Input]) -> tuple[list[Input], _Layers]:
         """Inputs and layers in the arithmetic of the products."""
         device = inputs[0].device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weights[0].dtype
         weights, biases = ([p.to(dtype) for p in parameters] for parameters in (self.weights, self.biases))
-        return [x.to(dtype) for x in inputs], _Layers(weights, biases, self.slope, self.activate_output)
+        numbers = [x.to(dtype) if isinstance(x, torch.Tensor) else x for x in inputs]
+        return numbers, _Layers(weights, biases, self.slope, self.activate_output)
 
 
 def uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> nn.Parameter:
@@ -121,10 +125,16 @@ class _Layers:
     slope: float
     activate_output: bool
 
-    def infer(self, x: torch.Tensor) -> torch.Tensor:
+    def infer(self, seen: Input) -> torch.Tensor:
         """Output [K, R, out] of an input that fits one tile: the way of an actor, which pays for each call."""
+        x = self._empty(seen, self.weights[0])
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.bmm(x, weight)
+            if layer:
+                x = torch.bmm(x, weight)
+            elif isinstance(seen, torch.Tensor):
+                torch.bmm(seen, weight, out=x)
+            else:
+                seen.times(ALL, weight, 0, x)
             y = x if bias.shape[1] == 1 else x.view(x.shape[0], -1, *bias.shape[1:])
             y += bias if bias.shape[1] == 1 else bias.unsqueeze(1)
             if self._activates(layer):
@@ -135,7 +145,7 @@ class _Layers:
         """Rows of all networks together whose widest activations fill a tile on the CPU."""
         return TILE_NUMBERS // max(max(weight.shape[1:]) for weight in self.weights)
 
-    def tiles(self, x: torch.Tensor) -> Iterator[Tile]:
+    def tiles(self, x: Input) -> Iterator[Tile]:
         """Tiles of an input [K, R, …]; such a tile of a contiguous tensor is contiguous."""
         networks, rows = x.shape[:2]
         wanted = networks * rows
@@ -143,43 +153,42 @@ class _Layers:
             wanted = self.tile_rows()
         step = max(1, min(networks, wanted // max(1, rows)))
         height = rows if step > 1 else math.ceil(rows / max(1, round(rows / wanted)))
-        slots = self.biases[0].shape[1]
-        height = math.ceil(height / slots) * slots  # biases per slot repeat in whole rows [B, S]
+        slots = max(self.biases[0].shape[1], x.slots if isinstance(x, ObservationGrid) else 1)
+        height = math.ceil(height / slots) * slots  # biases per slot, and what slots share, repeat in rows [B, S]
         for first in range(0, networks, step):
             for row in range(0, rows, height):
                 yield slice(first, first + step), slice(row, row + height)
 
-    def buffers(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def buffers(self, x: Input) -> list[torch.Tensor]:
         """Room for the activations of one tile after the other."""
-        tile = x[next(self.tiles(x))]
-        return [self._empty(tile, weight) for weight in self.weights]
+        networks, rows = next(self.tiles(x))
+        shape = len(range(x.shape[0])[networks]), len(range(x.shape[1])[rows])
+        return [weight.new_empty(*shape, weight.shape[2]) for weight in self.weights]
 
-    def room(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def room(self, x: Input) -> list[torch.Tensor]:
         """Room for all activations."""
         return [self._empty(x, weight) for weight in self.weights]
 
-    def forward(self, tile: Tile, inputs: Sequence[torch.Tensor], activations: Sequence[torch.Tensor]) -> None:
+    def forward(self, tile: Tile, inputs: Sequence[Input], activations: Sequence[torch.Tensor]) -> None:
         """Fill the activations [k, r, width] of one tile of the inputs."""
-        h = [x[tile] for x in inputs]
         for layer, (weight, bias, y) in enumerate(zip(self.weights, self.biases, activations, strict=True)):
-            columns = _by_input(weight[tile[0]], h)
-            torch.bmm(h[0], columns[0], out=y)
-            for x, part in zip(h[1:], columns[1:], strict=True):
-                torch.baddbmm(y, x, part, out=y)
+            if layer:
+                torch.bmm(activations[layer - 1], weight[tile[0]], out=y)
+            else:
+                self._first(tile, inputs, y)
             y.unflatten(1, (-1, bias.shape[1])).add_(bias[tile[0]].unsqueeze(1))
             if self._activates(layer):
                 functional.leaky_relu_(y, self.slope)
-            h = [y]
 
     def backward(
         self,
         tile: Tile,
-        inputs: Sequence[torch.Tensor],
+        inputs: Sequence[Input],
         activations: Sequence[torch.Tensor],
         d: torch.Tensor,
         spare: Sequence[torch.Tensor],
         gradients: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        d_inputs: Sequence[torch.Tensor],
+        d_inputs: Sequence[torch.Tensor | None],
         add: bool,
     ) -> None:
         """Take d, the gradient of one tile's output, back. Gradients are added to if `add`, else written.
@@ -190,68 +199,89 @@ class _Layers:
         for layer in reversed(range(len(self.weights))):
             if self._activates(layer):
                 d = _leaky_relu_backward(d, activations[layer], self.slope, True, grad_input=spare[layer])
-            d_weights, d_bias = (gradient[tile[0]] for gradient in gradients[layer])
+            gradient, d_bias = gradients[layer][0], gradients[layer][1][tile[0]]
             _put(d_bias, d.unflatten(1, (-1, d_bias.shape[1])).sum(1), add)
-            h = [activations[layer - 1]] if layer else [x[tile] for x in inputs]
-            for x, d_weight in zip(h, _by_input(d_weights, h), strict=True):
-                _put_product(d_weight, x.mT, d, add)
+            if layer:
+                _put_product(gradient[tile[0]], activations[layer - 1].mT, d, add)
+            for x, first in _placed(inputs) if layer == 0 else ():
+                if isinstance(x, torch.Tensor):
+                    _put_product(gradient[tile[0], first : first + x.shape[2]], x[tile].mT, d, add)
+                else:
+                    x.gradient(tile, d, gradient, first, add)
             if layer:
                 d = torch.bmm(d, self.weights[layer][tile[0]].mT, out=spare[layer - 1])
-        for d_input, weight in zip(d_inputs, _by_input(self.weights[0][tile[0]], inputs), strict=False):
-            torch.bmm(d, weight.mT, out=d_input[tile])
+        for d_input, (x, first) in zip(d_inputs, _placed(inputs), strict=False):
+            if d_input is not None:
+                weight = self.weights[0][tile[0], first : first + x.shape[2]]
+                torch.bmm(d, weight.mT, out=d_input[tile])
+
+    def _first(self, tile: Tile, inputs: Sequence[Input], y: torch.Tensor) -> None:
+        """The products of the first layer."""
+        for x, first in _placed(inputs):
+            if isinstance(x, torch.Tensor):
+                weight = self.weights[0][tile[0], first : first + x.shape[2]]
+                torch.baddbmm(y, x[tile], weight, beta=int(first > 0), out=y)
+            else:
+                assert first == 0  # nothing to add to
+                x.times(tile, self.weights[0], first, y)
 
     def _activates(self, layer: int) -> bool:
         return self.activate_output or layer < len(self.weights) - 1
 
-    def _empty(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def _empty(self, x: Input, weight: torch.Tensor) -> torch.Tensor:
         return weight.new_empty(*x.shape[:2], weight.shape[2])
 
 
 class _Apply(torch.autograd.Function):
-    """The layers as a function that autograd knows. Tensors: inputs, weights, biases."""
+    """The layers as a function that autograd knows. Arguments: inputs, weights, biases."""
 
     @staticmethod
-    def forward(ctx: Any, slope: float, activate_output: bool, count: int, *tensors: torch.Tensor) -> torch.Tensor:
-        arguments = count, slope, activate_output
-        inputs, layers = _split(tensors, *arguments)
+    def forward(ctx: Any, slope: float, activate_output: bool, count: int, *arguments: Any) -> torch.Tensor:
+        inputs = arguments[:count]
+        layers = _layers(arguments[count:], slope, activate_output)
         keep = any(ctx.needs_input_grad)
         activations = layers.room(inputs[0]) if keep else layers.buffers(inputs[0])
         if not keep:
             activations[-1] = layers.room(inputs[0])[-1]
         for tile in layers.tiles(inputs[0]):
-            tiled = [a[tile] if keep else _like(a, inputs[0][tile]) for a in activations[:-1]]
+            tiled = [a[tile] if keep else _like(a, inputs[0], tile) for a in activations[:-1]]
             layers.forward(tile, inputs, [*tiled, activations[-1][tile]])
         if keep:
-            ctx.save_for_backward(*tensors, *activations)
-            ctx.arguments = arguments
+            ctx.grids = [None if isinstance(x, torch.Tensor) else x for x in inputs]
+            numbers = [x for x in inputs if isinstance(x, torch.Tensor)]
+            ctx.save_for_backward(*numbers, *arguments[count:], *activations)
+            ctx.constants = slope, activate_output
         return activations[-1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        count = ctx.arguments[0]
-        given = len(ctx.needs_input_grad) - 3
-        inputs, layers = _split(ctx.saved_tensors[:given], *ctx.arguments)
-        activations = ctx.saved_tensors[given:]
+        count, saved = len(ctx.grids), iter(ctx.saved_tensors)
+        inputs = [next(saved) if given is None else given for given in ctx.grids]
+        parameters = len(ctx.needs_input_grad) - 3 - count
+        layers = _layers([next(saved) for _ in range(parameters)], *ctx.constants)
+        activations = list(saved)
         weights, biases = ([_sums_of(p) for p in part] for part in (layers.weights, layers.biases))
         gradients = list(zip(weights, biases, strict=True))
-        wanted = any(ctx.needs_input_grad[3 : 3 + count])
-        d_inputs = [gradient.new_empty(x.shape) for x in inputs] if wanted else []
-        buffers = layers.buffers(gradient)
+        wanted = ctx.needs_input_grad[3 : 3 + count]
+        d_inputs = [gradient.new_empty(x.shape) if want else None for x, want in zip(inputs, wanted, strict=True)]
+        buffers = layers.buffers(inputs[0])
         for tile in layers.tiles(inputs[0]):
             tiled = [a[tile] for a in activations]
-            spare = [_like(buffer, gradient[tile]) for buffer in buffers]
+            spare = [_like(buffer, gradient, tile) for buffer in buffers]
             layers.backward(tile, inputs, tiled, gradient[tile], spare, gradients, d_inputs, False)
-        unwanted: list[torch.Tensor | None] = [None] * count
-        return None, None, None, *(d_inputs or unwanted), *weights, *biases
+        return None, None, None, *d_inputs, *weights, *biases
 
 
-def _split(
-    tensors: Sequence[torch.Tensor], count: int, slope: float, activate_output: bool
-) -> tuple[Sequence[torch.Tensor], _Layers]:
-    layers = (len(tensors) - count) // 2
-    weights, biases = tensors[count : count + layers], tensors[count + layers :]
-    return tensors[:count], _Layers(weights, biases, slope, activate_output)
+def _layers(parameters: Sequence[torch.Tensor], slope: float, activate_output: bool) -> _Layers:
+    """Of all weights, and then all biases."""
+    half = len(parameters) // 2
+    return _Layers(parameters[:half], parameters[half:], slope, activate_output)
+
+
+def _room_like(x: Input) -> torch.Tensor:
+    assert isinstance(x, torch.Tensor)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _sums_of(parameter: torch.Tensor) -> torch.Tensor:
@@ -259,13 +289,16 @@ def _sums_of(parameter: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
 
 
-def _like(buffer: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
-    return buffer[: tile.shape[0], : tile.shape[1]]
+def _like(buffer: torch.Tensor, x: Input, tile: Tile) -> torch.Tensor:
+    """Room for one tile of x."""
+    networks, rows = (len(range(size)[part]) for part, size in zip(tile, x.shape[:2], strict=True))
+    return buffer[:networks, :rows]
 
 
-def _by_input(weight: torch.Tensor, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """The rows of a weight [k, Σ in_j, out] that belong to each input."""
-    return weight.split([x.shape[2] for x in inputs], dim=1) if len(inputs) > 1 else (weight,)
+def _placed(inputs: Sequence[Input]) -> list[tuple[Input, int]]:
+    """Inputs, and the row of the first weights [k, Σ in_j, out] where each begins."""
+    widths = [x.shape[2] for x in inputs]
+    return [(x, sum(widths[:k])) for k, x in enumerate(inputs)]
 
 
 def _put(target: torch.Tensor, value: torch.Tensor, add: bool) -> None:

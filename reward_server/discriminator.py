@@ -14,10 +14,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
+from protocol.grid import ObservationGrid
 from protocol.layout import Block
 from reward_server.sees import Seen
 
@@ -50,6 +51,20 @@ class Workspace:
         if name not in self._buffers or self._buffers[name].numel() < size:
             self._buffers[name] = torch.empty(size, dtype=self._dtype, device=self._device)
         return self._buffers[name][:size].view(*batch, stride)[..., :width]
+
+
+class Source(NamedTuple):
+    """Where some joint rows of an input get some columns of the observation from.
+
+    grid: observations, of which the `rows` are taken (slot by slot).   target: the joint rows of the input.
+    first, end: columns of the observation.
+    """
+
+    grid: ObservationGrid
+    rows: slice
+    target: slice
+    first: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -109,14 +124,20 @@ class Architecture:
             layers.append(torch.empty(shape).uniform_(-bound, bound, generator=generator))
         return layers
 
-    def encode(self, observations: torch.Tensor, actions: torch.Tensor, x: torch.Tensor) -> None:
-        """Write the first layer's input x [g, B, S, in + biases].
+    def encode(self, sources: Sequence[Source], actions: torch.Tensor, groups: slice, x: torch.Tensor) -> None:
+        """Write the first layer's input x [g, B, S, in + biases] of some groups.
 
-        observations, actions: grids of the same g groups, [g, B, S, O] and [g, B, S] (or [g, B, S, A] if continuous).
+        sources: where the rows of x come from.   actions: grid of these groups, [g, B, S] (or [g, B, S, A] if
+        continuous).
         """
         width, end = 0, self.inputs
         for first, last in self.seen.runs:
-            x[..., width : width + last - first] = observations[..., first:last]
+            for source in sources:
+                start, stop = max(first, source.first), min(last, source.end)
+                if start < stop:
+                    columns = slice(width + start - first, width + stop - first)
+                    target = x[:, source.target, :, columns].flatten(1, 2)
+                    source.grid.expand(start, stop, (groups, source.rows), target)
             width += last - first
         if self.seen.action and self.block.discrete:
             x[..., width:end].zero_().scatter_(-1, actions.to(x.device).unsqueeze(-1), 1)

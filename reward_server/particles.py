@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -12,11 +12,12 @@ from torch.nn import functional
 
 from protocol.device import numbers_at_once
 from protocol.errors import InputError, NumericalError, ProtocolError
+from protocol.grid import ALL
 from protocol.layout import JointRows, Layout, widened
 from protocol.messages import Arrays
 from protocol.seeds import derive_seed
 from protocol.specs import ArrayTable
-from reward_server.discriminator import Architecture, Workspace, backward, forward
+from reward_server.discriminator import Architecture, Source, Workspace, backward, forward
 from reward_server.health import Health
 from reward_server.memory import Memory
 from reward_server.model import Answer, check_rewards
@@ -34,6 +35,18 @@ MEMORY = "memory."
 """How the names of a state's arrays begin or end."""
 
 T = TypeVar("T")
+
+
+class _Batch(NamedTuple):
+    """What a step learns from: the agents' joint rows, then the expert's.
+
+    sources: of their observations; later ones overwrite earlier ones.   actions, active (0. or 1.): grids
+    [G, 2B, S, …].
+    """
+
+    sources: list[Source]
+    actions: torch.Tensor
+    active: torch.Tensor
 
 
 class RewardModel:
@@ -63,7 +76,7 @@ class RewardModel:
         self._memory = Memory(layout, settings.window_steps, settings.memory, memory_seed, self._device)
         self._generator = torch.Generator().manual_seed(seed)
         self._architectures = architectures(layout, settings, agent_identity)
-        self._work, self._gathered = Workspace(device=self._device), Workspace(device=self._device)
+        self._work = Workspace(device=self._device)
         self._layers = [
             [torch.nn.Parameter(layer.to(self._device)) for layer in architecture.initial(self._generator)]
             for architecture in self._architectures
@@ -109,7 +122,7 @@ class RewardModel:
 
         Raises NumericalError if a reward is not finite.
         """
-        rows = rows.widened().to(self._device)
+        rows = rows.without_masks().to(self._device).widened()
         answers = [self._query_block(b, rows, deviation) for b in range(len(self._layers))]
         rewards = [answer[0] for answer in answers]
         check_rewards(rewards)
@@ -159,56 +172,56 @@ class RewardModel:
         """Numbers below `end`; drawn on the CPU, so that every device gets the same."""
         return torch.randint(end, shape, generator=self._generator).to(self._device, non_blocking=True)
 
-    def _batch(self, b: int, agent: torch.Tensor, expert: torch.Tensor) -> list[torch.Tensor]:
-        """Observations, actions and active (0. or 1.) of a block: grids [G, 2B, S, …], the agents' rows first."""
+    def _batch(self, b: int, agent: torch.Tensor, expert: torch.Tensor) -> _Batch:
+        """The rows of memory and expert of a block, the agents' first."""
+        block, size = self.layout.blocks[b], len(agent)
         parts = (self._memory.rows, agent), (self._expert, expert)
-        seen = [rows.observations[b].select(index).dense() for rows, index in parts]
-        observations = torch.cat(seen, out=self._gathered.take("observations", 2 * len(agent), *seen[0].shape[1:]))
+        grids = [block.see(rows.observations[b].select(index)) for rows, index in parts]
+        rows = slice(0, size), slice(size, 2 * size)
+        sources = [Source(g, ALL[1], part, 0, block.observation_dim) for g, part in zip(grids, rows, strict=True)]
         actions = torch.cat([widened(rows.actions[b][index]) for rows, index in parts])
         active = torch.cat([rows.active[b][index] for rows, index in parts])
-        if count := round(self.settings.imagined * len(agent)):
-            self._imagine(b, observations[:count], actions[:count], active[:count])
-        grid = self.layout.blocks[b].grid
-        return [
-            grid(observations),
-            grid(actions).contiguous(),
-            grid(active).to(torch.float32).contiguous(),
-        ]
+        if count := round(self.settings.imagined * size):
+            sources += self._imagine(b, actions[:count], active[:count])
+        return _Batch(sources, block.grid(actions).contiguous(), block.grid(active).to(torch.float32).contiguous())
 
-    def _imagine(self, b: int, observations: torch.Tensor, actions: torch.Tensor, active: torch.Tensor) -> None:
-        """Overwrite joint rows of a block with what nobody did: each named part, and the action, as the same agent of
+    def _imagine(self, b: int, actions: torch.Tensor, active: torch.Tensor) -> list[Source]:
+        """The first joint rows of a block as nobody played them: each named part, and the action, as the same agent of
         the expert had it at another moment. What never changes for an agent, as its home, stays right.
 
         Against these a discriminator learns which parts go together: log p(parts) − Σ log p(part).
+        Overwrites actions and active; the columns of each part are what is returned.
         """
-        parts = self.layout.spec.types[self.layout.blocks[b].types[0]].parts
-        moments = self._draw(len(self._expert), len(parts) + 1, len(active))
-        first = 0
+        block, count = self.layout.blocks[b], len(active)
+        parts = self.layout.spec.types[block.types[0]].parts
+        moments = self._draw(len(self._expert), len(parts) + 1, count)
+        sources, first = [], 0
         active.fill_(True)
         for part, moment in zip(parts, moments, strict=False):
-            columns = slice(first, first + part.width)
-            observations[..., columns] = self._expert.observations[b].select(moment).dense()[..., columns]
+            grid = block.see(self._expert.observations[b].select(moment))
+            sources.append(Source(grid, ALL[1], slice(0, count), first, first + part.width))
             active &= self._expert.active[b][moment]
             first += part.width
         actions.copy_(self._expert.actions[b][moments[-1]])
         active &= self._expert.active[b][moments[-1]]
+        return sources
 
-    def _differentiate(self, b: int, batch: Sequence[torch.Tensor], health: Health | None) -> torch.Tensor:
+    def _differentiate(self, b: int, batch: _Batch, health: Health | None) -> torch.Tensor:
         """Write the likelihood's gradients, for these rows of memory and expert, into a block's layers.
 
         With the kernel in function space the logits move in their SVGD direction instead, and the layers with them.
         Returns how much of a particle's own score there is in what was written, [G, L]: 1 but for that kernel.
         """
         architecture, block = self._architectures[b], self.layout.blocks[b]
-        rows, smoothing = batch[0].shape[1] * block.slots, self.settings.label_smoothing
+        rows, smoothing = batch.active[0].numel(), self.settings.label_smoothing
         mass = torch.ones(block.groups, architecture.particles, device=self._device)
         halves = (torch.full((rows // 2,), label, device=self._device) for label in (1 - smoothing, smoothing))
         labels = torch.cat([*halves])
         for tile in self._tiles(block.groups, architecture.activations * rows, TILE_ACTIVATIONS):
             layers = [layer[tile] for layer in self._layers[b]]
-            observations, actions, active = (part[tile] for part in batch)
+            active = batch.active[tile]
             x = self._work.take("input", *active.shape, layers[0].shape[-1])
-            architecture.encode(observations, actions, x)
+            architecture.encode(batch.sources, batch.actions[tile], tile, x)
             x, active = x.flatten(1, 2), active.flatten(1).unsqueeze(1)
             logits, activations = forward(layers, x, architecture.activation, self._work)
             if health:
@@ -263,16 +276,18 @@ class RewardModel:
         """Rewards and deviations of a block."""
         architecture, block = self._architectures[b], self.layout.blocks[b]
         answer = torch.empty(1 + deviation, block.groups, len(rows), block.slots, device=self._device)
-        grids = [block.grid(part) for part in (rows.observations[b].dense(), rows.actions[b])]
+        grid, actions = block.see(rows.observations[b]), block.grid(rows.actions[b])
         row = block.slots if self._device.type == "cpu" else block.slots * architecture.activations * block.groups
         for part in self._tiles(len(rows), row, QUERY_ROWS):
             size = architecture.activations * (part.stop - part.start) * block.slots
             logits = []
             for tile in self._tiles(block.groups, size, TILE_ACTIVATIONS):
                 layers = [layer[tile] for layer in self._layers[b]]
-                observations, actions = (grid[tile, part] for grid in grids)
-                x = self._work.take("input", *observations.shape[:3], layers[0].shape[-1])
-                architecture.encode(observations, actions, x)
+                count = part.stop - part.start
+                x = self._work.take("input", len(layers[0]), count, block.slots, layers[0].shape[-1])
+                slots = slice(part.start * block.slots, part.stop * block.slots)
+                source = Source(grid, slots, slice(0, count), 0, block.observation_dim)
+                architecture.encode([source], actions[tile, part], tile, x)
                 # Copied: the next tile overwrites the workspace.
                 logits.append(forward(layers, x.flatten(1, 2), architecture.activation, self._work)[0].clone())
             rewards = functional.softplus(-torch.cat(logits)).unflatten(2, (-1, block.slots))

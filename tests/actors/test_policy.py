@@ -10,7 +10,7 @@ from actors import gaussian
 from actors.policy import Policy, UniformPolicy, sample
 from protocol.layout import Layout, ParameterSharing
 from protocol.specs import EnvironmentSpec, TypeSpec
-from tests.plain import shown
+from tests.plain import observed, shown
 
 SPEC = EnvironmentSpec("toy", (TypeSpec("a", 3, 4, 3), TypeSpec("b", 2, 5, 2), TypeSpec("c", 1, 4, 3)), 5)
 
@@ -95,8 +95,8 @@ def test_an_identity_tells_agents_of_one_network_apart() -> None:
     for identity in (False, True):
         policy = build(identity=identity)
         block = rows.blocks[0]
-        observation, mask = rows.to_rows(observations)[0], rows.to_rows(masks)[0]
-        logits = policy.logits(0, block.grid(observation), block.grid(mask))[0, 0]
+        seen = observed(rows.to_rows(observations)[0], rows.to_rows(masks)[0])
+        logits = policy.logits(0, block.see(seen))[0, 0]
         assert torch.equal(logits[0], logits[1]) != identity
 
 
@@ -137,7 +137,8 @@ def test_it_tells_how_likely_its_actions_were() -> None:
         actions, chances = policy.decide(now, torch.Generator().manual_seed(1), greedy)
         for acted, again in zip(actions, policy.act(now, torch.Generator().manual_seed(1), greedy), strict=True):
             np.testing.assert_array_equal(acted, again)
-        arm, leg = (block.grid(torch.as_tensor(o)) for block, o in zip(policy.layout.blocks, observations, strict=True))
+        blocks = zip(policy.layout.blocks, observations, masks, strict=True)
+        arm, leg = (block.see(observed(torch.as_tensor(o), torch.as_tensor(m))) for block, o, m in blocks)
         density = gaussian.log_density(
             policy.outputs(0, arm), policy.layout.blocks[0].grid(torch.as_tensor(actions[0]))
         )

@@ -120,7 +120,7 @@ def test_the_policies_move_along_the_advantages_of_every_agent(sharing: Paramete
             t, e = divmod(step, 100)
             seen = segments.observations[b]
             block, mask = built.layout.blocks[b], seen.masks()[t, e, i]
-            output = block.rows(built.policy.outputs(b, block.grid(seen.dense()[t, e].unsqueeze(0))))[0, i]
+            output = block.rows(built.policy.outputs(b, block.see(seen[t, e : e + 1])))[0, i]
             log_policy = output.masked_fill(~mask, FORBIDDEN_LOGIT).log_softmax(-1)
             entropy = -(log_policy.exp() * log_policy).sum()
             gain = float(wanted) * log_policy[segments.actions[b][t, e, i]]

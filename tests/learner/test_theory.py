@@ -287,8 +287,9 @@ def errors(game: Game, learner: ActorCritic) -> tuple[float, float]:
     active = [torch.ones(game.states, 4, dtype=torch.bool)]
     (block,) = layout.blocks
     with torch.no_grad():
-        (q,) = learner.critic(JointRows(seen_by(layout, observations), [torch.from_numpy(play)], active))
-        logits = learner.policy.outputs(0, block.grid(observations[0]))
+        seen = seen_by(layout, observations)
+        (q,) = learner.critic(JointRows(seen, [torch.from_numpy(play)], active))
+        logits = learner.policy.outputs(0, block.see(seen[0]))
     chance = block.rows(logits).softmax(-1).gather(-1, torch.from_numpy(play).unsqueeze(-1))
     return float(np.abs(block.rows(q).numpy() - nash).max()), float(chance.min())
 

@@ -7,9 +7,10 @@ import math
 import torch
 from torch.nn import functional
 
+from protocol.grid import ALL
 from protocol.layout import JointRows, Layout, ParameterSharing
 from protocol.specs import EnvironmentSpec, TypeSpec
-from reward_server.discriminator import Architecture, Workspace
+from reward_server.discriminator import Architecture, Source, Workspace
 from reward_server.particles import RewardModel
 from reward_server.settings import RewardSettings
 from reward_server.svgd import svgd_direction
@@ -43,7 +44,8 @@ def encoded(
     """The input [G, B, S, in + biases] of a block's discriminators, written over what is no number."""
     block = layout.blocks[b]
     x = Workspace(dtype).take("x", block.groups, len(rows), block.slots, architecture.shapes[0][-1]).fill_(torch.nan)
-    architecture.encode(block.grid(rows.observations[b].dense()), block.grid(rows.actions[b]), x)
+    source = Source(block.see(rows.observations[b]), ALL[1], slice(0, len(rows)), 0, block.observation_dim)
+    architecture.encode([source], block.grid(rows.actions[b]), slice(None), x)
     return x
 
 

@@ -1,0 +1,227 @@
+"""Observations before the first layer of stacked networks: compact still, and expanded only where a product wants it.
+
+A one-hot times a matrix is a row of the matrix; what all agents of an environment share is multiplied once for all;
+what is constant is a bias. So the first layer of K networks with R rows reads what there is to know, not its expansion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn import functional
+
+from protocol.observations import Observations, Run
+
+Tile = tuple[slice, slice]
+"""Which networks, which of their rows."""
+ALL: Tile = slice(None), slice(None)
+
+COLUMNS_PER_ROW = 2
+COLUMNS_PER_ADDED_ROW = 8
+"""A row of a matrix added to a sum takes a CPU as long as so many columns of a product with that matrix; and adding a
+row to a matrix, as the gradient does, so many (measured with 128 numbers a row)."""
+KEPT_COLUMNS = 16
+"""Runs of at most so many columns are expanded once for all products, and not anew for each tile of each of them."""
+
+
+class ObservationGrid:
+    """What K networks see in R = B·S rows each: B joint steps of S slots (agents that share a network).
+
+    shape: (K, R, O).   Parts of it are named by tiles, whose rows are cut between joint steps.
+    """
+
+    def __init__(
+        self, observations: Observations, groups: int, slots: int, grid: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """Of observations [B], for G groups of S slots; grid: from joint rows to the slots (`layout.Block.grid`)."""
+        self.form, self.device, self.slots = observations.form, observations.device, slots
+        self.shape = groups, len(observations) * slots, self.form.observation_dim
+        columns = {name: grid(c).flatten(1, 2) for name, c in observations.columns.items() if name != "shared"}
+        self._own, self._masks = columns.get("own"), columns.get("masks")
+        self._codes = columns["codes"].long() if "codes" in columns else None
+        self._shared = observations.columns.get("shared")
+        self._constants: torch.Tensor | None = None
+        if self.form.constants.size:
+            self._constants = grid(self.form.on(self.device, "constants").unsqueeze(0))[:, 0]
+        self._somewhere: bool | None = None
+        self._gathered: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._kept: dict[tuple[object, ...], torch.Tensor] = {}
+
+    def masks(self, tile: Tile = ALL) -> torch.Tensor:
+        """Which actions are allowed, [k, r, A] bool."""
+        if self._masks is not None:
+            return self._masks[tile]
+        if self.form.table is None or self._codes is None:
+            shape = *self._size(tile), self.form.action_dim
+            return torch.ones((), dtype=torch.bool, device=self.device).expand(shape)
+        return self.form.on(self.device, "table")[self._codes[tile][..., self.form.mask_code]]
+
+    def expand(self, first: int, end: int, tile: Tile, target: torch.Tensor) -> None:
+        """Write the columns first..end of what is seen to `target` [k, r, end − first]."""
+        for run in self.form.runs:
+            start, stop = max(first, run.first), min(end, run.end)
+            if start < stop:
+                self._expand(run, start - run.first, tile, target[..., start - first : stop - first])
+
+    def times(self, tile: Tile, weight: torch.Tensor, first: int, y: torch.Tensor) -> None:
+        """Write the product with the rows first… of weights [K, in, H] to y [k, r, H]."""
+        gathered, others = self._plan(weight.dtype, COLUMNS_PER_ROW)
+        per_step, begun = y.unflatten(1, (-1, self.slots)), bool(gathered)
+        if gathered:
+            index, share = self._rows_of(gathered, weight, first)
+            of_tile = index[tile].flatten(0, 1), weight.flatten(0, 1)
+            y.copy_(
+                functional.embedding_bag(*of_tile, mode="sum", per_sample_weights=share[tile].flatten(0, 1)).view(
+                    y.shape
+                )
+            )
+        for runs in others:
+            part = weight[tile[0], first + runs[0].first : first + runs[-1].end]
+            if (few := self._once(runs[0], tile, weight.dtype)) is not None:
+                product = (few @ part).unsqueeze(1 if runs[0].kind == "constant" else 2)
+                per_step.add_(product) if begun else per_step.copy_(product)
+            else:
+                torch.baddbmm(y, self._numbers(runs, tile, weight.dtype), part, beta=int(begun), out=y)
+            begun = True
+
+    def gradient(self, tile: Tile, d: torch.Tensor, target: torch.Tensor, first: int, add: bool) -> None:
+        """Write (or add) the gradient of the rows first… of weights to `target` [K, in, H], from that of the product of
+        a tile, d [k, r, H]."""
+        gathered, others = self._plan(d.dtype, COLUMNS_PER_ADDED_ROW)
+        for run in () if add else gathered:
+            target[tile[0], first + run.first : first + run.end].zero_()
+        if gathered:
+            index, share = (part[tile] for part in self._rows_of(gathered, target, first))
+            parts = d.unsqueeze(2) * share.unsqueeze(3)
+            target.view(-1, target.shape[2]).index_add_(0, index.flatten(), parts.flatten(0, 2))
+        per_step = d.unflatten(1, (-1, self.slots))
+        for runs in others:
+            part = target[tile[0], first + runs[0].first : first + runs[-1].end]
+            if (few := self._once(runs[0], tile, d.dtype)) is not None:
+                product = few.mT @ per_step.sum(1 if runs[0].kind == "constant" else 2)
+            else:
+                product = torch.bmm(self._numbers(runs, tile, d.dtype).mT, d)
+            part.add_(product) if add else part.copy_(product)
+
+    def _size(self, tile: Tile) -> tuple[int, int]:
+        networks, rows = (len(range(size)[part]) for part, size in zip(tile, self.shape[:2], strict=True))
+        return networks, rows
+
+    def _steps(self, tile: Tile) -> slice:
+        """The joint steps that the rows of a tile are of."""
+        start, stop = tile[1].start or 0, tile[1].stop
+        return slice(start // self.slots, None if stop is None else stop // self.slots)
+
+    def _expand(self, run: Run, offset: int, tile: Tile, target: torch.Tensor) -> None:
+        """Write the columns offset… of a run to [k, r, columns]."""
+        columns = slice(offset, offset + target.shape[-1])
+        stored = slice(run.source + columns.start, run.source + columns.stop)
+        per_step = target.unflatten(1, (-1, self.slots))
+        if run.kind == "own":
+            assert self._own is not None
+            target.copy_(self._own[tile][..., stored])
+        elif run.kind == "code":
+            assert self._codes is not None
+            values = torch.arange(columns.start, columns.stop, device=self.device)
+            target.copy_(self._codes[tile][..., run.source, None] == values)
+        elif run.kind == "constant":
+            assert self._constants is not None
+            per_step.copy_(self._constants[tile[0], None, :, stored])
+        else:
+            assert self._shared is not None
+            per_step.copy_(self._shared[self._steps(tile), None, stored])
+            if run.masked:
+                target.mul_(self.masks(tile)[..., columns])
+
+    def _plan(self, dtype: torch.dtype, columns_per_row: int) -> tuple[list[Run], list[list[Run]]]:
+        """Runs of which rows of the weights are gathered, and the others: those next to each other that are expanded
+        together, or one that is the same for many rows."""
+        gathered: list[Run] = []
+        others: list[list[Run]] = []
+        for run in self.form.runs:
+            if self._is_gathered(run, dtype, columns_per_row):
+                gathered.append(run)
+            elif (
+                others and others[-1][-1].end == run.first and not (self._repeats(others[-1][0]) or self._repeats(run))
+            ):
+                others[-1].append(run)
+            else:
+                others.append([run])
+        return gathered, others
+
+    def _is_gathered(self, run: Run, dtype: torch.dtype, columns_per_row: int) -> bool:
+        """On a GPU products are cheaper than sums of rows, which it does not add up in the same order each time; and
+        bfloat16 is for products alone."""
+        if self.device.type != "cpu" or dtype not in (torch.float32, torch.float64):
+            return False
+        if run.kind == "code":
+            return columns_per_row < run.width
+        return run.masked and self.form.table is not None and self._is_near(columns_per_row)
+
+    def _is_near(self, columns_per_row: int) -> bool:
+        """Whether everybody sees little of what is masked: who is nowhere sees all of it."""
+        form = self.form
+        if form.near.shape[1] * columns_per_row >= form.action_dim:
+            return False
+        if self._somewhere is None:
+            assert self._codes is not None
+            self._somewhere = not bool((self._codes[..., form.mask_code] == form.code_sizes[form.mask_code]).any())
+        return self._somewhere
+
+    def _repeats(self, run: Run) -> bool:
+        """Whether many rows see the same."""
+        return run.kind == "constant" or (run.kind == "shared" and not run.masked and self.slots > 1)
+
+    def _once(self, run: Run, tile: Tile, dtype: torch.dtype) -> torch.Tensor | None:
+        """What many rows see: of a constant [k, S, columns], of a shared run [b, columns]; None of other runs."""
+        if not self._repeats(run):
+            return None
+        constant = run.kind == "constant"
+        source, part = (self._constants, tile[0]) if constant else (self._shared, self._steps(tile))
+        assert source is not None
+        return source[part][..., run.stored].to(dtype)
+
+    def _numbers(self, runs: list[Run], tile: Tile, dtype: torch.dtype) -> torch.Tensor:
+        """The columns of some runs side by side, [k, r, columns]."""
+        if len(runs) == 1 and runs[0].kind == "own" and self._own is not None:
+            return self._own[tile][..., runs[0].stored].to(dtype)
+        first, end = runs[0].first, runs[-1].end
+        key = first, end, dtype
+        if key in self._kept:
+            return self._kept[key][tile]
+        keep = end - first <= KEPT_COLUMNS
+        part = ALL if keep else tile
+        numbers = torch.empty(*self._size(part), end - first, dtype=dtype, device=self.device)
+        self.expand(first, end, part, numbers)
+        if not keep:
+            return numbers
+        self._kept[key] = numbers
+        return numbers[tile]
+
+    def _rows_of(self, runs: Sequence[Run], weight: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which rows of the weights [K, in, H] of all networks, flattened, each row sees, and how much of each:
+        [K, R, L], found once for all tiles."""
+        key = (weight.dtype, weight.shape[1], first, *(run.first for run in runs))
+        if key in self._gathered:
+            return self._gathered[key]
+        assert self._codes is not None
+        networks, rows, _ = self.shape
+        index, share = [], []
+        for run in runs:
+            if run.kind == "code":
+                code = self._codes[..., run.source, None]
+                index.append(code.clamp(max=run.width - 1) + run.first)
+                share.append((code < run.width).to(weight.dtype))
+            else:
+                assert self._shared is not None
+                code = self._codes[..., self.form.mask_code]
+                near = self.form.on(self.device, "near")[code]
+                step = torch.arange(rows, device=self.device).div(self.slots, rounding_mode="floor")
+                place = step[:, None] * self._shared.shape[1] + run.source + near
+                seen = self._shared.flatten()[place].to(weight.dtype)
+                index.append(near + run.first)
+                share.append(seen * self.form.on(self.device, "is_near")[code])
+        network = torch.arange(networks, device=self.device)[:, None, None] * weight.shape[1] + first
+        self._gathered[key] = torch.cat(index, dim=-1).add_(network), torch.cat(share, dim=-1)
+        return self._gathered[key]
