@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from protocol.environment import Environment, TimeStep
-from protocol.errors import InputError
+from protocol.errors import InputError, ProtocolError
+from protocol.observations import forms
 from protocol.registry import make_environment
 from protocol.specs import EnvironmentSpec
 
@@ -72,6 +73,7 @@ def _episode(environment: Environment) -> Iterator[TimeStep]:
 
 def _check(environment: Environment, step: TimeStep) -> None:
     envs = environment.num_envs
+    _check_columns(environment, step)
     for m, t in enumerate(environment.spec.types):
         agents = (envs, t.count)
         _array(f"observations of type '{t.name}'", step.observations[m], np.float32, (*agents, t.observation_dim))
@@ -83,6 +85,34 @@ def _check(environment: Environment, step: TimeStep) -> None:
         _expect(bool(allowed[step.active[m]].all()), f"every active agent of type '{t.name}' may do something")
     _array("terminated", step.terminated, np.bool_, (envs,))
     _array("truncated", step.truncated, np.bool_, (envs,))
+
+
+def _check_columns(environment: Environment, step: TimeStep) -> None:
+    """What is described is there, as it is described, and shows what the environment says that agents see."""
+    spec = environment.spec
+    seen = step.seen(spec)  # refuses a description without columns
+    if step.columns is None:
+        return
+    blocks = zip(forms(spec), spec.blocks, step.columns, strict=True)
+    for form, types, columns in blocks:
+        whose, table = f"agents like '{spec.types[types[0]].name}'", form.table_of(environment.num_envs)
+        _expect(set(columns) == set(table), f"the columns of {whose} are {sorted(table)}", str(sorted(columns)))
+        for name, (dtype, shape) in table.items():
+            _array(f"column '{name}' of {whose}", columns[name], np.dtype(dtype).type, shape)
+    for each in seen:
+        try:
+            each.check("an agent")
+        except ProtocolError as error:
+            _expect(False, "columns hold finite numbers and codes in their range", str(error))
+    dense = spec.by_type([each.dense().numpy() for each in seen], axis=1)
+    masks = spec.by_type([each.masks().numpy() for each in seen], axis=1)
+    for m, t in enumerate(spec.types):
+        for what, described, shown in (
+            ("observations", dense, step.observations),
+            ("action masks", masks, step.action_masks),
+        ):
+            same = described[m].shape == shown[m].shape and np.array_equal(described[m], shown[m])
+            _expect(same, f"{what} of type '{t.name}' are what its spec makes of the columns", "others are shown")
 
 
 def _random_actions(environment: Environment, step: TimeStep, random: np.random.Generator) -> list[np.ndarray]:

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,18 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from protocol.errors import InputError
+from protocol.packing import packed, unpacked
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ARRAY_FILES = ("learner", "rewards")
+PACKED_COLUMNS = (".own", ".masks")
+"""What agents saw and might do: much of it stays as it was from step to step. Parameters would only cost time."""
+
+
+Packing = tuple[str, tuple[int, ...]]
+"""Dtype and shape."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +64,10 @@ class CheckpointFolder:
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
-            digests = {}
+            digests, packings = {}, {}
             for name in ARRAY_FILES:
-                content = save({k: np.ascontiguousarray(v) for k, v in getattr(checkpoint, name).items()})
+                arrays, packings[name] = _packed(getattr(checkpoint, name))
+                content = save(arrays)
                 digests[name] = hashlib.sha256(content).hexdigest()
                 _write(temporary / f"{name}.safetensors", content)
             header = {
@@ -67,6 +76,7 @@ class CheckpointFolder:
                 "config": checkpoint.config,
                 "facts": checkpoint.facts,
                 "sha256": digests,
+                "packed": packings,
             }
             _write(temporary / "checkpoint.json", json.dumps(header, indent=1).encode())
             shutil.rmtree(final, ignore_errors=True)
@@ -128,12 +138,28 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             content = (folder / f"{name}.safetensors").read_bytes()
             if hashlib.sha256(content).hexdigest() != header["sha256"][name]:
                 raise InputError(f"{folder / name}.safetensors is truncated or corrupt (its SHA-256 differs)")
-            arrays[name] = load(content)
+            arrays[name] = _unpacked(load(content), header["packed"][name])
         return Checkpoint(int(header["iteration"]), str(header["config"]), dict(header["facts"]), **arrays)
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{folder} is not a usable checkpoint: {error}") from error
+
+
+def _packed(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, Packing]]:
+    """The arrays, some of them packed, and the dtypes and shapes of these."""
+    stored = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    packings: dict[str, Packing] = {}
+    for name, array in stored.items():
+        if name.endswith(PACKED_COLUMNS) and (small := packed(array)) is not None:
+            stored[name], packings[name] = small, (str(array.dtype), array.shape)
+    return stored, packings
+
+
+def _unpacked(stored: dict[str, np.ndarray], packings: Mapping[str, Packing]) -> dict[str, np.ndarray]:
+    """The inverse of `_packed`. Raises InputError, TypeError or ValueError for what it would not have written."""
+    found = {name: unpacked(name, stored[name], dtype, tuple(shape)) for name, (dtype, shape) in packings.items()}
+    return stored | found
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -16,6 +16,8 @@ from protocol.perturbation import Perturbed
 from protocol.registry import make_environment
 
 EQUILIBRIUM_DAYS = 20
+FEWEST_DAYS, EQUILIBRIUM_AGENTS = 2, 2_000
+"""Of days on which more agents drive, fewer show as well how full the roads will be."""
 EQUILIBRIUM_ROUNDS = 15
 
 
@@ -195,7 +197,8 @@ class CongestionAware(_Commuters):
 
     def _simulate(self, name: str, number: int) -> np.ndarray:
         """[T + 1, K] the mean chance to leave of those who were there; what was anticipated where nobody was."""
-        days = make_environment(name, EQUILIBRIUM_DAYS)
+        enough = EQUILIBRIUM_AGENTS // len(self._home)
+        days = make_environment(name, min(EQUILIBRIUM_DAYS, max(FEWEST_DAYS, enough)))
         berlin = berlin_of(days)
         generator = torch.Generator().manual_seed(number)
         now, experienced = days.reset(number), self._leaving.copy()

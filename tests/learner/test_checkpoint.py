@@ -99,3 +99,21 @@ def test_a_write_that_fails_leaves_the_previous_checkpoint(
         folder.write(checkpoint(2))
     assert names(tmp_path) == ["00000001"]
     assert folder.newest().iteration == 1  # type: ignore[union-attr]
+
+
+def test_what_agents_saw_is_packed_where_that_makes_it_much_smaller(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    learner = {
+        "replay/0.own": np.tile(random.normal(size=(50, 2)).astype(np.float32), (8_000, 1, 1)),
+        "replay/1.own": random.normal(size=(8_000, 50, 2)).astype(np.float32),
+        "policy/weights": np.zeros((1_000, 800), np.float32),
+        "replay/0.masks": np.ones((30_000, 50, 2), bool),
+    }
+    CheckpointFolder(tmp_path, kept=2).write(Checkpoint(3, "", {}, learner, {}))
+    size = (tmp_path / "00000003" / "learner.safetensors").stat().st_size
+    assert size < learner["replay/1.own"].nbytes + learner["policy/weights"].nbytes + 100_000
+    found = read_checkpoint(tmp_path / "00000003").learner
+    assert set(found) == set(learner)
+    for name, array in learner.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
