@@ -16,6 +16,7 @@ from protocol.observations import Observations, Run
 Tile = tuple[slice, slice]
 """Which networks, which of their rows."""
 ALL: Tile = slice(None), slice(None)
+Gathered = tuple[torch.Tensor, torch.Tensor | None]
 
 COLUMNS_PER_ROW = 2
 COLUMNS_PER_ADDED_ROW = 8
@@ -45,7 +46,7 @@ class ObservationGrid:
         if self.form.constants.size:
             self._constants = grid(self.form.on(self.device, "constants").unsqueeze(0))[:, 0]
         self._somewhere: bool | None = None
-        self._gathered: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._gathered: dict[tuple[object, ...], Gathered] = {}
         self._kept: dict[tuple[object, ...], torch.Tensor] = {}
 
     def masks(self, tile: Tile = ALL) -> torch.Tensor:
@@ -70,12 +71,13 @@ class ObservationGrid:
         per_step, begun = y.unflatten(1, (-1, self.slots)), bool(gathered)
         if gathered:
             index, share = self._rows_of(gathered, weight, first)
-            of_tile = index[tile].flatten(0, 1), weight.flatten(0, 1)
-            y.copy_(
-                functional.embedding_bag(*of_tile, mode="sum", per_sample_weights=share[tile].flatten(0, 1)).view(
-                    y.shape
-                )
-            )
+            rows, matrix = index[tile].flatten(0, 1), weight.flatten(0, 1)
+            if share is None and y.is_contiguous():
+                torch.index_select(matrix, 0, rows.flatten(), out=y.view(-1, y.shape[2]))
+            else:
+                shares = None if share is None else share[tile].flatten(0, 1)
+                sums = functional.embedding_bag(rows, matrix, mode="sum", per_sample_weights=shares)
+                y.copy_(sums.view(y.shape))
         for runs in others:
             part = weight[tile[0], first + runs[0].first : first + runs[-1].end]
             if (few := self._once(runs[0], tile, weight.dtype)) is not None:
@@ -92,9 +94,9 @@ class ObservationGrid:
         for run in () if add else gathered:
             target[tile[0], first + run.first : first + run.end].zero_()
         if gathered:
-            index, share = (part[tile] for part in self._rows_of(gathered, target, first))
-            parts = d.unsqueeze(2) * share.unsqueeze(3)
-            target.view(-1, target.shape[2]).index_add_(0, index.flatten(), parts.flatten(0, 2))
+            index, share = self._rows_of(gathered, target, first)
+            parts = d if share is None else (d.unsqueeze(2) * share[tile].unsqueeze(3)).flatten(0, 1)
+            target.view(-1, target.shape[2]).index_add_(0, index[tile].flatten(), parts.flatten(0, 1))
         per_step = d.unflatten(1, (-1, self.slots))
         for runs in others:
             part = target[tile[0], first + runs[0].first : first + runs[-1].end]
@@ -199,9 +201,11 @@ class ObservationGrid:
         self._kept[key] = numbers
         return numbers[tile]
 
-    def _rows_of(self, runs: Sequence[Run], weight: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rows_of(
+        self, runs: Sequence[Run], weight: torch.Tensor, first: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Which rows of the weights [K, in, H] of all networks, flattened, each row sees, and how much of each:
-        [K, R, L], found once for all tiles."""
+        [K, R, L], found once for all tiles. None for how much where that is one row, and all of it."""
         key = (weight.dtype, weight.shape[1], first, *(run.first for run in runs))
         if key in self._gathered:
             return self._gathered[key]
@@ -223,5 +227,7 @@ class ObservationGrid:
                 index.append(near + run.first)
                 share.append(seen * self.form.on(self.device, "is_near")[code])
         network = torch.arange(networks, device=self.device)[:, None, None] * weight.shape[1] + first
-        self._gathered[key] = torch.cat(index, dim=-1).add_(network), torch.cat(share, dim=-1)
+        shares = torch.cat(share, dim=-1)
+        whole = shares.shape[-1] == 1 and bool((shares == 1).all())
+        self._gathered[key] = torch.cat(index, dim=-1).add_(network), None if whole else shares
         return self._gathered[key]
