@@ -67,7 +67,7 @@ def measure(name: str, precision: str) -> dict[str, float | str]:
         replay.add(rollout(environment, policy, version))
         collecting.append(time.process_time() - start)
         for _ in range(UPDATES):
-            batch = replay.sample(ROWS, generator)
+            batch = replay.sample(ROWS, generator)[0]
             learner.update(batch, batch.rewards, 0.0)
         seconds.append(time.process_time() - start)
     median = statistics.median(seconds[1:])  # the first round warms up

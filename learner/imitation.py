@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 
+from actors.collector import episodes_per_chunk
 from actors.policy import Policy
 from actors.settings import ActorSettings
 from learner.action_critic import ActionActorCritic, ActionCritic
@@ -21,6 +22,7 @@ from learner.cloning import Cloning, clone
 from learner.critics import Critic, ValueCritic
 from learner.experience import Experience
 from learner.figures import Figures
+from learner.metrics import RewardMetrics
 from learner.optimisation import part
 from learner.replay import Batch, Replay
 from learner.segments import Segments
@@ -29,11 +31,11 @@ from protocol.demonstrations import Demonstrations
 from protocol.device import choose_device, choose_precision
 from protocol.errors import InputError
 from protocol.job import Job
-from protocol.layout import Layout
+from protocol.layout import JointRows, Layout
 from protocol.seeds import derive_seed
 from protocol.telemetry import Telemetry
 from protocol.trajectories import Trajectories
-from reward_server.client import RewardService
+from reward_server.client import Kept, RewardService
 
 PREFETCHED_BATCHES = 2
 REPLAY_STEPS = 8_000
@@ -83,6 +85,7 @@ class Imitation(ABC):
         self._cloning_settings, self._demonstrations = cloning, demonstrations
         self._imitates = kind.imitates
         self._experience, self._rewards, self._telemetry = experience, rewards, telemetry
+        self._metrics = RewardMetrics(telemetry.registry)
         self._learner = self._build(device, actor)
 
     def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None, abort: Callable[[], None]) -> None:
@@ -90,10 +93,10 @@ class Imitation(ABC):
 
         `abort` may raise while the clone is made, which can take a minute.
         """
-        self._rewards.begin(session, rewards)
         if learner is not None:
             self._load_state(learner)
-        elif self.starts_cloned:
+        self._rewards.begin(session, rewards, self._kept())
+        if learner is None and self.starts_cloned:
             if self._demonstrations is None:
                 raise InputError("learner.start cloned needs demonstrations; name a file with --demonstrations")
             with self._telemetry.stage("clone"):
@@ -120,6 +123,17 @@ class Imitation(ABC):
 
     def _load_state(self, arrays: Arrays) -> None:
         self._learner.load_state(arrays)
+
+    @abstractmethod
+    def _kept(self) -> Kept:
+        """Which rows the reward server is to keep from now on, for queries by number."""
+
+    def _taken(self, ticket: int) -> list[torch.Tensor]:
+        """The rewards that were asked for."""
+        with self._telemetry.stage("query"):
+            rewards = self._rewards.rewards(ticket)
+        self._metrics.reward_lag.observe(self._rewards.lag)
+        return rewards
 
     def _collect(self, abort: Callable[[], None]) -> list[Trajectories]:
         with self._telemetry.stage("collect"):
@@ -183,9 +197,9 @@ class OffPolicyImitation(Imitation):
 
     def _ask(self) -> None:
         """Draw a batch and ask for its rewards."""
-        batch = self._replay.sample(self._settings.batch_size, self._generator)
+        batch, numbers = self._replay.sample(self._settings.batch_size, self._generator)
         true_rewards = None if self._imitates else batch.rewards
-        self._asked.append((batch, self._rewards.submit(batch.rows, true_rewards)))
+        self._asked.append((batch, self._rewards.submit(batch.rows, true_rewards, numbers)))
 
     def _batches(self) -> Iterator[tuple[Batch, list[torch.Tensor]]]:
         """Batches with the rewards of the current particles; the next queries travel while one is trained on."""
@@ -198,8 +212,13 @@ class OffPolicyImitation(Imitation):
     def _answered(self) -> tuple[Batch, list[torch.Tensor]]:
         """The batch that was asked for first, and its rewards."""
         batch, ticket = self._asked.popleft()
-        with self._telemetry.stage("query"):
-            return batch, self._rewards.rewards(ticket)
+        return batch, self._taken(ticket)
+
+    def _kept(self) -> Kept:
+        kept = self._replay.kept() if self._imitates else None
+        if kept is None:
+            return Kept(self._replay.capacity if self._imitates else 0, self._replay.observed)
+        return Kept(self._replay.capacity, *kept)
 
 
 class OnPolicyImitation(Imitation):
@@ -211,6 +230,8 @@ class OnPolicyImitation(Imitation):
         job, settings = self._job, self._settings
         critic = build_value_critic(job, settings, actor, self.policy.layout)
         self._seen, self._babbling = 0, actor.babbling
+        spec = self.policy.layout.spec
+        self._room = job.actors * episodes_per_chunk(actor, spec, job.actors) * spec.episode_length
         seed = derive_seed(job.seed, "epochs")
         return ClippedActorCritic(self.policy, critic, settings, device, seed, lagging=job.mode == "async")
 
@@ -240,9 +261,18 @@ class OnPolicyImitation(Imitation):
         if self._imitates:
             with self._telemetry.stage("observe"):
                 self._rewards.observe(rows)
+                self._observed += len(rows)
                 _, figures = self._rewards.update(progress)
-        with self._telemetry.stage("query"):
-            return self._rewards.rewards(self._rewards.submit(rows, self._true_rewards(segments))), figures
+        return self._taken(self._ask(rows, self._true_rewards(segments))), figures
+
+    def _ask(self, rows: JointRows, true_rewards: list[torch.Tensor] | None) -> int:
+        """Ask for the rewards of the rows that were observed last."""
+        numbers = torch.arange(self._observed - len(rows), self._observed)
+        return self._rewards.submit(rows, true_rewards, numbers if len(rows) <= self._room else None)
+
+    def _kept(self) -> Kept:
+        self._observed = 0
+        return Kept(self._room if self._imitates else 0)
 
     def _true_rewards(self, segments: Segments) -> list[torch.Tensor] | None:
         return None if self._imitates else segments.of_rows(segments.rewards)

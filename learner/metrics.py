@@ -48,3 +48,15 @@ class ChunkMetrics:
             buckets=(0, 1, 2, 4, 8, 16, 32),
             registry=registry,
         )
+
+
+class RewardMetrics:
+    """`bm3il_learner_*` of the rewards that are trained on."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.reward_lag = Histogram(
+            "bm3il_learner_reward_lag",
+            "Updates of the particles between those that gave a batch's rewards and the newest, when it is trained on",
+            buckets=(0, 1, 2, 4, 8),
+            registry=registry,
+        )

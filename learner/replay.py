@@ -78,6 +78,9 @@ class Replay:
         self._columns = {name: torch.from_numpy(np.zeros(shape, dtype)) for name, (dtype, shape) in table.items()}
         self._terminated = torch.zeros(self.capacity, dtype=torch.bool)
         self._has_successor = torch.zeros(self.capacity, dtype=torch.bool)
+        self._number = torch.zeros(self.capacity, dtype=torch.int64)
+        self.observed = 0
+        """Transitions taken in since the start of the run: the number of the next one."""
 
     def __len__(self) -> int:
         """Transitions held."""
@@ -91,7 +94,10 @@ class Replay:
         needed = _num_rows(trajectories)
         if needed > self.capacity:
             raise InputError(f"{needed} rows do not fit a window of {self.capacity}: raise learner.window-steps")
-        return self._add_whole(trajectories) if self._fits_whole(trajectories) else self._add(trajectories)
+        index = self._add_whole(trajectories) if self._fits_whole(trajectories) else self._add(trajectories)
+        self._number[index] = torch.arange(self.observed, self.observed + len(index))
+        self.observed += len(index)
+        return index
 
     def add_all(self, chunks: Sequence[Trajectories]) -> JointRows:
         """`add` each; returns the rows of all fresh transitions, copied, even if some overwrite others."""
@@ -104,10 +110,21 @@ class Replay:
         actions = [widened(action) for action in self._take("actions", index)]
         return JointRows(self._seen(index), actions, self._take("active", index))
 
-    def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
-        """B transitions, uniformly and with replacement."""
+    def kept(self) -> tuple[int, JointRows] | None:
+        """The number of the oldest transition held, and all of them in the order of their numbers; None if none is."""
+        held = self._has_successor.nonzero().squeeze(1)
+        if not len(held):
+            return None
+        in_order = held[self._number[held].argsort()]
+        return int(self._number[in_order[0]]), self.rows(in_order)
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Batch, torch.Tensor]:
+        """B transitions, uniformly and with replacement, and their numbers [B]."""
         held = self._has_successor.nonzero().squeeze(1)
         index = held[torch.randint(len(held), (batch_size,), generator=generator)]
+        return self._batch(index), self._number[index]
+
+    def _batch(self, index: torch.Tensor) -> Batch:
         following = (index + 1) % self.capacity
         return Batch(
             rows=self.rows(index),
@@ -121,7 +138,7 @@ class Replay:
         """Everything, for a checkpoint."""
         arrays = {name: column.numpy() for name, column in self._columns.items()}
         arrays |= {"terminated": self._terminated.numpy(), "has_successor": self._has_successor.numpy()}
-        return arrays | {"cursor": np.array([self._cursor])}
+        return arrays | {"cursor": np.array([self._cursor, self.observed]), "number": self._number.numpy()}
 
     def load_state(self, arrays: dict[str, np.ndarray]) -> None:
         """The inverse of `state`, for arrays that were checked against `state_table`."""
@@ -129,7 +146,8 @@ class Replay:
             column.copy_(torch.tensor(arrays[name]))
         self._terminated.copy_(torch.tensor(arrays["terminated"]))
         self._has_successor.copy_(torch.tensor(arrays["has_successor"]))
-        self._cursor = int(arrays["cursor"][0])
+        self._number.copy_(torch.tensor(arrays["number"]))
+        self._cursor, self.observed = (int(value) for value in arrays["cursor"])
 
     def _add(self, trajectories: Trajectories) -> torch.Tensor:
         lengths = torch.as_tensor(trajectories.lengths)

@@ -154,14 +154,15 @@ class StreamedOffPolicy(OffPolicyImitation):
         chunks = self._collect(abort)
         with self._telemetry.stage("observe"):
             fresh = self._replay.add_all(chunks)
-        while len(self._asked) < self._settings.updates:
-            self._ask()
         figures: dict[str, float] = {}
         if self._imitates:
             with self._telemetry.stage("wait_for_particles"):
                 if self._updating is not None:
                     _, figures = self._rewards.end_update(self._updating)
             self._updating = self._rewards.begin_update(fresh, progress)
+        # In a session's first iteration only, and not before the server was shown the rows that are asked for.
+        while len(self._asked) < self._settings.updates:
+            self._ask()
         learned = Figures()
         for _ in range(self._settings.updates):
             batch, rewards = self._answered()
@@ -191,5 +192,6 @@ class StreamedOnPolicy(OnPolicyImitation):
                 _, figures = self._rewards.end_update(self._updating)
         with self._telemetry.stage("query"):
             rewards = self._rewards.rewards(self._rewards.submit(rows))
+        self._metrics.reward_lag.observe(self._rewards.lag)
         self._updating = self._rewards.begin_update(rows, progress)
         return rewards, figures

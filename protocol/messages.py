@@ -79,16 +79,35 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Begin:
-    """Learner → reward server: start a session, from the arrays given if `restore`, else from the seed."""
+    """Learner → reward server: start a session, from the arrays given if `restore`, else from the seed.
+
+    held: how many of the newest rows that will be shown are to be kept, for queries by number.
+    first: the number of the first one.
+    """
 
     kind: ClassVar[str] = "begin"
     session: str
     restore: bool
+    held: int = 0
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Learner → reward server: rows to be kept under the next numbers, as in `Observe`; nothing is learned from them.
+
+    What the learner has kept from before the session began.
+    """
+
+    kind: ClassVar[str] = "hold"
+    session: str
+    rows: int
 
 
 @dataclass(frozen=True)
 class Observe:
-    """Learner → reward server: fresh agent rows. Arrays per block b: `b.observations`, `b.actions`, `b.active`."""
+    """Learner → reward server: fresh agent rows; the next numbers are theirs. Arrays per block b: the columns of
+    `protocol.observations` that are observed, `b.actions`, `b.active`."""
 
     kind: ClassVar[str] = "observe"
     session: str
@@ -109,7 +128,8 @@ class Update:
 
 @dataclass(frozen=True)
 class Query:
-    """Learner → reward server: rewards of rows, as in `Observe`; the answer is `Rewards`.
+    """Learner → reward server: rewards of rows, as in `Observe`, or, if `numbered`, of those that have the `numbers`
+    [rows] int64; the answer is `Rewards`.
 
     With `reward_source="environment"` the arrays `b.rewards` come along and are answered as they came.
     deviation: also answer the standard deviation over particles.
@@ -121,6 +141,7 @@ class Query:
     rows: int
     deviation: bool = False
     alone: bool = False
+    numbered: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,7 +206,20 @@ class Status:
 
 
 Body = Union[  # noqa: UP007  (a runtime value on Python 3.10 too)
-    Weights, Chunk, Evaluation, Begin, Observe, Update, Query, GetState, Rewards, Statistics, Done, Refusal, Status
+    Weights,
+    Chunk,
+    Evaluation,
+    Begin,
+    Hold,
+    Observe,
+    Update,
+    Query,
+    GetState,
+    Rewards,
+    Statistics,
+    Done,
+    Refusal,
+    Status,
 ]
 BODIES: dict[str, type[Any]] = {body.kind: body for body in Body.__args__}  # type: ignore[attr-defined]
 _FIELDS = {kind: {f.name: get_type_hints(body)[f.name] for f in fields(body)} for kind, body in BODIES.items()}

@@ -18,6 +18,7 @@ from protocol.messages import (
     Begin,
     Done,
     GetState,
+    Hold,
     Observe,
     Query,
     Refusal,
@@ -31,8 +32,26 @@ from protocol.specs import ArrayTable
 from reward_server.model import Model
 
 OVERLOAD_PAUSE_SECONDS = 0.05
+ROWS_AT_ONCE = 10_000
+"""Of those that a session begins with, in one message."""
 STATE = "state"
 """The note of a `Done` that carries the arrays of a state."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which of the rows that a session observes can be asked for by number.
+
+    capacity: the newest so many.   first: the number of the next row.   rows: those that have the numbers from
+    `first` on already, because the learner has them from before.
+    """
+
+    capacity: int
+    first: int = 0
+    rows: JointRows | None = None
+
+
+NOTHING_KEPT = Kept(0)
 
 
 class RewardService(Protocol):
@@ -41,7 +60,10 @@ class RewardService(Protocol):
     All methods but `submit` may raise NumericalError (a reward or a parameter is not finite).
     """
 
-    def begin(self, session: str, state: Mapping[str, np.ndarray] | None = None) -> None:
+    lag: int
+    """By how many updates of the particles the rewards last taken are behind the newest that is known of."""
+
+    def begin(self, session: str, state: Mapping[str, np.ndarray] | None = None, kept: Kept = NOTHING_KEPT) -> None:
         """Start a session: from a `state`, or from the seed."""
 
     def observe(self, rows: JointRows) -> None:
@@ -50,9 +72,12 @@ class RewardService(Protocol):
     def update(self, progress: float) -> tuple[int, dict[str, float]]:
         """Update the particles: their version afterwards and health figures (`Health.figures`)."""
 
-    def submit(self, rows: JointRows, true_rewards: list[torch.Tensor] | None = None) -> int:
+    def submit(
+        self, rows: JointRows, true_rewards: list[torch.Tensor] | None = None, numbers: torch.Tensor | None = None
+    ) -> int:
         """Ask for rewards; several queries may be under way. Rows must stay as they are until they are answered.
 
+        numbers: [B] int64 of these rows, if they were all observed and `Kept` says that they are still kept.
         true_rewards: [B, N_b] float32 per block, only for `source="environment"`, which answers them.
         """
 
@@ -66,13 +91,15 @@ class RewardService(Protocol):
 class LocalRewards:
     """A reward model in this process (serial mode). `make_model` gives a model as the seed makes it."""
 
+    lag = 0
+
     def __init__(self, make_model: Callable[[], Model]) -> None:
         self._make_model = make_model
         self._model: Model | None = None
         self._answers: dict[int, list[torch.Tensor]] = {}
         self._ticket = 0
 
-    def begin(self, session: str, state: Mapping[str, np.ndarray] | None = None) -> None:
+    def begin(self, session: str, state: Mapping[str, np.ndarray] | None = None, kept: Kept = NOTHING_KEPT) -> None:
         self._model = self._make_model()
         self._answers.clear()
         if state is not None:
@@ -85,7 +112,9 @@ class LocalRewards:
         values = self._begun.update(progress)
         return self._begun.version, values
 
-    def submit(self, rows: JointRows, true_rewards: list[torch.Tensor] | None = None) -> int:
+    def submit(
+        self, rows: JointRows, true_rewards: list[torch.Tensor] | None = None, numbers: torch.Tensor | None = None
+    ) -> int:
         self._ticket += 1
         self._answers[self._ticket] = self._begun.query(rows, true_rewards=true_rewards)[0]
         return self._ticket
@@ -140,19 +169,25 @@ class RemoteRewards:
         self._asked: dict[int, _Asked] = {}
         self.particles_version = 0
         """Of the newest answer taken."""
+        self._newest_version = 0
+        self.lag = 0
 
-    def begin(self, session: str, state: Mapping[str, np.ndarray] | None = None) -> None:
+    def begin(self, session: str, state: Mapping[str, np.ndarray] | None = None, kept: Kept = NOTHING_KEPT) -> None:
         self._client.forget()
         self._asked.clear()
-        self._session = session
-        self._request(Begin(session, restore=state is not None), state)
+        self._session, self.lag, self._newest_version = session, 0, 0
+        self._request(Begin(session, state is not None, kept.capacity, kept.first), state)
+        if kept.rows is not None:
+            for part in torch.arange(len(kept.rows)).split(ROWS_AT_ONCE):
+                rows = kept.rows.select(part)
+                self._request(Hold(session, len(rows)), rows.to_arrays())
 
     def observe(self, rows: JointRows) -> None:
         self._request(Observe(self._session, len(rows)), rows.to_arrays())
 
     def update(self, progress: float) -> tuple[int, dict[str, float]]:
         statistics = self._request(Update(self._session, progress)).body
-        self.particles_version = statistics.particles_version
+        self.particles_version = self._newest_version = statistics.particles_version
         return statistics.particles_version, dict(statistics.values)
 
     def begin_update(self, rows: JointRows, progress: float) -> tuple[int, int]:
@@ -165,13 +200,24 @@ class RemoteRewards:
         """As `update` answers."""
         observed, updated = (self._result(part, self._deadline_seconds) for part in ticket)
         assert isinstance(observed.body, Done)
+        self.particles_version = self._newest_version = updated.body.particles_version
         return updated.body.particles_version, dict(updated.body.values)
 
-    def submit(self, rows: JointRows, true_rewards: list[torch.Tensor] | None = None, deviation: bool = False) -> int:
+    def submit(
+        self,
+        rows: JointRows,
+        true_rewards: list[torch.Tensor] | None = None,
+        numbers: torch.Tensor | None = None,
+        deviation: bool = False,
+    ) -> int:
         """As in `RewardService`; with `deviation`, `answer` also gives the standard deviation over particles."""
-        body = Query(self._session, len(rows), deviation, self._alone)
-        arrays = rows.to_arrays()
-        arrays |= {f"{b}.rewards": values.numpy() for b, values in enumerate(true_rewards or [])}
+        numbered = numbers is not None and true_rewards is None
+        body = Query(self._session, len(rows), deviation, self._alone, numbered)
+        if numbers is not None and numbered:
+            arrays: Arrays = {"numbers": numbers.numpy()}
+        else:
+            arrays = rows.to_arrays()
+            arrays |= {f"{b}.rewards": values.numpy() for b, values in enumerate(true_rewards or [])}
         ticket = self._client.submit(body, arrays)
         self._asked[ticket] = _Asked(body, arrays, ticket)
         return ticket
@@ -195,6 +241,8 @@ class RemoteRewards:
             time.sleep(OVERLOAD_PAUSE_SECONDS)
             asked.ticket = self._client.submit(asked.body, asked.arrays)
         self.particles_version = message.body.particles_version
+        self._newest_version = max(self._newest_version, self.particles_version)
+        self.lag = self._newest_version - self.particles_version
         arrays = message.arrays
         rewards = [torch.tensor(arrays[f"{b}.rewards"]) for b in self._blocks]
         if not all(bool(torch.isfinite(values).all()) for values in rewards):

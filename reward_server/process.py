@@ -20,6 +20,7 @@ from protocol.messages import (
     Begin,
     Done,
     GetState,
+    Hold,
     Observe,
     Query,
     Refusal,
@@ -35,12 +36,15 @@ from protocol.specs import ArrayTable
 from protocol.telemetry import Telemetry
 from reward_server.batcher import QueryBatcher, Waiting
 from reward_server.client import STATE, rewards_table
+from reward_server.held import Held
 from reward_server.metrics import RewardServerMetrics
 from reward_server.model import Model, TrueRewards
 from reward_server.particles import RewardModel, state_table
 from reward_server.settings import RewardSettings
 
 POLL_SECONDS = 0.2
+MAX_NUMBER = 2**60
+"""Far from where the numbers of rows would overflow."""
 
 
 def run_reward_server(job: Job, settings: RewardSettings, agent_identity: bool, telemetry: Telemetry) -> None:
@@ -53,7 +57,10 @@ def run_reward_server(job: Job, settings: RewardSettings, agent_identity: bool, 
     layout = Layout.of(make_environment(job.environment, 1).spec, job.parameter_sharing)
     build_model(job, settings, agent_identity)  # what is wrong with the demonstrations shows before anybody waits
     server = listen(job.endpoints.rewards, layout, settings, state_table(layout, settings, agent_identity), telemetry)
-    service = RewardServer(server, lambda: build_model(job, settings, agent_identity), layout, settings, telemetry)
+    device = choose_device(job.device)
+    service = RewardServer(
+        server, lambda: build_model(job, settings, agent_identity), layout, settings, telemetry, device
+    )
     try:
         while not telemetry.stop.is_set():
             service.serve(POLL_SECONDS)
@@ -93,6 +100,7 @@ class RewardServer:
         layout: Layout,
         settings: RewardSettings,
         telemetry: Telemetry,
+        device: torch.device | str = "cpu",
     ) -> None:
         self._server, self._make_model, self._layout = server, make_model, layout
         self._telemetry, self._metrics = telemetry, RewardServerMetrics(telemetry.registry)
@@ -101,6 +109,8 @@ class RewardServer:
         )
         self._session: str | None = None
         self._model: Model = TrueRewards()
+        self._device = device
+        self._held = Held(layout, 0, 0)
 
     def serve(self, timeout_seconds: float) -> None:
         """Take in requests, waiting up to `timeout_seconds` for the first, and answer what is due."""
@@ -138,16 +148,23 @@ class RewardServer:
             self._refuse(query.request, Refusal("no_session", f"the session {body.session} has begun"))
         with self._telemetry.stage("begin"):
             self._session = None
+            if not (0 <= body.held <= MAX_NUMBER and 0 <= body.first <= MAX_NUMBER):
+                raise ProtocolError("body", f"held and first must lie in 0..{MAX_NUMBER}: {body.held}, {body.first}")
+            self._held = Held(self._layout, body.held, body.first, self._device)
             self._model = self._make_model()
             if body.restore:
                 self._model.load_state(arrays)
             self._session = body.session
 
-    def _change(self, body: Observe | Update | GetState, arrays: Arrays) -> tuple[Any, Arrays | None]:
+    def _change(self, body: Hold | Observe | Update | GetState, arrays: Arrays) -> tuple[Any, Arrays | None]:
         """Carry out a request that is not a query; the answer's body and arrays."""
         with self._telemetry.stage(body.kind):
-            if isinstance(body, Observe):
-                self._model.observe(JointRows.from_arrays(arrays, self._layout))
+            if isinstance(body, Hold | Observe):
+                rows = JointRows.from_arrays(arrays, self._layout)
+                if isinstance(body, Observe):
+                    self._model.observe(rows)
+                if self._held.capacity:
+                    self._held.keep(rows)
                 return Done(), None
             if isinstance(body, GetState):
                 return Done(STATE), self._model.state()
@@ -160,7 +177,10 @@ class RewardServer:
         return Statistics(version, figures), None
 
     def _queue(self, request: Request, body: Query, arrays: Arrays) -> None:
-        rows = JointRows.from_arrays(arrays, self._layout)
+        if body.numbered:
+            rows = self._held.take(torch.tensor(arrays["numbers"]))
+        else:
+            rows = JointRows.from_arrays(arrays, self._layout)
         names = [f"{b}.rewards" for b in range(len(self._layout.blocks))]
         true_rewards = [torch.tensor(arrays[name]) for name in names] if names[0] in arrays else None
         refusal = self._queries.add(Waiting(request, rows, true_rewards, body.deviation, body.alone, time.monotonic()))
@@ -219,9 +239,11 @@ def request_schema(layout: Layout, settings: RewardSettings, state: ArrayTable) 
                 return state if restore else {}
             case Update() | GetState():
                 return {}
-            case Observe(rows=rows) | Query(rows=rows):
+            case Hold(rows=rows) | Observe(rows=rows) | Query(rows=rows):
                 if not 1 <= rows <= settings.max_queue_rows:
                     raise ProtocolError("body", f"rows must lie in 1..{settings.max_queue_rows}, got {rows}")
+                if isinstance(body, Query) and body.numbered:
+                    return {"numbers": ("int64", (rows,))}
                 table = JointRows.array_table(layout, rows)
                 with_rewards = isinstance(body, Query) and settings.source == "environment"
                 return table | rewards_table(layout, rows) if with_rewards else table

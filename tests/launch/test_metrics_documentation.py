@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from actors.metrics import ActorMetrics, EvaluatorMetrics
 from launch.metrics import SupervisorMetrics
-from learner.metrics import ChunkMetrics, LearnerMetrics
+from learner.metrics import ChunkMetrics, LearnerMetrics, RewardMetrics
 from protocol.messages import Sender
 from protocol.telemetry import Telemetry
 from reward_server.metrics import RewardServerMetrics
@@ -17,7 +17,7 @@ from reward_server.metrics import RewardServerMetrics
 ROLES = {
     "actor": [ActorMetrics],
     "evaluator": [EvaluatorMetrics],
-    "learner": [LearnerMetrics, ChunkMetrics],
+    "learner": [LearnerMetrics, ChunkMetrics, RewardMetrics],
     "reward-server": [RewardServerMetrics],
     "supervisor": [SupervisorMetrics],
 }

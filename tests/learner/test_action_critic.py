@@ -155,7 +155,7 @@ def test_squashed_gaussian_policies_learn_where_to_go() -> None:
     for iteration in range(40):
         replay.add(rollout(environment, policy, iteration))
         for _ in range(10):
-            batch = replay.sample(128, generator)
+            batch = replay.sample(128, generator)[0]
             learner.update(batch, batch.rewards, iteration / 40)
     learned = rollout(environment, policy, 10_000, greedy=True).returns().mean()
     assert uniform < -1.0

@@ -115,7 +115,7 @@ def batch_of(layout: Layout) -> Batch:
     """A batch of episodes in which nothing happens, on the CPU."""
     replay = Replay(layout, 4 * layout.spec.episode_length)
     replay.add(Trajectories.zeros(layout.spec, 4))
-    return replay.sample(ROWS, torch.Generator().manual_seed(1))
+    return replay.sample(ROWS, torch.Generator().manual_seed(1))[0]
 
 
 def policy_of(layout: Layout) -> Policy:

@@ -63,7 +63,7 @@ def test_rows_of_uneven_episodes_keep_to_their_episode() -> None:
     fresh = replay.rows(replay.add(episodes([1, 2, 3], [5, 2, 3], [False, True, False])))
     assert len(replay) == len(fresh) == 10
     assert [int(v) for v in fresh.observations[1].dense()[:, 0, 0]] == [*range(100, 105), 200, 201, 300, 301, 302]
-    batch = replay.sample(1_000, torch.Generator().manual_seed(0))
+    batch = replay.sample(1_000, torch.Generator().manual_seed(0))[0]
     ends = {1: (5, False), 2: (2, True), 3: (3, False)}
     assert assert_consistent(batch, ends) == {(n, t) for n, (length, _) in ends.items() for t in range(length)}
 
@@ -75,7 +75,7 @@ def test_the_ring_overwrites_the_oldest_rows_and_never_joins_what_is_left_of_the
         length, terminated = 1 + (number * 3) % 5, number % 2 == 0
         ends[number] = (length, terminated)
         replay.add(episodes([number], [length], [terminated]))
-        batch = replay.sample(400, torch.Generator().manual_seed(number))
+        batch = replay.sample(400, torch.Generator().manual_seed(number))[0]
         seen = assert_consistent(batch, ends)
         assert {(number, t) for t in range(length)} <= seen
         assert len(seen) == len(replay)
@@ -94,7 +94,7 @@ def test_a_chunk_that_does_not_fit_is_refused_before_anything_is_lost() -> None:
     replay.add(episodes([1], [5], [False]))
     with pytest.raises(InputError, match="window-steps"):
         replay.add(episodes([2, 3], [5, 5], [False, False]))
-    assert_consistent(replay.sample(50, torch.Generator().manual_seed(0)), {1: (5, False)})
+    assert_consistent(replay.sample(50, torch.Generator().manual_seed(0))[0], {1: (5, False)})
 
 
 @pytest.mark.parametrize("window_steps", [20, 10, 5])
@@ -121,7 +121,7 @@ def test_a_restored_ring_samples_and_overwrites_alike() -> None:
     second.load_state({name: array.copy() for name, array in first.state().items()})
     for replay in (first, second):
         replay.add(episodes([9], [4], [False]))
-    one, other = (replay.sample(60, torch.Generator().manual_seed(1)) for replay in (first, second))
+    one, other = (replay.sample(60, torch.Generator().manual_seed(1))[0] for replay in (first, second))
     for b in range(len(LAYOUT.blocks)):
         assert torch.equal(one.rows.observations[b].dense(), other.rows.observations[b].dense())
         assert torch.equal(one.rows.observations[b].masks(), other.rows.observations[b].masks())
@@ -170,7 +170,7 @@ def test_what_was_kept_compact_comes_out_as_it_was_seen(name: str) -> None:
     made = rollout(environment, UniformPolicy(environment.spec), 0)
     replay = Replay(layout, 2 * environment.spec.episode_length)
     replay.add(made)
-    batch = replay.sample(30, torch.Generator().manual_seed(0))
+    batch = replay.sample(30, torch.Generator().manual_seed(0))[0]
     for b, types in enumerate(environment.spec.blocks):
         seen, masks = (
             torch.from_numpy(np.concatenate([parts[m] for m in types], axis=2))

@@ -18,7 +18,7 @@ from protocol.layout import JointRows, Layout
 from protocol.messages import Query, Sender
 from protocol.specs import EnvironmentSpec, TypeSpec
 from protocol.telemetry import Telemetry
-from reward_server.client import LocalRewards, RemoteRewards, RewardService
+from reward_server.client import Kept, LocalRewards, RemoteRewards, RewardService
 from reward_server.model import Model, TrueRewards
 from reward_server.particles import RewardModel, state_table
 from reward_server.process import RewardServer, listen, request_schema
@@ -125,6 +125,58 @@ def test_remote_and_local_give_the_same_bits_and_a_state_continues(tmp_path: Pat
         assert server.metric("queries_total") == 18
         assert server.metric("query_rows_total") == 126
         assert server.metric("particles_version") == 6
+
+
+def test_rows_that_are_named_are_those_that_were_shown(tmp_path: Path) -> None:
+    """Queries by number and by value give the same bits, whatever was overwritten, and after a restart."""
+    shown = [some_rows(rows, seed) for seed, rows in enumerate((12, 20, 7))]
+    with running(tmp_path) as server:
+        remote = server.client()
+        remote.begin("first", kept=Kept(25, 100))
+        for rows in shown:
+            remote.observe(rows)
+            remote.update(0.0)
+        together = JointRows.joined(shown)
+        numbers = torch.tensor([138, 114, 120, 120, 131])
+        named = remote.submit(together.select(numbers - 100), numbers=numbers)
+        brought = remote.submit(together.select(numbers - 100))
+        for mine, theirs in zip(remote.rewards(named), remote.rewards(brought), strict=True):
+            assert torch.equal(mine, theirs)
+        state = remote.state()
+        remote.begin("second", state, Kept(25, 114, together.select(torch.arange(14, 39))))
+        again = remote.submit(together.select(numbers - 100), numbers=numbers)
+        for mine, theirs in zip(
+            remote.rewards(again), remote.rewards(remote.submit(together.select(numbers - 100))), strict=True
+        ):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("number", [113, 139, -1, 2**60])
+def test_rows_that_are_not_held_are_refused(tmp_path: Path, number: int) -> None:
+    with running(tmp_path) as server:
+        client = server.client()
+        client.begin("s", kept=Kept(25, 100))
+        client.observe(some_rows(39, 0))
+        numbers = torch.tensor([120, number])
+        with pytest.raises(Refused, match=r"holds 114\.\.138") as refused:
+            client.rewards(client.submit(some_rows(2, 0), numbers=numbers))
+        assert refused.value.cause == "not_held"
+
+
+def test_rewards_tell_how_far_behind_their_particles_are(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        client = server.client()
+        client.begin("s")
+        client.observe(some_rows(10, 0))
+        early = client.submit(some_rows(3, 1))
+        for _ in range(2):
+            client.update(0.0)
+        late = client.submit(some_rows(3, 1))
+        lags = []
+        for ticket in (early, late):
+            client.rewards(ticket)
+            lags.append(client.lag)
+        assert lags == [2, 0]
 
 
 def test_a_restarted_server_refuses_the_session_it_does_not_know(tmp_path: Path) -> None:
