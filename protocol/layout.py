@@ -95,15 +95,6 @@ class Layout:
         """The blocks of `spec`, with the networks that its agents have."""
         return cls(spec, parameter_sharing, tuple(_block(spec, types, parameter_sharing) for types in spec.blocks))
 
-    def to_rows(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """Per type [B, X_m, …] → joint rows per block, [B, N_b, …], copied."""
-        return [
-            torch.from_numpy(np.concatenate([arrays[m] for m in block.types], axis=1))
-            if len(block.types) > 1
-            else torch.tensor(arrays[block.types[0]])
-            for block in self.blocks
-        ]
-
 
 @dataclass
 class JointRows:

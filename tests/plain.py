@@ -37,3 +37,8 @@ def shown(observations: Sequence[np.ndarray], action_masks: Sequence[np.ndarray]
     active = [np.ones(o.shape[:2], bool) for o in observations]
     rewards = [np.zeros(o.shape[:2], np.float32) for o in observations]
     return TimeStep(list(observations), list(action_masks), active, rewards, ended, ended)
+
+
+def to_rows(layout: Layout, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    """Per type [B, X_m, …] → joint rows per block, [B, N_b, …], copied."""
+    return [torch.from_numpy(np.concatenate([arrays[m] for m in block.types], axis=1)) for block in layout.blocks]

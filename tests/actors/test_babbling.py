@@ -18,7 +18,7 @@ from launch.topology import make_job
 from protocol.job import Endpoints
 from protocol.layout import Layout
 from protocol.registry import make_environment
-from tests.plain import observed
+from tests.plain import observed, to_rows
 
 TOWN = "berlin?scenario=berlin46&types=5&agents=10&sight=near"
 
@@ -44,7 +44,7 @@ def test_an_environment_of_its_own_is_played_as_beside_others() -> None:
     babble = Babble(layout, (16,), 5, seed=3)
     actions, chances = babble.decide(now, torch.Generator().manual_seed(0), greedy=True)
     for e in range(5):
-        seen, masks = (layout.to_rows([a[e : e + 1] for a in part]) for part in (now.observations, now.action_masks))
+        seen, masks = (to_rows(layout, [a[e : e + 1] for a in part]) for part in (now.observations, now.action_masks))
         alone = babble._policies[e].choose(
             [observed(*block) for block in zip(seen, masks, strict=True)],
             torch.Generator().manual_seed(0),

@@ -10,7 +10,7 @@ from actors import gaussian
 from actors.policy import Policy, UniformPolicy, sample
 from protocol.layout import Layout, ParameterSharing
 from protocol.specs import EnvironmentSpec, TypeSpec
-from tests.plain import observed, shown
+from tests.plain import observed, shown, to_rows
 
 SPEC = EnvironmentSpec("toy", (TypeSpec("a", 3, 4, 3), TypeSpec("b", 2, 5, 2), TypeSpec("c", 1, 4, 3)), 5)
 
@@ -95,7 +95,7 @@ def test_an_identity_tells_agents_of_one_network_apart() -> None:
     for identity in (False, True):
         policy = build(identity=identity)
         block = rows.blocks[0]
-        seen = observed(rows.to_rows(observations)[0], rows.to_rows(masks)[0])
+        seen = observed(to_rows(rows, observations)[0], to_rows(rows, masks)[0])
         logits = policy.logits(0, block.see(seen))[0, 0]
         assert torch.equal(logits[0], logits[1]) != identity
 

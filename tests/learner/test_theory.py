@@ -35,7 +35,7 @@ from learner.replay import Batch
 from learner.settings import LearnerSettings
 from protocol.layout import JointRows, Layout
 from protocol.specs import EnvironmentSpec, TypeSpec
-from tests.plain import seen_by
+from tests.plain import seen_by, to_rows
 
 Pairwise = Callable[[torch.Tensor], torch.Tensor]
 """Q^{ij}(s, a^i, ·) of one pair: points [width] → a number."""
@@ -255,16 +255,16 @@ def learn(game: Game, settings: LearnerSettings, seed: int) -> ActorCritic:
     state = random.integers(game.states, size=ROWS)
     for number in range(UPDATES):
         progress = number / UPDATES
-        observations = seen_by(layout, layout.to_rows(observe(game, state)))
+        observations = seen_by(layout, to_rows(layout, observe(game, state)))
         joint = np.concatenate(learner.policy.choose(observations, generator)[0], axis=1)
         explores = random.random(joint.shape) < max(0.02, 1 - 1.5 * progress)
         joint = np.where(explores, random.integers(2, size=joint.shape), joint)
         following = (random.random(ROWS) < game.next_one(joint)).astype(int)
-        rewards = layout.to_rows(np.split(game.rewards(state, joint).astype(np.float32), 2, axis=1))
+        rewards = to_rows(layout, np.split(game.rewards(state, joint).astype(np.float32), 2, axis=1))
         active = [torch.ones(ROWS, 4, dtype=torch.bool)]
         batch = Batch(
             rows=JointRows(observations, [torch.from_numpy(joint)], active),
-            next_observations=seen_by(layout, layout.to_rows(observe(game, following))),
+            next_observations=seen_by(layout, to_rows(layout, observe(game, following))),
             next_active=active,
             rewards=rewards,
             terminated=torch.zeros(ROWS, dtype=torch.bool),
@@ -283,7 +283,7 @@ def errors(game: Game, learner: ActorCritic) -> tuple[float, float]:
     """The largest error of Q against the others' equilibrium, and the least probability of playing it."""
     nash, play = game.nash()
     layout = learner.layout
-    observations = layout.to_rows(observe(game, np.arange(game.states)))
+    observations = to_rows(layout, observe(game, np.arange(game.states)))
     active = [torch.ones(game.states, 4, dtype=torch.bool)]
     (block,) = layout.blocks
     with torch.no_grad():

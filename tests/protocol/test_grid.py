@@ -64,7 +64,7 @@ def tiles(grid: ObservationGrid) -> list[Tile]:
     ]
 
 
-@pytest.mark.parametrize("columns_per_row", [0, 1_000])
+@pytest.mark.parametrize("columns_per_row", [0, 4, 1_000])
 @pytest.mark.parametrize("columns_per_added_row", [0, 1_000])
 def test_products_and_gradients_are_those_of_the_expansion(
     world: str,

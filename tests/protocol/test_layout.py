@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from protocol.errors import ProtocolError
 from protocol.layout import JointRows, Layout, ParameterSharing
 from protocol.specs import EnvironmentSpec, TypeSpec
-from tests.plain import observed
+from tests.plain import observed, to_rows
 
 types = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 2), st.integers(2, 3)), min_size=1, max_size=5)
 sharings = st.sampled_from(["agent", "type"])
@@ -50,7 +50,7 @@ def test_a_grid_holds_each_agent_once_and_zeros_elsewhere(
 def test_by_type_undoes_to_rows(shapes: list[tuple[int, int, int]], sharing: ParameterSharing) -> None:
     layout = layout_of(shapes, sharing)
     arrays = [np.random.default_rng(m).random((3, t.count, 2)) for m, t in enumerate(layout.spec.types)]
-    rows = layout.to_rows(arrays)
+    rows = to_rows(layout, arrays)
     for array, found in zip(arrays, layout.spec.by_type(rows, axis=1), strict=True):
         assert np.array_equal(found.numpy(), array)
     arrays[0][:] = -1  # the rows are copies
