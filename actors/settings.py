@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from protocol.settings import Count, Natural
+
 
 @dataclass(frozen=True)
 class ActorSettings:
     """Rollouts, and the policy network that they run."""
 
-    steps_per_iteration: int = 800
+    steps_per_iteration: Count = 800
     """Joint environment steps of one iteration, over all actors together (whole episodes: rounded up)."""
-    hidden: tuple[int, ...] = (64, 64)
+    hidden: tuple[Count, ...] = (64, 64)
     """Widths of the hidden layers of a policy."""
-    babbling: int = 0
+    babbling: Natural = 0
     """Iterations at the start in which actors play networks as they are drawn instead of the policy: they show a reward
     that remembers the run (`reward.memory`) what nobody would do. Clipped updates learn nothing else from them."""
     agent_identity: bool = False
@@ -25,11 +27,11 @@ class ActorSettings:
 class EvaluationSettings:
     """How a policy is judged: true returns on fixed seeds."""
 
-    interval: int = 10
+    interval: Count = 10
     """Iterations between evaluations."""
-    episodes: int = 200
+    episodes: Natural = 200
     """Episodes of one evaluation (the same start states each time)."""
-    final_episodes: int = 1_000
+    final_episodes: Count = 1_000
     """Episodes of the evaluation of the final policy."""
     starts: Literal["fresh", "demonstrations"] = "fresh"
     """Seeded start states, or those of the demonstrations (all of them), from which the expert's return is known."""

@@ -14,12 +14,12 @@ import dacite
 import yaml
 
 from actors.settings import ActorSettings, EvaluationSettings
-from launch.limits import check_limits, flag
-from learner.settings import CloningSettings, LearnerSettings
+from learner.settings import CloningSettings, LearnerSettings, Settings
 from protocol.errors import InputError, unknown_name
 from protocol.job import Mode
 from protocol.keys import read_token
 from protocol.registry import known_environments
+from protocol.settings import Count, Natural, check_bounds, flag
 from protocol.specs import ParameterSharing
 from reward_server.settings import RewardSettings
 
@@ -36,24 +36,24 @@ class Config:
     """Environment and its options."""
     demonstrations: str = ""
     """Expert trajectories: a file, or the name of one that comes with bm3il."""
-    demonstration_episodes: int = 0
+    demonstration_episodes: Natural = 0
     """How many episodes of them are used; 0 takes all."""
     algorithm: str = "bm3il"
     """bm3il, ma-gail, ma-daac, bayesian-ma-daac, mtmfil, bc (behaviour cloning), expert or maac (on true rewards)."""
     mode: Mode = "lockstep"
     """lockstep: many processes that wait for each other; serial: the same in one process, to debug: both end with the
     same bits. async: actors stream without waiting, for throughput."""
-    seed: int = 0
+    seed: Natural = 0
     """In lockstep it determines everything."""
-    steps: int = 200_000
+    steps: Count = 200_000
     """Budget of joint environment steps."""
     run: str = ""
     """Name of the run's folder; empty: made of preset, algorithm, seed and time."""
     runs_folder: str = "runs"
     """Folder that holds the folders of runs."""
-    actors: int = 0
+    actors: Natural = 0
     """Actor processes; they share the steps of an iteration. 0: one per node."""
-    nodes: int = 1
+    nodes: Count = 1
     """Nodes that the processes are spread over, one supervisor on each."""
     hostfile: str = ""
     """File that names the hosts of the nodes, one a line, this machine first; empty: Slurm's allocation, or nodes that
@@ -62,7 +62,7 @@ class Config:
     """One network per agent (the paper), or per type of agents."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where learner and reward server compute; auto takes a GPU if there is one."""
-    threads: int = 1
+    threads: Count = 1
     """Threads of each process's arithmetic."""
     metrics_token_file: str = ""
     """File, on every host, with the word that metrics must be asked with (Authorization: Bearer ...); empty: none."""
@@ -83,13 +83,21 @@ class Config:
         name = self.environment.partition("?")[0].partition(":")[0]
         if name not in known_environments():
             raise unknown_name("environment", name, known_environments())
-        check_limits(self)
+        check_bounds(self)
+        self.learner.check()
         self.metrics_token()
+        if self.learner.start == "cloned" and not self.demonstrations:
+            raise InputError("--learner.start cloned needs what it clones: name a file by --demonstrations")
         if (kind.imitates or kind.clones) and not self.demonstrations:
             raise InputError(
                 f"algorithm '{self.algorithm}' learns from demonstrations: name a file by --demonstrations"
             )
         return replace(self, actors=self.actors or self.nodes, reward=kind.reward_settings(self.reward))
+
+    @property
+    def settings(self) -> Settings:
+        """Those of all roles."""
+        return Settings(self.learner, self.cloning, self.actor, self.reward, self.evaluation)
 
     @property
     def tells_agents_apart(self) -> bool:

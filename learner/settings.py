@@ -1,28 +1,33 @@
-"""Settings of the learner."""
+"""Settings of the learner, and of a run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from actors.settings import ActorSettings, EvaluationSettings
+from protocol.errors import InputError
+from protocol.settings import Count, Fraction, Natural, NonNegative, Positive
+from reward_server.settings import RewardSettings
+
 
 @dataclass(frozen=True)
 class ClippedSettings:
     """Clipped policy updates (`--learner.policy clipped`), from the fresh episodes of each iteration alone."""
 
-    clip: float = 0.1
+    clip: Positive = 0.1
     """ε: how far the probability of an action may move in one iteration, as a part of itself."""
-    epochs: int = 4
+    epochs: Count = 4
     """Times that an iteration's rows are gone over."""
-    parts: int = 10
+    parts: Count = 10
     """Gradient steps of one epoch, each on an equal part of the rows."""
-    decay: float = 0.95
+    decay: Fraction = 0.95
     """λ of the generalised advantages: 0 trusts the critics after one step, 1 the rewards to the end."""
-    entropy_weight: float = 0.005
+    entropy_weight: NonNegative = 0.005
     """Weight of the policies' entropy beside the normalised advantage."""
-    clone_weight: float = 0.0
+    clone_weight: NonNegative = 0.0
     """Weight of the divergence KL(π ‖ π_clone) from the clone that the run started from."""
-    critic_first: int = 5
+    critic_first: Natural = 5
     """Iterations at the start in which only the critics learn: they know nothing of the clone yet."""
 
 
@@ -30,9 +35,9 @@ class ClippedSettings:
 class LearnerSettings:
     """Mean-field actor-critic (Eq. 8, 10, 13)."""
 
-    hidden: int = 64
+    hidden: Count = 64
     """Width of the critic's layers."""
-    heads: int = 4
+    heads: Count = 4
     """Attention heads; must divide `hidden`."""
     attend_own_type: bool = True
     """The attention of Eq. 11 runs over all types (the text); false leaves the agent's own out (the released code)."""
@@ -48,63 +53,93 @@ class LearnerSettings:
     start: Literal["random", "cloned"] = "random"
     """Where policies begin: random networks, or behaviour cloning of the demonstrations (see `cloning`)."""
     clipped: ClippedSettings = field(default_factory=ClippedSettings)
-    updates: int = 10
+    updates: Count = 10
     """Critic and policy updates per iteration."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Joint rows of one update."""
-    window_steps: int = 0
+    window_steps: Natural = 0
     """Newest joint rows that updates draw from (0: 8,000); their rewards are always the current particles'. Clipped
     updates have no such window."""
-    discount: float = 0.95
+    discount: Fraction = 0.95
     """γ."""
-    target_rate: float = 0.01
+    target_rate: Fraction = 0.01
     """τ: the part by which target networks move towards the trained ones in an update."""
-    policy_learning_rate: float = 3e-3
+    policy_learning_rate: Positive = 3e-3
     """Step of Adam for the policies."""
-    critic_learning_rate: float = 3e-3
+    critic_learning_rate: Positive = 3e-3
     """Step of Adam for the critics."""
-    final_learning_rate: float = 1.0
+    final_learning_rate: NonNegative = 1.0
     """Learning rates at the end of the run, as a part of those at the start (linear in between)."""
-    temperature: float = 0.3
+    temperature: Positive = 0.3
     """Weight of the entropy (1/reward scale) at the start of the run."""
-    final_temperature: float = 0.06
+    final_temperature: NonNegative = 0.06
     """Weight of the entropy from `temperature_anneal` of the run on (geometric in between)."""
-    temperature_anneal: float = 0.75
+    temperature_anneal: Positive = 0.75
     """Part of the run over which the temperature falls."""
     reward_offset: float = 0.0
     """Subtracted from the reward of Eq. 9; log 2 makes the reward of an undecided discriminator 0."""
-    policy_gradient_norm: float = 0.5
+    policy_gradient_norm: Positive = 0.5
     """Largest norm of one policy network's gradient."""
-    critic_gradient_norm: float = 10.0
+    critic_gradient_norm: Positive = 10.0
     """Largest norm of one critic network's gradient."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the matrix products, if the device has it; parameters and optimisers stay float32."""
-    cloning_weight: float = 0.0
+    cloning_weight: NonNegative = 0.0
     """Weight of a behaviour-cloning term on expert rows in the policy loss; 0 is the paper."""
-    max_policy_lag: int = 4
+    max_policy_lag: Count = 4
     """Async: iterations that the policy of a chunk may be behind the one that it trains; the learner waits for actors
     that would fall back further."""
-    checkpoint_interval: int = 10
+    checkpoint_interval: Count = 10
     """Iterations between checkpoints."""
-    checkpoints_kept: int = 3
+    checkpoints_kept: Count = 3
     """Newest checkpoints kept (the one with the best evaluation is kept besides)."""
-    deadline_seconds: float = 120.0
+    deadline_seconds: Positive = 120.0
     """Longest wait for chunks or rewards before the run ends with the name of what it waited for."""
+
+    def check(self) -> None:
+        """Raise InputError, naming the flags, for settings that do not go together."""
+        if self.hidden % self.heads:
+            raise InputError(f"--learner.heads must divide --learner.hidden, got {self.heads} and {self.hidden}")
+        if self.clipped.clone_weight and self.start != "cloned":
+            raise InputError("--learner.clipped.clone-weight holds policies near the clone: add --learner.start cloned")
+        if self.policy != "clipped":
+            return
+        if self.window_steps:
+            raise InputError(
+                f"--learner.policy clipped learns from fresh rows alone: leave out --learner.window-steps "
+                f"{self.window_steps}, or take --learner.policy actor"
+            )
+        if self.cloning_weight:
+            raise InputError(
+                "--learner.cloning-weight is a term of --learner.policy actor; with clipped, --learner.start cloned "
+                "and --learner.clipped.clone-weight hold policies near the clone"
+            )
 
 
 @dataclass(frozen=True)
 class CloningSettings:
     """Behaviour cloning (`bc`)."""
 
-    updates: int = 50
+    updates: Count = 50
     """Gradient steps per iteration."""
-    iterations: int = 100
+    iterations: Count = 100
     """Iterations of the run."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Joint expert rows of one step."""
-    learning_rate: float = 3e-3
+    learning_rate: Positive = 3e-3
     """Step of Adam at the start; it falls linearly to a twentieth."""
-    weight_decay: float = 0.01
+    weight_decay: NonNegative = 0.01
     """Decoupled weight decay."""
-    held_out: float = 0.1
+    held_out: Fraction = 0.1
     """Part of the independent episodes held out to choose the policy; 0 takes the last one."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Those of all roles: a learner knows what the others do, and does all of it in a serial run."""
+
+    learner: LearnerSettings = field(default_factory=LearnerSettings)
+    cloning: CloningSettings = field(default_factory=CloningSettings)
+    actor: ActorSettings = field(default_factory=ActorSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from protocol.settings import Count, Fraction, NonNegative, Positive
+
 Source = Literal["learned", "environment"]
 KernelScope = Literal["function", "tensor", "network", "none"]
 MemoryKind = Literal["window", "run"]
@@ -16,9 +18,9 @@ class RewardSettings:
 
     source: Source = "learned"
     """`environment` answers the true reward through the same path: to train experts and to debug."""
-    particles: int = 4
+    particles: Count = 4
     """L, SVGD particles per discriminator (algorithms without SVGD force 1)."""
-    hidden: tuple[int, ...] = (64, 64)
+    hidden: tuple[Count, ...] = (64, 64)
     """Widths of the hidden layers of a discriminator."""
     activation: Literal["relu", "sigmoid"] = "relu"
     """Activation of the hidden layers."""
@@ -27,35 +29,35 @@ class RewardSettings:
     (`place`, `time`), `purpose` (the parts that the environment calls so), `action`."""
     kernel_scope: KernelScope = "function"
     """What the SVGD kernel acts on: logits, each parameter tensor, the whole network; `none` is a plain ensemble."""
-    likelihood_episodes: float = 10.0
+    likelihood_episodes: Positive = 10.0
     """Episodes over whose steps the likelihood of Eq. 3 sums: a batch's mean log-likelihood times their steps, whatever
     the batch size. The more, the less prior and repulsion of the particles matter beside it. With few short episodes
     the prior wins and nothing is learned: take more of them, or a wider `prior_stddev`."""
-    prior_stddev: float = 1.0
+    prior_stddev: NonNegative = 1.0
     """Standard deviation of the Gaussian prior of the parameters; 0 leaves the prior out."""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """Step of Adam at the start of the run."""
-    final_learning_rate: float = 1.0
+    final_learning_rate: NonNegative = 1.0
     """Learning rate at the end of the run, as a part of that at the start (linear in between)."""
-    label_smoothing: float = 0.0
+    label_smoothing: Fraction = 0.0
     """Labels are smoothing and 1 − smoothing instead of 0 and 1."""
-    updates: int = 5
+    updates: Count = 5
     """Particle updates per iteration."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Agent rows, and as many expert rows, of one update."""
     memory: MemoryKind = "window"
     """Which of the agents' joint rows updates draw from: the newest of the run (`window`), or a sample of all of them
     (`run`), so that what agents no longer do is still known to be wrong."""
-    imagined: float = 0.0
+    imagined: Fraction = 0.0
     """Part of the agents' rows of an update that nobody played: rows of the expert whose parts are each from another
     moment, its places at other hours. They keep what was never tried from passing for right."""
-    window_steps: int = 8_000
+    window_steps: Count = 8_000
     """How many joint rows of the agents that is."""
-    max_batch_rows: int = 4_096
+    max_batch_rows: Count = 4_096
     """Most joint rows of queries that are computed together."""
-    max_delay_seconds: float = 0.001
+    max_delay_seconds: NonNegative = 0.001
     """Longest time that a query waits for others to be computed with."""
-    max_queue_rows: int = 262_144
+    max_queue_rows: Count = 262_144
     """Joint rows that may wait; a query beyond is refused with `overloaded` and asked again by its client."""
-    deadline_seconds: float = 60.0
+    deadline_seconds: Positive = 60.0
     """Queries older than this are refused instead of computed: nobody waits for them any more."""
