@@ -8,10 +8,10 @@ from actors.babbling import Babble
 from actors.policy import Policy
 from actors.rollout import Acts, rollout
 from actors.settings import ActorSettings
+from protocol.errors import InputError
 from protocol.job import Job
 from protocol.registry import make_environment
 from protocol.seeds import derive_seed
-from protocol.specs import EnvironmentSpec
 from protocol.trajectories import Trajectories
 
 
@@ -19,9 +19,15 @@ class Collector:
     """The share of one actor: E whole episodes per iteration, all environments stepped together."""
 
     def __init__(self, job: Job, settings: ActorSettings, index: int) -> None:
+        """Raises InputError if this machine's environment is not the job's."""
         self._seed, self._index, self._settings = job.seed, index, settings
-        spec = make_environment(job.environment, 1).spec
-        self.environment = make_environment(job.environment, episodes_per_chunk(settings, spec, job.actors))
+        self.environment = make_environment(job.environment, episodes_per_chunk(settings, job))
+        if self.environment.spec != job.spec:
+            difference = job.spec.difference(self.environment.spec) or "its observations are described in another way"
+            raise InputError(
+                f"'{job.environment}' is another environment here than where the run was started: {difference}; "
+                "install the same version of it on every machine"
+            )
 
     def collect(self, policy: Policy, version: int, *stream: int | str) -> Trajectories:
         """The chunk of these weights: a pure function of (weights, their version, run seed, actor index, stream).
@@ -36,6 +42,11 @@ class Collector:
         return rollout(self.environment, acting, seed)
 
 
-def episodes_per_chunk(settings: ActorSettings, spec: EnvironmentSpec, actors: int) -> int:
+def episodes_per_chunk(settings: ActorSettings, job: Job) -> int:
     """E: each actor's equal share of an iteration in whole episodes, rounded up."""
-    return math.ceil(settings.steps_per_iteration / (actors * spec.episode_length))
+    return math.ceil(settings.steps_per_iteration / (job.actors * job.spec.episode_length))
+
+
+def steps_per_iteration(settings: ActorSettings, job: Job) -> int:
+    """Joint steps of an iteration, at most, over all actors together: whole episodes."""
+    return job.actors * episodes_per_chunk(settings, job) * job.spec.episode_length

@@ -27,9 +27,7 @@ class Policy(nn.Module):
     Networks put out the logits of discrete actions, or what `actors.gaussian` makes continuous ones of.
     """
 
-    def __init__(
-        self, layout: Layout, hidden: Sequence[int], generator: torch.Generator, agent_identity: bool = False
-    ) -> None:
+    def __init__(self, layout: Layout, hidden: Sequence[int], generator: torch.Generator) -> None:
         super().__init__()
         self.layout = layout
         self.networks = nn.ModuleList(
@@ -37,7 +35,7 @@ class Policy(nn.Module):
                 block.groups,
                 (block.observation_dim, *hidden, block.action_dim if block.discrete else 2 * block.action_dim),
                 generator,
-                identity_slots=block.slots if agent_identity else 1,
+                identity_slots=block.identity_slots,
             )
             for block in layout.blocks
         )

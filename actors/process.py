@@ -17,7 +17,6 @@ from protocol.errors import InputError
 from protocol.job import Job
 from protocol.layout import Layout
 from protocol.messages import Chunk, Done, Evaluation, Refusal, Weights
-from protocol.registry import make_environment
 from protocol.seeds import derive_seed
 from protocol.specs import ArrayTable
 from protocol.telemetry import Telemetry
@@ -140,9 +139,8 @@ def _pump(learner: Client) -> None:
 
 def build_policy(job: Job, settings: ActorSettings) -> Policy:
     """The policy networks of the job, at the start that its seed gives."""
-    layout = Layout.of(make_environment(job.environment, 1).spec, job.parameter_sharing)
     generator = torch.Generator().manual_seed(derive_seed(job.seed, "policy"))
-    return Policy(layout, settings.hidden, generator, settings.agent_identity)
+    return Policy(Layout.of_job(job), settings.hidden, generator)
 
 
 def _connect(job: Job, policy: Policy, telemetry: Telemetry) -> tuple[Listener, Client]:

@@ -164,7 +164,7 @@ def corpus(run: str = "run") -> dict[str, list[list[bytes]]]:
 def codec_cases(dice: random.Random) -> Iterator[Callable[[], str]]:
     """The codec, and what reads values out of accepted arrays."""
     honest = [frames for messages in corpus().values() for frames in messages]
-    schema = request_schema(LAYOUT, SETTINGS, state_table(LAYOUT, SETTINGS, False))
+    schema = request_schema(LAYOUT, SETTINGS, state_table(LAYOUT, SETTINGS))
 
     def accepts(body: Any) -> Any:
         if isinstance(body, Chunk):

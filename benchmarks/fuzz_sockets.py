@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import torch
 import zmq
-from fuzz_cases import ENVIRONMENT, LAYOUT, SETTINGS, STEPS, chunk, corpus, filled, mutated, mutated_frames
+from fuzz_cases import ENVIRONMENT, LAYOUT, SETTINGS, SPEC, STEPS, chunk, corpus, filled, mutated, mutated_frames
 from rich.console import Console
 
 from actors.policy import Policy
@@ -29,6 +29,7 @@ from launch.config import load_preset
 from launch.director import Director
 from launch.progress import Progress
 from launch.topology import Node, Plan, Process
+from learner.settings import LearnerSettings, Settings
 from learner.streaming import StreamedExperience
 from protocol.channels import Client, Refused, Server
 from protocol.errors import NumericalError
@@ -58,7 +59,8 @@ BATCH, CONNECTIONS = 32, 4
 PATIENCE_SECONDS = 4.0
 LARGE = 1 / 5000
 """How many messages have a frame above the limit of the socket: who is cut off needs a second to come again."""
-STATE_TABLE = state_table(LAYOUT, SETTINGS, False)
+STATE_TABLE = state_table(LAYOUT, SETTINGS)
+OF_RUN = Settings(LearnerSettings(deadline_seconds=60.0), actor=ActorSettings(STEPS))
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01"
 
 
@@ -279,9 +281,7 @@ class Sockets:
         self._telemetry.count_drop = self._count  # type: ignore[method-assign]
         self._policy = Policy(LAYOUT, (4,), torch.Generator().manual_seed(0))
         near, far = (Endpoints(*(f"ipc://{folder}/{side}{name}" for name in "ewrc")) for side in ("n", "f"))
-        self._experience = StreamedExperience(
-            _job(folder, near), self._policy, ActorSettings(STEPS), 4, 60.0, self._telemetry
-        )
+        self._experience = StreamedExperience(_job(folder, near), OF_RUN, self._telemetry)
         self._experience.publish("s", 0, self._policy, 0)
         _model()  # what torch imports at its first use is no case's time
         server = listen(near.rewards, LAYOUT, SETTINGS, STATE_TABLE, self._telemetry)
@@ -362,6 +362,7 @@ class Sockets:
             "run",
             str(folder),
             config.to_yaml(),
+            "",
             (Node("here"), Node("there")),
             processes,
             {"supervisor-0": {"control": endpoints.control}},
@@ -450,11 +451,11 @@ def _answer_table(body: Any) -> Any:
 
 def _model() -> RewardModel:
     expert = JointRows.from_arrays(filled(JointRows.array_table(LAYOUT, 8)), LAYOUT)
-    return RewardModel(LAYOUT, expert, SETTINGS, 0, "cpu", False)
+    return RewardModel(LAYOUT, expert, SETTINGS, 0, "cpu")
 
 
 def _job(folder: Path, endpoints: Endpoints) -> Job:
-    return Job("run", folder, ENVIRONMENT, "", 0, "maac", "async", 0, 1, 1, "type", "cpu", 1, endpoints)
+    return Job("run", folder, ENVIRONMENT, SPEC, "", 0, "maac", "async", 0, 1, 1, "type", False, "cpu", 1, endpoints)
 
 
 def _free_port() -> str:

@@ -43,7 +43,7 @@ def main() -> int:
     given = parser.parse_args()
     torch.set_num_threads(1)
     trained = load_trained(given.run)
-    model = build_model(trained.job, trained.config.reward, trained.config.actor.agent_identity)
+    model = build_model(trained.job, trained.config.reward)
     assert isinstance(model, RewardModel), "this run has no learned reward"
     model.load_state(trained.checkpoint.rewards)
     clone = build_policy(trained.job, trained.config.actor)

@@ -39,6 +39,7 @@ from scipy.stats import bootstrap
 from actors.policy import Policy
 from actors.settings import ActorSettings
 from learner.replay import Replay
+from learner.settings import LearnerSettings, Settings
 from learner.streaming import StreamedExperience
 from protocol.channels import Client
 from protocol.job import Endpoints, Job
@@ -96,13 +97,17 @@ def _chunk() -> dict[str, np.ndarray]:
 def _time_ours() -> float:
     with tempfile.TemporaryDirectory() as folder:
         endpoints = Endpoints(*(f"ipc://{folder}/{name}" for name in ("e", "w", "r", "c")))
-        steps = EPISODES * make_environment(ENVIRONMENT, 1).spec.episode_length
-        job = Job("run", Path(folder), ENVIRONMENT, "", 0, "maac", "async", 0, 1, 1, "type", "cpu", 1, endpoints)
+        spec = make_environment(ENVIRONMENT, 1).spec
+        steps = EPISODES * spec.episode_length
+        job = Job(
+            "run", Path(folder), ENVIRONMENT, spec, "", 0, "maac", "async", 0, 1, 1, "type", False, "cpu", 1, endpoints
+        )
         telemetry = Telemetry("learner", 0, Sender("run", "learner-0"), 0, "127.0.0.1")
-        layout = Layout.of(make_environment(ENVIRONMENT, 1).spec, "type")
+        layout = Layout.of_job(job)
         policy = Policy(layout, (4,), torch.Generator().manual_seed(0))
-        settings = ActorSettings(steps_per_iteration=steps)
-        experience = StreamedExperience(job, policy, settings, 4, 60.0, telemetry)
+        learner = LearnerSettings(max_policy_lag=4, deadline_seconds=60.0)
+        settings = Settings(learner, actor=ActorSettings(steps_per_iteration=steps))
+        experience = StreamedExperience(job, settings, telemetry)
         experience.publish("s", 0, policy, 0)
         replay = Replay(layout, 4 * steps)
         process = multiprocessing.get_context("spawn").Process(target=_send_ours, args=(endpoints,))

@@ -146,7 +146,7 @@ def _draw(trained: Trained, name: str, policy: Policy, folder: Path, hour: float
     folder.mkdir(exist_ok=True)
     config = trained.config
     if parameters := part(trained.checkpoint.learner, "critic"):
-        critic = build_critic(trained.job, config.learner, config.actor, policy.layout)
+        critic = build_critic(trained.job, config.learner, policy.layout)
         critic.load_state_dict({name: torch.tensor(value) for name, value in parameters.items()})
         if draw_attention(critic, name, policy, folder / "attention.png"):
             print(folder / "attention.png")

@@ -33,6 +33,7 @@ from launch.supervisor import StopRequests
 from launch.topology import LOOPBACK, Node, Plan, Process, listeners, place, processes_of, tcp_addresses
 from protocol.errors import InputError
 from protocol.keys import Keys
+from protocol.specs import EnvironmentSpec
 
 RENDEZVOUS_SECONDS = 120.0
 MEETINGS = 3
@@ -47,15 +48,15 @@ STOP_LINE = "stop"
 PORTS = range(20_000, 32_000)
 
 
-def run_nodes(config: Config, folder: Path, stopped: StopRequests) -> Outcome:
+def run_nodes(config: Config, spec: EnvironmentSpec, folder: Path, stopped: StopRequests) -> Outcome:
     """Run on `config.nodes` nodes; returns how the run ended, as its first node wrote it down.
 
     Raises InputError if the nodes cannot be started as the configuration asks.
     """
-    program = rank_command(config)
+    program, spec_json = rank_command(config), json.dumps(spec.to_json())
     for attempt in range(1, MEETINGS + 1):
         start = time.monotonic()
-        code = _run_ranks(program, config, folder, stopped)
+        code = _run_ranks(program, config, spec_json, folder, stopped)
         # What mpiexec or srun return says little (it may be 0 after a lost rank): the first node's word counts.
         result = run_folder.read_result(folder)
         if "exit_code" in result:
@@ -67,7 +68,7 @@ def run_nodes(config: Config, folder: Path, stopped: StopRequests) -> Outcome:
     return Outcome(CRASHED, f"the nodes ended without a result (code {code})")
 
 
-def _run_ranks(program: list[str], config: Config, folder: Path, stopped: StopRequests) -> int:
+def _run_ranks(program: list[str], config: Config, spec_json: str, folder: Path, stopped: StopRequests) -> int:
     (folder / MET).unlink(missing_ok=True)
     # A session of its own: Ctrl-C reaches only this process, which then asks the first node for an orderly end.
     with subprocess.Popen(
@@ -76,6 +77,7 @@ def _run_ranks(program: list[str], config: Config, folder: Path, stopped: StopRe
         order: dict[str, Any] = {
             "run_folder": str(folder),
             "config_yaml": config.to_yaml(),
+            "spec_json": spec_json,
             "run_id": secrets.token_hex(8),
             "keys": Keys.create().to_text(),
         }
@@ -193,7 +195,13 @@ def _plan(order: dict[str, Any], facts: list[dict[str, Any]], size: int) -> Plan
     nodes = tuple(Node(**(fact | {"ports": tuple(fact["ports"])})) for fact in facts)
     processes = place(_processes(order), nodes)
     return Plan(
-        order["run_id"], order["run_folder"], order["config_yaml"], nodes, processes, tcp_addresses(nodes, processes)
+        run_id=order["run_id"],
+        run_folder=order["run_folder"],
+        config_yaml=order["config_yaml"],
+        spec_json=order["spec_json"],
+        nodes=nodes,
+        processes=processes,
+        addresses=tcp_addresses(nodes, processes),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -25,6 +26,7 @@ from protocol.errors import InputError
 from protocol.job import Endpoints
 from protocol.messages import Sender
 from protocol.registry import make_environment
+from protocol.specs import EnvironmentSpec
 from protocol.telemetry import Telemetry
 from reward_server.sees import check_imagined, columns_seen
 
@@ -33,8 +35,9 @@ SERIAL_SHOW_SECONDS = 0.5
 
 def train(config: Config) -> int:
     """Start a new run; returns the exit code. Raises InputError before anything is started or written."""
-    config = run_folder.named(check(config))
-    return _run(config, run_folder.create(config))
+    config, spec = check(config)
+    config = run_folder.named(config)
+    return _run(config, spec, run_folder.create(config))
 
 
 def resume(folder: Path, flags: Config | None = None) -> int:
@@ -46,45 +49,48 @@ def resume(folder: Path, flags: Config | None = None) -> int:
     config = run_folder.open_existing(folder)
     if flags is not None and flags != config:
         raise InputError(f"{folder} was started with another configuration: {differences(config, flags)}")
-    return _run(check(config), folder.resolve())
+    return _run(*check(config), folder.resolve())
 
 
-def check(config: Config) -> Config:
-    """The configuration as it will run. Raises InputError for what cannot work, before anything starts."""
+def check(config: Config) -> tuple[Config, EnvironmentSpec]:
+    """The configuration as it will run, and its environment's description.
+
+    Raises InputError for what cannot work, before anything starts.
+    """
     config = config.checked()
     if config.mode == "serial" and config.nodes > 1:
         raise InputError("--mode serial runs in one process: leave out --nodes")
     from protocol.device import choose_device
 
     choose_device(config.device)
-    environment = make_environment(config.environment, 1)
+    spec = make_environment(config.environment, 1).spec
     if config.reward.source == "learned":
-        columns_seen(environment.spec, config.reward.sees)
-        check_imagined(environment.spec, config.reward.imagined)
+        columns_seen(spec, config.reward.sees)
+        check_imagined(spec, config.reward.imagined)
     if config.demonstrations:
         recorded = Demonstrations.load(resolve(config.demonstrations))
-        recorded.check_against(environment.spec)
-        if config.tells_agents_apart and (difference := environment.spec.difference(recorded.spec)):
+        recorded.check_against(spec)
+        if config.tells_agents_apart and (difference := spec.difference(recorded.spec)):
             raise InputError(
                 f"these demonstrations are of another number of agents, and each agent has parameters of its own: "
                 f"{difference}; take --parameter-sharing type without --actor.agent-identity, or as many agents, as in "
-                f"'{environment.spec.changes}'"
+                f"'{spec.changes}'"
             )
-    return config
+    return config, spec
 
 
-def _run(config: Config, folder: Path) -> int:
+def _run(config: Config, spec: EnvironmentSpec, folder: Path) -> int:
     progress, stopped = Progress(), StopRequests()
     with run_folder.locked(folder):
         (folder / "result.json").unlink(missing_ok=True)
         stopped.install()
         try:
             if config.mode == "serial":
-                outcome = _run_serial(config, folder, progress, stopped)
+                outcome = _run_serial(config, spec, folder, progress, stopped)
             elif config.nodes > 1:
-                outcome = rendezvous.run_nodes(config, folder, stopped)
+                outcome = rendezvous.run_nodes(config, spec, folder, stopped)
             else:
-                outcome = _run_node(config, folder, progress, stopped)
+                outcome = _run_node(config, spec, folder, progress, stopped)
         finally:
             progress.close()
         if outcome.text:
@@ -94,22 +100,27 @@ def _run(config: Config, folder: Path) -> int:
     return outcome.code
 
 
-def _run_node(config: Config, folder: Path, progress: Progress, stopped: StopRequests) -> Outcome:
+def _run_node(
+    config: Config, spec: EnvironmentSpec, folder: Path, progress: Progress, stopped: StopRequests
+) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="bm3il-") as sockets:  # only its owner may enter it
         processes, here = processes_of(config), Node(socket.gethostname())
         addresses = ipc_addresses(Path(sockets), processes)
-        plan = Plan(secrets.token_hex(8), str(folder), config.to_yaml(), (here,), processes, addresses)
+        description = json.dumps(spec.to_json())
+        plan = Plan(secrets.token_hex(8), str(folder), config.to_yaml(), description, (here,), processes, addresses)
         progress.plan(plan)
         with ticket(plan):
             return direct(plan, progress, stopped)
 
 
-def _run_serial(config: Config, folder: Path, progress: Progress, stopped: StopRequests) -> Outcome:
+def _run_serial(
+    config: Config, spec: EnvironmentSpec, folder: Path, progress: Progress, stopped: StopRequests
+) -> Outcome:
     from learner.process import run_serial
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     telemetry = Telemetry("learner", 0, Sender(secrets.token_hex(8), "learner-0"), token=config.metrics_token())
-    job = make_job(config, telemetry.sender.run, folder, Endpoints("", "", "", ""))
+    job = make_job(config, spec, telemetry.sender.run, folder, Endpoints("", "", "", ""))
     ended = threading.Event()
 
     def watch() -> None:
@@ -121,16 +132,7 @@ def _run_serial(config: Config, folder: Path, progress: Progress, stopped: StopR
                 os._exit(INTERRUPTED)
 
     def work() -> str:
-        return run_serial(
-            job,
-            config.learner,
-            config.cloning,
-            config.actor,
-            config.reward,
-            config.evaluation,
-            config.to_yaml(),
-            telemetry,
-        )
+        return run_serial(job, config.settings, config.to_yaml(), telemetry)
 
     threading.Thread(target=watch, name="progress", daemon=True).start()
     try:

@@ -65,7 +65,7 @@ def submit(args: Sequence[str], time: str, options: Sequence[str], dry_run: bool
     args: of `bm3il train`.   time: Slurm's limit, `HH:MM:SS`.   options: more lines for sbatch, `partition=gpu`.
     Raises InputError for what `bm3il train` would refuse, and without Slurm.
     """
-    config = run_folder.named(run.check(parse_config(list(args))))
+    config = run_folder.named(run.check(parse_config(list(args)))[0])
     text = script(config, args, time, options)
     if dry_run:
         print(text, end="")

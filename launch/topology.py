@@ -14,6 +14,7 @@ from protocol.errors import InputError
 from protocol.job import Endpoints, Job
 from protocol.keys import Keys
 from protocol.messages import Sender
+from protocol.specs import EnvironmentSpec
 from protocol.telemetry import Telemetry
 
 MAX_IPC_PATH_BYTES = 107
@@ -69,6 +70,7 @@ class Node:
 class Plan:
     """All that the nodes and processes of one start of a run must agree on.
 
+    spec_json: the environment's description.
     addresses: of all processes that listen; there may be several of a role.
     keys_file: where this node keeps the keys of the run; empty on a single node, whose sockets are files.
     """
@@ -76,6 +78,7 @@ class Plan:
     run_id: str
     run_folder: str
     config_yaml: str
+    spec_json: str
     nodes: tuple[Node, ...]
     processes: tuple[Process, ...]
     addresses: Addresses
@@ -106,6 +109,11 @@ class Plan:
     def config(self) -> Config:
         """The configuration, rebuilt from its text."""
         return Config.from_yaml(self.config_yaml, "config.yaml")
+
+    def job(self, index: int) -> Job:
+        """What the process of a role with this number is told."""
+        spec = EnvironmentSpec.from_json(json.loads(self.spec_json))
+        return make_job(self.config, spec, self.run_id, Path(self.run_folder), self.endpoints(index))
 
     def on(self, node: int) -> list[Process]:
         """The processes of a node, without its supervisor."""
@@ -191,12 +199,13 @@ def tcp_addresses(nodes: Sequence[Node], processes: Iterable[Process]) -> Addres
     return addresses
 
 
-def make_job(config: Config, run_id: str, run_folder: Path, endpoints: Endpoints) -> Job:
+def make_job(config: Config, spec: EnvironmentSpec, run_id: str, run_folder: Path, endpoints: Endpoints) -> Job:
     """What every process of the run is told."""
     return Job(
         run_id=run_id,
         run_folder=run_folder,
         environment=config.environment,
+        spec=spec,
         demonstrations=config.demonstrations,
         demonstration_episodes=config.demonstration_episodes,
         algorithm=config.algorithm,
@@ -205,6 +214,7 @@ def make_job(config: Config, run_id: str, run_folder: Path, endpoints: Endpoints
         steps=config.steps,
         actors=config.actors,
         parameter_sharing=config.parameter_sharing,
+        agent_identity=config.actor.agent_identity,
         device=config.device,
         threads=config.threads,
         endpoints=endpoints,

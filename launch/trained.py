@@ -17,6 +17,7 @@ from learner.optimisation import part
 from protocol.errors import InputError
 from protocol.job import Endpoints, Job
 from protocol.layout import Layout
+from protocol.registry import make_environment
 from protocol.specs import EnvironmentSpec
 
 
@@ -42,8 +43,8 @@ class Trained:
 
 def policy_of(config: Config, arrays: dict[str, np.ndarray], spec: EnvironmentSpec) -> Policy:
     """A policy of a run's kind with these parameters, for the agents of an environment that they fit."""
-    layout = Layout.of(spec, config.parameter_sharing)
-    policy = Policy(layout, config.actor.hidden, torch.Generator(), config.actor.agent_identity)
+    layout = Layout.of(spec, config.parameter_sharing, config.actor.agent_identity)
+    policy = Policy(layout, config.actor.hidden, torch.Generator())
     policy.load_arrays(arrays)
     return policy
 
@@ -55,7 +56,8 @@ def load_trained(run: Path, best: bool = False) -> Trained:
     """
     config = Config.from_yaml(_read(run / "config.yaml"), str(run / "config.yaml"))
     torch.set_num_threads(config.threads)
-    job = make_job(config, "", run, Endpoints("", "", "", ""))
+    spec = make_environment(config.environment, 1).spec
+    job = make_job(config, spec, "", run, Endpoints("", "", "", ""))
     policy = build_policy(job, config.actor)
     folder = run / "checkpoints"
     checkpoint = CheckpointFolder(folder, 1).newest()

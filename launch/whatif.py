@@ -44,8 +44,8 @@ from launch.trained import load_trained, policy_of
 from launch.whatif_figures import OF_SEEDS, Figures, Sample, figures_of, loads_of, play
 from launch.whatif_report import draw_changes, markdown, print_tables
 from learner.algorithms import algorithm
+from learner.imitation import iterations_for
 from learner.optimisation import part
-from learner.training import iterations_for
 from protocol.errors import InputError
 from protocol.job import Endpoints
 from protocol.perturbation import unperturbed
@@ -195,7 +195,7 @@ def main(run: Path, environment: str, seeds: int, steps: int, jobs: int, episode
         if value < 1:
             raise InputError(f"--{option} must be at least 1, got {value}")
     question = Question.of(run, environment)
-    config = check(changed_world(question.config, environment, 1, steps))
+    config, _ = check(changed_world(question.config, environment, 1, steps))
     places = [f"seed-{seed}" for seed in range(1, seeds + 1)]
     configs = [
         replace(config, seed=seed, run=name, runs_folder=str(question.folder)) for seed, name in enumerate(places, 1)
@@ -247,8 +247,8 @@ def _opened(configs: list[Config]) -> list[Path]:
 
 
 def _iterations(question: Question, config: Config) -> int:
-    job = make_job(config, "", question.run, Endpoints("", "", "", ""))
-    return iterations_for(config.steps, config.actor, job, question.policy(question.arrays, question.after))
+    job = make_job(config, question.after_spec, "", question.run, Endpoints("", "", "", ""))
+    return iterations_for(config.actor, job)
 
 
 class _Stopped(Exception):

@@ -11,12 +11,9 @@ import logging
 import os
 import signal
 import sys
-from pathlib import Path
 
-from launch.config import Config
 from launch.outcome import attempt
-from launch.topology import Plan, make_job
-from protocol.job import Job
+from launch.topology import Plan
 from protocol.telemetry import Telemetry
 
 
@@ -29,10 +26,8 @@ def main(role: str, index: int) -> int:
     telemetry = plan.telemetry(role, index, process.node)
     signal.signal(signal.SIGTERM, lambda *_: telemetry.stop.set())
     telemetry.start_heartbeat(plan.control)
-    config = plan.config
-    job = make_job(config, plan.run_id, Path(plan.run_folder), plan.endpoints(index))
     try:
-        outcome = attempt(lambda: run_role(role, index, job, config, plan.config_yaml, telemetry))
+        outcome = attempt(lambda: run_role(role, index, plan, telemetry))
     finally:
         telemetry.close()
     with contextlib.suppress(OSError):  # on a full disk the log takes no more; the exit code still tells
@@ -40,11 +35,12 @@ def main(role: str, index: int) -> int:
     return outcome.code
 
 
-def run_role(role: str, index: int, job: Job, config: Config, config_yaml: str, telemetry: Telemetry) -> str | None:
+def run_role(role: str, index: int, plan: Plan, telemetry: Telemetry) -> str | None:
     """Do what the role does; the imports are here so that no process loads what only others need.
 
     Returns the status of the learner.
     """
+    job, config = plan.job(index), plan.config
     match role:
         case "actor":
             from actors.process import run_actor
@@ -57,20 +53,11 @@ def run_role(role: str, index: int, job: Job, config: Config, config_yaml: str, 
         case "reward-server":
             from reward_server.process import run_reward_server
 
-            run_reward_server(job, config.reward, config.actor.agent_identity, telemetry)
+            run_reward_server(job, config.reward, telemetry)
         case "learner":
             from learner.process import run_learner
 
-            return run_learner(
-                job,
-                config.learner,
-                config.cloning,
-                config.actor,
-                config.reward,
-                config.evaluation,
-                config_yaml,
-                telemetry,
-            )
+            return run_learner(job, config.settings, plan.config_yaml, telemetry)
         case _:
             raise ValueError(f"no such role: {role}")
     return None

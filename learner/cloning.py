@@ -72,9 +72,9 @@ def clone(
     """
     device = next(policy.parameters()).device
     run = BehaviourCloning(policy, demonstrations, settings, device, seed, telemetry)
-    for iteration in range(settings.iterations):
+    for iteration in range(run.iterations):
         abort()
-        run.iterate(iteration / settings.iterations, abort)
+        run.iterate(iteration / run.iterations, abort)
     run.finish()
 
 
@@ -97,6 +97,7 @@ class BehaviourCloning:
         telemetry: Telemetry,
     ) -> None:
         self.policy, self._settings, self._telemetry = policy.to(device), settings, telemetry
+        self.iterations = settings.iterations
         train, held_out = demonstrations.split(settings.held_out, derive_seed(seed, "held-out"))
         self._train = Cloning(policy.layout, train, settings.batch_size, derive_seed(seed, "cloning"))
         self._held_out = held_out and Cloning(policy.layout, held_out, settings.batch_size, 0)

@@ -32,7 +32,6 @@ class Critic(nn.Module):
 
     e^i = relu(W^i s^i); ã^i as `Attention` says; Q^i = head^i([e^i, ã^i]) with one hidden layer.
     attend_own_type: whether an agent sees its own type.   mean_field: whose mean action that is then.
-    agent_identity: whether networks that agents share tell them apart.
     """
 
     def __init__(
@@ -43,7 +42,6 @@ class Critic(nn.Module):
         heads: int,
         attend_own_type: bool,
         generator: torch.Generator,
-        agent_identity: bool = False,
         mean_field: MeanField = "others",
     ) -> None:
         super().__init__()
@@ -56,7 +54,7 @@ class Critic(nn.Module):
                 (width_in, hidden),
                 generator,
                 activate_output=True,
-                identity_slots=b.slots if agent_identity else 1,
+                identity_slots=b.identity_slots,
             )
             for b, (width_in, _) in zip(layout.blocks, ends, strict=True)
         )

@@ -14,8 +14,8 @@ from actors.collector import Collector, episodes_per_chunk
 from actors.evaluation import Evaluator
 from actors.policy import Policy
 from actors.process import build_policy
-from actors.settings import ActorSettings, EvaluationSettings
 from learner.metrics import ChunkMetrics
+from learner.settings import Settings
 from protocol.channels import Broadcaster, Request, Server
 from protocol.errors import ProtocolError
 from protocol.job import Job
@@ -61,10 +61,10 @@ class Experience(Protocol):
 class LocalExperience:
     """All actors and the evaluator in this process, one after the other: the same bits as processes give."""
 
-    def __init__(self, job: Job, actor: ActorSettings, evaluation: EvaluationSettings) -> None:
-        self._policy = build_policy(job, actor)
-        self._evaluator = Evaluator(job, evaluation)
-        self._collectors = [Collector(job, actor, index) for index in range(job.actors)]
+    def __init__(self, job: Job, settings: Settings) -> None:
+        self._policy = build_policy(job, settings.actor)
+        self._evaluator = Evaluator(job, settings.evaluation)
+        self._collectors = [Collector(job, settings.actor, index) for index in range(job.actors)]
         self._evaluated: list[Evaluated] = []
 
     def publish(self, session: str, version: int, policy: Policy, evaluate_episodes: int) -> None:
@@ -84,11 +84,10 @@ class LocalExperience:
 class RemoteExperience:
     """Actors and evaluator behind sockets. Whoever joins late, or again, gets the newest weights at once."""
 
-    def __init__(self, job: Job, policy: Policy, actor: ActorSettings, deadline_seconds: float, telemetry: Telemetry):
-        self._spec = policy.layout.spec
-        self._actors, self._deadline_seconds = job.actors, deadline_seconds
-        self._steps = self._spec.episode_length
-        self._episodes = episodes_per_chunk(actor, self._spec, job.actors)
+    def __init__(self, job: Job, settings: Settings, telemetry: Telemetry) -> None:
+        self._spec, self._steps = job.spec, job.spec.episode_length
+        self._actors, self._deadline_seconds = job.actors, settings.learner.deadline_seconds
+        self._episodes = episodes_per_chunk(settings.actor, job)
         limit = frame_limit(
             Trajectories.array_table(self._spec, self._steps, self._episodes), self._returns_table(MAX_EVALUATED)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 
-from actors.collector import episodes_per_chunk
+from actors.collector import steps_per_iteration
 from actors.policy import Policy
 from actors.settings import ActorSettings
 from learner.action_critic import ActionActorCritic, ActionCritic
@@ -26,7 +27,7 @@ from learner.metrics import RewardMetrics
 from learner.optimisation import part
 from learner.replay import Batch, Replay
 from learner.segments import Segments
-from learner.settings import CloningSettings, LearnerSettings
+from learner.settings import LearnerSettings, Settings
 from protocol.demonstrations import Demonstrations
 from protocol.device import choose_device, choose_precision
 from protocol.errors import InputError
@@ -60,14 +61,13 @@ class Imitation(ABC):
     """A policy that learns from what actors play and the reward server thinks of it.
 
     Subclasses say what an iteration learns from. starts_cloned: whether its first policy is the clone.
+    iterations: of the whole run.
     """
 
     def __init__(
         self,
         job: Job,
-        settings: LearnerSettings,
-        cloning: CloningSettings,
-        actor: ActorSettings,
+        settings: Settings,
         policy: Policy,
         demonstrations: Demonstrations | None,
         experience: Experience,
@@ -76,17 +76,17 @@ class Imitation(ABC):
     ) -> None:
         kind = algorithm(job.algorithm)
         self.policy = policy
-        self.starts_cloned = settings.start == "cloned"
+        self.starts_cloned = settings.learner.start == "cloned"
+        self.iterations = iterations_for(settings.actor, job)
         device = choose_device(job.device)
         self._job = job
-        self._settings = replace(
-            kind.learner_settings(settings), precision=choose_precision(settings.precision, device)
-        )
-        self._cloning_settings, self._demonstrations = cloning, demonstrations
+        precision = choose_precision(settings.learner.precision, device)
+        self._settings = replace(kind.learner_settings(settings.learner), precision=precision)
+        self._cloning_settings, self._demonstrations = settings.cloning, demonstrations
         self._imitates = kind.imitates
         self._experience, self._rewards, self._telemetry = experience, rewards, telemetry
         self._metrics = RewardMetrics(telemetry.registry)
-        self._learner = self._build(device, actor)
+        self._learner = self._build(device, settings.actor)
 
     def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None, abort: Callable[[], None]) -> None:
         """Start a session on both sides: from a checkpoint's arrays, or from the seed and perhaps from the clone.
@@ -147,7 +147,7 @@ class OffPolicyImitation(Imitation):
 
     def _build(self, device: torch.device, actor: ActorSettings) -> ActorCritic:
         job, settings, layout = self._job, self._settings, self.policy.layout
-        critic = build_critic(job, settings, actor, layout)
+        critic = build_critic(job, settings, layout)
         kinds = ActionActorCritic if isinstance(critic, ActionCritic) else ActorCritic
         self._replay = Replay(layout, settings.window_steps or REPLAY_STEPS)
         self._generator = torch.Generator().manual_seed(derive_seed(job.seed, "replay"))
@@ -228,10 +228,9 @@ class OnPolicyImitation(Imitation):
 
     def _build(self, device: torch.device, actor: ActorSettings) -> ClippedActorCritic:
         job, settings = self._job, self._settings
-        critic = build_value_critic(job, settings, actor, self.policy.layout)
+        critic = build_value_critic(job, settings, self.policy.layout)
         self._seen, self._babbling = 0, actor.babbling
-        spec = self.policy.layout.spec
-        self._room = job.actors * episodes_per_chunk(actor, spec, job.actors) * spec.episode_length
+        self._room = steps_per_iteration(actor, job)
         seed = derive_seed(job.seed, "epochs")
         return ClippedActorCritic(self.policy, critic, settings, device, seed, lagging=job.mode == "async")
 
@@ -278,12 +277,12 @@ class OnPolicyImitation(Imitation):
         return None if self._imitates else segments.of_rows(segments.rewards)
 
 
-def build_value_critic(job: Job, settings: LearnerSettings, actor: ActorSettings, layout: Layout) -> ValueCritic:
+def build_value_critic(job: Job, settings: LearnerSettings, layout: Layout) -> ValueCritic:
     """The value critics of the job's algorithm, for clipped updates, at the start that its seed gives."""
-    return _built(ValueCritic, job, settings, actor, layout)
+    return _built(ValueCritic, job, settings, layout)
 
 
-def build_critic(job: Job, settings: LearnerSettings, actor: ActorSettings, layout: Layout) -> Critic:
+def build_critic(job: Job, settings: LearnerSettings, layout: Layout) -> Critic:
     """The critics of the job's algorithm, at the start that its seed gives.
 
     Raises InputError for a Boltzmann policy over continuous actions.
@@ -292,12 +291,10 @@ def build_critic(job: Job, settings: LearnerSettings, actor: ActorSettings, layo
     discrete = all(block.discrete for block in layout.blocks)
     if settings.policy == "boltzmann" and not discrete:
         raise InputError("learner.policy boltzmann needs discrete actions; leave it out for continuous ones")
-    return _built(Critic if discrete and settings.query == "state" else ActionCritic, job, settings, actor, layout)
+    return _built(Critic if discrete and settings.query == "state" else ActionCritic, job, settings, layout)
 
 
-def _built(
-    critic: type[AnyCritic], job: Job, settings: LearnerSettings, actor: ActorSettings, layout: Layout
-) -> AnyCritic:
+def _built(critic: type[AnyCritic], job: Job, settings: LearnerSettings, layout: Layout) -> AnyCritic:
     kind = algorithm(job.algorithm)
     settings = kind.learner_settings(settings)
     return critic(
@@ -307,9 +304,13 @@ def _built(
         settings.heads,
         settings.attend_own_type,
         torch.Generator().manual_seed(derive_seed(job.seed, "critic")),
-        actor.agent_identity,
         settings.mean_field,
     )
+
+
+def iterations_for(settings: ActorSettings, job: Job) -> int:
+    """How many lockstep iterations the job's budget of environment steps allows, rounded up."""
+    return math.ceil(job.steps / steps_per_iteration(settings, job))
 
 
 def _mean(rewards: list[torch.Tensor]) -> float:

@@ -11,11 +11,11 @@ import torch
 
 from actors.policy import Policy
 from actors.process import CREDITS
-from actors.settings import ActorSettings
 from learner.experience import REPEAT_SECONDS, RemoteExperience
 from learner.figures import Figures
 from learner.imitation import Arrays, OffPolicyImitation, OnPolicyImitation
 from learner.segments import Segments
+from learner.settings import Settings
 from protocol.channels import Request
 from protocol.errors import ProtocolError
 from protocol.job import Job
@@ -39,18 +39,10 @@ class StreamedExperience(RemoteExperience):
     actor could fall more than `max_policy_lag` iterations behind, the learner pauses until its chunk has come.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        policy: Policy,
-        actor: ActorSettings,
-        max_policy_lag: int,
-        deadline_seconds: float,
-        telemetry: Telemetry,
-    ) -> None:
-        super().__init__(job, policy, actor, deadline_seconds, telemetry)
+    def __init__(self, job: Job, settings: Settings, telemetry: Telemetry) -> None:
+        super().__init__(job, settings, telemetry)
         self._share, self._actors = job.actors, MAX_ACTORS
-        self._max_policy_lag, self._telemetry = max_policy_lag, telemetry
+        self._max_policy_lag, self._telemetry = settings.learner.max_policy_lag, telemetry
         self._queue: deque[tuple[Request, Trajectories]] = deque()
         self._next_version: dict[int, int] = {}
         """Of each actor that may be at work: the oldest version that its next chunk can be of."""

@@ -16,15 +16,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from actors.collector import episodes_per_chunk
 from actors.evaluation import Evaluator, ReturnEstimate
 from actors.policy import Policy, UniformPolicy
-from actors.settings import ActorSettings, EvaluationSettings
 from learner.checkpoint import Checkpoint, CheckpointFolder
 from learner.experience import Evaluated, Experience
 from learner.metrics import LearnerMetrics
 from learner.record import RunRecord
-from learner.settings import LearnerSettings
+from learner.settings import Settings
 from protocol.channels import Refused, Unanswered
 from protocol.errors import InputError, NumericalError
 from protocol.job import Job
@@ -43,9 +41,13 @@ class Interrupted(Exception):
 
 
 class Iterated(Protocol):
-    """What is iterated.   starts_cloned: whether the policy before the first iteration is the demonstrations' clone."""
+    """What is iterated, `iterations` times.
+
+    starts_cloned: whether the policy before the first iteration is the demonstrations' clone.
+    """
 
     policy: Policy
+    iterations: int
     starts_cloned: bool
 
     def begin(
@@ -78,30 +80,25 @@ class Training:
     def __init__(
         self,
         job: Job,
-        settings: LearnerSettings,
-        evaluation: EvaluationSettings,
-        iterations: int,
+        settings: Settings,
         algorithm: Iterated,
         experience: Experience,
-        record: RunRecord,
         config_yaml: str,
         telemetry: Telemetry,
     ) -> None:
-        self._job, self._settings, self._evaluation = job, settings, evaluation
-        self._iterations, self._algorithm, self._experience = iterations, algorithm, experience
-        self._record, self._config, self._telemetry = record, config_yaml, telemetry
-        self._checkpoints = CheckpointFolder(job.run_folder / "checkpoints", settings.checkpoints_kept)
+        self._job, self._settings, self._evaluation = job, settings.learner, settings.evaluation
+        self._iterations, self._algorithm, self._experience = algorithm.iterations, algorithm, experience
+        self._record, self._config, self._telemetry = RunRecord(job.run_folder), config_yaml, telemetry
+        self._checkpoints = CheckpointFolder(job.run_folder / "checkpoints", self._settings.checkpoints_kept)
         self._metrics = LearnerMetrics(telemetry.registry)
         self._facts = Facts()
         self._begun = False
         self._counted_until = time.monotonic()
         self._final_estimate: ReturnEstimate | None = None
         self._figures: dict[int, dict[str, float]] = {}
-        self._evaluator = Evaluator(job, evaluation)
+        self._evaluator = Evaluator(job, self._evaluation)
         with telemetry.stage("baseline"):
-            random_returns = self._evaluator.returns(
-                UniformPolicy(self._algorithm.policy.layout.spec), evaluation.final_episodes
-            )
+            random_returns = self._evaluator.returns(UniformPolicy(job.spec), self._evaluation.final_episodes)
         self._random_return = float(random_returns.mean())
         self._expert_return = self._evaluator.expert_return
 
@@ -292,7 +289,7 @@ class Training:
             "return_mean": estimate and estimate.mean,
             "return_stderr": estimate and estimate.stderr,
             "random_return": self._random_return,
-            "changes": self._algorithm.policy.layout.spec.changes,
+            "changes": self._job.spec.changes,
             "expert_return": self._expert_return,
             "clone_return": self._facts.clone_return,
             "normalized_return": estimate and self._normalized(estimate.mean),
@@ -302,9 +299,3 @@ class Training:
         }
         self._record.write_result(result)
         self._record.draw()
-
-
-def iterations_for(steps: int, actor: ActorSettings, job: Job, policy: Policy) -> int:
-    """How many lockstep iterations an environment-step budget allows, rounded up."""
-    spec = policy.layout.spec
-    return math.ceil(steps / (job.actors * episodes_per_chunk(actor, spec, job.actors) * spec.episode_length))

@@ -334,7 +334,7 @@ def resolve(name_or_path: str | Path) -> Path:
     return Path(str(folder / (name + SUFFIX)))
 
 
-def load_demonstrations(job: Job, spec: EnvironmentSpec) -> Demonstrations | None:
+def load_demonstrations(job: Job) -> Demonstrations | None:
     """The demonstrations of the job, checked against its environment, in its form and for as many agents; None if it
     names none.
 
@@ -343,10 +343,10 @@ def load_demonstrations(job: Job, spec: EnvironmentSpec) -> Demonstrations | Non
     if not job.demonstrations:
         return None
     demonstrations = Demonstrations.load(resolve(job.demonstrations))
-    demonstrations.check_against(spec)
+    demonstrations.check_against(job.spec)
     if job.demonstration_episodes:
         demonstrations = demonstrations.select(job.demonstration_episodes, seed=0)
-    return demonstrations.in_form_of(spec).for_crowd(spec)
+    return demonstrations.in_form_of(job.spec).for_crowd(job.spec)
 
 
 def _narrowed(kind: TypeSpec, actions: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from protocol.specs import ParameterSharing
+from protocol.specs import EnvironmentSpec, ParameterSharing
 
 Mode = Literal["lockstep", "async", "serial"]
 Role = Literal["actor", "learner", "reward-server", "evaluator"]
@@ -30,6 +30,8 @@ class Endpoints:
 class Job:
     """One run. `run_id` keeps the messages of two runs apart; `seed` determines everything in lockstep.
 
+    environment: its name.   spec: its description, which travels so that nobody builds it only to learn that.
+    agent_identity: whether networks that agents share tell them apart.
     demonstrations: path of a demonstrations file, or empty.   demonstration_episodes: how many of them are used, 0 all.
     steps: budget of joint environment steps.
     """
@@ -37,6 +39,7 @@ class Job:
     run_id: str
     run_folder: Path
     environment: str
+    spec: EnvironmentSpec
     demonstrations: str
     demonstration_episodes: int
     algorithm: str
@@ -45,6 +48,7 @@ class Job:
     steps: int
     actors: int
     parameter_sharing: ParameterSharing
+    agent_identity: bool
     device: str
     threads: int
     endpoints: Endpoints

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from protocol.grid import ObservationGrid
+from protocol.job import Job
 from protocol.observations import Form, Observations, forms, integers
 from protocol.specs import ArrayTable, EnvironmentSpec, ParameterSharing
 from protocol.trajectories import actions_entry, check_actions, columns_of
@@ -32,6 +33,7 @@ class Block:
     """The agents of one shape.
 
     types: indices into `spec.types`.   num_agents: N_b.   groups, slots: G, S.
+    identity_slots: S if networks tell the agents of their slots apart, else 1.
     agent_of_slot: [G·S] index into the block's agents, -1 where the slot is empty.   slot_of_agent: [N_b].
     type_of_agent: [N_b] index into `types`.   form: how they observe.
     """
@@ -44,6 +46,7 @@ class Block:
     num_agents: int
     groups: int
     slots: int
+    identity_slots: int
     agent_of_slot: torch.Tensor
     slot_of_agent: torch.Tensor
     type_of_agent: torch.Tensor
@@ -91,9 +94,18 @@ class Layout:
     blocks: tuple[Block, ...]
 
     @classmethod
-    def of(cls, spec: EnvironmentSpec, parameter_sharing: ParameterSharing) -> Layout:
-        """The blocks of `spec`, with the networks that its agents have."""
-        return cls(spec, parameter_sharing, tuple(_block(spec, types, parameter_sharing) for types in spec.blocks))
+    def of(cls, spec: EnvironmentSpec, parameter_sharing: ParameterSharing, agent_identity: bool = False) -> Layout:
+        """The blocks of `spec`, with the networks that its agents have.
+
+        agent_identity: whether networks that agents share tell them apart.
+        """
+        blocks = (_block(spec, types, parameter_sharing, agent_identity) for types in spec.blocks)
+        return cls(spec, parameter_sharing, tuple(blocks))
+
+    @classmethod
+    def of_job(cls, job: Job) -> Layout:
+        """That of all networks of a run."""
+        return cls.of(job.spec, job.parameter_sharing, job.agent_identity)
 
 
 @dataclass
@@ -214,7 +226,9 @@ def widened(actions: torch.Tensor) -> torch.Tensor:
     return actions if actions.is_floating_point() else actions.long()
 
 
-def _block(spec: EnvironmentSpec, types: tuple[int, ...], parameter_sharing: ParameterSharing) -> Block:
+def _block(
+    spec: EnvironmentSpec, types: tuple[int, ...], parameter_sharing: ParameterSharing, agent_identity: bool
+) -> Block:
     counts = [spec.types[m].count for m in types]
     num_agents = sum(counts)
     groups, slots = (num_agents, 1) if parameter_sharing == "agent" else (len(types), max(counts))
@@ -235,6 +249,7 @@ def _block(spec: EnvironmentSpec, types: tuple[int, ...], parameter_sharing: Par
         num_agents=num_agents,
         groups=groups,
         slots=slots,
+        identity_slots=slots if agent_identity else 1,
         agent_of_slot=agent_of_slot,
         slot_of_agent=(agent_of_slot >= 0).nonzero().squeeze(1),
         type_of_agent=torch.repeat_interleave(torch.arange(len(types)), torch.tensor(counts)),

@@ -72,20 +72,19 @@ class Architecture:
     """Shapes of the discriminators of a block.
 
     A layer is one tensor [G, L, out, in + biases], weights and biases side by side. The first layer has one bias
-    per slot if `agent_identity` (the same network as one that sees the slot's number one-hot), else one.
+    for each of the block's identity slots (the same network as one that sees the slot's number one-hot).
     """
 
     block: Block
     particles: int
     hidden: tuple[int, ...]
     activation: Activation
-    agent_identity: bool
     seen: Seen
 
     @property
     def biases(self) -> int:
         """Bias columns of the first layer."""
-        return self.block.slots if self.agent_identity else 1
+        return self.block.identity_slots
 
     @property
     def inputs(self) -> int:
@@ -143,7 +142,7 @@ class Architecture:
             x[..., width:end].zero_().scatter_(-1, actions.to(x.device).unsqueeze(-1), 1)
         elif self.seen.action:
             x[..., width:end] = actions
-        x[..., end:] = torch.eye(self.block.slots, device=x.device) if self.agent_identity else 1
+        x[..., end:] = torch.eye(self.biases, device=x.device)
 
 
 def forward(

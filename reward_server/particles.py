@@ -65,7 +65,6 @@ class RewardModel:
         settings: RewardSettings,
         seed: int,
         device: str | torch.device = "cpu",
-        agent_identity: bool = False,
     ) -> None:
         if not len(demonstrations):
             raise InputError("the demonstrations hold no rows; imitation needs at least one episode")
@@ -75,7 +74,7 @@ class RewardModel:
         memory_seed = derive_seed(seed, "memory")
         self._memory = Memory(layout, settings.window_steps, settings.memory, memory_seed, self._device)
         self._generator = torch.Generator().manual_seed(seed)
-        self._architectures = architectures(layout, settings, agent_identity)
+        self._architectures = architectures(layout, settings)
         self._work = Workspace(device=self._device)
         self._layers = [
             [torch.nn.Parameter(layer.to(self._device)) for layer in architecture.initial(self._generator)]
@@ -317,26 +316,24 @@ class RewardModel:
         return int(next(iter(self._adam.state.values()))["step"])
 
 
-def architectures(layout: Layout, settings: RewardSettings, agent_identity: bool) -> list[Architecture]:
+def architectures(layout: Layout, settings: RewardSettings) -> list[Architecture]:
     """The discriminators of every block. Raises InputError if they cannot see what `settings.sees` names."""
     seen = columns_seen(layout.spec, settings.sees)
     check_imagined(layout.spec, settings.imagined)
     # The types of a block have equal parts, so what is seen of one is seen of all.
     return [
-        Architecture(
-            block, settings.particles, settings.hidden, settings.activation, agent_identity, seen[block.types[0]]
-        )
+        Architecture(block, settings.particles, settings.hidden, settings.activation, seen[block.types[0]])
         for block in layout.blocks
     ]
 
 
-def state_table(layout: Layout, settings: RewardSettings, agent_identity: bool = False) -> ArrayTable:
+def state_table(layout: Layout, settings: RewardSettings) -> ArrayTable:
     """Name → (dtype, shape) of `Model.state`: the schema of a restored session."""
     if settings.source == "environment":
         return {"counters": ("int64", (1,))}
     table: ArrayTable = {"counters": ("int64", (2,)), "generator": ("uint8", (len(torch.Generator().get_state()),))}
     table |= {MEMORY + name: entry for name, entry in Memory.state_table(layout, settings.window_steps).items()}
-    for b, architecture in enumerate(architectures(layout, settings, agent_identity)):
+    for b, architecture in enumerate(architectures(layout, settings)):
         for k, shape in enumerate(architecture.shapes):
             table |= {f"{b}.{k}.{part}": ("float32", shape) for part in ("parameter", "exp_avg", "exp_avg_sq")}
     return table

@@ -30,7 +30,6 @@ from protocol.messages import (
     Update,
     frame_limit,
 )
-from protocol.registry import make_environment
 from protocol.seeds import derive_seed
 from protocol.specs import ArrayTable
 from protocol.telemetry import Telemetry
@@ -47,20 +46,17 @@ MAX_NUMBER = 2**60
 """Far from where the numbers of rows would overflow."""
 
 
-def run_reward_server(job: Job, settings: RewardSettings, agent_identity: bool, telemetry: Telemetry) -> None:
+def run_reward_server(job: Job, settings: RewardSettings, telemetry: Telemetry) -> None:
     """Serve rewards until told to stop.
 
-    agent_identity: as the policies have it, with parameters per type: discriminators see which agent of the type acts.
-    Raises InputError if the environment or the demonstrations cannot be used.
+    Raises InputError if the demonstrations cannot be used.
     """
     torch.set_num_threads(job.threads)
-    layout = Layout.of(make_environment(job.environment, 1).spec, job.parameter_sharing)
-    build_model(job, settings, agent_identity)  # what is wrong with the demonstrations shows before anybody waits
-    server = listen(job.endpoints.rewards, layout, settings, state_table(layout, settings, agent_identity), telemetry)
+    layout = Layout.of_job(job)
+    build_model(job, settings)  # what is wrong with the demonstrations shows before anybody waits
+    server = listen(job.endpoints.rewards, layout, settings, state_table(layout, settings), telemetry)
     device = choose_device(job.device)
-    service = RewardServer(
-        server, lambda: build_model(job, settings, agent_identity), layout, settings, telemetry, device
-    )
+    service = RewardServer(server, lambda: build_model(job, settings), layout, settings, telemetry, device)
     try:
         while not telemetry.stop.is_set():
             service.serve(POLL_SECONDS)
@@ -68,22 +64,18 @@ def run_reward_server(job: Job, settings: RewardSettings, agent_identity: bool, 
         server.close()
 
 
-def build_model(job: Job, settings: RewardSettings, agent_identity: bool = False) -> Model:
+def build_model(job: Job, settings: RewardSettings) -> Model:
     """The reward model of the job, at the start that its seed gives.
 
     Raises InputError if a learned reward has no demonstrations, or they do not fit the environment.
     """
     if settings.source == "environment":
         return TrueRewards()
-    spec = make_environment(job.environment, 1).spec
-    layout = Layout.of(spec, job.parameter_sharing)
-    demonstrations = load_demonstrations(job, spec)
+    demonstrations = load_demonstrations(job)
     if demonstrations is None:
         raise InputError("a learned reward needs demonstrations; name a file with --demonstrations")
-    device = choose_device(job.device)
-    return RewardModel(
-        layout, demonstrations.rows(layout), settings, derive_seed(job.seed, "reward_server"), device, agent_identity
-    )
+    layout, seed = Layout.of_job(job), derive_seed(job.seed, "reward_server")
+    return RewardModel(layout, demonstrations.rows(layout), settings, seed, choose_device(job.device))
 
 
 class RewardServer:

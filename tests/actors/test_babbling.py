@@ -64,7 +64,7 @@ def test_no_two_networks_are_one() -> None:
 def test_the_first_versions_are_babbled_whatever_the_weights() -> None:
     config = load_preset("berlin")
     config = replace(config, environment=TOWN, actors=1, actor=replace(config.actor, babbling=2, hidden=(16,)))
-    job = make_job(config, "", Path(), Endpoints("", "", "", ""))
+    job = make_job(config, make_environment(TOWN, 1).spec, "", Path(), Endpoints("", "", "", ""))
     collector = Collector(job, config.actor, 0)
     one, other = build_policy(job, config.actor), build_policy(replace(job, seed=5), config.actor)
 

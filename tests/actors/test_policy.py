@@ -16,7 +16,7 @@ SPEC = EnvironmentSpec("toy", (TypeSpec("a", 3, 4, 3), TypeSpec("b", 2, 5, 2), T
 
 
 def build(sharing: ParameterSharing = "type", identity: bool = False, seed: int = 0) -> Policy:
-    return Policy(Layout.of(SPEC, sharing), (8,), torch.Generator().manual_seed(seed), identity)
+    return Policy(Layout.of(SPEC, sharing, identity), (8,), torch.Generator().manual_seed(seed))
 
 
 def view(episodes: int, seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:

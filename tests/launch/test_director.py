@@ -25,7 +25,7 @@ from protocol.telemetry import Telemetry
 def director(tmp_path: Path) -> Iterator[Director]:
     config = load_preset("rover_tower_8")
     nodes, processes = (Node("here"), Node("there")), (Process("learner", 0, 0),)
-    plan = Plan("run", str(tmp_path), config.to_yaml(), nodes, processes, ipc_addresses(tmp_path, processes))
+    plan = Plan("run", str(tmp_path), config.to_yaml(), "", nodes, processes, ipc_addresses(tmp_path, processes))
     telemetry = Telemetry("supervisor", 0, Sender("run", "supervisor-0"))
     director = Director(plan, telemetry)
     yield director

@@ -26,7 +26,7 @@ def plan_of(folder: Path, mode: str) -> Plan:
     keys_file = str(folder / "keys.json")
     processes = processes_of(config)
     addresses = ipc_addresses(folder, processes)
-    return Plan("run", str(folder), config.to_yaml(), (Node("here"),), processes, addresses, keys_file)
+    return Plan("run", str(folder), config.to_yaml(), "", (Node("here"),), processes, addresses, keys_file)
 
 
 def test_a_ticket_is_its_owners_and_has_no_secret_of_the_servers(tmp_path: Path) -> None:

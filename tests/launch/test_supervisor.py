@@ -35,7 +35,7 @@ time.sleep(60)
 
 def plan_of(folder: Path, *processes: Process) -> Plan:
     config = load_preset("rover_tower_8")
-    return Plan("run", str(folder), config.to_yaml(), (Node("here"),), processes, ipc_addresses(folder, processes))
+    return Plan("run", str(folder), config.to_yaml(), "", (Node("here"),), processes, ipc_addresses(folder, processes))
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_the_processes_of_a_lost_node_go_on_here(tmp_path: Path, telemetry: Tele
     processes = (Process("learner", 0, 0), Process("actor", 0, 1))
     config = load_preset("rover_tower_8")
     nodes = (Node("here"), Node("there", "10.0.0.9"))
-    plan = Plan("run", str(tmp_path), config.to_yaml(), nodes, processes, ipc_addresses(tmp_path, processes))
+    plan = Plan("run", str(tmp_path), config.to_yaml(), "", nodes, processes, ipc_addresses(tmp_path, processes))
     echo = "import json, sys, time; print(json.load(sys.stdin)['processes'], flush=True); time.sleep(60)"
     supervisor = Supervisor(plan, 0, telemetry, lambda _: None, lambda p: [sys.executable, "-c", echo])
     supervisor.start()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 from collections import Counter
@@ -14,6 +15,7 @@ from launch.config import load_preset
 from launch.rendezvous import PORTS, _free_ports, _plan, common_addresses
 from launch.topology import Node, Plan, Process, ipc_addresses, place, processes_of, tcp_addresses
 from protocol.errors import InputError
+from protocol.registry import make_environment
 
 
 def test_actors_go_where_cores_are_left() -> None:
@@ -33,7 +35,7 @@ def test_actors_go_round_equal_nodes() -> None:
 def test_a_gpu_that_the_learner_does_not_get_is_told() -> None:
     config = replace(load_preset("rover_tower_8"), nodes=2)
     first, second = Node("a"), Node("b", gpus=1)
-    plans = [Plan("id", "", config.to_yaml(), nodes, (), {}) for nodes in ((first, second), (second, first))]
+    plans = [Plan("id", "", config.to_yaml(), "", nodes, (), {}) for nodes in ((first, second), (second, first))]
     assert "no GPU" in plans[0].lines()[-1]
     assert not any("no GPU;" in line for line in plans[1].lines())
 
@@ -57,12 +59,12 @@ def test_sockets_are_where_their_processes_are() -> None:
 
 def test_a_process_uses_its_own_sockets_and_those_whose_turn_it_is(tmp_path: Path) -> None:
     processes = (*(Process("learner", n, 0) for n in range(2)), *(Process("reward-server", n, 0) for n in range(3)))
-    plan = Plan("id", "", "", (Node("a"),), processes, ipc_addresses(tmp_path, processes))
+    plan = Plan("id", "", "", "", (Node("a"),), processes, ipc_addresses(tmp_path, processes))
     used = [plan.endpoints(index) for index in range(4)]
     assert [e.weights.rpartition("/")[2] for e in used] == ["weights-0", "weights-1", "weights-0", "weights-1"]
     assert [e.rewards.rpartition("/")[2] for e in used] == ["rewards-0", "rewards-1", "rewards-2", "rewards-0"]
     assert len({e.control for e in used}) == 1
-    alone = Plan("id", "", "", (Node("a"),), processes[:1], ipc_addresses(tmp_path, processes[:1]))
+    alone = Plan("id", "", "", "", (Node("a"),), processes[:1], ipc_addresses(tmp_path, processes[:1]))
     assert alone.endpoints(0).rewards == ""
 
 
@@ -70,9 +72,13 @@ def test_a_plan_round_trips_and_can_be_read(tmp_path: Path) -> None:
     config = replace(load_preset("rover_tower_8"), nodes=2, actors=2)
     nodes = (Node("a", ports=(1, 2, 3, 4)), Node("b", ports=(5, 6, 7, 8)))
     processes = place(processes_of(config), nodes)
-    plan = Plan("id", str(tmp_path), config.to_yaml(), nodes, processes, tcp_addresses(nodes, processes))
+    spec = make_environment(config.environment, 1).spec
+    description = json.dumps(spec.to_json())
+    addresses = tcp_addresses(nodes, processes)
+    plan = Plan("id", str(tmp_path), config.to_yaml(), description, nodes, processes, addresses)
     assert Plan.from_json(plan.to_json()) == plan
     assert plan.config == config
+    assert plan.job(0).spec == spec
     assert "node 1 (b): supervisor-1 actor-0 actor-1" in plan.lines()
 
 
@@ -93,7 +99,7 @@ def test_ports_are_free_and_not_for_outgoing_connections() -> None:
 
 def test_a_world_of_the_wrong_size_is_refused() -> None:
     config = replace(load_preset("rover_tower_8"), nodes=2)
-    order = {"config_yaml": config.to_yaml(), "run_folder": "r", "run_id": "i", "processes": []}
+    order = {"config_yaml": config.to_yaml(), "spec_json": "", "run_folder": "r", "run_id": "i", "processes": []}
     facts = [{"host": host, "address": "127.0.0.1", "ports": [1, 2, 3, 4]} for host in ("a", "b")]
     with pytest.raises(InputError, match="a world of 1"):
         _plan(order, facts[:1], 1)

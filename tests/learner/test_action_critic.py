@@ -35,7 +35,7 @@ def _float64() -> Iterator[None]:
 
 def build(spec: EnvironmentSpec, sharing: ParameterSharing, context: Context, own_type: bool = True) -> ActionCritic:
     generator = torch.Generator().manual_seed(1)
-    return ActionCritic(Layout.of(spec, sharing), context, 6, HEADS, own_type, generator, agent_identity=True)
+    return ActionCritic(Layout.of(spec, sharing, True), context, 6, HEADS, own_type, generator)
 
 
 @pytest.mark.usefixtures("_float64")

@@ -10,7 +10,6 @@ import pytest
 import torch
 from slow_reference import random_rows, spec_of
 
-from actors.settings import ActorSettings
 from launch.cli import main
 from learner.algorithms import ALGORITHMS, algorithm
 from learner.imitation import build_critic
@@ -63,12 +62,14 @@ def test_only_the_mean_of_all_has_the_own_action_in_it(name: str) -> None:
     """In the critics that algorithms get; the released one sees no own type at all."""
     spec = spec_of((2, 3, 4), (2, 3, 4))
     layout = Layout.of(spec, "type")
-    job = Job("run", Path(), "toy", "", 0, name, "serial", 3, 10, 1, "type", "cpu", 1, Endpoints("", "", "", ""))
+    job = Job(
+        "run", Path(), "toy", spec, "", 0, name, "serial", 3, 10, 1, "type", False, "cpu", 1, Endpoints("", "", "", "")
+    )
     rows = random_rows(layout, 3, torch.Generator().manual_seed(0), alive=1.0)
     moved = JointRows(rows.observations, [(rows.actions[0] + torch.tensor([1, 0, 0, 0])) % 4], rows.active)
     depends = {}
     for mean_field in ("others", "all"):
-        critic = build_critic(job, LearnerSettings(mean_field=mean_field), ActorSettings(), layout)
+        critic = build_critic(job, LearnerSettings(mean_field=mean_field), layout)
         before, after = (layout.blocks[0].rows(critic(r)[0])[:, 0] for r in (rows, moved))
         depends[mean_field] = not torch.allclose(before, after, atol=1e-6)
     assert depends == {"others": False, "all": name != "bm3il-released"}

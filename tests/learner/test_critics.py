@@ -38,13 +38,13 @@ def build(
     agent_identity: bool = False,
     mean_field: MeanField = "others",
 ) -> Critic:
-    layout = Layout.of(spec, sharing)
+    layout = Layout.of(spec, sharing, agent_identity)
     generator = torch.Generator().manual_seed(1)
-    return Critic(layout, context, 6, HEADS, attend_own_type, generator, agent_identity, mean_field)
+    return Critic(layout, context, 6, HEADS, attend_own_type, generator, mean_field)
 
 
 def build_value(spec: EnvironmentSpec, sharing: ParameterSharing, context: Context) -> ValueCritic:
-    return ValueCritic(Layout.of(spec, sharing), context, 6, HEADS, True, torch.Generator().manual_seed(1), True)
+    return ValueCritic(Layout.of(spec, sharing), context, 6, HEADS, True, torch.Generator().manual_seed(1))
 
 
 def assert_as_slow(

@@ -119,7 +119,7 @@ def batch_of(layout: Layout) -> Batch:
 
 
 def policy_of(layout: Layout) -> Policy:
-    return Policy(layout, (HIDDEN,), torch.Generator().manual_seed(0), agent_identity=True)
+    return Policy(layout, (HIDDEN,), torch.Generator().manual_seed(0))
 
 
 def demonstrations_of(spec: EnvironmentSpec) -> Demonstrations:

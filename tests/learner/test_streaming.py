@@ -13,6 +13,7 @@ from actors.policy import Policy
 from actors.process import CREDITS
 from actors.settings import ActorSettings
 from learner import streaming
+from learner.settings import LearnerSettings, Settings
 from learner.streaming import StreamedExperience
 from protocol.channels import Client
 from protocol.job import Endpoints, Job
@@ -32,11 +33,14 @@ class Learner:
 
     def __init__(self, folder: Path) -> None:
         endpoints = Endpoints(*(f"ipc://{folder}/{name}" for name in ("e", "w", "r", "c")))
-        job = Job("run", folder, ENVIRONMENT, "", 0, "maac", "async", 0, 1000, 2, "type", "cpu", 1, endpoints)
+        job = Job(
+            "run", folder, ENVIRONMENT, SPEC, "", 0, "maac", "async", 0, 1000, 2, "type", False, "cpu", 1, endpoints
+        )
         self.telemetry = Telemetry("learner", 0, Sender("run", "learner-0"), 0, "127.0.0.1")
         self.policy = Policy(Layout.of(SPEC, "type"), (4,), torch.Generator().manual_seed(0))
-        settings = ActorSettings(steps_per_iteration=50)
-        self.experience = StreamedExperience(job, self.policy, settings, MAX_LAG, 3.0, self.telemetry)
+        learner = LearnerSettings(max_policy_lag=MAX_LAG, deadline_seconds=3.0)
+        settings = Settings(learner, actor=ActorSettings(steps_per_iteration=50))
+        self.experience = StreamedExperience(job, settings, self.telemetry)
         self.actors = [
             Client(endpoints.experience, Sender("run", f"actor-{i}"), lambda _: {}, lambda _: None) for i in range(3)
         ]

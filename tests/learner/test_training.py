@@ -18,7 +18,7 @@ from learner.algorithms import ALGORITHMS, algorithm
 from learner.cloning import BehaviourCloning
 from learner.experience import LocalExperience
 from learner.process import run_serial
-from learner.settings import CloningSettings, LearnerSettings
+from learner.settings import CloningSettings, LearnerSettings, Settings
 from learner.training import Training
 from protocol.channels import Refused
 from protocol.errors import InputError, NumericalError
@@ -48,6 +48,7 @@ def run(
         run_id="test",
         run_folder=folder,
         environment="rover_tower?pairs=2",
+        spec=make_environment("rover_tower?pairs=2", 1).spec,
         demonstrations="rover_tower_4",
         demonstration_episodes=10,
         algorithm=name,
@@ -56,13 +57,13 @@ def run(
         steps=ITERATIONS * STEPS_PER_ITERATION,
         actors=actor_count,
         parameter_sharing="type",
+        agent_identity=True,
         device="cpu",
         threads=1,
         endpoints=Endpoints("", "", "", ""),
     )
-    actor = ActorSettings(steps_per_iteration=STEPS_PER_ITERATION, hidden=(16,), agent_identity=True)
+    actor = ActorSettings(steps_per_iteration=STEPS_PER_ITERATION, hidden=(16,))
     small = LearnerSettings(hidden=16, heads=2, updates=3, batch_size=32, window_steps=300, checkpoint_interval=2)
-    settings = dataclasses.replace(small, **learner)
     reward = RewardSettings(particles=2, hidden=(16,), updates=2, batch_size=32, window_steps=300)
     reward = algorithm(name).reward_settings(reward)
     evaluation = EvaluationSettings(interval=2, episodes=20, final_episodes=20)
@@ -71,7 +72,8 @@ def run(
     telemetry = Telemetry("learner", 0, Sender("test", "learner-0"))
     telemetry.stop = stop or telemetry.stop
     try:
-        run_serial(job, settings, cloning, actor, reward, evaluation, config, telemetry)
+        settings = Settings(dataclasses.replace(small, **learner), cloning, actor, reward, evaluation)
+        run_serial(job, settings, config, telemetry)
     finally:
         telemetry.close()
     return json.loads((folder / "result.json").read_text())

@@ -52,8 +52,8 @@ def encoded(
 def make_model(
     sharing: ParameterSharing = "type", settings: RewardSettings = SETTINGS, seed: int = 0, identity: bool = False
 ) -> RewardModel:
-    layout = Layout.of(SPEC, sharing)
-    model = RewardModel(layout, some_rows(layout, 30, 1, shift=1.0), settings, seed, agent_identity=identity)
+    layout = Layout.of(SPEC, sharing, identity)
+    model = RewardModel(layout, some_rows(layout, 30, 1, shift=1.0), settings, seed)
     model.observe(some_rows(layout, 50, 2))
     return model
 

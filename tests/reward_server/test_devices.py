@@ -87,7 +87,7 @@ def test_host_and_device_are_never_mixed(
     monkeypatch: pytest.MonkeyPatch, sharing: ParameterSharing, changes: dict[str, Any]
 ) -> None:
     forms.cache_clear()  # what they copied to the device of another test
-    layout = Layout.of(SPEC, sharing)
+    layout = Layout.of(SPEC, sharing, agent_identity=sharing == "type")
     settings = dataclasses.replace(SETTINGS, **changes)
     memory = Memory(layout, 40, "window", 0)
     expert, asked = some_rows(layout, 30), some_rows(layout, 5)
@@ -96,7 +96,7 @@ def test_host_and_device_are_never_mixed(
     monkeypatch.setattr(torch.optim, "Adam", Standing)
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), torch.no_grad():
         memory.rows = memory.rows.to(torch.device(DEVICE))
-        model = RewardModel(layout, expert, settings, 0, DEVICE, agent_identity=sharing == "type")
+        model = RewardModel(layout, expert, settings, 0, DEVICE)
         model._step(Health())  # the first one brings tensors to the device that stay there
         with NeverWaiting(torch.device(DEVICE)):
             model._step(None)

@@ -45,9 +45,9 @@ def test_logits_of_every_agent_and_gradients_equal_the_slow_way(
     sharing: ParameterSharing, identity: bool, activation: Activation, hidden: tuple[int, ...]
 ) -> None:
     generator = torch.Generator().manual_seed(1)
-    layout = Layout.of(UNEVEN, sharing)
+    layout = Layout.of(UNEVEN, sharing, identity)
     (block,) = layout.blocks
-    architecture = Architecture(block, 2, hidden, activation, identity, Seen(((0, 4),), action=True))
+    architecture = Architecture(block, 2, hidden, activation, Seen(((0, 4),), action=True))
     layers = [layer.double().requires_grad_() for layer in architecture.initial(generator)]
     rows = random_rows(layout, 7, generator)
     chosen = rows.select(torch.tensor([5, 0, 5]))
@@ -85,7 +85,7 @@ def test_continuous_actions_enter_as_they_are() -> None:
     spec = EnvironmentSpec("continuous", (TypeSpec("a", 2, 3, 2, discrete=False),), 10)
     layout = Layout.of(spec, "agent")
     rows = random_rows(layout, 4, torch.Generator().manual_seed(0))
-    architecture = Architecture(layout.blocks[0], 1, (4,), "relu", False, Seen(((0, 3),), action=True))
+    architecture = Architecture(layout.blocks[0], 1, (4,), "relu", Seen(((0, 3),), action=True))
     x = encoded(architecture, layout, 0, rows)
     assert x.shape == (2, 4, 1, 6)
     torch.testing.assert_close(x[1, :, 0, 3:5], rows.actions[0][:, 1])
@@ -93,7 +93,7 @@ def test_continuous_actions_enter_as_they_are() -> None:
 
 def test_tensors_are_the_weights_and_biases_of_the_layers_in_place() -> None:
     architecture = Architecture(
-        Layout.of(UNEVEN, "type").blocks[0], 2, (6, 3), "relu", True, Seen(((0, 4),), action=True)
+        Layout.of(UNEVEN, "type", True).blocks[0], 2, (6, 3), "relu", Seen(((0, 4),), action=True)
     )
     layers = architecture.initial(torch.Generator().manual_seed(0))
     tensors = architecture.tensors(layers)

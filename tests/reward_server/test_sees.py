@@ -101,9 +101,9 @@ def test_an_environment_without_parts_or_purpose_says_what_to_do() -> None:
 @pytest.mark.parametrize("sees", [("all",), ("time", "place"), ("goal", "loads", "action")])
 @pytest.mark.parametrize("identity", [False, True])
 def test_the_input_holds_what_is_seen_and_nothing_else(sees: tuple[str, ...], identity: bool) -> None:
-    rows = some_rows(2, 5)
-    for b, (block, seen) in enumerate(zip(LAYOUT.blocks, columns_seen(SPEC, sees), strict=True)):
-        x, observations = encoded(Architecture(block, 1, (4,), "relu", identity, seen), LAYOUT, b, rows), dense(rows, b)
+    rows, layout = some_rows(2, 5), Layout.of(SPEC, LAYOUT.parameter_sharing, identity)
+    for b, (block, seen) in enumerate(zip(layout.blocks, columns_seen(SPEC, sees), strict=True)):
+        x, observations = encoded(Architecture(block, 1, (4,), "relu", seen), layout, b, rows), dense(rows, b)
         for row in range(5):
             for agent in range(block.num_agents):
                 expected = [observations[row, agent, c] for run in seen.runs for c in range(*run)]

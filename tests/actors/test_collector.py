@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from actors.collector import Collector, episodes_per_chunk, steps_per_iteration
+from launch.config import load_preset
+from launch.topology import make_job
+from protocol.errors import InputError
+from protocol.job import Endpoints, Job
+from protocol.registry import make_environment
+
+TOWER = "rover_tower?pairs=2"
+
+
+def job_of(environment: str, actors: int = 1) -> Job:
+    config = replace(load_preset("rover_tower_4"), environment=TOWER, actors=actors)
+    return make_job(config, make_environment(environment, 1).spec, "", Path(), Endpoints("", "", "", ""))
+
+
+def test_actors_share_an_iteration_in_whole_episodes() -> None:
+    job, settings = job_of(TOWER, actors=3), replace(load_preset("rover_tower_4").actor, steps_per_iteration=200)
+    assert job.spec.episode_length == 25
+    assert episodes_per_chunk(settings, job) == 3
+    assert steps_per_iteration(settings, job) == 225
+    assert Collector(job, settings, 0).environment.num_envs == 3
+
+
+def test_another_environment_than_the_launchers_is_refused() -> None:
+    settings = load_preset("rover_tower_4").actor
+    with pytest.raises(InputError, match=r"expected count 3, found 2; install the same version"):
+        Collector(job_of("rover_tower?pairs=3"), settings, 0)
+    described = job_of(TOWER)
+    with pytest.raises(InputError, match="described in another way"):
+        Collector(replace(described, spec=described.spec.plain()), settings, 0)
