@@ -16,8 +16,8 @@ import torch
 from actors.policy import Policy
 from protocol.environment import TimeStep
 from protocol.layout import Layout
+from protocol.networks.stacked import StackedMLP
 from protocol.seeds import derive_seed
-from protocol.stacked import StackedMLP
 
 NETWORKS = 16
 LARGEST_FACTOR = 100.0

@@ -12,11 +12,11 @@ from torch import nn
 
 from actors import gaussian
 from protocol.environment import TimeStep
-from protocol.grid import ObservationGrid
 from protocol.layout import Layout
+from protocol.networks.grid import ObservationGrid
+from protocol.networks.stacked import StackedMLP
 from protocol.observations import Observations
 from protocol.specs import ArrayTable, EnvironmentSpec
-from protocol.stacked import StackedMLP
 
 FORBIDDEN_LOGIT = -1e9
 

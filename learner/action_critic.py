@@ -19,8 +19,8 @@ from learner.critics import Critic
 from learner.mean_field import action_vectors
 from learner.mixture import Scene
 from learner.replay import Batch
-from protocol.grid import ObservationGrid
 from protocol.layout import Block, JointRows
+from protocol.networks.grid import ObservationGrid
 
 
 class ActionCritic(Critic):

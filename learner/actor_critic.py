@@ -25,10 +25,10 @@ from learner.recorded import Recorded
 from learner.replay import Batch
 from learner.settings import LearnerSettings
 from protocol.device import moved, numbers_at_once
-from protocol.grid import ObservationGrid, Tile
 from protocol.layout import Block, JointRows, Layout
+from protocol.networks.grid import ObservationGrid, Tile
+from protocol.networks.stacked import StackedMLP
 from protocol.observations import Observations
-from protocol.stacked import StackedMLP
 
 CHUNK_ROWS = 65_536
 """Rows of all agents in one forward and backward pass on a CPU."""

@@ -33,9 +33,9 @@ from learner.recorded import Recorded
 from learner.segments import Segments
 from learner.settings import LearnerSettings
 from protocol.device import moved
-from protocol.grid import ObservationGrid, Tile
 from protocol.layout import JointRows, Layout
-from protocol.stacked import StackedMLP
+from protocol.networks.grid import ObservationGrid, Tile
+from protocol.networks.stacked import StackedMLP
 
 FIGURES = ("critic_loss", "policy_loss", "entropy", "value")
 

@@ -15,9 +15,9 @@ from torch.nn import functional
 
 from learner.mean_field import MeanField, action_vectors, mean_actions
 from learner.mixture import Projected, Scene, attention, mixture
-from protocol.grid import ObservationGrid
 from protocol.layout import Block, JointRows, Layout
-from protocol.stacked import StackedMLP, uniform
+from protocol.networks.grid import ObservationGrid
+from protocol.networks.stacked import StackedMLP, uniform
 
 Context = Literal["types", "uniform_types", "agents", "none"]
 """Attention over types' mean fields (BM3IL); their unweighted mean (MTMFIL); attention over every other agent

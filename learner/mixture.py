@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from protocol.stacked import TILE_NUMBERS
+from protocol.networks.stacked import TILE_NUMBERS
 
 FORBIDDEN_SCORE = -1e9
 

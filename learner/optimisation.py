@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from protocol.stacked import StackedMLP
+from protocol.networks.stacked import StackedMLP
 
 
 class NetworkClip:

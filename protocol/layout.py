@@ -19,8 +19,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from protocol.grid import ObservationGrid
 from protocol.job import Job
+from protocol.networks.grid import ObservationGrid
 from protocol.observations import Form, Observations, forms, integers
 from protocol.specs import ArrayTable, EnvironmentSpec, ParameterSharing
 from protocol.trajectories import actions_entry, check_actions, columns_of

@@ -18,8 +18,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from protocol.grid import ObservationGrid
 from protocol.layout import Block
+from protocol.networks.grid import ObservationGrid
 from reward_server.sees import Seen
 
 Activation = Literal["relu", "sigmoid"]

@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from protocol.device import numbers_at_once
 from protocol.errors import InputError, NumericalError, ProtocolError
-from protocol.grid import ALL
 from protocol.layout import JointRows, Layout, widened
 from protocol.messages import Arrays
+from protocol.networks.grid import ALL
 from protocol.seeds import derive_seed
 from protocol.specs import ArrayTable
 from reward_server.discriminator import Architecture, Source, Workspace, backward, forward

@@ -15,9 +15,9 @@ from learner.critics import Critic
 from learner.mean_field import MeanField
 from learner.replay import Batch
 from protocol.layout import JointRows, Layout
+from protocol.networks.stacked import StackedMLP
 from protocol.observations import Observations
 from protocol.specs import EnvironmentSpec, TypeSpec
-from protocol.stacked import StackedMLP
 from tests.plain import observed, seen_by
 
 

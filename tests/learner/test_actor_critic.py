@@ -17,9 +17,9 @@ from learner.critics import Context, Critic
 from learner.figures import Figures
 from learner.replay import Batch
 from learner.settings import LearnerSettings
-from protocol import stacked
 from protocol.errors import NumericalError
 from protocol.layout import JointRows, Layout, ParameterSharing
+from protocol.networks import stacked
 from protocol.observations import Observations
 from tests.plain import observed
 

@@ -33,9 +33,9 @@ from protocol.demonstrations import Demonstrations
 from protocol.environment import compact_step
 from protocol.layout import Layout, ParameterSharing
 from protocol.messages import Sender
+from protocol.networks.stacked import StackedMLP, _Layers
 from protocol.observations import forms
 from protocol.specs import EnvironmentSpec, Part, TypeSpec
-from protocol.stacked import StackedMLP, _Layers
 from protocol.telemetry import Telemetry
 from protocol.trajectories import Trajectories
 from tests.never_waiting import NeverWaiting

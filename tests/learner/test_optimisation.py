@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from learner.optimisation import NetworkClip, adam_arrays, load_adam_arrays, part
-from protocol.stacked import StackedMLP
+from protocol.networks.stacked import StackedMLP
 
 
 class TwoStacksAndAShared(nn.Module):

@@ -7,8 +7,8 @@ import math
 import torch
 from torch.nn import functional
 
-from protocol.grid import ALL
 from protocol.layout import JointRows, Layout, ParameterSharing
+from protocol.networks.grid import ALL
 from protocol.specs import EnvironmentSpec, TypeSpec
 from reward_server.discriminator import Architecture, Source, Workspace
 from reward_server.particles import RewardModel

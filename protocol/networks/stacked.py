@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from protocol.grid import ALL, ObservationGrid, Tile
+from protocol.networks.grid import ALL, ObservationGrid, Tile
 
 TILE_NUMBERS = 1 << 17
 """Most activations of one layer in a tile."""

@@ -9,13 +9,13 @@ import torch
 
 from actors.policy import UniformPolicy
 from actors.rollout import rollout
-from protocol import grid as grids
-from protocol.grid import ALL, ObservationGrid, Tile
 from protocol.layout import Block, Layout
+from protocol.networks import grid as grids
+from protocol.networks.grid import ALL, ObservationGrid, Tile
+from protocol.networks.stacked import StackedMLP
 from protocol.observations import Observations
 from protocol.registry import make_environment
 from protocol.specs import ParameterSharing
-from protocol.stacked import StackedMLP
 
 WORLDS = (
     "berlin?types=5&agents=50&sight=near",

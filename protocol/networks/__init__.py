@@ -1,0 +1,1 @@
+"""Networks of many agents: stacked, and what their first layers see."""
