@@ -24,7 +24,7 @@ from protocol.messages import (
     Chunk,
     Evaluation,
     GetState,
-    Observe,
+    Hold,
     Query,
     Sender,
     Status,
@@ -137,10 +137,10 @@ def corpus(run: str = "run") -> dict[str, list[list[bytes]]]:
     bodies: dict[str, list[tuple[Any, Arrays]]] = {
         "experience": [chunk(), (Evaluation("s", 0, 2, 0.1), {"returns": np.zeros((2, SPEC.num_agents), np.float32)})],
         "rewards": [
-            (Observe("s", 3), rows),
+            (Hold("s", 3), rows),
             (Query("s", 3, False, False), rows),
             (Query("s", 3, True, True), rows),
-            (Update("s", 0.5), {}),
+            (Update("s", 3, 0.5), rows),
             (GetState("s"), {}),
         ],
         "control": [
@@ -181,7 +181,7 @@ def codec_cases(dice: random.Random) -> Iterator[Callable[[], str]]:
                 message = decode(frames, "run", accepts)
                 if isinstance(message.body, Chunk):
                     Trajectories.from_arrays(message.arrays, SPEC)
-                elif isinstance(message.body, Observe | Query):
+                elif isinstance(message.body, Hold | Update | Query):
                     JointRows.from_arrays(message.arrays, LAYOUT)
             except ProtocolError as error:
                 return error.cause

@@ -312,8 +312,7 @@ class Sockets:
         )
         rewards.begin("honest")
         rows = JointRows.from_arrays(filled(JointRows.array_table(LAYOUT, 3)), LAYOUT)
-        rewards.observe(rows)
-        rewards.update(0.5)
+        rewards.updated(rewards.update(rows, 0.5))
         assert len(rewards.rewards(rewards.submit(rows))) == len(LAYOUT.blocks)
         rewards.begin("again", rewards.state())
         rewards.close()
@@ -342,12 +341,10 @@ class Sockets:
         rewards.use(
             [
                 lambda: asking.begin("s"),
-                lambda: asking.observe(rows),
-                lambda: asking.update(0.5),
                 lambda: asking.state(),
                 lambda: asking.rewards(asking.submit(rows)),
                 lambda: asking.answer(asking.submit(rows, deviation=True)),
-                lambda: asking.end_update(asking.begin_update(rows, 0.5)),
+                lambda: asking.updated(asking.update(rows, 0.5)),
             ]
         )
         policy = Policy(LAYOUT, (4,), torch.Generator().manual_seed(0))

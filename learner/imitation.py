@@ -168,8 +168,7 @@ class OffPolicyImitation(Imitation):
             fresh = self._replay.add_all(chunks)
             figures: dict[str, float] = {}
             if self._imitates:
-                self._rewards.observe(fresh)
-                _, figures = self._rewards.update(progress)
+                _, figures = self._rewards.updated(self._rewards.update(fresh, progress))
         learned = Figures()
         for batch, rewards in self._batches():
             self._train(batch, rewards, progress, learned)
@@ -256,25 +255,25 @@ class OnPolicyImitation(Imitation):
 
     def _reward(self, segments: Segments, progress: float) -> tuple[list[torch.Tensor], dict[str, float]]:
         """Rewards of the fresh steps by the particles that have just learned from them, and the particles' figures."""
-        rows, figures = segments.rows(), dict[str, float]()
-        if self._imitates:
-            with self._telemetry.stage("observe"):
-                self._rewards.observe(rows)
-                self._observed += len(rows)
-                _, figures = self._rewards.update(progress)
-        return self._taken(self._ask(rows, self._true_rewards(segments))), figures
+        rows = segments.rows()
+        if not self._imitates:
+            return self._taken(self._rewards.submit(rows, segments.of_rows(segments.rewards))), {}
+        with self._telemetry.stage("observe"):
+            # All at once: the server does them in this order, and nothing lies between but its own work.
+            updating, ticket = self._rewards.update(rows, progress), self._ask(rows)
+            _, figures = self._rewards.updated(updating)
+        return self._taken(ticket), figures
 
-    def _ask(self, rows: JointRows, true_rewards: list[torch.Tensor] | None) -> int:
+    def _ask(self, rows: JointRows) -> int:
         """Ask for the rewards of the rows that were observed last."""
-        numbers = torch.arange(self._observed - len(rows), self._observed)
-        return self._rewards.submit(rows, true_rewards, numbers if len(rows) <= self._room else None)
+        first = self._observed
+        self._observed += len(rows)
+        numbers = torch.arange(first, self._observed) if len(rows) <= self._room else None
+        return self._rewards.submit(rows, numbers=numbers)
 
     def _kept(self) -> Kept:
         self._observed = 0
         return Kept(self._room if self._imitates else 0)
-
-    def _true_rewards(self, segments: Segments) -> list[torch.Tensor] | None:
-        return None if self._imitates else segments.of_rows(segments.rewards)
 
 
 def build_value_critic(job: Job, settings: LearnerSettings, layout: Layout) -> ValueCritic:

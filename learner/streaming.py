@@ -140,7 +140,7 @@ class StreamedOffPolicy(OffPolicyImitation):
 
     def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None, abort: Callable[[], None]) -> None:
         super().begin(session, learner, rewards, abort)
-        self._updating: tuple[int, int] | None = None
+        self._updating: int | None = None
 
     def iterate(self, progress: float, abort: Callable[[], None]) -> tuple[int, dict[str, float]]:
         chunks = self._collect(abort)
@@ -150,8 +150,8 @@ class StreamedOffPolicy(OffPolicyImitation):
         if self._imitates:
             with self._telemetry.stage("wait_for_particles"):
                 if self._updating is not None:
-                    _, figures = self._rewards.end_update(self._updating)
-            self._updating = self._rewards.begin_update(fresh, progress)
+                    _, figures = self._rewards.updated(self._updating)
+            self._updating = self._rewards.update(fresh, progress)
         # In a session's first iteration only, and not before the server was shown the rows that are asked for.
         while len(self._asked) < self._settings.updates:
             self._ask()
@@ -171,7 +171,7 @@ class StreamedOnPolicy(OnPolicyImitation):
 
     def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None, abort: Callable[[], None]) -> None:
         super().begin(session, learner, rewards, abort)
-        self._updating: tuple[int, int] | None = None
+        self._updating: int | None = None
         self._is_first = True
 
     def _reward(self, segments: Segments, progress: float) -> tuple[list[torch.Tensor], dict[str, float]]:
@@ -181,9 +181,9 @@ class StreamedOnPolicy(OnPolicyImitation):
         rows, figures = segments.rows(), dict[str, float]()
         if self._updating is not None:
             with self._telemetry.stage("wait_for_particles"):
-                _, figures = self._rewards.end_update(self._updating)
+                _, figures = self._rewards.updated(self._updating)
         with self._telemetry.stage("query"):
             rewards = self._rewards.rewards(self._rewards.submit(rows))
         self._metrics.reward_lag.observe(self._rewards.lag)
-        self._updating = self._rewards.begin_update(rows, progress)
+        self._updating = self._rewards.update(rows, progress)
         return rewards, figures

@@ -25,7 +25,7 @@ from protocol.errors import ProtocolError
 from protocol.keys import Keys
 from protocol.specs import ArrayTable
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_HEADER_BYTES = 1 << 20
 MAX_ARRAYS = 4096
 MAX_RANK = 8
@@ -94,7 +94,7 @@ class Begin:
 
 @dataclass(frozen=True)
 class Hold:
-    """Learner → reward server: rows to be kept under the next numbers, as in `Observe`; nothing is learned from them.
+    """Learner → reward server: rows to be kept under the next numbers, as in `Update`; nothing is learned from them.
 
     What the learner has kept from before the session began.
     """
@@ -105,30 +105,23 @@ class Hold:
 
 
 @dataclass(frozen=True)
-class Observe:
-    """Learner → reward server: fresh agent rows; the next numbers are theirs. Arrays per block b: the columns of
-    `protocol.observations` that are observed, `b.actions`, `b.active`."""
-
-    kind: ClassVar[str] = "observe"
-    session: str
-    rows: int
-
-
-@dataclass(frozen=True)
 class Update:
-    """Learner → reward server: update the particles; the answer is `Statistics`.
+    """Learner → reward server: observe fresh agent rows, which get the next numbers, and update the particles; the
+    answer is `Statistics`. Arrays per block b: the columns of `protocol.observations` that are observed, `b.actions`,
+    `b.active`.
 
     progress: the part of the run that is done, 0..1, for the learning-rate schedule.
     """
 
     kind: ClassVar[str] = "update"
     session: str
+    rows: int
     progress: float
 
 
 @dataclass(frozen=True)
 class Query:
-    """Learner → reward server: rewards of rows, as in `Observe`, or, if `numbered`, of those that have the `numbers`
+    """Learner → reward server: rewards of rows, as in `Update`, or, if `numbered`, of those that have the `numbers`
     [rows] int64; the answer is `Rewards`.
 
     With `reward_source="environment"` the arrays `b.rewards` come along and are answered as they came.
@@ -211,7 +204,6 @@ Body = Union[  # noqa: UP007  (a runtime value on Python 3.10 too)
     Evaluation,
     Begin,
     Hold,
-    Observe,
     Update,
     Query,
     GetState,

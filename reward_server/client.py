@@ -19,7 +19,6 @@ from protocol.messages import (
     Done,
     GetState,
     Hold,
-    Observe,
     Query,
     Refusal,
     Rewards,
@@ -66,11 +65,14 @@ class RewardService(Protocol):
     def begin(self, session: str, state: Mapping[str, np.ndarray] | None = None, kept: Kept = NOTHING_KEPT) -> None:
         """Start a session: from a `state`, or from the seed."""
 
-    def observe(self, rows: JointRows) -> None:
-        """Hand over fresh rows of the agents."""
+    def update(self, rows: JointRows, progress: float) -> int:
+        """Hand over fresh rows of the agents, for the particles to learn from; the ticket is for `updated`.
 
-    def update(self, progress: float) -> tuple[int, dict[str, float]]:
-        """Update the particles: their version afterwards and health figures (`Health.figures`)."""
+        Whatever is submitted afterwards is answered by the updated particles. Rows must stay as they are until then.
+        """
+
+    def updated(self, ticket: int) -> tuple[int, dict[str, float]]:
+        """The particles' version afterwards and health figures (`Health.figures`). Each ticket is answered once."""
 
     def submit(
         self, rows: JointRows, true_rewards: list[torch.Tensor] | None = None, numbers: torch.Tensor | None = None
@@ -97,20 +99,25 @@ class LocalRewards:
         self._make_model = make_model
         self._model: Model | None = None
         self._answers: dict[int, list[torch.Tensor]] = {}
+        self._updates: dict[int, tuple[int, dict[str, float]]] = {}
         self._ticket = 0
 
     def begin(self, session: str, state: Mapping[str, np.ndarray] | None = None, kept: Kept = NOTHING_KEPT) -> None:
         self._model = self._make_model()
         self._answers.clear()
+        self._updates.clear()
         if state is not None:
             self._model.load_state(state)
 
-    def observe(self, rows: JointRows) -> None:
+    def update(self, rows: JointRows, progress: float) -> int:
         self._begun.observe(rows)
+        self._ticket += 1
+        figures = self._begun.update(progress)
+        self._updates[self._ticket] = self._begun.version, figures
+        return self._ticket
 
-    def update(self, progress: float) -> tuple[int, dict[str, float]]:
-        values = self._begun.update(progress)
-        return self._begun.version, values
+    def updated(self, ticket: int) -> tuple[int, dict[str, float]]:
+        return self._updates.pop(ticket)
 
     def submit(
         self, rows: JointRows, true_rewards: list[torch.Tensor] | None = None, numbers: torch.Tensor | None = None
@@ -182,26 +189,13 @@ class RemoteRewards:
                 rows = kept.rows.select(part)
                 self._request(Hold(session, len(rows)), rows.to_arrays())
 
-    def observe(self, rows: JointRows) -> None:
-        self._request(Observe(self._session, len(rows)), rows.to_arrays())
+    def update(self, rows: JointRows, progress: float) -> int:
+        return self._client.submit(Update(self._session, len(rows), progress), rows.to_arrays())
 
-    def update(self, progress: float) -> tuple[int, dict[str, float]]:
-        statistics = self._request(Update(self._session, progress)).body
+    def updated(self, ticket: int) -> tuple[int, dict[str, float]]:
+        statistics = self._result(ticket, self._deadline_seconds).body
         self.particles_version = self._newest_version = statistics.particles_version
         return statistics.particles_version, dict(statistics.values)
-
-    def begin_update(self, rows: JointRows, progress: float) -> tuple[int, int]:
-        """`observe` and `update` without waiting for them; the ticket is for `end_update`. Queries that are asked
-        afterwards are answered by the updated particles. The rows must stay as they are until then."""
-        observed = self._client.submit(Observe(self._session, len(rows)), rows.to_arrays())
-        return observed, self._client.submit(Update(self._session, progress))
-
-    def end_update(self, ticket: tuple[int, int]) -> tuple[int, dict[str, float]]:
-        """As `update` answers."""
-        observed, updated = (self._result(part, self._deadline_seconds) for part in ticket)
-        assert isinstance(observed.body, Done)
-        self.particles_version = self._newest_version = updated.body.particles_version
-        return updated.body.particles_version, dict(updated.body.values)
 
     def submit(
         self,

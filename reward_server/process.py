@@ -1,4 +1,4 @@
-"""The reward server process: observe, update, query; one answer per request, queries batched across clients."""
+"""The reward server process: updates and queries; one answer per request, queries batched across clients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from protocol.messages import (
     Done,
     GetState,
     Hold,
-    Observe,
     Query,
     Refusal,
     Rewards,
@@ -148,20 +147,19 @@ class RewardServer:
                 self._model.load_state(arrays)
             self._session = body.session
 
-    def _change(self, body: Hold | Observe | Update | GetState, arrays: Arrays) -> tuple[Any, Arrays | None]:
+    def _change(self, body: Hold | Update | GetState, arrays: Arrays) -> tuple[Any, Arrays | None]:
         """Carry out a request that is not a query; the answer's body and arrays."""
         with self._telemetry.stage(body.kind):
-            if isinstance(body, Hold | Observe):
-                rows = JointRows.from_arrays(arrays, self._layout)
-                if isinstance(body, Observe):
-                    self._model.observe(rows)
-                if self._held.capacity:
-                    self._held.keep(rows)
-                return Done(), None
             if isinstance(body, GetState):
                 return Done(STATE), self._model.state()
-            if not 0 <= body.progress <= 1:
+            if isinstance(body, Update) and not 0 <= body.progress <= 1:
                 raise ProtocolError("body", f"progress must lie in 0..1, got {body.progress}")
+            rows = JointRows.from_arrays(arrays, self._layout)
+            if self._held.capacity:
+                self._held.keep(rows)
+            if isinstance(body, Hold):
+                return Done(), None
+            self._model.observe(rows)
             figures = self._model.update(body.progress)
         version = self._model.version
         self._metrics.set_health(version, figures)
@@ -229,9 +227,9 @@ def request_schema(layout: Layout, settings: RewardSettings, state: ArrayTable) 
         match body:
             case Begin(restore=restore):
                 return state if restore else {}
-            case Update() | GetState():
+            case GetState():
                 return {}
-            case Hold(rows=rows) | Observe(rows=rows) | Query(rows=rows):
+            case Hold(rows=rows) | Update(rows=rows) | Query(rows=rows):
                 if not 1 <= rows <= settings.max_queue_rows:
                     raise ProtocolError("body", f"rows must lie in 1..{settings.max_queue_rows}, got {rows}")
                 if isinstance(body, Query) and body.numbered:

@@ -101,8 +101,7 @@ def train(service: RewardService) -> list[np.ndarray]:
     """A short run; every number that came out of it."""
     numbers: list[np.ndarray] = []
     for iteration in range(3):
-        service.observe(some_rows(10, iteration))
-        version, figures = service.update(iteration / 3)
+        version, figures = service.updated(service.update(some_rows(10, iteration), iteration / 3))
         numbers.append(np.array([version, *(figures[name] for name in sorted(figures))]))
         tickets = [service.submit(some_rows(7, 10 + k)) for k in range(3)]
         numbers += [r.numpy() for ticket in tickets for r in service.rewards(ticket)]
@@ -134,8 +133,7 @@ def test_rows_that_are_named_are_those_that_were_shown(tmp_path: Path) -> None:
         remote = server.client()
         remote.begin("first", kept=Kept(25, 100))
         for rows in shown:
-            remote.observe(rows)
-            remote.update(0.0)
+            remote.updated(remote.update(rows, 0.0))
         together = JointRows.joined(shown)
         numbers = torch.tensor([138, 114, 120, 120, 131])
         named = remote.submit(together.select(numbers - 100), numbers=numbers)
@@ -156,7 +154,7 @@ def test_rows_that_are_not_held_are_refused(tmp_path: Path, number: int) -> None
     with running(tmp_path) as server:
         client = server.client()
         client.begin("s", kept=Kept(25, 100))
-        client.observe(some_rows(39, 0))
+        client.updated(client.update(some_rows(39, 0), 0.0))
         numbers = torch.tensor([120, number])
         with pytest.raises(Refused, match=r"holds 114\.\.138") as refused:
             client.rewards(client.submit(some_rows(2, 0), numbers=numbers))
@@ -167,16 +165,32 @@ def test_rewards_tell_how_far_behind_their_particles_are(tmp_path: Path) -> None
     with running(tmp_path) as server:
         client = server.client()
         client.begin("s")
-        client.observe(some_rows(10, 0))
         early = client.submit(some_rows(3, 1))
         for _ in range(2):
-            client.update(0.0)
+            client.updated(client.update(some_rows(10, 0), 0.0))
         late = client.submit(some_rows(3, 1))
         lags = []
         for ticket in (early, late):
             client.rewards(ticket)
             lags.append(client.lag)
         assert lags == [2, 0]
+
+
+def test_rows_are_shown_learned_from_and_rewarded_in_one_exchange(tmp_path: Path) -> None:
+    """All asked before anything is answered: rewards by the number of rows that are still on their way."""
+    with running(tmp_path) as server:
+        remote, local = server.client(), LocalRewards(make_model)
+        answers = []
+        for service in (remote, local):
+            service.begin("s", kept=Kept(10))
+            rows = some_rows(10, 0)
+            updating = service.update(rows, 0.5)
+            ticket = service.submit(rows, numbers=torch.arange(10))
+            answers.append((service.updated(updating), service.rewards(ticket)))
+        (far, far_rewards), (near, near_rewards) = answers
+        assert far == near
+        assert all(map(torch.equal, far_rewards, near_rewards))
+        assert (remote.lag, remote.particles_version) == (0, 1)
 
 
 def test_a_restarted_server_refuses_the_session_it_does_not_know(tmp_path: Path) -> None:
@@ -212,9 +226,8 @@ def test_a_query_that_came_before_an_update_is_answered_by_the_older_particles(t
     with running(tmp_path, dataclasses.replace(SETTINGS, max_delay_seconds=30.0)) as server:
         client = server.client(alone=False)
         client.begin("s")
-        client.observe(some_rows(10, 0))
         ticket = client.submit(some_rows(5, 1), deviation=True)
-        client.update(0.0)
+        client.updated(client.update(some_rows(10, 0), 0.0))
         rewards, deviations = client.answer(ticket)
         assert client.particles_version == 0
         assert deviations is not None
@@ -274,9 +287,8 @@ def test_bad_values_are_refused_and_the_server_goes_on(tmp_path: Path) -> None:
         rows.actions[0][1, 1] = 5
         for ask in (
             lambda: client.rewards(client.submit(rows)),
-            lambda: client.observe(rows),
-            lambda: client.update(1.5),
-            lambda: client.update(0.0),  # nothing observed yet
+            lambda: client.updated(client.update(rows, 0.0)),
+            lambda: client.updated(client.update(some_rows(3, 0), 1.5)),
             lambda: client.rewards(client.submit(some_rows(65, 0))),
         ):
             with pytest.raises(Refused) as refused:
@@ -293,10 +305,9 @@ def test_the_environment_as_source_travels_the_same_path(tmp_path: Path) -> None
         true = [torch.randn(active.shape) for active in rows.active]
         for answered, reward, active in zip(client.rewards(client.submit(rows, true)), true, rows.active, strict=True):
             assert torch.equal(answered, reward * active)
-        client.observe(rows)
-        assert client.update(0.0) == (1, {})
+        assert client.updated(client.update(rows, 0.0)) == (1, {})
         client.begin("t", client.state())
-        assert client.update(0.0)[0] == 2
+        assert client.updated(client.update(rows, 0.0))[0] == 2
 
 
 def test_the_schema_accepts_no_more_rows_than_may_wait() -> None:
