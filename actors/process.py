@@ -13,6 +13,7 @@ from actors.metrics import ActorMetrics, EvaluatorMetrics
 from actors.policy import Policy
 from actors.settings import ActorSettings, EvaluationSettings
 from protocol.channels import Client, Listener, Refused
+from protocol.device import use_threads
 from protocol.errors import InputError
 from protocol.job import Job
 from protocol.layout import Layout
@@ -32,7 +33,7 @@ def run_actor(job: Job, settings: ActorSettings, index: int, telemetry: Telemetr
 
     In lockstep one chunk per policy version. In async chunk after chunk with the newest weights there are.
     """
-    torch.set_num_threads(job.threads)
+    use_threads(settings.threads)
     actor = _Actor(job, settings, index, telemetry)
     while not telemetry.stop.is_set():
         if job.mode == "async":
@@ -107,7 +108,7 @@ def run_evaluator(
     job: Job, actor_settings: ActorSettings, evaluation_settings: EvaluationSettings, telemetry: Telemetry
 ) -> None:
     """Report the true return of every policy version that is marked for evaluation, in their order."""
-    torch.set_num_threads(job.threads)
+    use_threads(actor_settings.threads)
     policy = build_policy(job, actor_settings)
     weights, learner = _connect(job, policy, telemetry)
     metrics = EvaluatorMetrics(telemetry.registry)

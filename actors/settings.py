@@ -21,6 +21,8 @@ class ActorSettings:
     that remembers the run (`reward.memory`) what nobody would do. Clipped updates learn nothing else from them."""
     agent_identity: bool = False
     """With parameters per type: every network also sees which agent of the type it acts for."""
+    threads: Natural = 0
+    """Threads of the arithmetic of an actor, and of the evaluator; 0: as --threads says."""
 
 
 @dataclass(frozen=True)

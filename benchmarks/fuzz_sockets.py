@@ -452,7 +452,7 @@ def _model() -> RewardModel:
 
 
 def _job(folder: Path, endpoints: Endpoints) -> Job:
-    return Job("run", folder, ENVIRONMENT, SPEC, "", 0, "maac", "async", 0, 1, 1, "type", False, "cpu", 1, endpoints)
+    return Job("run", folder, ENVIRONMENT, SPEC, "", 0, "maac", "async", 0, 1, 1, "type", False, endpoints)
 
 
 def _free_port() -> str:

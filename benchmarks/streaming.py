@@ -99,9 +99,7 @@ def _time_ours() -> float:
         endpoints = Endpoints(*(f"ipc://{folder}/{name}" for name in ("e", "w", "r", "c")))
         spec = make_environment(ENVIRONMENT, 1).spec
         steps = EPISODES * spec.episode_length
-        job = Job(
-            "run", Path(folder), ENVIRONMENT, spec, "", 0, "maac", "async", 0, 1, 1, "type", False, "cpu", 1, endpoints
-        )
+        job = Job("run", Path(folder), ENVIRONMENT, spec, "", 0, "maac", "async", 0, 1, 1, "type", False, endpoints)
         telemetry = Telemetry("learner", 0, Sender("run", "learner-0"), 0, "127.0.0.1")
         layout = Layout.of_job(job)
         policy = Policy(layout, (4,), torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import dacite
 import yaml
@@ -19,9 +19,11 @@ from protocol.errors import InputError, unknown_name
 from protocol.job import Mode
 from protocol.keys import read_token
 from protocol.registry import known_environments
-from protocol.settings import Count, Natural, check_bounds, flag
+from protocol.settings import Count, Device, Natural, check_bounds, flag
 from protocol.specs import ParameterSharing
 from reward_server.settings import RewardSettings
+
+Computing = TypeVar("Computing", LearnerSettings, RewardSettings)
 
 DEFAULT_PRESET = "rover_tower_8"
 
@@ -60,10 +62,10 @@ class Config:
     are simulated on this machine."""
     parameter_sharing: ParameterSharing = "type"
     """One network per agent (the paper), or per type of agents."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where learner and reward server compute; auto takes a GPU if there is one."""
+    device: Device = "auto"
+    """Where learner and reward server compute, unless their own settings say it; auto takes a GPU if there is one."""
     threads: Count = 1
-    """Threads of each process's arithmetic."""
+    """Threads of each process's arithmetic, unless its own settings say it."""
     metrics_token_file: str = ""
     """File, on every host, with the word that metrics must be asked with (Authorization: Bearer ...); empty: none."""
     learner: LearnerSettings = field(default_factory=LearnerSettings)
@@ -73,7 +75,7 @@ class Config:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
 
     def checked(self) -> Config:
-        """Itself, with what the algorithm forces filled in.
+        """Itself, with what the algorithm forces and what roles have in common filled in.
 
         Raises InputError for unknown names and for values that no run could use.
         """
@@ -92,7 +94,23 @@ class Config:
             raise InputError(
                 f"algorithm '{self.algorithm}' learns from demonstrations: name a file by --demonstrations"
             )
-        return replace(self, actors=self.actors or self.nodes, reward=kind.reward_settings(self.reward))
+        return replace(
+            self,
+            actors=self.actors or self.nodes,
+            learner=self._of_role(self.learner),
+            actor=replace(self.actor, threads=self.actor.threads or self.threads),
+            reward=self._of_role(kind.reward_settings(self.reward)),
+        )
+
+    def _of_role(self, settings: Computing) -> Computing:
+        """The settings of a role that computes, with its device and its threads."""
+        device = self.device if settings.device == "auto" else settings.device
+        return replace(settings, device=device, threads=settings.threads or self.threads)
+
+    def threads_of(self, role: str) -> int:
+        """Of the process of a role, once they are filled in."""
+        own = {"learner": self.learner.threads, "reward-server": self.reward.threads}
+        return own.get(role, self.actor.threads) or self.threads
 
     @property
     def settings(self) -> Settings:

@@ -36,6 +36,7 @@ SERIAL_SHOW_SECONDS = 0.5
 def train(config: Config) -> int:
     """Start a new run; returns the exit code. Raises InputError before anything is started or written."""
     config, spec = check(config)
+    _check_devices(config)
     config = run_folder.named(config)
     return _run(config, spec, run_folder.create(config))
 
@@ -49,7 +50,9 @@ def resume(folder: Path, flags: Config | None = None) -> int:
     config = run_folder.open_existing(folder)
     if flags is not None and flags != config:
         raise InputError(f"{folder} was started with another configuration: {differences(config, flags)}")
-    return _run(*check(config), folder.resolve())
+    config, spec = check(config)
+    _check_devices(config)
+    return _run(config, spec, folder.resolve())
 
 
 def check(config: Config) -> tuple[Config, EnvironmentSpec]:
@@ -60,9 +63,6 @@ def check(config: Config) -> tuple[Config, EnvironmentSpec]:
     config = config.checked()
     if config.mode == "serial" and config.nodes > 1:
         raise InputError("--mode serial runs in one process: leave out --nodes")
-    from protocol.device import choose_device
-
-    choose_device(config.device)
     spec = make_environment(config.environment, 1).spec
     if config.reward.source == "learned":
         columns_seen(spec, config.reward.sees)
@@ -77,6 +77,15 @@ def check(config: Config) -> tuple[Config, EnvironmentSpec]:
                 f"'{spec.changes}'"
             )
     return config, spec
+
+
+def _check_devices(config: Config) -> None:
+    """Raise InputError for a GPU that is not here, where the roles that want it are to run here too."""
+    from protocol.device import choose_device
+
+    if config.nodes == 1:
+        choose_device(config.learner.device)
+        choose_device(config.reward.device)
 
 
 def _run(config: Config, spec: EnvironmentSpec, folder: Path) -> int:

@@ -74,9 +74,15 @@ class Supervisor:
     def _made(self, names: Collection[str]) -> list[Child]:
         logs = Path(self._plan.run_folder, "logs")
         logs.mkdir(parents=True, exist_ok=True)  # a node may have no part in the disk of the first
-        env = os.environ | dict.fromkeys(THREAD_VARIABLES, str(self._plan.config.threads))
+        plan, config = self._plan.to_json(), self._plan.config
         return [
-            Child(process, self._command(process), self._plan.to_json(), logs / f"{process.name}.log", env)
+            Child(
+                process,
+                self._command(process),
+                plan,
+                logs / f"{process.name}.log",
+                os.environ | dict.fromkeys(THREAD_VARIABLES, str(config.threads_of(process.role))),
+            )
             for process in self._plan.processes
             if process.name in names
         ]

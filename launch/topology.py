@@ -215,7 +215,5 @@ def make_job(config: Config, spec: EnvironmentSpec, run_id: str, run_folder: Pat
         actors=config.actors,
         parameter_sharing=config.parameter_sharing,
         agent_identity=config.actor.agent_identity,
-        device=config.device,
-        threads=config.threads,
         endpoints=endpoints,
     )

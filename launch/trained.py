@@ -14,6 +14,7 @@ from launch.config import Config
 from launch.topology import make_job
 from learner.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
 from learner.optimisation import part
+from protocol.device import use_threads
 from protocol.errors import InputError
 from protocol.job import Endpoints, Job
 from protocol.layout import Layout
@@ -55,7 +56,7 @@ def load_trained(run: Path, best: bool = False) -> Trained:
     Raises InputError if this is no run, or it has no checkpoint.
     """
     config = Config.from_yaml(_read(run / "config.yaml"), str(run / "config.yaml"))
-    torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     spec = make_environment(config.environment, 1).spec
     job = make_job(config, spec, "", run, Endpoints("", "", "", ""))
     policy = build_policy(job, config.actor)

@@ -78,7 +78,7 @@ class Imitation(ABC):
         self.policy = policy
         self.starts_cloned = settings.learner.start == "cloned"
         self.iterations = iterations_for(settings.actor, job)
-        device = choose_device(job.device)
+        device = choose_device(settings.learner.device)
         self._job = job
         precision = choose_precision(settings.learner.precision, device)
         self._settings = replace(kind.learner_settings(settings.learner), precision=precision)

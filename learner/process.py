@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-
 from actors.process import build_policy
 from learner.algorithms import algorithm
 from learner.cloning import BehaviourCloning
@@ -15,7 +13,7 @@ from learner.settings import Settings
 from learner.streaming import StreamedExperience, StreamedOffPolicy, StreamedOnPolicy
 from learner.training import Iterated, Training
 from protocol.demonstrations import load_demonstrations
-from protocol.device import choose_device
+from protocol.device import choose_device, use_threads
 from protocol.errors import InputError
 from protocol.job import Job
 from protocol.layout import Layout
@@ -35,7 +33,7 @@ KINDS: dict[tuple[bool, bool], type[Imitation]] = {
 
 def run_learner(job: Job, settings: Settings, config_yaml: str, telemetry: Telemetry) -> str:
     """Train with actors and a reward server in other processes; returns the status, as `Training.run` does."""
-    torch.set_num_threads(job.threads)
+    use_threads(settings.learner.threads)
     streams = job.mode == "async" and not algorithm(job.algorithm).clones
     # Of a run that clones, evaluations alone come this way.
     experience = (StreamedExperience if streams else RemoteExperience)(job, settings, telemetry)
@@ -57,7 +55,7 @@ def run_learner(job: Job, settings: Settings, config_yaml: str, telemetry: Telem
 
 def run_serial(job: Job, settings: Settings, config_yaml: str, telemetry: Telemetry) -> str:
     """The same run with the same components in this process, to debug and to test: it ends with the same bits."""
-    torch.set_num_threads(job.threads)
+    use_threads(settings.learner.threads)
 
     def rewards() -> RewardService:
         return LocalRewards(lambda: build_model(job, settings.reward))
@@ -78,7 +76,7 @@ def _train(
     if algorithm(job.algorithm).clones:
         if demonstrations is None:
             raise InputError("behaviour cloning needs demonstrations; name a file with --demonstrations")
-        device = choose_device(job.device)
+        device = choose_device(settings.learner.device)
         run: Iterated = BehaviourCloning(policy, demonstrations, settings.cloning, device, job.seed, telemetry)
     else:
         kind = KINDS[settings.learner.policy == "clipped", job.mode == "async"]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from actors.settings import ActorSettings, EvaluationSettings
 from protocol.errors import InputError
-from protocol.settings import Count, Fraction, Natural, NonNegative, Positive
+from protocol.settings import Count, Device, Fraction, Natural, NonNegative, Positive
 from reward_server.settings import RewardSettings
 
 
@@ -95,6 +95,10 @@ class LearnerSettings:
     """Newest checkpoints kept (the one with the best evaluation is kept besides)."""
     deadline_seconds: Positive = 120.0
     """Longest wait for chunks or rewards before the run ends with the name of what it waited for."""
+    device: Device = "auto"
+    """Where the learner computes; auto: as --device says."""
+    threads: Natural = 0
+    """Threads of its arithmetic; 0: as --threads says. With others the last bits may be others."""
 
     def check(self) -> None:
         """Raise InputError, naming the flags, for settings that do not go together."""

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from protocol.errors import InputError
+from protocol.settings import Device
 from protocol.specs import ArrayTable
 
 Precision = Literal["float32", "bfloat16"]
@@ -24,13 +25,21 @@ roles. Of its whole memory and not of what is free, so that the same card comput
 log = logging.getLogger(__name__)
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: Device) -> torch.device:
     """`auto` takes the GPU if there is one. Raises InputError for a GPU that this machine, or its torch, lacks."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("there is no GPU that this PyTorch can use; leave out --device cuda, or install another build")
+        raise InputError(
+            "there is no GPU that this PyTorch can use; leave out cuda (--device, --learner.device, --reward.device), "
+            "or install another build"
+        )
     return torch.device(name)
+
+
+def use_threads(count: int) -> None:
+    """For the arithmetic of this process; 0, which nobody has filled in, is one."""
+    torch.set_num_threads(max(1, count))
 
 
 def choose_precision(wanted: Precision, device: torch.device) -> Precision:

@@ -49,6 +49,4 @@ class Job:
     actors: int
     parameter_sharing: ParameterSharing
     agent_identity: bool
-    device: str
-    threads: int
     endpoints: Endpoints

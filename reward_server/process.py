@@ -11,7 +11,7 @@ import torch
 
 from protocol.channels import Request, Server
 from protocol.demonstrations import load_demonstrations
-from protocol.device import choose_device
+from protocol.device import choose_device, use_threads
 from protocol.errors import InputError, NumericalError, ProtocolError
 from protocol.job import Job
 from protocol.layout import JointRows, Layout
@@ -50,11 +50,11 @@ def run_reward_server(job: Job, settings: RewardSettings, telemetry: Telemetry) 
 
     Raises InputError if the demonstrations cannot be used.
     """
-    torch.set_num_threads(job.threads)
+    use_threads(settings.threads)
     layout = Layout.of_job(job)
     build_model(job, settings)  # what is wrong with the demonstrations shows before anybody waits
     server = listen(job.endpoints.rewards, layout, settings, state_table(layout, settings), telemetry)
-    device = choose_device(job.device)
+    device = choose_device(settings.device)
     service = RewardServer(server, lambda: build_model(job, settings), layout, settings, telemetry, device)
     try:
         while not telemetry.stop.is_set():
@@ -74,7 +74,7 @@ def build_model(job: Job, settings: RewardSettings) -> Model:
     if demonstrations is None:
         raise InputError("a learned reward needs demonstrations; name a file with --demonstrations")
     layout, seed = Layout.of_job(job), derive_seed(job.seed, "reward_server")
-    return RewardModel(layout, demonstrations.rows(layout), settings, seed, choose_device(job.device))
+    return RewardModel(layout, demonstrations.rows(layout), settings, seed, choose_device(settings.device))
 
 
 class RewardServer:

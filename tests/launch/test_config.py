@@ -95,6 +95,21 @@ def test_a_reward_that_cannot_see_what_it_shall_is_refused_before_the_run_starts
     check(replace(config, algorithm="expert"))  # the true reward sees for itself
 
 
+def test_roles_compute_where_they_say_or_where_all_do() -> None:
+    flags = ["--device", "cpu", "--threads", "3", "--reward.device", "cuda", "--learner.threads", "2"]
+    config = parse_config(flags).checked()
+    assert (config.learner.device, config.reward.device) == ("cpu", "cuda")
+    roles = ("learner", "reward-server", "actor", "evaluator")
+    assert [config.threads_of(role) for role in roles] == [2, 3, 3, 3]
+    assert config.checked() == config
+
+
+def test_a_missing_gpu_is_not_held_against_a_login_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config, _ = check(parse_config(["--reward.device", "cuda", "--nodes", "2"]))
+    assert config.reward.device == "cuda"
+
+
 def test_every_number_has_its_bounds() -> None:
     assert unbounded(Config) == ["learner.reward_offset"]
 

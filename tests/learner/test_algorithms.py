@@ -62,9 +62,7 @@ def test_only_the_mean_of_all_has_the_own_action_in_it(name: str) -> None:
     """In the critics that algorithms get; the released one sees no own type at all."""
     spec = spec_of((2, 3, 4), (2, 3, 4))
     layout = Layout.of(spec, "type")
-    job = Job(
-        "run", Path(), "toy", spec, "", 0, name, "serial", 3, 10, 1, "type", False, "cpu", 1, Endpoints("", "", "", "")
-    )
+    job = Job("run", Path(), "toy", spec, "", 0, name, "serial", 3, 10, 1, "type", False, Endpoints("", "", "", ""))
     rows = random_rows(layout, 3, torch.Generator().manual_seed(0), alive=1.0)
     moved = JointRows(rows.observations, [(rows.actions[0] + torch.tensor([1, 0, 0, 0])) % 4], rows.active)
     depends = {}

@@ -33,9 +33,7 @@ class Learner:
 
     def __init__(self, folder: Path) -> None:
         endpoints = Endpoints(*(f"ipc://{folder}/{name}" for name in ("e", "w", "r", "c")))
-        job = Job(
-            "run", folder, ENVIRONMENT, SPEC, "", 0, "maac", "async", 0, 1000, 2, "type", False, "cpu", 1, endpoints
-        )
+        job = Job("run", folder, ENVIRONMENT, SPEC, "", 0, "maac", "async", 0, 1000, 2, "type", False, endpoints)
         self.telemetry = Telemetry("learner", 0, Sender("run", "learner-0"), 0, "127.0.0.1")
         self.policy = Policy(Layout.of(SPEC, "type"), (4,), torch.Generator().manual_seed(0))
         learner = LearnerSettings(max_policy_lag=MAX_LAG, deadline_seconds=3.0)

@@ -58,8 +58,6 @@ def run(
         actors=actor_count,
         parameter_sharing="type",
         agent_identity=True,
-        device="cpu",
-        threads=1,
         endpoints=Endpoints("", "", "", ""),
     )
     actor = ActorSettings(steps_per_iteration=STEPS_PER_ITERATION, hidden=(16,))
