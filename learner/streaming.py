@@ -32,11 +32,18 @@ MAX_ACTORS = 65_536
 
 
 class StreamedExperience(RemoteExperience):
-    """Chunks of whichever actors there are, in the order in which they came.
+    """Chunks of whichever actors there are, those of older policies first, else in the order in which they came.
 
     An iteration takes as many chunks as the job has actors, so that updates per fresh step are the same as in lockstep.
     A chunk is acknowledged when it is taken: an actor with too many unacknowledged ones pauses. If the policy of an
     actor could fall more than `max_policy_lag` iterations behind, the learner pauses until its chunk has come.
+
+    No chunk that is trained on is of a policy more than K = `max_policy_lag` iterations behind. Let v be the version
+    published last. A chunk is let in if its version is v − K or newer, and what an iteration does not take is thrown
+    away unless it is v + 1 − K or newer; so at the next take, of v + 1, the bound holds again. Little is thrown away,
+    for two reasons. Every actor says with each chunk how old the next one can be, and is waited for while that is older
+    than v + 1 − K: so it comes while it still counts. And the oldest are taken first: what is left is too old only if
+    more chunks than an iteration takes were all of the oldest version.
     """
 
     def __init__(self, job: Job, settings: Settings, telemetry: Telemetry) -> None:
@@ -78,8 +85,15 @@ class StreamedExperience(RemoteExperience):
     def _take(self) -> list[Trajectories]:
         for actor in self._pausing():
             self._next_version[actor] = self._current[1]
-        taken = [self._queue.popleft() for _ in range(self._share)]
-        lags = [self._current[1] - request.message.body.version for request, _ in taken]
+        by_age = sorted(self._queue, key=_version)  # stable: of one version in the order in which they came
+        taken, left = by_age[: self._share], by_age[self._share :]
+        self._queue.clear()
+        for chunk in left:
+            if _version(chunk) > self._current[1] - self._max_policy_lag:
+                self._queue.append(chunk)
+            else:
+                self._refuse(chunk[0])
+        lags = [self._current[1] - _version(chunk) for chunk in taken]
         for (request, _), lag in zip(taken, lags, strict=True):
             self._metrics.policy_lag.observe(lag)
             self._server.answer(request, Done("taken"))
@@ -110,12 +124,16 @@ class StreamedExperience(RemoteExperience):
             else:
                 self._server.answer(request, Done(self._accept(request)))
 
+    def _refuse(self, request: Request) -> None:
+        """A chunk of a policy too old to learn from, or of another session."""
+        self._count_drop("stale")
+        self._server.answer(request, Done("stale"))
+
     def _enqueue(self, request: Request) -> None:
         body = request.message.body
         session, version = self._current
         if body.session != session or not version - self._max_policy_lag <= body.version <= version:
-            self._count_drop("stale")
-            self._server.answer(request, Done("stale"))
+            self._refuse(request)
             return
         try:
             trajectories = Trajectories.from_arrays(request.message.arrays, self._spec)
@@ -127,6 +145,11 @@ class StreamedExperience(RemoteExperience):
         self._next_version[body.actor] = body.next_version
         self._queue.append((request, trajectories))
         self._metrics.waiting.set(len(self._queue))
+
+
+def _version(chunk: tuple[Request, Trajectories]) -> int:
+    """Of the policy that played it."""
+    return int(chunk[0].message.body.version)
 
 
 class StreamedOffPolicy(OffPolicyImitation):

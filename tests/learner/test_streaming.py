@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,8 +108,28 @@ def test_the_learner_waits_for_an_actor_that_would_fall_back_too_far(learner: Le
         if version == 2:
             threading.Timer(0.5, lambda: learner.send(1, 0, 2, 99)).start()
         taken = learner.collect()
-    assert taken == [12, 22]
-    assert learner.experience._queue[0][0].message.body.actor == 1  # it was waited for, though two were there
+    assert taken == [99, 12]  # it was waited for, though two were there, and comes first: it could not wait
+
+
+def test_no_chunk_is_trained_on_beyond_the_bound(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever chunks come, of whatever versions, and though nobody is waited for."""
+    monkeypatch.setattr(streaming, "PATIENCE_SECONDS", 0.0)
+    dice = random.Random(1)
+    lags = learner.experience._metrics.policy_lag
+    for version in range(40):
+        learner.publish(version)
+        for _ in range(dice.randrange(2, 5)):
+            learner.send(dice.randrange(3), max(0, version - dice.randrange(MAX_LAG + 2)), version, 0)
+        learner.experience._receive(0.2)
+        while len(learner.experience._queue) < 2:
+            learner.send(0, version, version, 0)
+            learner.experience._receive(0.2)
+        learner.collect()
+    (metric,) = lags.collect()
+    counts = {s.labels["le"]: s.value for s in metric.samples if s.name.endswith("_bucket")}
+    assert counts["+Inf"] == 80
+    assert counts[f"{MAX_LAG}.0"] == 80
+    assert counts["0.0"] < counts["1.0"] < counts[f"{MAX_LAG}.0"]
 
 
 def test_an_actor_that_is_gone_is_not_waited_for_for_ever(
