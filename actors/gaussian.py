@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 LOG_STD_RANGE = (-5.0, 2.0)
+"""Below, an action half a unit off the centre has a log-density of minus thousands; above, nearly all draws are ±1."""
 LARGEST_ACTION = 1 - 1e-6
 """A recorded ±1 is taken for this: the density of a squashed Gaussian has no value at its bounds."""
 

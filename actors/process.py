@@ -24,6 +24,7 @@ from protocol.telemetry import Telemetry
 from protocol.trajectories import Trajectories
 
 POLL_SECONDS = 0.2
+"""Longest deafness to the wish to stop."""
 CREDITS = 2
 """Chunks of one actor that the learner has not taken yet; with so many, a streaming actor pauses."""
 

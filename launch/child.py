@@ -16,8 +16,8 @@ from pathlib import Path
 from launch import lifeline
 from launch.topology import Process
 
-TAIL_BYTES = 16_384
-TAIL_LINES = 80
+TAIL_BYTES, TAIL_LINES = 16_384, 80
+"""Of its log, to show how a process ended: a traceback through torch has so many lines."""
 
 
 def worker_command(process: Process) -> list[str]:

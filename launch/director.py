@@ -26,10 +26,12 @@ from protocol.telemetry import STOP, Telemetry
 log = logging.getLogger(__name__)
 
 SILENT_SECONDS = 10.0
+"""Ten heartbeats: fewer could be a busy machine."""
 STUCK_SECONDS = 60.0
 PROCESSES, PROCESSES_SECONDS = "processes.json", 1.0
 REMOTE_GRACE_SECONDS = 2.0
 LOST_NODE_SECONDS = 15.0
+"""Longer than a silent process is only named, since its work is given to other nodes then."""
 JOINED = re.compile(r"actor-\d{1,6}")
 """Names of actors that may come to an async run."""
 ADDRESS = re.compile(r"[\w.:\[\]-]{1,255}:\d{1,5}")

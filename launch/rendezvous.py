@@ -36,6 +36,7 @@ from protocol.keys import Keys
 from protocol.specs import EnvironmentSpec
 
 RENDEZVOUS_SECONDS = 120.0
+"""Importing Python and its packages may take a minute where many nodes read them from one slow disk."""
 MEETINGS = 3
 """How often the nodes are started if they do not find each other."""
 MET = "targets.json"
@@ -46,6 +47,7 @@ LAST_RANK_SECONDS = 10.0
 its power for ever."""
 STOP_LINE = "stop"
 PORTS = range(20_000, 32_000)
+"""Below 32,768, where Linux begins to give ports to outgoing connections."""
 
 
 def run_nodes(config: Config, spec: EnvironmentSpec, folder: Path, stopped: StopRequests) -> Outcome:

@@ -20,6 +20,7 @@ from launch.outcome import FINISHED, Outcome
 from protocol.errors import InputError
 
 MIN_FREE_BYTES = 64 << 20
+"""Room for two checkpoints of the Berlin preset: with less, the first iterations would be lost work."""
 
 
 def named(config: Config) -> Config:

@@ -15,11 +15,13 @@ from launch.outcome import CRASHED, FINAL_CODES, FINISHED, INTERRUPTED, Outcome
 from launch.topology import Plan, Process
 from protocol.telemetry import Telemetry
 
-MAX_RESTARTS = 5
-RESTART_WINDOW_SECONDS = 120.0
+MAX_RESTARTS, RESTART_WINDOW_SECONDS = 5, 120.0
+"""A process that crashes more often within that time would crash for ever; one that crashes once a night may go on."""
 RESTART_DELAY_SECONDS = 0.5
-LEARNER_GRACE_SECONDS = 5.5
-OTHERS_GRACE_SECONDS = 1.5
+"""So that a process that dies at once does not take a core from those that work."""
+LEARNER_GRACE_SECONDS, OTHERS_GRACE_SECONDS = 5.5, 1.5
+"""From the wish to stop to SIGKILL. The learner ends its iteration and writes a checkpoint; the others have nothing to
+save. Together, with what it takes to write down the end, they stay below the 10 s after which a scheduler may kill."""
 POLL_SECONDS = 0.05
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")

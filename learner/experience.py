@@ -27,6 +27,7 @@ from protocol.trajectories import Trajectories
 log = logging.getLogger(__name__)
 
 REPEAT_SECONDS = 1.0
+"""Between broadcasts of the same weights while chunks are missing: a broadcast that nobody heard is not asked for."""
 MAX_EVALUATED = 1_000_000
 """Episodes of one evaluation."""
 

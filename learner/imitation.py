@@ -39,6 +39,7 @@ from protocol.trajectories import Trajectories
 from reward_server.client import Kept, RewardService
 
 PREFETCHED_BATCHES = 2
+"""One is computed by the server and one is on its way while the learner trains on a third."""
 REPLAY_STEPS = 8_000
 """Joint rows that off-policy updates draw from, unless the settings say otherwise."""
 

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 10.0
 """How long the learner waits for an actor that would pass the bound of the policy lag, before it goes on without it."""
 MAX_ACTORS = 65_536
+"""Numbers that actors can have, those who join included."""
 
 
 class StreamedExperience(RemoteExperience):

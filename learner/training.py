@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 Arrays = dict[str, np.ndarray]
 FINAL_EVALUATION_SECONDS = 600.0
+"""A thousand episodes take seconds to minutes; an evaluator that says nothing for so long is not there."""
 CURABLE = ("no_session", "deadline")
 """Refusals of a reward server that was started again, or was stopped for a while."""
 

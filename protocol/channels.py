@@ -40,14 +40,18 @@ from protocol.messages import (
 log = logging.getLogger(__name__)
 
 ZERO_COPY_BYTES = 1 << 16
+"""Of a frame; libzmq calls back for each one that it was lent, which costs more than to copy a smaller one."""
 ANSWERS_KEPT = 32
+"""Of one client, to be sent again if it asks again; more than any client of ours has under way."""
 CLIENTS_KEPT = 4096
+"""Whose answers are kept: who connects under ever new names shall not fill the memory."""
 MESSAGES_PER_POLL = 256
 """Taken in at once; who floods a socket delays its owner's other work, and cannot hold it for ever."""
 MAX_SUBSCRIPTION_BYTES = 1024
 """What a listener sends, the handshake included."""
-FIRST_RESEND_SECONDS = 1.0
-LAST_RESEND_SECONDS = 8.0
+FIRST_RESEND_SECONDS, LAST_RESEND_SECONDS = 1.0, 8.0
+"""Between the times that a request is sent, doubled each time: a restarted server is heard of within seconds, and a
+busy one is not made busier."""
 
 CountDrop = Callable[[str], None]
 

@@ -26,11 +26,10 @@ from protocol.keys import Keys
 from protocol.specs import ArrayTable
 
 PROTOCOL_VERSION = 5
-MAX_HEADER_BYTES = 1 << 20
-MAX_ARRAYS = 4096
-MAX_RANK = 8
+MAX_HEADER_BYTES, MAX_ARRAYS, MAX_RANK, MAX_TEXT = 1 << 20, 4096, 8, 8192
+"""Of a header, from whomever it is: far above what a run of hundreds of types sends, and parsed within milliseconds."""
 MAX_MESSAGE_BYTES = 1 << 31
-MAX_TEXT = 8192
+"""Of all arrays, where the receiver knows no lower limit; most do, from the shapes that they expect."""
 DTYPES = {name: np.dtype(name) for name in ("float32", "float64", "int64", "int32", "uint8", "bool")}
 
 Arrays = dict[str, np.ndarray]

@@ -13,8 +13,8 @@ from protocol.errors import InputError
 PACKED = ".xz"
 PACKED_FROM_BYTES, PACKED_RATIO = 1 << 20, 4
 """Arrays of this size are packed if that makes them so many times smaller: one that is not is read without copying."""
-MAX_UNPACKED_BYTES = 1 << 34
-XZ_MEMORY_BYTES = 1 << 26
+MAX_UNPACKED_BYTES, XZ_MEMORY_BYTES = 1 << 34, 1 << 26
+"""A file of a few bytes can ask for any amount of either: above what is written here, and below what ends a machine."""
 IN_FILE = {"float32": "F32", "bool": "BOOL", "uint8": "U8", "int16": "I16", "int32": "I32"}
 """What safetensors calls the dtypes of columns."""
 

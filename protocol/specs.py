@@ -28,9 +28,10 @@ PartKind = Literal["own", "code", "shared", "constant"]
 OWN_MASK, FREE = "own", "free"
 """What a type's `mask` may be, besides the name of one of its codes."""
 
-MAX_AGENTS = 1_000_000
-MAX_WIDTH = 1_000_000
+MAX_AGENTS = MAX_WIDTH = 1_000_000
+"""A spec comes in files and messages, and arrays of its sizes are made."""
 MAX_VALUE = 3.4e38
+"""float32 holds it."""
 MAX_EXPANDED = 1 << 28
 """Numbers that the constants of all agents, or the masks of a table, may take up in memory."""
 

@@ -21,6 +21,7 @@ from protocol.specs import ArrayTable
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
+"""Seldom enough that a thousand processes do not keep the director busy."""
 STAGE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 STOP = "stop"
 START, BETWEEN = "start", "between"

@@ -41,6 +41,7 @@ from reward_server.particles import RewardModel, state_table
 from reward_server.settings import RewardSettings
 
 POLL_SECONDS = 0.2
+"""Longest deafness to the wish to stop."""
 MAX_NUMBER = 2**60
 """Far from where the numbers of rows would overflow."""
 

@@ -16,6 +16,7 @@ from protocol.seeds import derive_seed
 from protocol.specs import EnvironmentSpec, Part, TypeSpec
 
 MAX_SEED = 2**31
+"""Some environments hand seeds on to libraries that take signed 32-bit integers."""
 
 
 class PettingZooParallel:

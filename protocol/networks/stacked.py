@@ -20,7 +20,7 @@ from torch.nn import functional
 from protocol.networks.grid import ALL, ObservationGrid, Tile
 
 TILE_NUMBERS = 1 << 17
-"""Most activations of one layer in a tile."""
+"""Most activations of one layer in a tile: half a megabyte, which a core's cache keeps from one layer to the next."""
 
 Input = torch.Tensor | ObservationGrid
 """What first layers see: numbers [K, R, in], or observations that are expanded no further than products want them."""

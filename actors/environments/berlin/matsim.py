@@ -14,6 +14,7 @@ from actors.environments.berlin.raw_network import RawNetwork
 from protocol.errors import InputError
 
 MAX_UNPACKED_BYTES = 1 << 31
+"""Compressed, as these files are, anything can be a few kilobytes."""
 
 
 def read_matsim(network: Path, plans: Path) -> RawNetwork:
