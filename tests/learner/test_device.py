@@ -149,10 +149,10 @@ def demonstrations_of(spec: EnvironmentSpec) -> Demonstrations:
 def test_an_update_runs_where_the_networks_are(
     name: str, kinds: tuple[Any, Any], options: dict[str, Any], context: Context, sharing: ParameterSharing
 ) -> None:
-    layout = Layout.of(SPECS[name], sharing)
+    layout = Layout.of(SPECS[name], sharing, True)
     settings = LearnerSettings(hidden=HIDDEN, heads=HEADS, attend_own_type=False, cloning_weight=0.1, **options)
     make_critic, make_learner = kinds
-    critic = make_critic(layout, context, HIDDEN, HEADS, False, torch.Generator().manual_seed(1), True)
+    critic = make_critic(layout, context, HIDDEN, HEADS, False, torch.Generator().manual_seed(1))
     cloning, batch, policy = Cloning(layout, demonstrations_of(SPECS[name]), 4, 5), batch_of(layout), policy_of(layout)
     with pretended_gpu():
         learner = make_learner(policy, critic, settings, GPU, 7)
@@ -169,9 +169,9 @@ def test_an_update_runs_where_the_networks_are(
 def test_a_clipped_update_runs_where_the_networks_are(
     lagging: bool, name: str, context: Context, sharing: ParameterSharing
 ) -> None:
-    layout, policy = Layout.of(SPECS[name], sharing), policy_of(Layout.of(SPECS[name], sharing))
+    layout, policy = Layout.of(SPECS[name], sharing, True), policy_of(Layout.of(SPECS[name], sharing, True))
     settings = LearnerSettings(hidden=HIDDEN, heads=HEADS, clipped=ClippedSettings(epochs=1, parts=2, clone_weight=0.1))
-    critic = ValueCritic(layout, context, HIDDEN, HEADS, True, torch.Generator().manual_seed(1), True)
+    critic = ValueCritic(layout, context, HIDDEN, HEADS, True, torch.Generator().manual_seed(1))
     chunk = Trajectories.zeros(SPECS[name], 3)
     chunk.lengths[0] = 2
     segments = Segments.of([chunk], layout)
@@ -198,9 +198,9 @@ def never_waiting(monkeypatch: pytest.MonkeyPatch, reads: int) -> Iterator[None]
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("name", SPECS)
 def test_an_update_does_not_wait_for_the_device(name: str, context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = Layout.of(SPECS[name], "type")
+    layout = Layout.of(SPECS[name], "type", True)
     kinds = (ActionCritic, ActionActorCritic) if name == "mixed" else (Critic, ActorCritic)
-    critic = kinds[0](layout, context, HIDDEN, HEADS, False, torch.Generator().manual_seed(1), True)
+    critic = kinds[0](layout, context, HIDDEN, HEADS, False, torch.Generator().manual_seed(1))
     batch, policy = batch_of(layout), policy_of(layout)
     with pretended_gpu():
         learner = kinds[1](policy, critic, LearnerSettings(hidden=HIDDEN, heads=HEADS), GPU, 7)  # type: ignore[arg-type]
@@ -214,9 +214,9 @@ def test_an_update_does_not_wait_for_the_device(name: str, context: Context, mon
 def test_a_clipped_iteration_reads_once_from_the_device(
     name: str, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layout, policy = Layout.of(SPECS[name], "type"), policy_of(Layout.of(SPECS[name], "type"))
+    layout, policy = Layout.of(SPECS[name], "type", True), policy_of(Layout.of(SPECS[name], "type", True))
     settings = LearnerSettings(hidden=HIDDEN, heads=HEADS, clipped=ClippedSettings(epochs=2, parts=2, clone_weight=0.1))
-    critic = ValueCritic(layout, context, HIDDEN, HEADS, True, torch.Generator().manual_seed(1), True)
+    critic = ValueCritic(layout, context, HIDDEN, HEADS, True, torch.Generator().manual_seed(1))
     chunk = Trajectories.zeros(SPECS[name], 3)
     chunk.lengths[:] = SPECS[name].episode_length
     segments = Segments.of([chunk], layout)
@@ -234,7 +234,7 @@ def test_a_clipped_iteration_reads_once_from_the_device(
 def test_cloning_runs_where_the_policy_is(
     name: str, sharing: ParameterSharing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layout, settings = Layout.of(SPECS[name], sharing), CloningSettings(updates=2, batch_size=4, held_out=0.5)
+    layout, settings = Layout.of(SPECS[name], sharing, True), CloningSettings(updates=2, batch_size=4, held_out=0.5)
     policy, demonstrations = policy_of(layout), demonstrations_of(SPECS[name])
     telemetry = Telemetry("learner", 0, Sender("test", "learner-0"))
     telemetry.close()
@@ -250,7 +250,7 @@ def test_cloning_runs_where_the_policy_is(
 @pytest.mark.parametrize("sharing", ["agent", "type"])
 @pytest.mark.parametrize("name", SPECS)
 def test_a_policy_acts_and_is_published_from_where_it_is(name: str, sharing: ParameterSharing) -> None:
-    layout, spec = Layout.of(SPECS[name], sharing), SPECS[name]
+    layout, spec = Layout.of(SPECS[name], sharing, True), SPECS[name]
     policy = policy_of(layout)
     columns = [
         {column: np.ones(shape, dtype) for column, (dtype, shape) in form.table_of(3).items()} for form in forms(spec)
