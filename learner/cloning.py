@@ -15,6 +15,7 @@ from learner.memory import keep_freed_memory
 from learner.optimisation import adam_arrays, load_adam_arrays, part
 from learner.settings import CloningSettings
 from protocol.demonstrations import Demonstrations
+from protocol.device import CPU
 from protocol.layout import Layout
 from protocol.seeds import derive_seed
 from protocol.telemetry import Telemetry
@@ -23,9 +24,12 @@ from protocol.telemetry import Telemetry
 class Cloning:
     """Expert rows with their action masks, and the cloning loss on random ones of them."""
 
-    def __init__(self, layout: Layout, demonstrations: Demonstrations, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, layout: Layout, demonstrations: Demonstrations, batch_size: int, seed: int, device: torch.device = CPU
+    ) -> None:
+        """device: where the policies are."""
         self._layout, self._batch_size = layout, batch_size
-        self._rows = demonstrations.rows(layout)
+        self._rows = demonstrations.rows(layout).to(device)
         self._generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
@@ -35,8 +39,7 @@ class Cloning:
         """Mean over expert rows, summed over networks, of −log π(a|s); random rows unless `index` [B] names them."""
         if index is None:
             index = torch.randint(len(self._rows), (self._batch_size,), generator=self._generator)
-        device = next(policy.parameters()).device
-        rows = self._rows.select(index).widened().to(device)
+        rows = self._rows.select(index).widened()
         weights = losses.row_weights(self._layout, rows.active)
         terms = []
         for b, block in enumerate(self._layout.blocks):
@@ -99,8 +102,8 @@ class BehaviourCloning:
         self.policy, self._settings, self._telemetry = policy.to(device), settings, telemetry
         self.iterations = settings.iterations
         train, held_out = demonstrations.split(settings.held_out, derive_seed(seed, "held-out"))
-        self._train = Cloning(policy.layout, train, settings.batch_size, derive_seed(seed, "cloning"))
-        self._held_out = held_out and Cloning(policy.layout, held_out, settings.batch_size, 0)
+        self._train = Cloning(policy.layout, train, settings.batch_size, derive_seed(seed, "cloning"), device)
+        self._held_out = held_out and Cloning(policy.layout, held_out, settings.batch_size, 0, device)
         self._optimiser = torch.optim.AdamW(
             policy.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )

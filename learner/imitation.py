@@ -150,13 +150,13 @@ class OffPolicyImitation(Imitation):
         job, settings, layout = self._job, self._settings, self.policy.layout
         critic = build_critic(job, settings, layout)
         kinds = ActionActorCritic if isinstance(critic, ActionCritic) else ActorCritic
-        self._replay = Replay(layout, settings.window_steps or REPLAY_STEPS)
+        self._replay = Replay(layout, settings.window_steps or REPLAY_STEPS, device)
         self._generator = torch.Generator().manual_seed(derive_seed(job.seed, "replay"))
         self._asked: deque[tuple[Batch, int]] = deque()
         self._cloning: Cloning | None = None
         if settings.cloning_weight and self._demonstrations is not None:
             seed = derive_seed(job.seed, "cloning")
-            self._cloning = Cloning(layout, self._demonstrations, settings.batch_size, seed)
+            self._cloning = Cloning(layout, self._demonstrations, settings.batch_size, seed, device)
         return kinds(self.policy, critic, settings, device, derive_seed(job.seed, "next-actions"))
 
     def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None, abort: Callable[[], None]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from protocol.device import check_room
+from protocol.device import CPU, check_room
 from protocol.errors import InputError
 from protocol.layout import JointRows, Layout, widened
 from protocol.observations import COLUMNS, Observations
@@ -61,9 +61,13 @@ class Batch:
 
 
 class Replay:
-    """A ring of joint rows. An episode of n steps takes n + 1 rows: a row's successor is the next row of the ring."""
+    """A ring of joint rows. An episode of n steps takes n + 1 rows: a row's successor is the next row of the ring.
 
-    def __init__(self, layout: Layout, window_steps: int) -> None:
+    The rows are where they are learned from; which of them are whose successors, and their numbers, stay on the host,
+    so that no draw waits for a GPU.
+    """
+
+    def __init__(self, layout: Layout, window_steps: int, device: torch.device = CPU) -> None:
         length = layout.spec.episode_length
         self.layout = layout
         self.capacity = max(1, math.ceil(window_steps / length)) * (length + 1)
@@ -74,11 +78,14 @@ class Replay:
             for name, (dtype, shape) in one.items()
             if "." in name and not name.endswith(".log_probabilities")
         }
-        check_room(table, torch.device("cpu"), "learner.window-steps", window_steps)
-        self._columns = {name: torch.from_numpy(np.zeros(shape, dtype)) for name, (dtype, shape) in table.items()}
-        self._terminated = torch.zeros(self.capacity, dtype=torch.bool)
-        self._has_successor = torch.zeros(self.capacity, dtype=torch.bool)
-        self._number = torch.zeros(self.capacity, dtype=torch.int64)
+        check_room(table, device, "learner.window-steps", window_steps)
+        self._device = device
+        self._columns = {
+            name: torch.from_numpy(np.zeros(shape, dtype)).to(device) for name, (dtype, shape) in table.items()
+        }
+        self._terminated = torch.zeros(self.capacity, dtype=torch.bool, device=device)
+        self._has_successor = np.zeros(self.capacity, bool)
+        self._number = np.zeros(self.capacity, np.int64)
         self.observed = 0
         """Transitions taken in since the start of the run: the number of the next one."""
 
@@ -86,7 +93,7 @@ class Replay:
         """Transitions held."""
         return int(self._has_successor.sum())
 
-    def add(self, trajectories: Trajectories) -> torch.Tensor:
+    def add(self, trajectories: Trajectories) -> np.ndarray:
         """Take in whole episodes, overwriting the oldest rows; returns where the fresh transitions are, for `rows`.
 
         Raises InputError if they do not fit all at once.
@@ -95,24 +102,24 @@ class Replay:
         if needed > self.capacity:
             raise InputError(f"{needed} rows do not fit a window of {self.capacity}: raise learner.window-steps")
         index = self._add_whole(trajectories) if self._fits_whole(trajectories) else self._add(trajectories)
-        self._number[index] = torch.arange(self.observed, self.observed + len(index))
+        self._number[index] = np.arange(self.observed, self.observed + len(index))
         self.observed += len(index)
         return index
 
     def add_all(self, chunks: Sequence[Trajectories]) -> JointRows:
         """`add` each; returns the rows of all fresh transitions, copied, even if some overwrite others."""
         if sum(map(_num_rows, chunks)) <= self.capacity:
-            return self.rows(torch.cat([self.add(chunk) for chunk in chunks]))
+            return self.rows(np.concatenate([self.add(chunk) for chunk in chunks]))
         return JointRows.joined([self.rows(self.add(chunk)) for chunk in chunks])
 
-    def rows(self, index: torch.Tensor) -> JointRows:
+    def rows(self, index: np.ndarray) -> JointRows:
         """The transitions at these places, copied."""
         actions = [widened(action) for action in self._take("actions", index)]
         return JointRows(self._seen(index), actions, self._take("active", index))
 
     def kept(self) -> tuple[int, JointRows] | None:
         """The number of the oldest transition held, and all of them in the order of their numbers; None if none is."""
-        held = self._has_successor.nonzero().squeeze(1)
+        held = np.flatnonzero(self._has_successor)
         if not len(held):
             return None
         in_order = held[self._number[held].argsort()]
@@ -120,47 +127,45 @@ class Replay:
 
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Batch, torch.Tensor]:
         """B transitions, uniformly and with replacement, and their numbers [B]."""
-        held = self._has_successor.nonzero().squeeze(1)
-        index = held[torch.randint(len(held), (batch_size,), generator=generator)]
-        return self._batch(index), self._number[index]
+        held = np.flatnonzero(self._has_successor)
+        index = held[torch.randint(len(held), (batch_size,), generator=generator).numpy()]
+        return self._batch(index), torch.from_numpy(self._number[index])
 
-    def _batch(self, index: torch.Tensor) -> Batch:
+    def _batch(self, index: np.ndarray) -> Batch:
         following = (index + 1) % self.capacity
         return Batch(
             rows=self.rows(index),
             next_observations=self._seen(following),
             next_active=self._take("active", following),
             rewards=self._take("rewards", index),
-            terminated=self._terminated[index],
+            terminated=self._terminated.index_select(0, self._there(torch.from_numpy(index))),
         )
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything, for a checkpoint."""
-        arrays = {name: column.numpy() for name, column in self._columns.items()}
-        arrays |= {"terminated": self._terminated.numpy(), "has_successor": self._has_successor.numpy()}
-        return arrays | {"cursor": np.array([self._cursor, self.observed]), "number": self._number.numpy()}
+        arrays = {name: column.cpu().numpy() for name, column in self._columns.items()}
+        arrays |= {"terminated": self._terminated.cpu().numpy(), "has_successor": self._has_successor}
+        return arrays | {"cursor": np.array([self._cursor, self.observed]), "number": self._number}
 
     def load_state(self, arrays: dict[str, np.ndarray]) -> None:
         """The inverse of `state`, for arrays that were checked against `state_table`."""
         for name, column in self._columns.items():
             column.copy_(torch.tensor(arrays[name]))
         self._terminated.copy_(torch.tensor(arrays["terminated"]))
-        self._has_successor.copy_(torch.tensor(arrays["has_successor"]))
-        self._number.copy_(torch.tensor(arrays["number"]))
+        self._has_successor[:], self._number[:] = arrays["has_successor"], arrays["number"]
         self._cursor, self.observed = (int(value) for value in arrays["cursor"])
 
-    def _add(self, trajectories: Trajectories) -> torch.Tensor:
-        lengths = torch.as_tensor(trajectories.lengths)
-        step = torch.arange(trajectories.terminated.shape[0] + 1)
-        kept = step <= lengths.unsqueeze(1)
-        index = (self._cursor + torch.arange(int(kept.sum()))) % self.capacity
+    def _add(self, trajectories: Trajectories) -> np.ndarray:
         longest = trajectories.terminated.shape[0] + 1
+        step, lengths = np.arange(longest), trajectories.lengths[:, None]
+        kept = step <= lengths
+        index = (self._cursor + np.arange(kept.sum())) % self.capacity
+        place = self._there(torch.from_numpy(index))
         for name, column in self._columns.items():
-            steps = torch.from_numpy(trajectories.arrays[name])
-            steps = steps if len(steps) == longest else _with_last_row(steps)
-            column[index] = steps.transpose(0, 1)[kept]
-        self._terminated[index] = _with_last_row(torch.as_tensor(trajectories.terminated)).T[kept]
-        self._has_successor[index] = (step < lengths.unsqueeze(1))[kept]
+            steps = trajectories.arrays[name]
+            self._write(column, place, (steps if len(steps) == longest else _with_last_row(steps)), kept)
+        self._write(self._terminated, place, _with_last_row(trajectories.terminated), kept)
+        self._has_successor[index] = (step < lengths)[kept]
         self._cursor = (self._cursor + len(index)) % self.capacity
         return index[self._has_successor[index]]
 
@@ -170,7 +175,7 @@ class Replay:
         ends = self._cursor + trajectories.num_episodes * rows
         return self._cursor % rows == 0 and ends <= self.capacity and bool((trajectories.lengths == rows - 1).all())
 
-    def _add_whole(self, trajectories: Trajectories) -> torch.Tensor:
+    def _add_whole(self, trajectories: Trajectories) -> np.ndarray:
         """As `_add`, with one copy from where the arrays lie: what streams in are mostly whole episodes."""
         rows, episodes = self.layout.spec.episode_length + 1, trajectories.num_episodes
         end = self._cursor + episodes * rows
@@ -178,18 +183,18 @@ class Replay:
         for name, column in self._columns.items():
             steps = torch.from_numpy(trajectories.arrays[name]).transpose(0, 1)
             target = column[place].unflatten(0, (episodes, rows))
-            target[:, : steps.shape[1]] = steps
+            target[:, : steps.shape[1]] = self._there(steps)
             if steps.shape[1] < rows:
                 target[:, -1] = 0  # as `_with_last_row`
-        step = torch.arange(rows)
-        self._terminated[place] = _with_last_row(torch.as_tensor(trajectories.terminated)).T.flatten()
-        self._has_successor[place] = (step < rows - 1).repeat(episodes)
-        index = torch.arange(self._cursor, end)[self._has_successor[place]]
+        self._terminated[place] = self._there(torch.from_numpy(_with_last_row(trajectories.terminated).T.reshape(-1)))
+        self._has_successor[place] = np.tile(np.arange(rows) < rows - 1, episodes)
+        index = self._cursor + np.flatnonzero(self._has_successor[place])
         self._cursor = end % self.capacity
         return index
 
-    def _seen(self, index: torch.Tensor) -> list[Observations]:
+    def _seen(self, places: np.ndarray) -> list[Observations]:
         """What was observed at these places, copied."""
+        index = self._there(torch.from_numpy(places))
         return [
             Observations(
                 block.form,
@@ -202,14 +207,22 @@ class Replay:
             for b, block in enumerate(self.layout.blocks)
         ]
 
-    def _take(self, field: str, index: torch.Tensor) -> list[torch.Tensor]:
+    def _take(self, field: str, places: np.ndarray) -> list[torch.Tensor]:
+        index = self._there(torch.from_numpy(places))
         return [self._columns[f"{b}.{field}"].index_select(0, index) for b in range(len(self.layout.blocks))]
+
+    def _write(self, column: torch.Tensor, place: torch.Tensor, steps: np.ndarray, kept: np.ndarray) -> None:
+        """The kept ones [E, T+1] of an array of steps [T+1, E, …], episode after episode."""
+        column.index_copy_(0, place, self._there(torch.from_numpy(steps.swapaxes(0, 1)[kept])))
+
+    def _there(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._device, non_blocking=True)
 
 
 def _num_rows(trajectories: Trajectories) -> int:
     return trajectories.num_steps + trajectories.num_episodes
 
 
-def _with_last_row(steps: torch.Tensor) -> torch.Tensor:
+def _with_last_row(steps: np.ndarray) -> np.ndarray:
     """[T, …] → [T+1, …]: actions and rewards have no entry for an episode's last observation; it is never read."""
-    return torch.cat([steps, steps.new_zeros(1, *steps.shape[1:])])
+    return np.concatenate([steps, np.zeros_like(steps, shape=(1, *steps.shape[1:]))])

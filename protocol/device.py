@@ -16,6 +16,7 @@ from protocol.settings import Device
 from protocol.specs import ArrayTable
 
 Precision = Literal["float32", "bfloat16"]
+CPU = torch.device("cpu")
 CPU_FEATURES = Path("/proc/cpuinfo")
 
 PARTS_OF_MEMORY = 16

@@ -143,7 +143,8 @@ class JointRows:
         )
 
     def select(self, index: torch.Tensor) -> JointRows:
-        """The rows of these numbers, copied."""
+        """The rows of these numbers, copied where they are."""
+        index = index.to(self.active[0].device, non_blocking=True)
         return self.map(lambda tensor: tensor.index_select(0, index))
 
     def without_masks(self) -> JointRows:

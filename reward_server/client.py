@@ -187,10 +187,10 @@ class RemoteRewards:
         if kept.rows is not None:
             for part in torch.arange(len(kept.rows)).split(ROWS_AT_ONCE):
                 rows = kept.rows.select(part)
-                self._request(Hold(session, len(rows)), rows.to_arrays())
+                self._request(Hold(session, len(rows)), rows.on_host().to_arrays())
 
     def update(self, rows: JointRows, progress: float) -> int:
-        return self._client.submit(Update(self._session, len(rows), progress), rows.to_arrays())
+        return self._client.submit(Update(self._session, len(rows), progress), rows.on_host().to_arrays())
 
     def updated(self, ticket: int) -> tuple[int, dict[str, float]]:
         statistics = self._result(ticket, self._deadline_seconds).body
@@ -210,8 +210,8 @@ class RemoteRewards:
         if numbers is not None and numbered:
             arrays: Arrays = {"numbers": numbers.numpy()}
         else:
-            arrays = rows.to_arrays()
-            arrays |= {f"{b}.rewards": values.numpy() for b, values in enumerate(true_rewards or [])}
+            arrays = rows.on_host().to_arrays()
+            arrays |= {f"{b}.rewards": values.cpu().numpy() for b, values in enumerate(true_rewards or [])}
         ticket = self._client.submit(body, arrays)
         self._asked[ticket] = _Asked(body, arrays, ticket)
         return ticket

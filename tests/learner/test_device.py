@@ -153,8 +153,9 @@ def test_an_update_runs_where_the_networks_are(
     settings = LearnerSettings(hidden=HIDDEN, heads=HEADS, attend_own_type=False, cloning_weight=0.1, **options)
     make_critic, make_learner = kinds
     critic = make_critic(layout, context, HIDDEN, HEADS, False, torch.Generator().manual_seed(1))
-    cloning, batch, policy = Cloning(layout, demonstrations_of(SPECS[name]), 4, 5), batch_of(layout), policy_of(layout)
+    demonstrations, batch, policy = demonstrations_of(SPECS[name]), batch_of(layout), policy_of(layout)
     with pretended_gpu():
+        cloning = Cloning(layout, demonstrations, 4, 5, GPU)
         learner = make_learner(policy, critic, settings, GPU, 7)
         learner.update(batch, batch.rewards, 0.5, cloning)
         assert {p.device for network in (policy, critic) for p in network.parameters()} == {GPU}
@@ -207,6 +208,26 @@ def test_an_update_does_not_wait_for_the_device(name: str, context: Context, mon
         learner.update(batch, batch.rewards, 0.0)  # the first one brings tensors to the device that stay there
         with never_waiting(monkeypatch, reads=0):
             learner.update(batch, batch.rewards, 0.5)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("name", SPECS)
+def test_rows_lie_where_they_are_learned_from(name: str, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but their numbers goes to the device for a batch, and nothing comes back."""
+    layout = Layout.of(SPECS[name], "type")
+    length = layout.spec.episode_length
+    demonstrations, chunk = demonstrations_of(SPECS[name]), Trajectories.zeros(layout.spec, 2)
+    chunk.lengths[:] = [length, length if whole else 2]
+    with pretended_gpu():
+        replay = Replay(layout, 4 * length, GPU)
+        replay.add(chunk)
+        with never_waiting(monkeypatch, reads=0):
+            batch, numbers = replay.sample(ROWS, torch.Generator().manual_seed(1))
+        assert {tensor.device for tensor in batch.tensors()} == {GPU}
+        assert numbers.device.type == "cpu"
+        cloning = Cloning(layout, demonstrations, 4, 5, GPU)
+        assert {tensor.device for tensor in cloning._rows.tensors()} == {GPU}
+    assert len(numbers) == ROWS
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
