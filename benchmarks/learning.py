@@ -203,10 +203,12 @@ def problem(shape: Shape) -> tuple[ActorCritic, Batch]:
     critic = Critic(layout, shape.context, shape.hidden, HEADS, True, generator)
     settings = LearnerSettings(hidden=shape.hidden, heads=HEADS, precision=shape.precision)
     learner = ActorCritic(policy, critic, settings, torch.device("cpu"), 0)
-    return learner, _random_batch(layout, shape.rows, generator)
+    return learner, random_batch(layout, shape.rows, generator)
 
 
-def _random_batch(layout: Layout, rows: int, generator: torch.Generator) -> Batch:
+def random_batch(layout: Layout, rows: int, generator: torch.Generator) -> Batch:
+    """Rows as `layout` describes them."""
+
     def numbers(dtype: str, shape: tuple[int, ...], below: int = 0) -> torch.Tensor:
         if dtype == "float32":
             return torch.randn(shape, generator=generator)

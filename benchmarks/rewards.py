@@ -1,5 +1,7 @@
 """Reward server: an SVGD update against the floor of its arithmetic, and queries end to end against the forward pass.
 
+Rows are those of the Berlin shape of `learning.py`, and asked for by number, as a learner does.
+
 python benchmarks/rewards.py [--json]
 """
 
@@ -13,19 +15,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from floors import matmul_rate, median_seconds
+from learning import berlin, problem, random_batch
 
-from protocol.layout import JointRows, Layout
+from protocol.layout import JointRows
 from protocol.messages import Sender
-from protocol.observations import Observations
-from protocol.specs import EnvironmentSpec, TypeSpec
 from protocol.telemetry import Telemetry
-from reward_server.client import RemoteRewards
+from reward_server.client import Kept, RemoteRewards
 from reward_server.discriminator import Workspace, forward
 from reward_server.particles import RewardModel, state_table
 from reward_server.process import RewardServer, listen
@@ -33,10 +35,10 @@ from reward_server.settings import RewardSettings
 
 AGENTS, OBSERVATIONS, ACTIONS, PARTICLES, BATCH = 50, 103, 46, 4, 1_000
 HIDDEN = (128, 64)
-MOST_OF_FLOOR, LEAST_OF_FORWARD = 1.3, 0.7
+MOST_OF_FLOOR, LEAST_OF_FORWARD = 1.3, 0.9
 REPEATS = 9
 QUERY_ROWS, QUERIES, UNDER_WAY = 1_000, 24, 3
-LAYOUT = Layout.of(EnvironmentSpec("berlin", (TypeSpec("agents", AGENTS, OBSERVATIONS, ACTIONS),), 100), "agent")
+LAYOUT = problem(replace(berlin(), rows=1))[0].layout
 
 
 def settings(scope: Any) -> RewardSettings:
@@ -46,12 +48,7 @@ def settings(scope: Any) -> RewardSettings:
 
 
 def some_rows(count: int, seed: int) -> JointRows:
-    generator = torch.Generator().manual_seed(seed)
-    return JointRows(
-        [Observations(LAYOUT.blocks[0].form, {"own": torch.randn(count, AGENTS, OBSERVATIONS, generator=generator)})],
-        [torch.randint(ACTIONS, (count, AGENTS), generator=generator)],
-        [torch.ones(count, AGENTS, dtype=torch.bool)],
-    )
+    return random_batch(LAYOUT, count, torch.Generator().manual_seed(seed)).rows
 
 
 def make_model(scope: str = "function") -> RewardModel:
@@ -105,12 +102,13 @@ def measure_forward() -> float:
 
 def measure_queries(client: RemoteRewards) -> float:
     """Rows per second from submission to the rewards' arrival, some queries under way at a time."""
-    rows = some_rows(QUERY_ROWS, 3)
-    client.rewards(client.submit(rows))
+    rows, numbers = some_rows(QUERY_ROWS, 3), torch.arange(QUERY_ROWS)
+    client.begin("bench", kept=Kept(QUERY_ROWS, rows=rows))
+    client.rewards(client.submit(rows, numbers=numbers))
     start = time.perf_counter()
     tickets: list[int] = []
     for _ in range(QUERIES):
-        tickets.append(client.submit(rows))
+        tickets.append(client.submit(rows, numbers=numbers))
         if len(tickets) > UNDER_WAY:
             client.rewards(tickets.pop(0))
     for ticket in tickets:
@@ -126,7 +124,6 @@ def measure_served() -> dict[str, float]:
         try:
             table = state_table(LAYOUT, settings("function"))
             client = RemoteRewards(endpoint, Sender("bench", "learner"), LAYOUT, table, print, alone=True)
-            client.begin("bench")
             pairs = [(measure_forward(), measure_queries(client)) for _ in range(7)]
             client.close()
         finally:

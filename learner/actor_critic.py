@@ -19,11 +19,11 @@ from actors.policy import FORBIDDEN_LOGIT, Policy, draw
 from learner import losses
 from learner.cloning import Cloning
 from learner.critics import Critic
-from learner.memory import keep_freed_memory
 from learner.optimisation import NetworkClip, adam_arrays, load_adam_arrays, part, recordable_adam, set_rate
 from learner.recorded import Recorded
 from learner.replay import Batch
 from learner.settings import LearnerSettings
+from protocol.allocator import keep_freed_memory
 from protocol.device import moved, numbers_at_once
 from protocol.layout import Block, JointRows, Layout
 from protocol.networks.grid import ObservationGrid, Tile

@@ -27,11 +27,11 @@ from learner.actor_critic import Schedule, grid, rows_at_once
 from learner.advantages import advantages, normalised
 from learner.critics import ValueCritic
 from learner.figures import Figures
-from learner.memory import keep_freed_memory
 from learner.optimisation import NetworkClip, adam_arrays, load_adam_arrays, part, recordable_adam, set_rate
 from learner.recorded import Recorded
 from learner.segments import Segments
 from learner.settings import LearnerSettings
+from protocol.allocator import keep_freed_memory
 from protocol.device import moved
 from protocol.layout import JointRows, Layout
 from protocol.networks.grid import ObservationGrid, Tile

@@ -11,9 +11,9 @@ import torch
 from actors import gaussian
 from actors.policy import Policy
 from learner import losses
-from learner.memory import keep_freed_memory
 from learner.optimisation import adam_arrays, load_adam_arrays, part
 from learner.settings import CloningSettings
+from protocol.allocator import keep_freed_memory
 from protocol.demonstrations import Demonstrations
 from protocol.device import CPU
 from protocol.layout import Layout

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from protocol.allocator import keep_freed_memory
 from protocol.device import numbers_at_once
 from protocol.errors import InputError, NumericalError, ProtocolError
 from protocol.layout import JointRows, Layout, widened
@@ -76,6 +77,8 @@ class RewardModel:
         self._generator = torch.Generator().manual_seed(seed)
         self._architectures = architectures(layout, settings)
         self._work = Workspace(device=self._device)
+        if self._device.type == "cpu":
+            keep_freed_memory()
         self._layers = [
             [torch.nn.Parameter(layer.to(self._device)) for layer in architecture.initial(self._generator)]
             for architecture in self._architectures

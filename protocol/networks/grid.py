@@ -125,8 +125,12 @@ class ObservationGrid:
             target.copy_(self._own[tile][..., stored])
         elif run.kind == "code":
             assert self._codes is not None
-            values = torch.arange(columns.start, columns.stop, device=self.device)
-            target.copy_(self._codes[tile][..., run.source, None] == values)
+            code = self._codes[tile][..., run.source, None]
+            if target.shape[-1] == run.width:  # numbers are written where they are 1, and not compared with all
+                seen = (code < run.width).to(target.dtype)
+                target.zero_().scatter_(-1, code.clamp(max=run.width - 1), seen)
+            else:
+                target.copy_(code == torch.arange(columns.start, columns.stop, device=self.device))
         elif run.kind == "constant":
             assert self._constants is not None
             per_step.copy_(self._constants[tile[0], None, :, stored])
