@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
@@ -16,8 +17,8 @@ from protocol.perturbation import Perturbed
 from protocol.registry import make_environment
 
 EQUILIBRIUM_DAYS = 20
-FEWEST_DAYS, EQUILIBRIUM_AGENTS = 2, 2_000
-"""Of days on which more agents drive, fewer show as well how full the roads will be."""
+EQUILIBRIUM_AGENTS = 2_000
+"""On all days together, at least: days on which more agents drive show as well, in fewer, how full roads will be."""
 EQUILIBRIUM_ROUNDS = 15
 
 
@@ -132,9 +133,11 @@ class CongestionAware(_Commuters):
         self._shifts = math.ceil(self._berlin.variant.shift_minutes / self.scenario.step_minutes)
         self._leaving = np.ones((self.scenario.steps + 1, self._places))
         self._leaving[:, : self.scenario.num_roads] = self._chance_to_leave(np.zeros(self.scenario.num_roads))
+        enough = math.ceil(EQUILIBRIUM_AGENTS / len(self._home))
+        days = make_environment(environment.spec.name, min(EQUILIBRIUM_DAYS, enough))
         for number in range(EQUILIBRIUM_ROUNDS):
             self._value = self._values()
-            experienced = self._simulate(environment.spec.name, number)
+            experienced = self._simulate(days, number)
             self._leaving += (experienced - self._leaving) / (number + 1)
         self._value = self._values()
 
@@ -187,18 +190,22 @@ class CongestionAware(_Commuters):
         self._value = np.zeros((self.scenario.steps + 1, len(self._kinds), hours, self._places))
         for step in reversed(range(self.scenario.steps)):
             ahead = self._ahead(step)
-            options = ahead[..., self._successors] + self._forbidden
-            share = np.exp((options - options.max(axis=-1, keepdims=True)) / self._temperature)
-            chosen = (share * options).sum(axis=-1) / share.sum(axis=-1)
-            moved = (1 - self._slip) * chosen + self._slip * (options * slips_to).sum(axis=-1)
+            # One option after the other, of all agents: arrays of all options would not stay in a core's cache.
+            options = [
+                ahead[..., place] + bar for place, bar in zip(self._successors.T, self._forbidden.T, strict=True)
+            ]
+            best = reduce(np.maximum, options)
+            shares = [np.exp((option - best) / self._temperature) for option in options]
+            moved = sum(map(np.multiply, shares, options)) / sum(shares)
+            if self._slip:
+                slipped = sum(map(np.multiply, options, slips_to.T))
+                moved = (1 - self._slip) * moved + self._slip * slipped
             leaving = self._leaving[step]
             self._value[step] = leaving * moved + (1 - leaving) * ahead
         return self._value
 
-    def _simulate(self, name: str, number: int) -> np.ndarray:
+    def _simulate(self, days: Environment, number: int) -> np.ndarray:
         """[T + 1, K] the mean chance to leave of those who were there; what was anticipated where nobody was."""
-        enough = EQUILIBRIUM_AGENTS // len(self._home)
-        days = make_environment(name, min(EQUILIBRIUM_DAYS, max(FEWEST_DAYS, enough)))
         berlin = berlin_of(days)
         generator = torch.Generator().manual_seed(number)
         now, experienced = days.reset(number), self._leaving.copy()
