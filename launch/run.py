@@ -68,7 +68,9 @@ def check(config: Config) -> tuple[Config, EnvironmentSpec]:
         columns_seen(spec, config.reward.sees)
         check_imagined(spec, config.reward.imagined)
     if config.demonstrations:
-        recorded = Demonstrations.load(resolve(config.demonstrations))
+        recorded = Demonstrations.load(
+            resolve(config.demonstrations, spec.changes or config.environment, config.demonstration_episodes)
+        )
         recorded.check_against(spec)
         if config.tells_agents_apart and (difference := spec.difference(recorded.spec)):
             raise InputError(

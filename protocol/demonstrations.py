@@ -316,10 +316,10 @@ class Demonstrations:
         )
 
 
-def resolve(name_or_path: str | Path) -> Path:
+def resolve(name_or_path: str | Path, world: str = "", episodes: int = 0) -> Path:
     """The file that is meant: a path, or the name of demonstrations that ship with the package.
 
-    Raises InputError if there is neither.
+    Raises InputError if there is neither, with the command that makes the file if `world` is known.
     """
     if Path(name_or_path).is_file():
         return Path(name_or_path)
@@ -327,9 +327,11 @@ def resolve(name_or_path: str | Path) -> Path:
     shipped = sorted(entry.name.removesuffix(SUFFIX) for entry in folder.iterdir() if entry.name.endswith(SUFFIX))
     name = str(name_or_path).removesuffix(SUFFIX)
     if name not in shipped:
+        how = f' "{world}" --output {name}{SUFFIX}' if world else ""
+        how += f" --episodes {episodes}" if episodes else ""
         raise InputError(
             f"no demonstrations '{name_or_path}': neither a file nor one of those that ship ({', '.join(shipped)}); "
-            "record some with `bm3il demonstrations record`"
+            f"record some: bm3il demonstrations record{how}"
         )
     return Path(str(folder / (name + SUFFIX)))
 

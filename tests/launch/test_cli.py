@@ -72,6 +72,19 @@ def test_the_environment_keeps_its_contract(capsys: pytest.CaptureFixture[str]) 
     assert "all checks passed" in capsys.readouterr().out
 
 
+def test_missing_demonstrations_are_told_with_the_command_that_makes_them(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Of the world as it is to be demonstrated, not of its change."""
+    flags = ("--environment", "rover_tower?pairs=2&slip=0.1", "--demonstration-episodes", "3")
+    error = fails(capsys, "train", *flags, "--demonstrations", "my", "--runs-folder", str(tmp_path))
+    assert error.endswith('bm3il demonstrations record "rover_tower?pairs=2" --output my.safetensors --episodes 3\n'), (
+        error
+    )
+    file = str(tmp_path / "my.safetensors")
+    assert main(["demonstrations", "record", "rover_tower?pairs=2", "--output", file, "--episodes", "3"]) == 0
+
+
 def test_recorded_demonstrations_can_be_inspected(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = str(tmp_path / "mine.safetensors")
     assert main(["demonstrations", "record", "rover_tower?pairs=2", "--episodes", "3", "--output", file]) == 0
