@@ -261,16 +261,16 @@ class OnPolicyImitation(Imitation):
             return self._taken(self._rewards.submit(rows, segments.of_rows(segments.rewards))), {}
         with self._telemetry.stage("observe"):
             # All at once: the server does them in this order, and nothing lies between but its own work.
-            updating, ticket = self._rewards.update(rows, progress), self._ask(rows)
+            updating = self._rewards.update(rows, progress)
+            ticket = self._rewards.submit(rows, numbers=self._numbers(rows))
             _, figures = self._rewards.updated(updating)
         return self._taken(ticket), figures
 
-    def _ask(self, rows: JointRows) -> int:
-        """Ask for the rewards of the rows that were observed last."""
+    def _numbers(self, rows: JointRows) -> torch.Tensor | None:
+        """Of the rows that are shown to the server next, if it keeps them all."""
         first = self._observed
         self._observed += len(rows)
-        numbers = torch.arange(first, self._observed) if len(rows) <= self._room else None
-        return self._rewards.submit(rows, numbers=numbers)
+        return torch.arange(first, self._observed) if len(rows) <= self._room else None
 
     def _kept(self) -> Kept:
         self._observed = 0

@@ -206,8 +206,8 @@ class StreamedOnPolicy(OnPolicyImitation):
         if self._updating is not None:
             with self._telemetry.stage("wait_for_particles"):
                 _, figures = self._rewards.updated(self._updating)
-        with self._telemetry.stage("query"):
-            rewards = self._rewards.rewards(self._rewards.submit(rows))
-        self._metrics.reward_lag.observe(self._rewards.lag)
-        self._updating = self._rewards.update(rows, progress)
+        if (numbers := self._numbers(rows)) is not None:
+            self._rewards.hold(rows)
+        rewards = self._taken(self._rewards.submit(rows, numbers=numbers))
+        self._updating = self._rewards.update(rows, progress, numbers)
         return rewards, figures

@@ -93,9 +93,8 @@ class Begin:
 
 @dataclass(frozen=True)
 class Hold:
-    """Learner → reward server: rows to be kept under the next numbers, as in `Update`; nothing is learned from them.
-
-    What the learner has kept from before the session began.
+    """Learner → reward server: rows to be kept under the next numbers, as in `Update`; nothing is learned from them
+    yet. What the learner has kept from before the session began, and what it wants rewards of before an update.
     """
 
     kind: ClassVar[str] = "hold"
@@ -107,7 +106,7 @@ class Hold:
 class Update:
     """Learner → reward server: observe fresh agent rows, which get the next numbers, and update the particles; the
     answer is `Statistics`. Arrays per block b: the columns of `protocol.observations` that are observed, `b.actions`,
-    `b.active`.
+    `b.active`; or, if `numbered`, of rows that were shown by `Hold`, their `numbers` [rows] int64.
 
     progress: the part of the run that is done, 0..1, for the learning-rate schedule.
     """
@@ -116,6 +115,7 @@ class Update:
     session: str
     rows: int
     progress: float
+    numbered: bool = False
 
 
 @dataclass(frozen=True)

@@ -186,11 +186,18 @@ class RemoteRewards:
         self._request(Begin(session, state is not None, kept.capacity, kept.first), state)
         if kept.rows is not None:
             for part in torch.arange(len(kept.rows)).split(ROWS_AT_ONCE):
-                rows = kept.rows.select(part)
-                self._request(Hold(session, len(rows)), rows.on_host().to_arrays())
+                self.hold(kept.rows.select(part))
 
-    def update(self, rows: JointRows, progress: float) -> int:
-        return self._client.submit(Update(self._session, len(rows), progress), rows.on_host().to_arrays())
+    def hold(self, rows: JointRows) -> None:
+        """Show rows, to be named by their numbers afterwards."""
+        self._request(Hold(self._session, len(rows)), rows.on_host().to_arrays())
+
+    def update(self, rows: JointRows, progress: float, numbers: torch.Tensor | None = None) -> int:
+        """As in `RewardService`.   numbers: of these rows, if the server was shown them by `hold`."""
+        body = Update(self._session, len(rows), progress, numbers is not None)
+        return self._client.submit(
+            body, rows.on_host().to_arrays() if numbers is None else {"numbers": numbers.numpy()}
+        )
 
     def updated(self, ticket: int) -> tuple[int, dict[str, float]]:
         statistics = self._result(ticket, self._deadline_seconds).body

@@ -155,9 +155,12 @@ class RewardServer:
                 return Done(STATE), self._model.state()
             if isinstance(body, Update) and not 0 <= body.progress <= 1:
                 raise ProtocolError("body", f"progress must lie in 0..1, got {body.progress}")
-            rows = JointRows.from_arrays(arrays, self._layout)
-            if self._held.capacity:
-                self._held.keep(rows)
+            if isinstance(body, Update) and body.numbered:
+                rows = self._held.take(torch.tensor(arrays["numbers"]))
+            else:
+                rows = JointRows.from_arrays(arrays, self._layout)
+                if self._held.capacity:
+                    self._held.keep(rows)
             if isinstance(body, Hold):
                 return Done(), None
             self._model.observe(rows)
@@ -233,7 +236,7 @@ def request_schema(layout: Layout, settings: RewardSettings, state: ArrayTable) 
             case Hold(rows=rows) | Update(rows=rows) | Query(rows=rows):
                 if not 1 <= rows <= settings.max_queue_rows:
                     raise ProtocolError("body", f"rows must lie in 1..{settings.max_queue_rows}, got {rows}")
-                if isinstance(body, Query) and body.numbered:
+                if isinstance(body, Update | Query) and body.numbered:
                     return {"numbers": ("int64", (rows,))}
                 table = JointRows.array_table(layout, rows)
                 with_rewards = isinstance(body, Query) and settings.source == "environment"

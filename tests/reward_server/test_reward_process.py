@@ -193,6 +193,25 @@ def test_rows_are_shown_learned_from_and_rewarded_in_one_exchange(tmp_path: Path
         assert (remote.lag, remote.particles_version) == (0, 1)
 
 
+def test_rows_are_rewarded_first_and_learned_from_later_but_shown_once(tmp_path: Path) -> None:
+    rows = some_rows(10, 0)
+    answers = []
+    with running(tmp_path) as server:
+        for numbers in (None, torch.arange(10)):
+            client = server.client()
+            client.begin("s", kept=Kept(10))
+            if numbers is not None:
+                client.hold(rows)
+            ticket = client.submit(rows, numbers=numbers)
+            updating = client.update(rows, 0.5, numbers)
+            answers.append((client.rewards(ticket), client.updated(updating), client.state()))
+    (value_rewards, value_figures, value_state), (rewards, figures, state) = answers
+    assert all(map(torch.equal, value_rewards, rewards))
+    assert value_figures == figures
+    for name, array in value_state.items():
+        np.testing.assert_array_equal(state[name], array, err_msg=name)
+
+
 def test_a_restarted_server_refuses_the_session_it_does_not_know(tmp_path: Path) -> None:
     with running(tmp_path) as server:
         client = server.client()
