@@ -33,13 +33,14 @@ from protocol.messages import (
     encode,
 )
 from protocol.registry import make_environment
-from protocol.specs import ArrayTable
+from protocol.specs import ArrayTable, EnvironmentSpec
 from protocol.trajectories import Trajectories
 from reward_server.particles import state_table
 from reward_server.process import request_schema
 from reward_server.settings import RewardSettings
 
 ENVIRONMENT = "rover_tower?pairs=2"
+TOWN = "berlin?types=2&agents=4&sight=near"
 SPEC = make_environment(ENVIRONMENT, 1).spec
 LAYOUT = Layout.of(SPEC, "type")
 SETTINGS = RewardSettings(hidden=(4,), particles=2, updates=1, batch_size=4, window_steps=50, max_queue_rows=1000)
@@ -122,27 +123,34 @@ def filled(table: ArrayTable) -> Arrays:
     }
 
 
-def chunk() -> tuple[Chunk, Arrays]:
+def chunk(spec: EnvironmentSpec = SPEC) -> tuple[Chunk, Arrays]:
     """An honest one, of session `s`."""
-    arrays = filled(Trajectories.array_table(SPEC, STEPS, 1))
-    arrays["lengths"][:] = STEPS
-    return Chunk("s", 0, 0, 0, STEPS, 1, 0.0), arrays
+    steps = spec.episode_length
+    arrays = filled(Trajectories.array_table(spec, steps, 1))
+    arrays["lengths"][:] = steps
+    return Chunk("s", 0, 0, 0, steps, 1, 0.0), arrays
+
+
+def of_rows(layout: Layout) -> list[tuple[Any, Arrays]]:
+    """Honest messages to a reward server about three rows, by value and by number."""
+    rows, numbers = filled(JointRows.array_table(layout, 3)), {"numbers": np.arange(3)}
+    return [
+        (Hold("s", 3), rows),
+        (Query("s", 3, False, False), rows),
+        (Query("s", 3, True, True), rows),
+        (Query("s", 3, numbered=True), numbers),
+        (Update("s", 3, 0.5), rows),
+        (Update("s", 3, 0.5, True), numbers),
+    ]
 
 
 def corpus(run: str = "run") -> dict[str, list[list[bytes]]]:
     """Honest messages of all kinds that each socket which answers takes. `Begin` is of the run `run`, always: whoever
     belongs to another run could end the session with it."""
-    rows = filled(JointRows.array_table(LAYOUT, 3))
     values = {"iteration": 3.0, "steps": 9.0, "steps_per_second": 1.0, "stage_seconds": 80.0, "seconds_collect": 1.0}
     bodies: dict[str, list[tuple[Any, Arrays]]] = {
         "experience": [chunk(), (Evaluation("s", 0, 2, 0.1), {"returns": np.zeros((2, SPEC.num_agents), np.float32)})],
-        "rewards": [
-            (Hold("s", 3), rows),
-            (Query("s", 3, False, False), rows),
-            (Query("s", 3, True, True), rows),
-            (Update("s", 3, 0.5), rows),
-            (GetState("s"), {}),
-        ],
+        "rewards": [*of_rows(LAYOUT), (GetState("s"), {})],
         "control": [
             (Status(role, 0, 0, 1, "collect", "127.0.0.1:1", values, "text"), {}) for role in ("learner", "supervisor")
         ],
@@ -161,41 +169,58 @@ def corpus(run: str = "run") -> dict[str, list[list[bytes]]]:
     return messages
 
 
-def codec_cases(dice: random.Random) -> Iterator[Callable[[], str]]:
-    """The codec, and what reads values out of accepted arrays."""
-    honest = [frames for messages in corpus().values() for frames in messages]
-    schema = request_schema(LAYOUT, SETTINGS, state_table(LAYOUT, SETTINGS))
+class _Reader:
+    """What reads messages about one world, and values out of the arrays that it accepts."""
 
-    def accepts(body: Any) -> Any:
+    def __init__(self, environment: str) -> None:
+        self._spec = make_environment(environment, 1).spec
+        self._layout = Layout.of(self._spec, "type")
+        self._schema = request_schema(self._layout, SETTINGS, state_table(self._layout, SETTINGS))
+        bodies = [chunk(self._spec), *of_rows(self._layout)]
+        self.honest = [list(map(bytes, encode(Sender("run", "x"), n, *body))) for n, body in enumerate(bodies)]
+        assert {self.outcome(frames) for frames in self.honest} == {"accepted"}
+
+    def outcome(self, frames: list[bytes]) -> str:
+        """`accepted`, or why not."""
+        try:
+            message = decode(frames, "run", self._accepts)
+            if isinstance(message.body, Chunk):
+                Trajectories.from_arrays(message.arrays, self._spec)
+            elif isinstance(message.body, Hold | Update | Query) and "numbers" not in message.arrays:
+                JointRows.from_arrays(message.arrays, self._layout)
+        except ProtocolError as error:
+            return error.cause
+        return "accepted"
+
+    def _accepts(self, body: Any) -> Any:
         if isinstance(body, Chunk):
-            if (body.steps, body.episodes) != (STEPS, 1):
+            if (body.steps, body.episodes) != (self._spec.episode_length, 1):
                 raise ProtocolError("body", "another shape")
-            return Trajectories.array_table(SPEC, STEPS, 1)
-        return {} if isinstance(body, Status) else schema(body)
+            return Trajectories.array_table(self._spec, body.steps, 1)
+        return {} if isinstance(body, Status) else self._schema(body)
 
+
+def codec_cases(dice: random.Random) -> Iterator[Callable[[], str]]:
+    """The codec, and what reads values out of arrays: of a world of numbers, and of one of codes and tables."""
+    readers = [_Reader(world) for world in (ENVIRONMENT, TOWN)]
+    others = [frames for messages in corpus().values() for frames in messages]
     while True:
-        frames = mutated_frames(dice.choice(honest), dice)
+        reader = dice.choice(readers)
+        frames = mutated_frames(dice.choice(reader.honest + others), dice)
 
-        def case(frames: list[bytes] = frames) -> str:
-            try:
-                message = decode(frames, "run", accepts)
-                if isinstance(message.body, Chunk):
-                    Trajectories.from_arrays(message.arrays, SPEC)
-                elif isinstance(message.body, Hold | Update | Query):
-                    JointRows.from_arrays(message.arrays, LAYOUT)
-            except ProtocolError as error:
-                return error.cause
-            return "accepted"
+        def case(frames: list[bytes] = frames, reader: _Reader = reader) -> str:
+            return reader.outcome(frames)
 
         yield case
 
 
 def file_cases(folder: Path, dice: random.Random) -> Iterator[tuple[str, Callable[[], str]]]:
     """Demonstrations, checkpoints and scenarios in turn."""
-    environment = make_environment(ENVIRONMENT, 1)
-    path = folder / "d.safetensors"
-    record(environment, UniformPolicy(environment.spec), 1, 0, "fuzz").save(path)
-    demonstrations = path.read_bytes()
+    path, demonstrations = folder / "d.safetensors", []
+    for world in (ENVIRONMENT, TOWN):
+        environment = make_environment(world, 1)
+        record(environment, UniformPolicy(environment.spec), 1, 0, "fuzz").save(path)
+        demonstrations.append(path.read_bytes())
     arrays = {"a": np.zeros((2, 3), np.float32)}
     CheckpointFolder(folder, 1).write(Checkpoint(1, "c", {"iteration": 1}, arrays, arrays))
     checkpoint = {file.name: file.read_bytes() for file in (folder / "00000001").iterdir()}
@@ -217,8 +242,9 @@ def file_cases(folder: Path, dice: random.Random) -> Iterator[tuple[str, Callabl
 
     def changed_demonstrations() -> str:
         # Most of the file are numbers; its header is where a reader could be led astray.
-        head = dice.choice((200, 2_000, len(demonstrations)))
-        path.write_bytes(mutated(demonstrations[:head], dice) + demonstrations[head:])
+        recorded = dice.choice(demonstrations)
+        head = dice.choice((200, 2_000, len(recorded)))
+        path.write_bytes(mutated(recorded[:head], dice) + recorded[head:])
         return read(lambda: Demonstrations.load(path))
 
     def changed_scenario() -> str:
