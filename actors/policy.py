@@ -14,11 +14,10 @@ from actors import gaussian
 from protocol.environment import TimeStep
 from protocol.layout import Layout
 from protocol.networks.grid import ObservationGrid
+from protocol.networks.options import FORBIDDEN_LOGIT, Options
 from protocol.networks.stacked import StackedMLP
 from protocol.observations import Observations
 from protocol.specs import ArrayTable, EnvironmentSpec
-
-FORBIDDEN_LOGIT = -1e9
 
 
 class Policy(nn.Module):
@@ -40,13 +39,10 @@ class Policy(nn.Module):
             for block in layout.blocks
         )
 
-    def logits(self, block_index: int, seen: ObservationGrid) -> torch.Tensor:
-        """Masked logits of a block of discrete actions, [G, B, S, A].
-
-        A forbidden action has the logit -1e9: its probability is exactly 0, and 0·log 0 stays finite.
-        """
-        outputs = self.outputs(block_index, seen)
-        return outputs.masked_fill(~seen.masks().view(outputs.shape), FORBIDDEN_LOGIT)
+    def logits(self, block_index: int, seen: ObservationGrid) -> tuple[torch.Tensor, Options]:
+        """Masked logits of a block of discrete actions, [G, B·S, D], and which these are."""
+        options = seen.options()
+        return options.logits(self.networks[block_index](seen)), options
 
     def outputs(self, block_index: int, seen: ObservationGrid) -> torch.Tensor:
         """What the networks of one block say of what agents see: [G, B, S, A], or [G, B, S, 2·A] if continuous."""
@@ -73,13 +69,15 @@ class Policy(nn.Module):
         for b, (block, seen) in enumerate(zip(self.layout.blocks, observations, strict=True)):
             grid = block.see(seen.to(device))
             if block.discrete:
-                logits = block.rows(self.logits(b, grid))
+                logits, options = self.logits(b, grid)
+                logits, options = block.joint(logits), options.map(block.joint)
                 if greedy:
-                    action = logits.argmax(-1)
+                    chosen = logits.argmax(-1)
                 else:
                     numbers = torch.rand(logits.shape[:-1], generator=generator)
-                    action = draw(logits, numbers.to(device, non_blocking=True))
-                chance = logits.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
+                    chosen = draw(logits, numbers.to(device, non_blocking=True))
+                action = options.action(chosen)
+                chance = logits.log_softmax(-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
             else:
                 output = block.rows(self.outputs(b, grid))
                 if greedy:
@@ -129,10 +127,10 @@ class UniformPolicy:
 
 
 def draw(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Actions [...] from softmax(logits [..., A]) by one uniform number each, [...]: the first whose cumulated share
+    """Options [...] from softmax(logits [..., D]) by one uniform number each, [...]: the first whose cumulated share
     exceeds it.
 
-    An action of probability 0 adds nothing to the share and so is never the first.
+    An option of probability 0 adds nothing to the share and so is never the first.
     """
     shares = logits.softmax(-1).cumsum(-1)
     threshold = numbers * shares[..., -1]

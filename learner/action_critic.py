@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 
 from actors import gaussian
-from actors.policy import FORBIDDEN_LOGIT, draw
+from actors.policy import draw
 from learner import losses
 from learner.actor_critic import ActorCritic, grid
 from learner.critics import Critic
@@ -115,9 +115,9 @@ class ActionActorCritic(ActorCritic):
                     grid(block, batch.rows.actions[b]),
                 )
                 if block.discrete:
-                    q = self.critic.of_all_actions(b, observations, scene).float()
+                    q, options = self.critic.of_all_actions(b, observations, scene).float(), observations.options()
                     taken = q.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-                    policy_loss = self._improve(b, observations, batch, q.detach(), temperature, weight)
+                    policy_loss = self._improve(b, observations, options, options.of(q.detach()), temperature, weight)
                     figures = {"policy_loss": policy_loss} | self._entropy(policy_loss, temperature)
                 else:
                     taken = self.critic.of(b, observations, actions, scene).float()
@@ -159,18 +159,20 @@ class ActionActorCritic(ActorCritic):
             block, observations = self.layout.blocks[b], self.layout.blocks[b].see(batch.next_observations[b])
             if block.discrete:
                 q = self.target_critic.of_all_actions(b, observations, scene).float()
-                value = losses.soft_value(q, likelihood, temperature)
+                value = losses.soft_value(observations.options().of(q), likelihood, temperature)
             else:
                 value = self.target_critic.of(b, observations, action, scene).float() - temperature * likelihood
             targets.append(self._target(block, batch.next_active[b], batch.terminated, rewards[b], value))
         return targets
 
     def _draw(self, b: int, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Next actions of one block by the target policies, and their masked logits [G, B·S, A] or log densities."""
+        """Next actions of one block by the target policies, and their masked logits [G, B·S, D] or log densities."""
         block = self.layout.blocks[b]
-        output = self.target_policy.networks[b](block.see(batch.next_observations[b])).float()
+        seen = block.see(batch.next_observations[b])
+        output = self.target_policy.networks[b](seen).float()
         if not block.discrete:
             return gaussian.draw(output, self._generator)
-        logits = output.masked_fill(~grid(block, batch.next_observations[b].masks()), FORBIDDEN_LOGIT)
+        options = seen.options()
+        logits = options.logits(output)
         numbers = torch.rand(logits.shape[:-1], generator=self._generator).to(logits.device, non_blocking=True)
-        return draw(logits, numbers), logits
+        return options.action(draw(logits, numbers)), logits

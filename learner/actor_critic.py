@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from actors.policy import FORBIDDEN_LOGIT, Policy, draw
+from actors.policy import Policy, draw
 from learner import losses
 from learner.cloning import Cloning
 from learner.critics import Critic
@@ -27,6 +27,7 @@ from protocol.allocator import keep_freed_memory
 from protocol.device import moved, numbers_at_once
 from protocol.layout import Block, JointRows, Layout
 from protocol.networks.grid import ObservationGrid, Tile
+from protocol.networks.options import Options
 from protocol.networks.stacked import StackedMLP
 from protocol.observations import Observations
 
@@ -180,11 +181,12 @@ class ActorCritic:
             d_contexts: list[list[torch.Tensor]] = [[] for _ in contexts]
             for b, (target, weight) in enumerate(zip(targets, weights, strict=True)):
                 seen = [part[b] for part in (own, *contexts)]
-                q, critic_loss, (own[b].grad, *d_context) = self._judge(b, seen, batch, target, weight)
+                options = observations[b].options()
+                q, critic_loss, (own[b].grad, *d_context) = self._judge(b, seen, options, batch, target, weight)
                 for gradients, gradient in zip(d_contexts, d_context, strict=True):
                     gradients.append(gradient)
                 sums["critic_loss"] += critic_loss
-                sums["policy_loss"] += self._improve(b, observations[b], batch, q, temperature, weight)
+                sums["policy_loss"] += self._improve(b, observations[b], options, q, temperature, weight)
                 sums["value"] += (weight * target).sum()
         for context, gradients in zip(contexts, d_contexts, strict=True):
             torch.autograd.backward(context, gradients)
@@ -198,15 +200,13 @@ class ActorCritic:
     def _targets(self, batch: Batch, rewards: list[torch.Tensor], numbers: list[torch.Tensor]) -> list[torch.Tensor]:
         """y of Eq. 8 per block [G, B·S]; ã' from actions that the target policies draw with the next masks."""
         observations = self._see(batch.next_observations)
-        logits = [
-            torch.empty(*seen.shape[:2], block.action_dim, device=self.device)
-            for block, seen in zip(self.layout.blocks, observations, strict=True)
-        ]
+        options = [seen.options() for seen in observations]
+        logits = [torch.empty(option.allowed.shape, device=self.device) for option in options]
         actions = []
         for b, block in enumerate(self.layout.blocks):
             for tile, output in _stack(self.target_policy.networks, b).outputs(observations[b]):
-                logits[b][tile] = output.float().masked_fill_(~observations[b].masks(tile), FORBIDDEN_LOGIT)
-            actions.append(block.rows(draw(logits[b], numbers[b]).unflatten(1, (-1, block.slots))))
+                logits[b][tile] = options[b][tile].logits(output)
+            actions.append(block.joint(options[b].action(draw(logits[b], numbers[b]))))
         rows = JointRows(batch.next_observations, actions, batch.next_active)
         encoded = self.target_critic.encode(observations)
         contexts = self.target_critic.contexts(encoded, rows)
@@ -216,7 +216,7 @@ class ActorCritic:
             for tile, q in _stack(self.target_critic.heads, b).outputs(
                 encoded[b], *(context[b] for context in contexts)
             ):
-                values[tile] = losses.soft_value(q.float(), logits[b][tile], self._temperature)
+                values[tile] = losses.soft_value(options[b][tile].of(q.float()), logits[b][tile], self._temperature)
             targets.append(self._target(block, batch.next_active[b], batch.terminated, rewards[b], values))
         return targets
 
@@ -234,17 +234,25 @@ class ActorCritic:
         return losses.critic_target(centred, value, continues, self.settings.discount)
 
     def _judge(
-        self, b: int, seen: list[torch.Tensor], batch: Batch, target: torch.Tensor, weight: torch.Tensor
+        self,
+        b: int,
+        seen: list[torch.Tensor],
+        options: Options,
+        batch: Batch,
+        target: torch.Tensor,
+        weight: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        """The critics' heads of one block: Q [G, B·S, A], their loss, its gradients with respect to `seen`."""
+        """The critics' heads of one block: Q of the options [G, B·S, D], their loss, its gradients with respect to
+        `seen`."""
         block = self.layout.blocks[b]
         actions = grid(block, batch.rows.actions[b])
-        q_values = torch.empty(*actions.shape, block.action_dim, device=self.device)
+        q_values = torch.empty(options.allowed.shape, device=self.device)
         total = torch.zeros((), device=self.device)
 
         def gradient(tile: Tile, q: torch.Tensor) -> torch.Tensor:
-            q_values[tile] = q
-            loss, d_q = losses.critic_loss(q_values[tile], actions[tile], target[tile], weight[tile])
+            q = q.to(q_values.dtype)
+            q_values[tile] = options[tile].of(q)
+            loss, d_q = losses.critic_loss(q, actions[tile], target[tile], weight[tile])
             total.add_(loss)
             return d_q
 
@@ -255,20 +263,20 @@ class ActorCritic:
         self,
         b: int,
         observations: ObservationGrid,
-        batch: Batch,
+        options: Options,
         q: torch.Tensor,
         temperature: float | torch.Tensor,
         weight: torch.Tensor,
     ) -> torch.Tensor:
-        """The policies of one block: their loss."""
+        """The policies of one block: their loss.   q: of their options, [G, B·S, D]."""
         improve = losses.boltzmann_loss if self.settings.policy == "boltzmann" else losses.policy_loss
         total = torch.zeros((), device=self.device)
 
         def gradient(tile: Tile, output: torch.Tensor) -> torch.Tensor:
-            logits = output.float().masked_fill_(~observations.masks(tile), FORBIDDEN_LOGIT)
-            loss, d_logits = improve(logits, q[tile], temperature, weight[tile])
+            there = options[tile]
+            loss, d_logits = improve(there.logits(output), q[tile], temperature, weight[tile])
             total.add_(loss)
-            return d_logits
+            return there.spread(d_logits, self.layout.blocks[b].action_dim)
 
         _stack(self.policy.networks, b).backpropagate([observations], gradient, to_inputs=False)
         return total

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from actors import gaussian
-from actors.policy import FORBIDDEN_LOGIT, Policy, sample
+from actors.policy import Policy, sample
 from learner import losses
 from learner.actor_critic import Schedule, grid, rows_at_once
 from learner.advantages import advantages, normalised
@@ -35,6 +35,7 @@ from protocol.allocator import keep_freed_memory
 from protocol.device import moved
 from protocol.layout import JointRows, Layout
 from protocol.networks.grid import ObservationGrid, Tile
+from protocol.networks.options import FORBIDDEN_LOGIT
 from protocol.networks.stacked import StackedMLP
 
 FIGURES = ("critic_loss", "policy_loss", "entropy", "value")
@@ -293,22 +294,21 @@ class ClippedActorCritic:
         total, entropy = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
 
         def gradient(tile: Tile, output: torch.Tensor) -> torch.Tensor:
-            mask = observations.masks(tile)
-            logits = output.float().masked_fill_(~mask, FORBIDDEN_LOGIT)
+            options = observations.options(tile)
             loss, d_logits, surprise = losses.clipped_loss(
-                logits,
-                action[tile],
+                options.logits(output),
+                options.number(action[tile]),
                 old[tile],
                 advantage[tile],
                 weight[tile],
                 settings.clip,
                 settings.entropy_weight,
                 settings.clone_weight,
-                None if clone is None else clone[tile].masked_fill(~mask, FORBIDDEN_LOGIT),
+                None if clone is None else options.logits(clone[tile]),
             )
             total.add_(loss)
             entropy.add_(surprise)
-            return d_logits
+            return options.spread(d_logits, block.action_dim)
 
         stack = self.policy.networks[b]
         assert isinstance(stack, StackedMLP)

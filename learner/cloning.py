@@ -46,8 +46,9 @@ class Cloning:
             seen = rows.observations[b]
             observations, actions = block.see(seen), block.grid(rows.actions[b])
             if block.discrete:
-                log_policy = policy.logits(b, observations).float().log_softmax(-1)
-                terms.append(losses.cloning_loss(log_policy, actions, weights[b]))
+                logits, options = policy.logits(b, observations)
+                number = options.number(actions.flatten(1, 2))
+                terms.append(losses.cloning_loss(logits.log_softmax(-1), number, weights[b].flatten(1, 2)))
             else:
                 log_density = gaussian.log_density(policy.outputs(b, observations).float(), actions)
                 terms.append(-(weights[b] * log_density).sum())

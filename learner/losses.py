@@ -1,11 +1,14 @@
-"""The losses of the actor-critic as pure functions of arrays; A is the last axis, leading axes are free."""
+"""The losses of the actor-critic as pure functions of arrays.
+
+A is the last axis, of all actions or of an agent's options (`protocol.networks.options`); leading axes are free.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from actors.policy import FORBIDDEN_LOGIT
 from protocol.layout import Layout
+from protocol.networks.options import FORBIDDEN_LOGIT
 
 
 def soft_value(q: torch.Tensor, logits: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:

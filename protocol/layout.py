@@ -77,6 +77,10 @@ class Block:
         """Observations [B] as networks see them, [G, B·S]."""
         return ObservationGrid(observations, self.groups, self.slots, self.grid)
 
+    def joint(self, values: torch.Tensor) -> torch.Tensor:
+        """What networks say, [G, B·S, …] → joint rows [B, N_b, …]."""
+        return self.rows(values.unflatten(1, (-1, self.slots)))
+
     def rows(self, grid: torch.Tensor) -> torch.Tensor:
         """Grid [G, B, S, …] → joint rows [B, N_b, …]: the inverse of `grid`."""
         rows = grid.transpose(0, 1).flatten(1, 2)

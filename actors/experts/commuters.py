@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from actors.environments.berlin.environment import berlin_of
-from actors.policy import FORBIDDEN_LOGIT, sample
+from actors.policy import sample
 from protocol.environment import Environment, TimeStep
+from protocol.networks.options import FORBIDDEN_LOGIT
 from protocol.perturbation import Perturbed
 from protocol.registry import make_environment
 

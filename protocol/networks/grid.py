@@ -7,10 +7,12 @@ what is constant is a bias. So the first layer of K networks with R rows reads w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch.nn import functional
 
+from protocol.networks.options import Options
 from protocol.observations import Observations, Run
 
 Tile = tuple[slice, slice]
@@ -22,6 +24,9 @@ COLUMNS_PER_ROW = 2
 COLUMNS_PER_ADDED_ROW = 8
 """A row of a matrix added to a sum takes a CPU as long as so many columns of a product with that matrix; and adding a
 row to a matrix, as the gradient does, so many (measured with 128 numbers a row)."""
+COLUMNS_PER_OPTION = 4
+"""To gather a number and to scatter its gradient takes a CPU as long as to take so many through a softmax and back."""
+NEAR: tuple[Literal["near", "is_near"], ...] = ("near", "is_near")
 KEPT_COLUMNS = 16
 """Runs of at most so many columns are expanded once for all products, and not anew for each tile of each of them."""
 
@@ -57,6 +62,15 @@ class ObservationGrid:
             shape = *self._size(tile), self.form.action_dim
             return torch.ones((), dtype=torch.bool, device=self.device).expand(shape)
         return self.form.on(self.device, "table")[self._codes[tile][..., self.form.mask_code]]
+
+    def options(self, tile: Tile = ALL) -> Options:
+        """What may be done, [k, r, D]."""
+        if self.device.type != "cpu" or self.form.table is None or not self._is_near(COLUMNS_PER_OPTION):
+            return Options(self.masks(tile))
+        assert self._codes is not None
+        code = self._codes[tile][..., self.form.mask_code]
+        near, allowed = (self.form.on(self.device, name) for name in NEAR)
+        return Options(allowed[code] > 0, near[code])
 
     def expand(self, first: int, end: int, tile: Tile, target: torch.Tensor) -> None:
         """Write the columns first..end of what is seen to `target` [k, r, end − first]."""

@@ -96,7 +96,7 @@ def test_an_identity_tells_agents_of_one_network_apart() -> None:
         policy = build(identity=identity)
         block = rows.blocks[0]
         seen = observed(to_rows(rows, observations)[0], to_rows(rows, masks)[0])
-        logits = policy.logits(0, block.see(seen))[0, 0]
+        logits = policy.logits(0, block.see(seen))[0][0]
         assert torch.equal(logits[0], logits[1]) != identity
 
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from slow_reference import agents_of, spec_of
 
-from actors.policy import FORBIDDEN_LOGIT, Policy
+from actors.policy import Policy
 from learner.clipped import ClippedActorCritic
 from learner.critics import Context, ValueCritic
 from learner.segments import Segments
 from learner.settings import ClippedSettings, LearnerSettings
 from protocol.errors import NumericalError
 from protocol.layout import Layout, ParameterSharing
+from protocol.networks.options import FORBIDDEN_LOGIT
 from protocol.specs import EnvironmentSpec, TypeSpec
 from protocol.trajectories import Trajectories
 from tests.plain import shown

@@ -182,7 +182,7 @@ def test_what_the_reward_server_refuses_for_good_ends_the_run(tmp_path: Path, mo
     def refuse(*_: object) -> None:
         raise Refused(Refusal("body", "rows must lie in 1..5, got 6"))
 
-    monkeypatch.setattr(LocalRewards, "observe", refuse)
+    monkeypatch.setattr(LocalRewards, "update", refuse)
     with pytest.raises(InputError, match=r"rows must lie in 1\.\.5"):
         run(tmp_path / "run")
 
