@@ -151,6 +151,9 @@ class _Allowed:
         return key.decode() == self._public
 
 
+_DOORS = count()
+
+
 class _Doorkeeper(threading.Thread):
     """Counts and names who is refused by a listening socket; ends when the socket is closed."""
 
@@ -159,7 +162,8 @@ class _Doorkeeper(threading.Thread):
         events = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
         for event in REFUSALS:
             events |= event
-        self._monitor = socket.get_monitor_socket(events)
+        # Named by pyzmq it would be by the file descriptor: the next socket can have that before this monitor is gone.
+        self._monitor = socket.get_monitor_socket(events, f"inproc://doorkeeper-{next(_DOORS)}")
         self._endpoint, self._count_drop = endpoint, count_drop
         self._peers: dict[int, str] = {}
         self._refused: zmq.Event | None = None

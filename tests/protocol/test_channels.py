@@ -308,7 +308,7 @@ def test_an_answer_to_something_else_is_dropped(endpoint: str) -> None:
     drops: list[str] = []
     serving = Confused(endpoint)
     client = Client(endpoint, Sender("run", "client"), lambda body: {}, drops.append)
-    assert client.request(Update("s", 0.0), None, DEADLINE_SECONDS).body == Statistics(3)
+    assert client.request(Update("s", 1, 0.0), None, DEADLINE_SECONDS).body == Statistics(3)
     assert drops == ["kind"]
     client.close()
     serving.close()
