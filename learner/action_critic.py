@@ -149,10 +149,7 @@ class ActionActorCritic(ActorCritic):
     def _targets(self, batch: Batch, rewards: list[torch.Tensor], numbers: list[torch.Tensor]) -> list[torch.Tensor]:
         temperature = self._temperature
         drawn = [self._draw(b, batch) for b in range(len(self.layout.blocks))]
-        actions = [
-            block.rows(action.unflatten(1, (-1, block.slots)))
-            for block, (action, _) in zip(self.layout.blocks, drawn, strict=True)
-        ]
+        actions = [block.joint(action) for block, (action, _) in zip(self.layout.blocks, drawn, strict=True)]
         scene = self.target_critic.scene(JointRows(batch.next_observations, actions, batch.next_active))
         targets = []
         for b, (action, likelihood) in enumerate(drawn):

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from actors import gaussian
-from actors.policy import Policy, sample
+from actors.policy import Policy, draw
 from learner import losses
 from learner.actor_critic import Schedule, grid, rows_at_once
 from learner.advantages import advantages, normalised
@@ -35,7 +35,6 @@ from protocol.allocator import keep_freed_memory
 from protocol.device import moved
 from protocol.layout import JointRows, Layout
 from protocol.networks.grid import ObservationGrid, Tile
-from protocol.networks.options import FORBIDDEN_LOGIT
 from protocol.networks.stacked import StackedMLP
 
 FIGURES = ("critic_loss", "policy_loss", "entropy", "value")
@@ -195,7 +194,7 @@ class ClippedActorCritic:
         result = []
         for block, values, weight in zip(self.layout.blocks, advantage, weights, strict=True):
             scaled = normalised(grid(block, values), weight.flatten(1, 2))
-            result.append(block.rows(scaled.unflatten(1, (-1, block.slots))))
+            result.append(block.joint(scaled))
         return result
 
     def _values(self, segments: Segments) -> list[torch.Tensor]:
@@ -219,22 +218,28 @@ class ClippedActorCritic:
 
     def _draw(self, rows: JointRows) -> list[torch.Tensor]:
         drawn = []
-        for b, output in enumerate(self._outputs(self.policy, rows)):
-            if self.layout.blocks[b].discrete:
-                logits = output.masked_fill(~rows.observations[b].masks(), FORBIDDEN_LOGIT)
-                drawn.append(sample(logits, self._generator))
+        for b, block in enumerate(self.layout.blocks):
+            seen = block.see(rows.observations[b])
+            if block.discrete:
+                logits, options = self.policy.logits(b, seen)
+                numbers = torch.rand(logits.shape[:-1], generator=self._generator)
+                chosen = draw(logits, numbers.to(self.device, non_blocking=True))
+                drawn.append(block.joint(options.action(chosen)))
             else:
-                drawn.append(gaussian.draw(output, self._generator)[0])
+                drawn.append(gaussian.draw(block.rows(self.policy.outputs(b, seen).float()), self._generator)[0])
         return drawn
 
     def _log_probabilities(self, rows: JointRows) -> list[torch.Tensor]:
         """log π(a|s) of the actions taken, [R, N_b] per block."""
         result = []
-        for b, output in enumerate(self._outputs(self.policy, rows)):
-            if self.layout.blocks[b].discrete:
-                log_policy = output.masked_fill(~rows.observations[b].masks(), FORBIDDEN_LOGIT).log_softmax(-1)
-                result.append(log_policy.gather(-1, rows.actions[b].unsqueeze(-1)).squeeze(-1))
+        for b, block in enumerate(self.layout.blocks):
+            seen = block.see(rows.observations[b])
+            if block.discrete:
+                logits, options = self.policy.logits(b, seen)
+                taken = options.number(grid(block, rows.actions[b])).unsqueeze(-1)
+                result.append(block.joint(logits.log_softmax(-1).gather(-1, taken).squeeze(-1)))
             else:
+                output = block.rows(self.policy.outputs(b, seen).float())
                 result.append(gaussian.log_density(output, rows.actions[b]))
         return result
 
