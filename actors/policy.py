@@ -14,7 +14,7 @@ from actors import gaussian
 from protocol.environment import TimeStep
 from protocol.layout import Layout
 from protocol.networks.grid import ObservationGrid
-from protocol.networks.options import FORBIDDEN_LOGIT, Options
+from protocol.networks.options import FORBIDDEN_LOGIT, Options, log_softmax
 from protocol.networks.stacked import StackedMLP
 from protocol.observations import Observations
 from protocol.specs import ArrayTable, EnvironmentSpec
@@ -77,7 +77,7 @@ class Policy(nn.Module):
                     numbers = torch.rand(logits.shape[:-1], generator=generator)
                     chosen = draw(logits, numbers.to(device, non_blocking=True))
                 action = options.action(chosen)
-                chance = logits.log_softmax(-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+                chance = log_softmax(logits).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
             else:
                 output = block.rows(self.outputs(b, grid))
                 if greedy:
@@ -132,7 +132,7 @@ def draw(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
 
     An option of probability 0 adds nothing to the share and so is never the first.
     """
-    shares = logits.softmax(-1).cumsum(-1)
+    shares = log_softmax(logits).exp().cumsum(-1)
     threshold = numbers * shares[..., -1]
     return (shares <= threshold.unsqueeze(-1)).sum(-1)
 

@@ -35,6 +35,7 @@ from protocol.allocator import keep_freed_memory
 from protocol.device import moved
 from protocol.layout import JointRows, Layout
 from protocol.networks.grid import ObservationGrid, Tile
+from protocol.networks.options import log_softmax
 from protocol.networks.stacked import StackedMLP
 
 FIGURES = ("critic_loss", "policy_loss", "entropy", "value")
@@ -237,7 +238,7 @@ class ClippedActorCritic:
             if block.discrete:
                 logits, options = self.policy.logits(b, seen)
                 taken = options.number(grid(block, rows.actions[b])).unsqueeze(-1)
-                result.append(block.joint(logits.log_softmax(-1).gather(-1, taken).squeeze(-1)))
+                result.append(block.joint(log_softmax(logits).gather(-1, taken).squeeze(-1)))
             else:
                 output = block.rows(self.policy.outputs(b, seen).float())
                 result.append(gaussian.log_density(output, rows.actions[b]))

@@ -17,6 +17,7 @@ from protocol.allocator import keep_freed_memory
 from protocol.demonstrations import Demonstrations
 from protocol.device import CPU
 from protocol.layout import Layout
+from protocol.networks.options import log_softmax
 from protocol.seeds import derive_seed
 from protocol.telemetry import Telemetry
 
@@ -48,7 +49,7 @@ class Cloning:
             if block.discrete:
                 logits, options = policy.logits(b, observations)
                 number = options.number(actions.flatten(1, 2))
-                terms.append(losses.cloning_loss(logits.log_softmax(-1), number, weights[b].flatten(1, 2)))
+                terms.append(losses.cloning_loss(log_softmax(logits), number, weights[b].flatten(1, 2)))
             else:
                 log_density = gaussian.log_density(policy.outputs(b, observations).float(), actions)
                 terms.append(-(weights[b] * log_density).sum())

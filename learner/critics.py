@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from learner.mean_field import MeanField, action_vectors, mean_actions
 from learner.mixture import Projected, Scene, attention, mixture
@@ -186,7 +185,7 @@ class Attention(nn.Module):
         active = _side_by_side([_slots(*pair) for pair in zip(self.layout.blocks, rows.active, strict=True)])
         taken = active.unsqueeze(1) & self.own  # an inactive agent is in no mean
         left = number - taken.to(number.dtype)
-        return Scene(keys, values, left > 0, taken / left.clamp(min=1))
+        return Scene(keys, values, left > 0, taken / left.clamp(min=1), self._own_actions(rows))
 
     def _agents(self, rows: JointRows) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings [B, N, H] of all agents, and which are active [B, N]."""
@@ -198,23 +197,34 @@ class Attention(nn.Module):
         return torch.cat(embedded, dim=1), torch.cat(rows.active, dim=1)
 
     def _types(self, means: Sequence[torch.Tensor], rows: JointRows, projection: torch.Tensor) -> Projected:
-        """The keys or values of all types, and of the slots' own actions where those are to leave the means."""
+        """The keys or values of all types, and of own actions where those are to leave the means: of a block of
+        discrete ones, of every type's every action; else of those that were taken, row after row."""
         types, own = [], []
         for b, (block, embed) in enumerate(zip(self.layout.blocks, self.embeddings, strict=True)):
             with torch.autocast(projection.device.type, enabled=False):  # gradients of many rows meet in these two
                 weight, bias = (parameter @ projection for parameter in embed.parameters())
             types.append((means[b].transpose(0, 1) @ weight + bias).transpose(0, 1))
-            if self._leaves_out_own:
-                own.append(_slots(block, _of_each(block, rows.actions[b], weight, bias)))
-        return Projected(_side_by_side(types), _side_by_side(own) if own else None)
+            if self._leaves_out_own and block.discrete:
+                own.append((weight + bias).flatten(0, 1))
+            elif self._leaves_out_own:
+                kind = block.on(weight.device, "type_of_agent")
+                taken = rows.actions[b].transpose(0, 1) @ weight[kind] + bias[kind]
+                own.append(taken.transpose(0, 1).flatten(0, 1))
+        return Projected(_side_by_side(types), torch.cat(own) if own else None)
 
-
-def _of_each(block: Block, actions: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """weight_mᵀ a^i + bias_m of every agent i of type m, [B, N_b, H]; weight [M_b, A, H], bias [M_b, 1, H]."""
-    type_of_agent = block.on(actions.device, "type_of_agent")
-    if block.discrete:
-        return functional.embedding(type_of_agent * block.action_dim + actions, (weight + bias).flatten(0, 1))
-    return (actions.transpose(0, 1) @ weight[type_of_agent] + bias[type_of_agent]).transpose(0, 1)
+    def _own_actions(self, rows: JointRows) -> torch.Tensor:
+        """Which of the projected actions of `_types` each slot took, [B, slots]."""
+        numbers, before = [], 0
+        for block, actions in zip(self.layout.blocks, rows.actions, strict=True):
+            if block.discrete:
+                number = block.on(actions.device, "type_of_agent") * block.action_dim + actions
+                count = len(block.types) * block.action_dim
+            else:
+                count = len(actions) * block.num_agents
+                number = torch.arange(count, device=actions.device).unflatten(0, (-1, block.num_agents))
+            numbers.append(_slots(block, number + before))
+            before += count
+        return _side_by_side(numbers)
 
 
 def _slots(block: Block, rows: torch.Tensor) -> torch.Tensor:

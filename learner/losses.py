@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from protocol.layout import Layout
-from protocol.networks.options import FORBIDDEN_LOGIT
+from protocol.networks.options import FORBIDDEN_LOGIT, log_softmax
 
 
 def soft_value(q: torch.Tensor, logits: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
@@ -16,7 +16,8 @@ def soft_value(q: torch.Tensor, logits: torch.Tensor, temperature: float | torch
 
     q, logits (masked): [..., A] → [...].
     """
-    return (q - temperature * logits.log_softmax(-1)).mul_(logits.softmax(-1)).sum(-1)
+    log_policy = log_softmax(logits)
+    return (q - temperature * log_policy).mul_(log_policy.exp()).sum(-1)
 
 
 def critic_target(
@@ -50,7 +51,8 @@ def policy_loss(
 
     logits (masked), q: [..., A]; weight: [...] → (scalar, [..., A]).
     """
-    log_policy, policy = logits.log_softmax(-1), logits.softmax(-1)
+    log_policy = log_softmax(logits)
+    policy = log_policy.exp()
     entropy = -(policy * log_policy).sum(-1)
     gain = torch.sub(log_policy.mul_(temperature), q)
     gradient = gain.sub_((policy * gain).sum(-1, keepdim=True)).mul_(policy).mul_(weight.unsqueeze(-1))
@@ -69,8 +71,8 @@ def boltzmann_loss(
     logits (masked), q: [..., A]; weight: [...] → (scalar, [..., A]).
     """
     allowed = logits > FORBIDDEN_LOGIT / 2
-    log_target = (q / temperature).masked_fill(~allowed, FORBIDDEN_LOGIT).log_softmax(-1)
-    target, log_policy = log_target.exp(), logits.log_softmax(-1)
+    log_target = log_softmax((q / temperature).masked_fill(~allowed, FORBIDDEN_LOGIT))
+    target, log_policy = log_target.exp(), log_softmax(logits)
     divergence = (target * (log_target - log_policy)).sum(-1)
     return (weight * divergence).sum(), (log_policy.exp() - target).mul_(weight.unsqueeze(-1))
 
@@ -104,7 +106,7 @@ def clipped_loss(
     logits, clone_logits (masked): [..., A]; action [...] int64; old_log_probability, advantage, weight: [...].
     Returns the loss, its gradient with respect to the logits [..., A], and Σ weight · H(π).
     """
-    log_policy = logits.log_softmax(-1)
+    log_policy = log_softmax(logits)
     policy = log_policy.exp()
     index = action.unsqueeze(-1)
     log_ratio = log_policy.gather(-1, index).squeeze(-1) - old_log_probability
@@ -114,7 +116,7 @@ def clipped_loss(
     entropy = -(policy * log_policy).sum(-1)
     loss = loss - entropy_weight * (weight * entropy).sum()
     if clone_weight and clone_logits is not None:
-        apart = log_policy - clone_logits.log_softmax(-1)
+        apart = log_policy - log_softmax(clone_logits)
         loss = loss + clone_weight * (weight * (policy * apart).sum(-1)).sum()
         surprise = surprise + clone_weight * apart
     centred = surprise - (policy * surprise).sum(-1, keepdim=True)

@@ -19,6 +19,7 @@ Tile = tuple[slice, slice]
 """Which networks, which of their rows."""
 ALL: Tile = slice(None), slice(None)
 Gathered = tuple[torch.Tensor, torch.Tensor | None]
+Plan = tuple[list[Run], list[list[Run]]]
 
 COLUMNS_PER_ROW = 2
 COLUMNS_PER_ADDED_ROW = 8
@@ -53,6 +54,7 @@ class ObservationGrid:
         self._somewhere: bool | None = None
         self._gathered: dict[tuple[object, ...], Gathered] = {}
         self._kept: dict[tuple[object, ...], torch.Tensor] = {}
+        self._plans: dict[tuple[torch.dtype, int], Plan] = {}
 
     def masks(self, tile: Tile = ALL) -> torch.Tensor:
         """Which actions are allowed, [k, r, A] bool."""
@@ -80,21 +82,20 @@ class ObservationGrid:
                 self._expand(run, start - run.first, tile, target[..., start - first : stop - first])
 
     def times(self, tile: Tile, weight: torch.Tensor, first: int, y: torch.Tensor) -> None:
-        """Write the product with the rows first… of weights [K, in, H] to y [k, r, H]."""
+        """Write the product with the rows first… of weights [k, in, H], those of the tile's networks, to y [k, r, H]."""
         gathered, others = self._plan(weight.dtype, COLUMNS_PER_ROW)
         per_step, begun = y.unflatten(1, (-1, self.slots)), bool(gathered)
         if gathered:
-            index, share = self._rows_of(gathered, weight, first)
-            rows, matrix = index[tile].flatten(0, 1), weight.flatten(0, 1)
+            index, share = self._rows_of(gathered, weight, first, tile)
             if share is None and y.is_contiguous():
-                torch.index_select(matrix, 0, rows.flatten(), out=y.view(-1, y.shape[2]))
+                torch.index_select(weight.flatten(0, 1), 0, index.flatten(), out=y.view(-1, y.shape[2]))
             else:
-                shares = None if share is None else share[tile].flatten(0, 1)
-                sums = functional.embedding_bag(rows, matrix, mode="sum", per_sample_weights=shares)
+                rows, shares = index.flatten(0, 1), None if share is None else share.flatten(0, 1)
+                sums = functional.embedding_bag(rows, weight.flatten(0, 1), mode="sum", per_sample_weights=shares)
                 y.copy_(sums.view(y.shape))
         for runs in others:
-            part = weight[tile[0], first + runs[0].first : first + runs[-1].end]
-            if (few := self._once(runs[0], tile, weight.dtype)) is not None:
+            part = weight[:, first + runs[0].first : first + runs[-1].end]
+            if (few := self._once(runs, tile, weight.dtype)) is not None:
                 product = (few @ part).unsqueeze(1 if runs[0].kind == "constant" else 2)
                 per_step.add_(product) if begun else per_step.copy_(product)
             else:
@@ -102,19 +103,19 @@ class ObservationGrid:
             begun = True
 
     def gradient(self, tile: Tile, d: torch.Tensor, target: torch.Tensor, first: int, add: bool) -> None:
-        """Write (or add) the gradient of the rows first… of weights to `target` [K, in, H], from that of the product of
+        """Write (or add) the gradient of the rows first… of weights to `target` [k, in, H], from that of the product of
         a tile, d [k, r, H]."""
         gathered, others = self._plan(d.dtype, COLUMNS_PER_ADDED_ROW)
         for run in () if add else gathered:
-            target[tile[0], first + run.first : first + run.end].zero_()
+            target[:, first + run.first : first + run.end].zero_()
         if gathered:
-            index, share = self._rows_of(gathered, target, first)
-            parts = d if share is None else (d.unsqueeze(2) * share[tile].unsqueeze(3)).flatten(0, 1)
-            target.view(-1, target.shape[2]).index_add_(0, index[tile].flatten(), parts.flatten(0, 1))
+            index, share = self._rows_of(gathered, target, first, tile)
+            parts = d if share is None else (d.unsqueeze(2) * share.unsqueeze(3)).flatten(0, 1)
+            target.view(-1, target.shape[2]).index_add_(0, index.flatten(), parts.flatten(0, 1))
         per_step = d.unflatten(1, (-1, self.slots))
         for runs in others:
-            part = target[tile[0], first + runs[0].first : first + runs[-1].end]
-            if (few := self._once(runs[0], tile, d.dtype)) is not None:
+            part = target[:, first + runs[0].first : first + runs[-1].end]
+            if (few := self._once(runs, tile, d.dtype)) is not None:
                 product = few.mT @ per_step.sum(1 if runs[0].kind == "constant" else 2)
             else:
                 product = torch.bmm(self._numbers(runs, tile, d.dtype).mT, d)
@@ -154,21 +155,33 @@ class ObservationGrid:
             if run.masked:
                 target.mul_(self.masks(tile)[..., columns])
 
-    def _plan(self, dtype: torch.dtype, columns_per_row: int) -> tuple[list[Run], list[list[Run]]]:
+    def _plan(self, dtype: torch.dtype, columns_per_row: int) -> Plan:
         """Runs of which rows of the weights are gathered, and the others: those next to each other that are expanded
-        together, or one that is the same for many rows."""
+        together, or of which many rows see the same."""
+        key = dtype, columns_per_row
+        if key not in self._plans:
+            self._plans[key] = self._planned(dtype, columns_per_row)
+        return self._plans[key]
+
+    def _planned(self, dtype: torch.dtype, columns_per_row: int) -> Plan:
         gathered: list[Run] = []
         others: list[list[Run]] = []
         for run in self.form.runs:
             if self._is_gathered(run, dtype, columns_per_row):
                 gathered.append(run)
-            elif (
-                others and others[-1][-1].end == run.first and not (self._repeats(others[-1][0]) or self._repeats(run))
-            ):
+            elif others and self._go_together(others[-1][-1], run):
                 others[-1].append(run)
             else:
                 others.append([run])
         return gathered, others
+
+    def _go_together(self, run: Run, following: Run) -> bool:
+        """Whether both can be one product."""
+        if run.end != following.first:
+            return False
+        if run.kind == "constant" == following.kind:
+            return run.stored.stop == following.stored.start
+        return not (self._repeats(run) or self._repeats(following))
 
     def _is_gathered(self, run: Run, dtype: torch.dtype, columns_per_row: int) -> bool:
         """On a GPU products are cheaper than sums of rows, which it does not add up in the same order each time; and
@@ -193,14 +206,14 @@ class ObservationGrid:
         """Whether many rows see the same."""
         return run.kind == "constant" or (run.kind == "shared" and not run.masked and self.slots > 1)
 
-    def _once(self, run: Run, tile: Tile, dtype: torch.dtype) -> torch.Tensor | None:
-        """What many rows see: of a constant [k, S, columns], of a shared run [b, columns]; None of other runs."""
-        if not self._repeats(run):
+    def _once(self, runs: list[Run], tile: Tile, dtype: torch.dtype) -> torch.Tensor | None:
+        """What many rows see: of constants [k, S, columns], of a shared run [b, columns]; None of other runs."""
+        if not self._repeats(runs[0]):
             return None
-        constant = run.kind == "constant"
+        constant = runs[0].kind == "constant"
         source, part = (self._constants, tile[0]) if constant else (self._shared, self._steps(tile))
         assert source is not None
-        return source[part][..., run.stored].to(dtype)
+        return source[part][..., runs[0].stored.start : runs[-1].stored.stop].to(dtype)
 
     def _numbers(self, runs: list[Run], tile: Tile, dtype: torch.dtype) -> torch.Tensor:
         """The columns of some runs side by side, [k, r, columns]."""
@@ -220,13 +233,20 @@ class ObservationGrid:
         return numbers[tile]
 
     def _rows_of(
-        self, runs: Sequence[Run], weight: torch.Tensor, first: int
+        self, runs: Sequence[Run], weight: torch.Tensor, first: int, tile: Tile
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Which rows of the weights [K, in, H] of all networks, flattened, each row sees, and how much of each:
-        [K, R, L], found once for all tiles. None for how much where that is one row, and all of it."""
+        """Which rows of the weights [k, in, H], flattened, each row of a tile sees, and how much of each: [k, r, L].
+        None for how much where that is one row, and all of it."""
         key = (weight.dtype, weight.shape[1], first, *(run.first for run in runs))
-        if key in self._gathered:
-            return self._gathered[key]
+        if key not in self._gathered:
+            self._gathered[key] = self._all_rows_of(runs, weight, first)
+        index, share = self._gathered[key]
+        before = (tile[0].start or 0) * weight.shape[1]
+        part = index[tile] - before if before else index[tile]
+        return part, None if share is None else share[tile]
+
+    def _all_rows_of(self, runs: Sequence[Run], weight: torch.Tensor, first: int) -> Gathered:
+        """As `_rows_of`, of all networks: found once for all tiles."""
         assert self._codes is not None
         networks, rows, _ = self.shape
         index, share = [], []
@@ -247,5 +267,4 @@ class ObservationGrid:
         network = torch.arange(networks, device=self.device)[:, None, None] * weight.shape[1] + first
         shares = torch.cat(share, dim=-1)
         whole = shares.shape[-1] == 1 and bool((shares == 1).all())
-        self._gathered[key] = torch.cat(index, dim=-1).add_(network), None if whole else shares
-        return self._gathered[key]
+        return torch.cat(index, dim=-1).add_(network), None if whole else shares

@@ -70,9 +70,9 @@ class StackedMLP(nn.Module):
         """The output tile by tile, [k, r, out]; each one is overwritten by the next."""
         prepared, layers = self._prepared(inputs)
         buffers = layers.buffers(prepared[0])
-        for tile in layers.tiles(prepared[0]):
-            activations = [_like(buffer, prepared[0], tile) for buffer in buffers]
-            layers.forward(tile, prepared, activations)
+        for tile, part in layers.tiles(prepared[0]):
+            activations = _room(buffers, tile)
+            part.forward(tile, prepared, activations)
             yield tile, activations[-1]
 
     @torch.no_grad()
@@ -88,14 +88,13 @@ class StackedMLP(nn.Module):
         add = self.weights[0].grad is not None
         for parameter in () if add else self.parameters():
             parameter.grad = torch.empty_like(parameter)
-        gradients = [(w.grad, b.grad) for w, b in zip(self.weights, self.biases, strict=True)]
-        buffers, spare_buffers = layers.buffers(prepared[0]), layers.buffers(prepared[0])
-        for tile in layers.tiles(prepared[0]):
-            activations = [_like(buffer, prepared[0], tile) for buffer in buffers]
-            spare = [_like(buffer, prepared[0], tile) for buffer in spare_buffers]
-            layers.forward(tile, prepared, activations)
+        gradients = layers.like([w.grad for w in self.weights], [b.grad for b in self.biases])
+        buffers, spare = layers.buffers(prepared[0]), layers.buffers(prepared[0])
+        for (tile, part), (_, d_part) in zip(layers.tiles(prepared[0]), gradients.tiles(prepared[0]), strict=True):
+            activations = _room(buffers, tile)
+            part.forward(tile, prepared, activations)
             d = gradient(tile, activations[-1]).to(activations[-1].dtype)
-            layers.backward(tile, prepared, activations, d, spare, gradients, d_inputs, add)
+            part.backward(tile, prepared, activations, d, _room(spare, tile), d_part, d_inputs, add)
         return d_inputs
 
     def _fits_one_tile(self, x: Input) -> bool:
@@ -135,8 +134,7 @@ class _Layers:
                 torch.bmm(seen, weight, out=x)
             else:
                 seen.times(ALL, weight, 0, x)
-            y = x if bias.shape[1] == 1 else x.view(x.shape[0], -1, *bias.shape[1:])
-            y += bias if bias.shape[1] == 1 else bias.unsqueeze(1)
+            _add_bias(x, bias)
             if self._activates(layer):
                 functional.leaky_relu_(x, self.slope)
         return x
@@ -145,8 +143,25 @@ class _Layers:
         """Rows of all networks together whose widest activations fill a tile on the CPU."""
         return TILE_NUMBERS // max(max(weight.shape[1:]) for weight in self.weights)
 
-    def tiles(self, x: Input) -> Iterator[Tile]:
-        """Tiles of an input [K, R, …]; such a tile of a contiguous tensor is contiguous."""
+    def like(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> _Layers:
+        """Other numbers of the same layers."""
+        return _Layers(weights, biases, self.slope, self.activate_output)
+
+    def tiles(self, x: Input) -> Iterator[tuple[Tile, _Layers]]:
+        """Tiles of an input [K, R, …], and the layers of their networks. Such a tile of a contiguous tensor is
+        contiguous."""
+        step, height = self._tile_size(x)
+        # Cut at once: to name a part of a tensor in Python costs as much as to add a thousand numbers.
+        weights = zip(*(weight.split(step) for weight in self.weights), strict=True)
+        biases = zip(*(bias.split(step) for bias in self.biases), strict=True)
+        networks, rows = x.shape[:2]
+        for first, *of_networks in zip(range(0, networks, step), weights, biases, strict=True):
+            part = self.like(*of_networks)
+            for row in range(0, rows, height):
+                yield (slice(first, min(first + step, networks)), slice(row, min(row + height, rows))), part
+
+    def _tile_size(self, x: Input) -> tuple[int, int]:
+        """Networks and rows of a tile."""
         networks, rows = x.shape[:2]
         wanted = networks * rows
         if x.device.type == "cpu":
@@ -155,14 +170,12 @@ class _Layers:
         height = rows if step > 1 else math.ceil(rows / max(1, round(rows / wanted)))
         slots = max(self.biases[0].shape[1], x.slots if isinstance(x, ObservationGrid) else 1)
         height = math.ceil(height / slots) * slots  # biases per slot, and what slots share, repeat in rows [B, S]
-        for first in range(0, networks, step):
-            for row in range(0, rows, height):
-                yield slice(first, first + step), slice(row, row + height)
+        return step, max(1, height)
 
     def buffers(self, x: Input) -> list[torch.Tensor]:
         """Room for the activations of one tile after the other."""
-        networks, rows = next(self.tiles(x))
-        shape = len(range(x.shape[0])[networks]), len(range(x.shape[1])[rows])
+        step, height = self._tile_size(x)
+        shape = min(step, x.shape[0]), min(height, x.shape[1])
         return [weight.new_empty(*shape, weight.shape[2]) for weight in self.weights]
 
     def room(self, x: Input) -> list[torch.Tensor]:
@@ -170,13 +183,13 @@ class _Layers:
         return [self._empty(x, weight) for weight in self.weights]
 
     def forward(self, tile: Tile, inputs: Sequence[Input], activations: Sequence[torch.Tensor]) -> None:
-        """Fill the activations [k, r, width] of one tile of the inputs."""
+        """Fill the activations [k, r, width] of one tile of the inputs, whose networks these are."""
         for layer, (weight, bias, y) in enumerate(zip(self.weights, self.biases, activations, strict=True)):
             if layer:
-                torch.bmm(activations[layer - 1], weight[tile[0]], out=y)
+                torch.bmm(activations[layer - 1], weight, out=y)
             else:
                 self._first(tile, inputs, y)
-            y.unflatten(1, (-1, bias.shape[1])).add_(bias[tile[0]].unsqueeze(1))
+            _add_bias(y, bias)
             if self._activates(layer):
                 functional.leaky_relu_(y, self.slope)
 
@@ -187,39 +200,38 @@ class _Layers:
         activations: Sequence[torch.Tensor],
         d: torch.Tensor,
         spare: Sequence[torch.Tensor],
-        gradients: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        gradients: _Layers,
         d_inputs: Sequence[torch.Tensor | None],
         add: bool,
     ) -> None:
         """Take d, the gradient of one tile's output, back. Gradients are added to if `add`, else written.
 
-        spare: room like that of the activations.
+        spare: room like that of the activations.   gradients: of these layers.
         """
         add = add or tile[1].start > 0
         for layer in reversed(range(len(self.weights))):
             if self._activates(layer):
                 d = _leaky_relu_backward(d, activations[layer], self.slope, True, grad_input=spare[layer])
-            gradient, d_bias = gradients[layer][0], gradients[layer][1][tile[0]]
-            _put(d_bias, d.unflatten(1, (-1, d_bias.shape[1])).sum(1), add)
+            gradient = gradients.weights[layer]
+            _put_bias(gradients.biases[layer], d, add)
             if layer:
-                _put_product(gradient[tile[0]], activations[layer - 1].mT, d, add)
-            for x, first in _placed(inputs) if layer == 0 else ():
+                _put_product(gradient, activations[layer - 1].mT, d, add)
+                d = torch.bmm(d, self.weights[layer].mT, out=spare[layer - 1])
+                continue
+            for x, first in _placed(inputs):
                 if isinstance(x, torch.Tensor):
-                    _put_product(gradient[tile[0], first : first + x.shape[2]], x[tile].mT, d, add)
+                    _put_product(gradient[:, first : first + x.shape[2]], x[tile].mT, d, add)
                 else:
                     x.gradient(tile, d, gradient, first, add)
-            if layer:
-                d = torch.bmm(d, self.weights[layer][tile[0]].mT, out=spare[layer - 1])
         for d_input, (x, first) in zip(d_inputs, _placed(inputs), strict=False):
             if d_input is not None:
-                weight = self.weights[0][tile[0], first : first + x.shape[2]]
-                torch.bmm(d, weight.mT, out=d_input[tile])
+                torch.bmm(d, self.weights[0][:, first : first + x.shape[2]].mT, out=d_input[tile])
 
     def _first(self, tile: Tile, inputs: Sequence[Input], y: torch.Tensor) -> None:
         """The products of the first layer."""
         for x, first in _placed(inputs):
             if isinstance(x, torch.Tensor):
-                weight = self.weights[0][tile[0], first : first + x.shape[2]]
+                weight = self.weights[0][:, first : first + x.shape[2]]
                 torch.baddbmm(y, x[tile], weight, beta=int(first > 0), out=y)
             else:
                 assert first == 0  # nothing to add to
@@ -243,9 +255,9 @@ class _Apply(torch.autograd.Function):
         activations = layers.room(inputs[0]) if keep else layers.buffers(inputs[0])
         if not keep:
             activations[-1] = layers.room(inputs[0])[-1]
-        for tile in layers.tiles(inputs[0]):
-            tiled = [a[tile] if keep else _like(a, inputs[0], tile) for a in activations[:-1]]
-            layers.forward(tile, inputs, [*tiled, activations[-1][tile]])
+        for tile, part in layers.tiles(inputs[0]):
+            tiled = [a[tile] for a in activations[:-1]] if keep else _room(activations[:-1], tile)
+            part.forward(tile, inputs, [*tiled, activations[-1][tile]])
         if keep:
             ctx.grids = [None if isinstance(x, torch.Tensor) else x for x in inputs]
             numbers = [x for x in inputs if isinstance(x, torch.Tensor)]
@@ -262,14 +274,13 @@ class _Apply(torch.autograd.Function):
         layers = _layers([next(saved) for _ in range(parameters)], *ctx.constants)
         activations = list(saved)
         weights, biases = ([_sums_of(p) for p in part] for part in (layers.weights, layers.biases))
-        gradients = list(zip(weights, biases, strict=True))
+        gradients = layers.like(weights, biases)
         wanted = ctx.needs_input_grad[3 : 3 + count]
         d_inputs = [gradient.new_empty(x.shape) if want else None for x, want in zip(inputs, wanted, strict=True)]
         buffers = layers.buffers(inputs[0])
-        for tile in layers.tiles(inputs[0]):
+        for (tile, part), (_, d_part) in zip(layers.tiles(inputs[0]), gradients.tiles(inputs[0]), strict=True):
             tiled = [a[tile] for a in activations]
-            spare = [_like(buffer, gradient, tile) for buffer in buffers]
-            layers.backward(tile, inputs, tiled, gradient[tile], spare, gradients, d_inputs, False)
+            part.backward(tile, inputs, tiled, gradient[tile], _room(buffers, tile), d_part, d_inputs, False)
         return None, None, None, *d_inputs, *weights, *biases
 
 
@@ -289,16 +300,32 @@ def _sums_of(parameter: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
 
 
-def _like(buffer: torch.Tensor, x: Input, tile: Tile) -> torch.Tensor:
-    """Room for one tile of x."""
-    networks, rows = (len(range(size)[part]) for part, size in zip(tile, x.shape[:2], strict=True))
-    return buffer[:networks, :rows]
+def _room(buffers: Sequence[torch.Tensor], tile: Tile) -> list[torch.Tensor]:
+    """Of the buffers, as much as a tile needs, which may be less than others did."""
+    size = tuple(part.stop - part.start for part in tile)
+    return [buffer if buffer.shape[:2] == size else buffer[: size[0], : size[1]] for buffer in buffers]
 
 
 def _placed(inputs: Sequence[Input]) -> list[tuple[Input, int]]:
     """Inputs, and the row of the first weights [k, Σ in_j, out] where each begins."""
     widths = [x.shape[2] for x in inputs]
     return [(x, sum(widths[:k])) for k, x in enumerate(inputs)]
+
+
+def _add_bias(y: torch.Tensor, bias: torch.Tensor) -> None:
+    """Add [K, S, H] to [K, B·S, H]."""
+    if bias.shape[1] == 1:
+        y.add_(bias)
+    else:
+        y.unflatten(1, (-1, bias.shape[1])).add_(bias.unsqueeze(1))
+
+
+def _put_bias(target: torch.Tensor, d: torch.Tensor, add: bool) -> None:
+    """Write (or add) the gradient of a bias [K, S, H], from d [K, B·S, H]."""
+    if target.shape[1] > 1:
+        _put(target, d.unflatten(1, (-1, target.shape[1])).sum(1), add)
+    else:
+        _put(target, d.sum(1, keepdim=True), add)
 
 
 def _put(target: torch.Tensor, value: torch.Tensor, add: bool) -> None:

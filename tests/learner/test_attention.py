@@ -34,8 +34,9 @@ def test_the_mixture_is_made_with_these_weights(context: Context, sharing: Param
     assert weights is not None
     scene = critic.others.scene(rows)
     values = scene.values.entities.unsqueeze(1)
-    if scene.values.own is not None and scene.share is not None:
-        values = values + scene.share.mT.unsqueeze(-1) * (values - scene.values.own.unsqueeze(2))
+    if scene.values.actions is not None and scene.share is not None:
+        own = scene.values.actions[scene.own]
+        values = values + scene.share.mT.unsqueeze(-1) * (values - own.unsqueeze(2))
     found = (weights.unsqueeze(-1) * values).sum(2)
     torch.testing.assert_close(found, torch.cat(parts, dim=1), atol=1e-5, rtol=1e-4)
 

@@ -11,14 +11,14 @@ import torch
 from learner import mixture as module
 from learner.mixture import Projected, Scene, attention, mixture
 
-ROWS, AGENTS, ENTITIES, HEADS = 4, 3, 2, 2
-WIDTHS = (4, 12)  # one head at a time, and both together
+ROWS, AGENTS, ENTITIES, HEADS, ACTIONS = 4, 3, 2, 2, 5
+WIDTHS = (2, 12)  # one head at a time, and both together
 
 
 @pytest.fixture(params=WIDTHS)
 def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """H, with three rows in a tile and one in the next."""
-    numbers = {4: 3 * AGENTS * 2, 12: 3 * AGENTS * 12}
+    numbers = {2: 3 * AGENTS * 1, 12: 3 * AGENTS * 12}
     monkeypatch.setattr(module, "TILE_NUMBERS", numbers[request.param])
     return int(request.param)
 
@@ -30,12 +30,14 @@ def random_scene(width: int, own: bool, alike: bool = False) -> Scene:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    projected = [Projected(draw(ROWS, ENTITIES, width), draw(ROWS, AGENTS, width) if own else None) for _ in range(2)]
+    projected = [Projected(draw(ROWS, ENTITIES, width), draw(ACTIONS, width) if own else None) for _ in range(2)]
     visible = torch.rand(ROWS, ENTITIES, 1 if alike else AGENTS, generator=generator) < 0.8
     visible[0, :, 0] = False
     member = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
     share = torch.rand(ROWS, 1, AGENTS, generator=generator, dtype=torch.float64) * member
-    return Scene(*projected, visible, share if own else None)
+    if not own:
+        return Scene(*projected, visible)
+    return Scene(*projected, visible, share, torch.randint(ACTIONS, (ROWS, AGENTS), generator=generator))
 
 
 def random_queries(width: int) -> torch.Tensor:
@@ -45,9 +47,9 @@ def random_queries(width: int) -> torch.Tensor:
 def seen_by(side: Projected, scene: Scene, row: int, agent: int, k: int) -> torch.Tensor:
     """The key or value of an entity without the agent's own action."""
     y = side.entities[row, k]
-    if side.own is None or scene.share is None:
+    if side.actions is None or scene.share is None or scene.own is None:
         return y
-    return y + scene.share[row, k, agent] * (y - side.own[row, agent])
+    return y + scene.share[row, k, agent] * (y - side.actions[scene.own[row, agent]])
 
 
 def slow_mixture(queries: torch.Tensor, scene: Scene) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,8 +86,8 @@ def test_the_gradient_is_that_of_the_function(width: int, own: bool) -> None:
     scene, queries = random_scene(width, own), random_queries(width)
     assert scene.keys is not None
     sides = [scene.keys.entities, scene.values.entities]
-    if scene.keys.own is not None and scene.values.own is not None:
-        sides += [scene.keys.own, scene.values.own]
+    if scene.keys.actions is not None and scene.values.actions is not None:
+        sides += [scene.keys.actions, scene.values.actions]
 
     def function(queries: torch.Tensor, *sides: torch.Tensor) -> torch.Tensor:
         keys, values = (Projected(*pair) for pair in (sides[::2], sides[1::2]))
@@ -102,4 +104,4 @@ def test_what_all_weigh_the_same_is_averaged(width: int) -> None:
 
 
 def _arrays(side: Projected) -> list[torch.Tensor]:
-    return [side.entities] if side.own is None else [side.entities, side.own]
+    return [side.entities] if side.actions is None else [side.entities, side.actions]

@@ -84,8 +84,8 @@ def test_products_and_gradients_are_those_of_the_expansion(
         d = torch.randn(y.shape, dtype=torch.float64, generator=generator) * taken
         target = torch.ones_like(weight)
         for tile in tiles(grid):
-            grid.times(tile, weight, before, y[tile])
-            grid.gradient(tile, d[tile], target, before, add=(tile[1].start or 0) > 0)
+            grid.times(tile, weight[tile[0]], before, y[tile])
+            grid.gradient(tile, d[tile], target[tile[0]], before, add=(tile[1].start or 0) > 0)
         torch.testing.assert_close(y * taken, (x @ weight[:, before:]) * taken)
         torch.testing.assert_close(target[:, before:], x.mT @ d)
         assert (target[:, :before] == 1).all()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from protocol.layout import Layout
-from protocol.networks.options import FORBIDDEN_LOGIT, Options
+from protocol.networks.options import FORBIDDEN_LOGIT, NARROW, Options, log_softmax
 from protocol.registry import make_environment
 
 TOWN = "berlin?types=2&agents=6&sight=near"
@@ -51,6 +51,20 @@ def test_numbers_and_actions_are_each_others_inverse() -> None:
         assert torch.equal(options.number(action), number)
         assert mask.allowed.gather(-1, action.unsqueeze(-1)).all()
         assert count > int(number.max())
+
+
+@pytest.mark.parametrize("options", [1, 5, NARROW, NARROW + 1])
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3, 7)])
+def test_few_options_make_no_difference_to_their_probabilities(shape: tuple[int, ...], options: int) -> None:
+    logits = torch.randn(*shape, options, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    logits[..., :1] = FORBIDDEN_LOGIT if options > 1 else 0.0
+    logits.requires_grad_()
+    shares = log_softmax(logits)
+    torch.testing.assert_close(shares, logits - logits.logsumexp(-1, keepdim=True))
+    (found,), (expected,) = (
+        torch.autograd.grad(x.square()[..., -1].sum(), logits) for x in (shares, logits.log_softmax(-1))
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_town_offers_the_roads_that_go_on_from_where_one_is() -> None:
