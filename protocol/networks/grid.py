@@ -82,7 +82,7 @@ class ObservationGrid:
                 self._expand(run, start - run.first, tile, target[..., start - first : stop - first])
 
     def times(self, tile: Tile, weight: torch.Tensor, first: int, y: torch.Tensor) -> None:
-        """Write the product with the rows first… of weights [k, in, H], those of the tile's networks, to y [k, r, H]."""
+        """Write the product with the rows first… of the tile's networks' weights [k, in, H] to y [k, r, H]."""
         gathered, others = self._plan(weight.dtype, COLUMNS_PER_ROW)
         per_step, begun = y.unflatten(1, (-1, self.slots)), bool(gathered)
         if gathered:
@@ -156,14 +156,15 @@ class ObservationGrid:
                 target.mul_(self.masks(tile)[..., columns])
 
     def _plan(self, dtype: torch.dtype, columns_per_row: int) -> Plan:
-        """Runs of which rows of the weights are gathered, and the others: those next to each other that are expanded
-        together, or of which many rows see the same."""
+        """As `_planned`, found once."""
         key = dtype, columns_per_row
         if key not in self._plans:
             self._plans[key] = self._planned(dtype, columns_per_row)
         return self._plans[key]
 
     def _planned(self, dtype: torch.dtype, columns_per_row: int) -> Plan:
+        """Runs of which rows of the weights are gathered, and the others: those next to each other that are expanded
+        together, or of which many rows see the same."""
         gathered: list[Run] = []
         others: list[list[Run]] = []
         for run in self.form.runs:
@@ -219,6 +220,9 @@ class ObservationGrid:
         """The columns of some runs side by side, [k, r, columns]."""
         if len(runs) == 1 and runs[0].kind == "own" and self._own is not None:
             return self._own[tile][..., runs[0].stored].to(dtype)
+        if len(runs) == 1 and runs[0].kind == "shared" and not runs[0].masked and self._shared is not None:
+            seen = self._shared[self._steps(tile)][..., runs[0].stored]  # once per row: where slots share, it repeats
+            return seen.to(dtype).expand(self._size(tile)[0], -1, -1)
         first, end = runs[0].first, runs[-1].end
         key = first, end, dtype
         if key in self._kept:

@@ -19,8 +19,13 @@ from torch.nn import functional
 
 from protocol.networks.grid import ALL, ObservationGrid, Tile
 
-TILE_NUMBERS = 1 << 17
-"""Most activations of one layer in a tile: half a megabyte, which a core's cache keeps from one layer to the next."""
+TILE_NUMBERS = 1 << 18
+"""Most activations of one layer in a tile: a megabyte, about what a core's cache keeps from one layer to the next.
+Smaller tiles are bound by Python, which takes a millisecond for each dozen of them."""
+NARROW = 48
+COLUMNS_AT_ONCE = 16
+"""A CPU multiplies so many columns at once, and few of them, or what is left over, as slowly as all; the transposed
+product, which has the rows as columns, takes half as long with 5 (as many as Rover Tower has actions)."""
 
 Input = torch.Tensor | ObservationGrid
 """What first layers see: numbers [K, R, in], or observations that are expanded no further than products want them."""
@@ -129,7 +134,7 @@ class _Layers:
         x = self._empty(seen, self.weights[0])
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             if layer:
-                x = torch.bmm(x, weight)
+                x = _times(x, weight)
             elif isinstance(seen, torch.Tensor):
                 torch.bmm(seen, weight, out=x)
             else:
@@ -186,7 +191,7 @@ class _Layers:
         """Fill the activations [k, r, width] of one tile of the inputs, whose networks these are."""
         for layer, (weight, bias, y) in enumerate(zip(self.weights, self.biases, activations, strict=True)):
             if layer:
-                torch.bmm(activations[layer - 1], weight, out=y)
+                _times(activations[layer - 1], weight, out=y)
             else:
                 self._first(tile, inputs, y)
             _add_bias(y, bias)
@@ -335,8 +340,22 @@ def _put(target: torch.Tensor, value: torch.Tensor, add: bool) -> None:
         target.copy_(value)
 
 
+def _times(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """left @ right, which may have few columns."""
+    if not _is_uneven(right) or right.shape[2] >= NARROW:
+        return torch.bmm(left, right, out=out)
+    product = torch.bmm(right.mT, left.mT).mT
+    return product if out is None else out.copy_(product)
+
+
+def _is_uneven(right: torch.Tensor) -> bool:
+    return right.device.type == "cpu" and right.shape[2] % COLUMNS_AT_ONCE != 0
+
+
 def _put_product(target: torch.Tensor, left: torch.Tensor, right: torch.Tensor, add: bool) -> None:
-    if target.dtype == right.dtype:
+    if _is_uneven(right):
+        _put(target, torch.bmm(right.mT, left.mT).mT, add)
+    elif target.dtype == right.dtype:
         torch.baddbmm(target, left, right, beta=int(add), out=target)
     else:
         _put(target, torch.bmm(left, right), add)
