@@ -149,7 +149,7 @@ class _Mixture(torch.autograd.Function):
 def _tiles(agents: torch.Tensor) -> Iterator[slice]:
     """Rows of an array [B, n, H] that are worked on together."""
     batch, count, width = agents.shape
-    height = max(1, 2 * TILE_NUMBERS // (count * width)) if agents.device.type == "cpu" else batch
+    height = max(1, TILE_NUMBERS // (count * width)) if agents.device.type == "cpu" else batch
     for first in range(0, batch, height):
         yield slice(first, first + height)
 
