@@ -156,15 +156,23 @@ def forward(
     rows = x.shape[1]
     h = work.take("h0", groups, particles * width, rows)
     torch.bmm(layers[0].flatten(1, 2), x.mT, out=h)
-    h = h.view(groups * particles, width, rows)
+    h, activations = deeper(layers[1:], h.view(groups * particles, width, rows), activation, work)
+    return h.view(groups, particles, rows), activations
+
+
+def deeper(
+    layers: Sequence[torch.Tensor], h: torch.Tensor, activation: Activation, work: Workspace
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The layers behind the first, whose products are h [G·L, H, R], which is overwritten → logits [G·L, R], and hidden
+    activations."""
     activations = []
-    for number, layer in enumerate(layers[1:], start=1):
+    for number, layer in enumerate(layers, start=1):
         activations.append(_ACTIVATE[activation](h))
         stacked = layer.flatten(0, 1)
-        out = work.take(f"h{number}", groups * particles, layer.shape[2], rows)
+        out = work.take(f"h{number}", len(h), layer.shape[2], h.shape[2])
         # The bias goes over the hot product: `baddbmm` would spread it over cold memory first.
         h = torch.bmm(stacked[..., :-1], h, out=out).add_(stacked[..., -1:])
-    return h.view(groups, particles, rows), activations
+    return h.squeeze(1), activations
 
 
 def backward(

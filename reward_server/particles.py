@@ -20,6 +20,7 @@ from protocol.seeds import derive_seed
 from protocol.specs import ArrayTable
 from reward_server.discriminator import Architecture, Source, Workspace, backward, forward
 from reward_server.health import Health
+from reward_server.inference import Inference
 from reward_server.memory import Memory
 from reward_server.model import Answer, check_rewards
 from reward_server.sees import check_imagined, columns_seen
@@ -77,6 +78,7 @@ class RewardModel:
         self._generator = torch.Generator().manual_seed(seed)
         self._architectures = architectures(layout, settings)
         self._work = Workspace(device=self._device)
+        self._inferences: dict[int, Inference] = {}
         if self._device.type == "cpu":
             keep_freed_memory()
         self._layers = [
@@ -109,6 +111,7 @@ class RewardModel:
         health = Health()
         for step in range(self.settings.updates):
             self._step(health if step == self.settings.updates - 1 else None)
+        self._inferences.clear()
         sums = torch.stack([torch.stack([layer.detach().sum() for layer in layers]).sum() for layers in self._layers])
         for b, total in enumerate(sums.tolist()):
             if not math.isfinite(total):
@@ -156,6 +159,7 @@ class RewardModel:
             if not np.isfinite(arrays[name]).all():
                 raise ProtocolError("bad_value", f"array '{name}' of a reward state is not finite")
             tensor.copy_(torch.tensor(arrays[name]))
+        self._inferences.clear()
         for state in self._adam.state.values():
             state["step"].fill_(steps)
 
@@ -278,25 +282,27 @@ class RewardModel:
         """Rewards and deviations of a block."""
         architecture, block = self._architectures[b], self.layout.blocks[b]
         answer = torch.empty(1 + deviation, block.groups, len(rows), block.slots, device=self._device)
-        grid, actions = block.see(rows.observations[b]), block.grid(rows.actions[b])
+        inference = self._inference(b)
+        grid = inference.see(rows.observations[b], rows.actions[b])
         row = block.slots if self._device.type == "cpu" else block.slots * architecture.activations * block.groups
         for part in self._tiles(len(rows), row, QUERY_ROWS):
-            size = architecture.activations * (part.stop - part.start) * block.slots
-            logits = []
-            for tile in self._tiles(block.groups, size, TILE_ACTIVATIONS):
-                layers = [layer[tile] for layer in self._layers[b]]
-                count = part.stop - part.start
-                x = self._work.take("input", len(layers[0]), count, block.slots, layers[0].shape[-1])
-                slots = slice(part.start * block.slots, part.stop * block.slots)
-                source = Source(grid, slots, slice(0, count), 0, block.observation_dim)
-                architecture.encode([source], actions[tile, part], tile, x)
-                # Copied: the next tile overwrites the workspace.
-                logits.append(forward(layers, x.flatten(1, 2), architecture.activation, self._work)[0].clone())
-            rewards = functional.softplus(-torch.cat(logits)).unflatten(2, (-1, block.slots))
-            answer[0, :, part] = rewards.mean(dim=1)
-            if deviation:
-                answer[1, :, part] = rewards.std(dim=1, correction=0)
+            slots = slice(part.start * block.slots, part.stop * block.slots)
+            size = architecture.activations * (slots.stop - slots.start)
+            for groups in self._tiles(block.groups, size, TILE_ACTIVATIONS):
+                logits = inference.logits((groups, slots), grid, self._work)
+                rewards = functional.softplus(logits.neg_()).unflatten(2, (-1, block.slots))
+                answer[0, groups, part] = rewards.mean(dim=1)
+                if deviation:
+                    answer[1, groups, part] = rewards.std(dim=1, correction=0)
         return [(block.rows(grid) * rows.active[b]).cpu() for grid in answer]
+
+    def _inference(self, b: int) -> Inference:
+        """Of the particles as they are."""
+        known = self._inferences.get(b)
+        if known is None:
+            layers = [layer.detach() for layer in self._layers[b]]
+            known = self._inferences[b] = Inference(self._architectures[b], layers)
+        return known
 
     def _tiles(self, count: int, size: int, on_cpu: int) -> Iterator[slice]:
         """Slices of `count` groups (or rows) of `size` numbers each: at most `on_cpu` numbers on a CPU, what its memory

@@ -1,0 +1,80 @@
+"""What queries compute, beside what SVGD differentiates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_model import SPEC as UNEVEN
+from small_model import encoded, some_rows
+
+from actors.policy import UniformPolicy
+from actors.rollout import rollout
+from protocol.layout import Block, JointRows, Layout, ParameterSharing
+from protocol.networks.grid import ObservationGrid, Tile
+from protocol.registry import make_environment
+from reward_server.discriminator import Architecture, Workspace, forward
+from reward_server.inference import Inference
+from reward_server.sees import columns_seen
+
+PARTICLES, HIDDEN = 3, (6, 4)
+TOWN, ROVERS = "berlin?types=2&agents=6&sight=near", "rover_tower?pairs=2"
+
+
+def rows_in(world: str, layout: Layout) -> JointRows:
+    """Some joint rows of an episode in which everybody strays, with other actions."""
+    if layout.spec is UNEVEN:
+        return some_rows(layout, 9, 1)
+    observations = rollout(make_environment(world, 2), UniformPolicy(layout.spec), 4).seen()
+    seen = [x.map(lambda tensor: tensor[1:10, 0]) for x in observations]
+    generator = torch.Generator().manual_seed(3)
+    actions = [torch.randint(b.action_dim, (9, b.num_agents), generator=generator) for b in layout.blocks]
+    return JointRows(seen, actions, [torch.ones(9, b.num_agents, dtype=torch.bool) for b in layout.blocks])
+
+
+def tiles_of(grid: ObservationGrid) -> list[Tile]:
+    """All but the last group and its rows, then those, some joint steps at a time."""
+    groups, rows, _ = grid.shape
+    step = 4 * grid.slots
+    parts = [slice(row, min(row + step, rows)) for row in range(0, rows, step)]
+    some = [slice(0, groups - 1)] if groups > 1 else []
+    return [(networks, part) for networks in (*some, slice(groups - 1, groups)) for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("world", "sees"),
+    [
+        (TOWN, ("all",)),
+        (TOWN, ("purpose",)),
+        (TOWN, ("place", "loads", "time", "action")),
+        (TOWN, ("home",)),
+        (TOWN, ("action",)),
+        (ROVERS, ("all",)),
+        ("", ("all",)),
+    ],
+)
+@pytest.mark.parametrize("sharing", ["agent", "type"])
+@pytest.mark.parametrize("identity", [False, True])
+def test_logits_are_those_of_the_expanded_input(
+    world: str, sees: tuple[str, ...], sharing: ParameterSharing, identity: bool
+) -> None:
+    spec = make_environment(world, 1).spec if world else UNEVEN
+    layout = Layout.of(spec, sharing, identity)
+    rows, seen = rows_in(world, layout), columns_seen(spec, sees)
+    for b, block in enumerate(layout.blocks):
+        architecture = Architecture(block, PARTICLES, HIDDEN, "relu", seen[block.types[0]])
+        layers = [layer.double() for layer in architecture.initial(torch.Generator().manual_seed(2))]
+        x = encoded(architecture, layout, b, rows, torch.float64)
+        expected = forward(layers, x.flatten(1, 2), "relu", Workspace(torch.float64))[0].clone()
+        inference, work = Inference(architecture, layers), Workspace(torch.float64)
+        grid = inference.see(rows.observations[b], rows.actions[b])
+        found = torch.full_like(expected, torch.nan)
+        for tile in tiles_of(grid):
+            found[tile[0], :, tile[1]] = inference.logits(tile, grid, work)
+        taken = _taken(block, len(rows))
+        torch.testing.assert_close(found[taken], expected[taken])
+
+
+def _taken(block: Block, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Places [G, L, B·S] of slots that have an agent: what an empty one sees is anything."""
+    there = (block.agent_of_slot >= 0).view(block.groups, 1, 1, block.slots)
+    return torch.where(there.expand(-1, PARTICLES, rows, -1).flatten(2))
