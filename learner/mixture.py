@@ -11,8 +11,9 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from protocol.networks.stacked import TILE_NUMBERS
-
+TILE_NUMBERS = 1 << 18
+"""Of what agents look for, [R, n, H], in a tile: a megabyte, which stays in the cache with as much of what is made of
+it; smaller tiles are bound by Python."""
 FORBIDDEN_SCORE = -1e9
 
 _softmax_backward = torch.ops.aten._softmax_backward_data

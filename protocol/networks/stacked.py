@@ -19,9 +19,9 @@ from torch.nn import functional
 
 from protocol.networks.grid import ALL, ObservationGrid, Tile
 
-TILE_NUMBERS = 1 << 18
-"""Most activations of one layer in a tile: a megabyte, about what a core's cache keeps from one layer to the next.
-Smaller tiles are bound by Python, which takes a millisecond for each dozen of them."""
+TILE_NUMBERS = 1 << 19
+"""Most activations of one layer in a tile: two megabytes, which stay in some cache from one layer to the next. Tiles of
+a quarter of that would stay in the nearest one, and take a tenth longer: in Python, for there are more of them."""
 NARROW = 48
 COLUMNS_AT_ONCE = 16
 """A CPU multiplies so many columns at once, and few of them, or what is left over, as slowly as all; the transposed
