@@ -20,9 +20,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from random_data import EPISODE, shaken, some_batch, some_rows, some_segments
@@ -36,6 +37,7 @@ from learner.clipped import ClippedActorCritic
 from learner.critics import Context, Critic, ValueCritic
 from learner.settings import ClippedSettings, LearnerSettings
 from protocol.layout import Layout, ParameterSharing
+from protocol.settings import Precision
 from protocol.specs import EnvironmentSpec, TypeSpec
 from reward_server.particles import RewardModel
 from reward_server.settings import KernelScope, RewardSettings
@@ -43,7 +45,6 @@ from reward_server.settings import KernelScope, RewardSettings
 UPDATES = 20
 LARGEST_DISTANCE = 1e-4
 """Between the parameters of both devices after `UPDATES` updates in float32, as a part of their norm."""
-Precision = Literal["float32", "bfloat16"]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CONTEXTS: tuple[Context, ...] = ("types", "uniform_types", "agents", "none")
 CLI = (sys.executable, "-m", "launch.cli")
@@ -190,8 +191,9 @@ def make_learner(
     return learner, lambda: learner.update(batch, batch.rewards, 0.0)
 
 
-def make_model(shape: Shape, scope: KernelScope, device: torch.device) -> RewardModel:
+def make_model(shape: Shape, scope: KernelScope, device: torch.device, precision: Precision = "float32") -> RewardModel:
     settings = RewardSettings(
+        precision=precision,
         hidden=(shape.hidden, shape.hidden // 2),
         kernel_scope=scope,
         updates=1,
@@ -208,16 +210,15 @@ def make_model(shape: Shape, scope: KernelScope, device: torch.device) -> Reward
 
 def timings() -> Iterator[tuple[str, dict[str, float]]]:
     for place, shape in TIMED.items():
-        precisions: tuple[Precision, ...] = ("float32", "bfloat16")
-        for precision in precisions:
+        for precision in get_args(Precision):
             for kind in ("actor", "clipped"):
                 _, update = make_learner(kind, shape, "types", precision, GPU)
                 yield f"{place}: {kind} update, {precision}", timed(update)
                 del update
-        model = make_model(shape, "function", GPU)
-        yield f"{place}: SVGD step", timed(lambda model=model: model.update(0.0))  # type: ignore[misc]
-        rows = some_rows(shape.layout, shape.rows, 7)
-        yield f"{place}: reward query", timed(lambda model=model, rows=rows: model.query(rows))  # type: ignore[misc]
+            model, rows = make_model(shape, "function", GPU, precision), some_rows(shape.layout, shape.rows, 7)
+            yield f"{place}: SVGD step, {precision}", timed(partial(model.update, 0.0))
+            yield f"{place}: reward query, {precision}", timed(partial(model.query, rows))
+            del model
 
 
 def timed(run: Callable[[], object], repeats: int = 5) -> dict[str, float]:

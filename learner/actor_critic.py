@@ -24,7 +24,7 @@ from learner.recorded import Recorded
 from learner.replay import Batch
 from learner.settings import LearnerSettings
 from protocol.allocator import keep_freed_memory
-from protocol.device import moved, numbers_at_once
+from protocol.device import arithmetic, moved, numbers_at_once
 from protocol.layout import Block, JointRows, Layout
 from protocol.networks.grid import ObservationGrid, Tile
 from protocol.networks.options import Options
@@ -173,7 +173,7 @@ class ActorCritic:
         temperature = self._temperature
         observations = self._see(batch.rows.observations)
         sums = {name: torch.zeros((), device=self.device) for name in ("critic_loss", "policy_loss", "value")}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
+        with arithmetic(self.settings.precision, self.device):
             targets = self._targets(batch, rewards, numbers)
             encoded = self.critic.encode(observations)
             own = [e.detach().requires_grad_() for e in encoded]  # their gradient comes from heads and contexts

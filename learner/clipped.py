@@ -32,7 +32,7 @@ from learner.recorded import Recorded
 from learner.segments import Segments
 from learner.settings import LearnerSettings
 from protocol.allocator import keep_freed_memory
-from protocol.device import moved
+from protocol.device import arithmetic, moved
 from protocol.layout import JointRows, Layout
 from protocol.networks.grid import ObservationGrid, Tile
 from protocol.networks.options import log_softmax
@@ -272,7 +272,7 @@ class ClippedActorCritic:
             w * grid(b, steps.weight[k]) for k, (b, w) in enumerate(zip(self.layout.blocks, weights, strict=True))
         ]
         figures = {name: torch.zeros((), device=self.device) for name in FIGURES}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
+        with arithmetic(self.settings.precision, self.device):
             loss = torch.zeros((), device=self.device)
             for b, (block, value) in enumerate(zip(self.layout.blocks, self.critic(steps.rows), strict=True)):
                 target = grid(block, steps.target[b])

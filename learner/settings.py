@@ -7,7 +7,7 @@ from typing import Literal
 
 from actors.settings import ActorSettings, EvaluationSettings
 from protocol.errors import InputError
-from protocol.settings import Count, Device, Fraction, Natural, NonNegative, Positive
+from protocol.settings import Count, Device, Fraction, Natural, NonNegative, Positive, Precision
 from reward_server.settings import RewardSettings
 
 
@@ -82,8 +82,9 @@ class LearnerSettings:
     """Largest norm of one policy network's gradient."""
     critic_gradient_norm: Positive = 10.0
     """Largest norm of one critic network's gradient."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the matrix products, if the device has it; parameters and optimisers stay float32."""
+    precision: Precision = "float32"
+    """Arithmetic of the matrix products, if the device has it (tf32: GPUs alone); parameters and optimisers stay
+    float32."""
     cloning_weight: NonNegative = 0.0
     """Weight of a behaviour-cloning term on expert rows in the policy loss; 0 is the paper."""
     max_policy_lag: Count = 4

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import psutil
 import torch
 
 from protocol.errors import InputError
-from protocol.settings import Device
+from protocol.settings import Device, Precision
 from protocol.specs import ArrayTable
 
-Precision = Literal["float32", "bfloat16"]
 CPU = torch.device("cpu")
 CPU_FEATURES = Path("/proc/cpuinfo")
 
@@ -44,14 +44,37 @@ def use_threads(count: int) -> None:
 
 
 def choose_precision(wanted: Precision, device: torch.device) -> Precision:
-    """bfloat16 only where the device computes in it; a CPU that must pretend takes ten times as long as in float32.
+    """TF32 and bfloat16 only where the device computes in them; a CPU that must pretend takes ten times as long as in
+    float32.
 
     Says so where float32 is taken instead.
     """
-    if wanted == "bfloat16" and not _has_bfloat16(device):
-        log.warning("this %s has no instructions for bfloat16: computing in float32", device.type.upper())
+    has = {"tf32": _has_tf32, "bfloat16": _has_bfloat16}
+    if wanted != "float32" and not has[wanted](device):
+        log.warning("this %s has no instructions for %s: computing in float32", device.type.upper(), wanted)
         return "float32"
     return wanted
+
+
+@contextmanager
+def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Products of float32 in this precision: rounded to TF32 while it lasts, or autocast to bfloat16."""
+    if precision == "bfloat16":
+        with torch.autocast(device.type, torch.bfloat16):
+            yield
+    elif precision == "tf32":
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            yield
+        finally:  # another role of this process may want all the digits
+            torch.set_float32_matmul_precision(before)
+    else:
+        yield
+
+
+def _has_tf32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and later
 
 
 def _has_bfloat16(device: torch.device) -> bool:

@@ -186,7 +186,7 @@ def backward(
 ) -> None:
     """Write the gradients of Σ cotangent · logits with respect to the layers; cotangent [G, L, R].
 
-    gradients: contiguous, of the layers' shapes.
+    gradients: contiguous, of the layers' shapes; of float32 where layers are bfloat16.
     """
     grad = cotangent.flatten(0, 1).unsqueeze(1)
     for number, h in reversed(list(enumerate(activations, start=1))):
@@ -201,7 +201,11 @@ def backward(
             grad = torch.bmm(weight, grad, out=out)
         _DIFFERENTIATE[activation](grad, h, grad_input=grad)
     first = gradients[0].flatten(1, 2)
-    torch.bmm(grad.view(len(first), -1, grad.shape[-1]), x, out=first)
+    grad = grad.view(len(first), -1, grad.shape[-1])
+    if first.dtype == grad.dtype:
+        torch.bmm(grad, x, out=first)
+    else:
+        first.copy_(torch.bmm(grad, x))
 
 
 _ACTIVATE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": torch.relu_, "sigmoid": torch.sigmoid_}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from protocol.allocator import keep_freed_memory
-from protocol.device import numbers_at_once
+from protocol.device import arithmetic, choose_precision, numbers_at_once
 from protocol.errors import InputError, NumericalError, ProtocolError
 from protocol.layout import JointRows, Layout, widened
 from protocol.messages import Arrays
@@ -77,7 +78,11 @@ class RewardModel:
         self._memory = Memory(layout, settings.window_steps, settings.memory, memory_seed, self._device)
         self._generator = torch.Generator().manual_seed(seed)
         self._architectures = architectures(layout, settings)
-        self._work = Workspace(device=self._device)
+        precision = choose_precision(settings.precision, self._device)
+        self._dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        # Of forward and backward passes alone; autocast would reach the kernels and the rewards, too.
+        self._arithmetic = partial(arithmetic, "tf32" if precision == "tf32" else "float32", self._device)
+        self._work = Workspace(self._dtype, self._device)
         self._inferences: dict[int, Inference] = {}
         if self._device.type == "cpu":
             keep_freed_memory()
@@ -224,12 +229,14 @@ class RewardModel:
         halves = (torch.full((rows // 2,), label, device=self._device) for label in (1 - smoothing, smoothing))
         labels = torch.cat([*halves])
         for tile in self._tiles(block.groups, architecture.activations * rows, TILE_ACTIVATIONS):
-            layers = [layer[tile] for layer in self._layers[b]]
+            layers = [layer[tile].to(self._dtype) for layer in self._layers[b]]
             active = batch.active[tile]
             x = self._work.take("input", *active.shape, layers[0].shape[-1])
             architecture.encode(batch.sources, batch.actions[tile], tile, x)
             x, active = x.flatten(1, 2), active.flatten(1).unsqueeze(1)
-            logits, activations = forward(layers, x, architecture.activation, self._work)
+            with self._arithmetic():
+                outputs, activations = forward(layers, x, architecture.activation, self._work)
+            logits = outputs.float()
             if health:
                 health.add_logits(logits, labels, active, rows // 2)
             score = (labels - torch.sigmoid(logits)) * self._row_weights(active)
@@ -240,7 +247,8 @@ class RewardModel:
                     health.add_forces([forces])
                 score = forces.attraction.add_(forces.repulsion)
             gradients = [_gradient(layer)[tile] for layer in self._layers[b]]
-            backward(layers, x, activations, score, architecture.activation, self._work, gradients)
+            with self._arithmetic():
+                backward(layers, x, activations, score.to(self._dtype), architecture.activation, self._work, gradients)
         return mass
 
     def _row_weights(self, active: torch.Tensor) -> torch.Tensor:
@@ -289,8 +297,9 @@ class RewardModel:
             slots = slice(part.start * block.slots, part.stop * block.slots)
             size = architecture.activations * (slots.stop - slots.start)
             for groups in self._tiles(block.groups, size, TILE_ACTIVATIONS):
-                logits = inference.logits((groups, slots), grid, self._work)
-                rewards = functional.softplus(logits.neg_()).unflatten(2, (-1, block.slots))
+                with self._arithmetic():
+                    logits = inference.logits((groups, slots), grid, self._work)
+                rewards = functional.softplus(logits.float().neg_()).unflatten(2, (-1, block.slots))
                 answer[0, groups, part] = rewards.mean(dim=1)
                 if deviation:
                     answer[1, groups, part] = rewards.std(dim=1, correction=0)
@@ -300,7 +309,7 @@ class RewardModel:
         """Of the particles as they are."""
         known = self._inferences.get(b)
         if known is None:
-            layers = [layer.detach() for layer in self._layers[b]]
+            layers = [layer.detach().to(self._dtype) for layer in self._layers[b]]
             known = self._inferences[b] = Inference(self._architectures[b], layers)
         return known
 

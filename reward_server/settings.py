@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from protocol.settings import Count, Device, Fraction, Natural, NonNegative, Positive
+from protocol.settings import Count, Device, Fraction, Natural, NonNegative, Positive, Precision
 
 Source = Literal["learned", "environment"]
 KernelScope = Literal["function", "tensor", "network", "none"]
@@ -61,6 +61,9 @@ class RewardSettings:
     """Joint rows that may wait; a query beyond is refused with `overloaded` and asked again by its client."""
     deadline_seconds: Positive = 60.0
     """Queries older than this are refused instead of computed: nobody waits for them any more."""
+    precision: Precision = "float32"
+    """Arithmetic of the matrix products, if the device has it (tf32: GPUs alone); parameters, kernels and the optimiser
+    stay float32."""
     device: Device = "auto"
     """Where the reward server computes; auto: as --device says."""
     threads: Natural = 0

@@ -57,6 +57,23 @@ def test_a_cpu_without_bfloat16_computes_in_float32_and_says_so(
     assert choose_precision("float32", CPU) == "float32"
 
 
+def test_a_cpu_has_no_tf32_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert choose_precision("tf32", CPU) == "float32"
+    assert "this CPU has no instructions for tf32" in caplog.text
+
+
+def test_another_role_of_the_process_keeps_its_arithmetic() -> None:
+    before = torch.get_float32_matmul_precision()
+    with device.arithmetic("tf32", torch.device("cuda")):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before
+    with device.arithmetic("bfloat16", CPU):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with device.arithmetic("float32", CPU):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
 def test_a_window_that_no_memory_holds_is_refused_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=1_000_000))
     table = {"0.observations": ("float32", (100, 50, 20)), "0.active": ("bool", (100, 50))}

@@ -16,6 +16,7 @@ from small_model import (
 )
 from torch.nn import functional
 
+from protocol import device
 from protocol.errors import InputError, NumericalError, ProtocolError
 from protocol.layout import JointRows, Layout, ParameterSharing
 from reward_server.model import TrueRewards
@@ -58,6 +59,21 @@ def test_particles_learn_to_tell_agents_from_the_expert(scope: str) -> None:
     assert figures["particle_distance"] > 0
     agent, expert = (model.query(some_rows(model.layout, 100, 4, shift))[0][0] for shift in (0.0, 1.0))
     assert agent.mean() < expert.mean()  # −log D is high where the expert would be
+
+
+@pytest.mark.parametrize("scope", ["function", "tensor"])
+def test_bfloat16_products_lead_nearly_where_float32_does(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_has_bfloat16", lambda where: True)
+    settings = dataclasses.replace(SETTINGS, kernel_scope=scope, updates=60, batch_size=64)
+    exact, rounded = (make_model(settings=dataclasses.replace(settings, precision=p)) for p in ("float32", "bfloat16"))
+    rows = some_rows(exact.layout, 100, 4)
+    for found, expected in zip(rounded.query(rows)[0], exact.query(rows)[0], strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=0.03, atol=0.02)
+        assert not torch.equal(found, expected)
+    losses = [[model.update(0.0)["loss"] for _ in range(3)] for model in (exact, rounded)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert all(layer.dtype == torch.float32 for layers in rounded._layers for layer in layers)
 
 
 def test_health_of_a_known_case() -> None:
