@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -25,20 +25,12 @@ MIXED = EnvironmentSpec("mixed", (TypeSpec("a", 2, 3, 3), TypeSpec("b", 3, 4, 2,
 CONTEXTS: tuple[Context, ...] = ("types", "uniform_types", "agents", "none")
 
 
-@pytest.fixture
-def _float64() -> Iterator[None]:
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def build(spec: EnvironmentSpec, sharing: ParameterSharing, context: Context, own_type: bool = True) -> ActionCritic:
     generator = torch.Generator().manual_seed(1)
     return ActionCritic(Layout.of(spec, sharing, True), context, 6, HEADS, own_type, generator)
 
 
-@pytest.mark.usefixtures("_float64")
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("sharing", ["agent", "type"])
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("spec", [DISCRETE, MIXED], ids=["discrete", "mixed"])
@@ -68,7 +60,7 @@ def test_the_query_comes_from_state_and_action(
                 torch.testing.assert_close(found.reshape(-1), torch.stack(slow), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.usefixtures("_float64")
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("sharing", ["agent", "type"])
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_what_others_do_does_not_depend_on_the_own_action_taken(context: Context, sharing: ParameterSharing) -> None:
@@ -95,7 +87,7 @@ def test_what_others_do_does_not_depend_on_the_own_action_taken(context: Context
     assert moved_somebody == (context != "none")
 
 
-@pytest.mark.usefixtures("_float64")
+@pytest.mark.usefixtures("float64")
 def test_the_policies_step_leaves_the_critics_alone() -> None:
     """With rewards that the critics already predict, only the policies have a gradient from Q."""
     layout = Layout.of(MIXED, "type")

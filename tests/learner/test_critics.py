@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,12 +20,7 @@ MIXED = EnvironmentSpec("mixed", (TypeSpec("a", 2, 3, 3), TypeSpec("b", 3, 4, 2,
 CONTEXTS: tuple[Context, ...] = ("types", "uniform_types", "agents", "none")
 
 
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def build(

@@ -17,7 +17,7 @@ temperature · log A / (1 − γ), and that a run does end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
@@ -39,13 +39,6 @@ from tests.plain import seen_by, to_rows
 
 Pairwise = Callable[[torch.Tensor], torch.Tensor]
 """Q^{ij}(s, a^i, ·) of one pair: points [width] → a number."""
-
-
-@pytest.fixture
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -117,7 +110,7 @@ def cone(constant: float, tip: torch.Tensor) -> Pairwise:
     return lambda point: constant * (point - tip).norm()
 
 
-@pytest.mark.usefixtures("_float64")
+@pytest.mark.usefixtures("float64")
 @settings(max_examples=200, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
@@ -144,7 +137,7 @@ def test_theorem_3_1_the_mean_field_errs_by_at_most_k_epsilon(
     assert seen.deviation(lambda m, j: pairs[m][j]) <= constant * seen.epsilon() + 1e-12
 
 
-@pytest.mark.usefixtures("_float64")
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("discrete", [False, True])
 def test_the_bound_is_tight_and_needs_its_assumptions(discrete: bool) -> None:
     seen, constant = view([3, 2, 4], 3, discrete, "types", seed=2), 2.0
