@@ -180,8 +180,8 @@ class ObservationGrid:
         """Whether both can be one product."""
         if run.end != following.first:
             return False
-        if run.kind == "constant" == following.kind:
-            return run.stored.stop == following.stored.start
+        if run.kind == following.kind == "constant":  # kept in the order of their columns
+            return True
         return not (self._repeats(run) or self._repeats(following))
 
     def _is_gathered(self, run: Run, dtype: torch.dtype, columns_per_row: int) -> bool:

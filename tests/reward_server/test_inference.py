@@ -11,7 +11,9 @@ from actors.policy import UniformPolicy
 from actors.rollout import rollout
 from protocol.layout import Block, JointRows, Layout, ParameterSharing
 from protocol.networks.grid import ObservationGrid, Tile
+from protocol.observations import Observations
 from protocol.registry import make_environment
+from protocol.specs import EnvironmentSpec, Part, TypeSpec
 from reward_server.discriminator import Architecture, Workspace, forward
 from reward_server.inference import Inference
 from reward_server.sees import columns_seen
@@ -20,13 +22,22 @@ PARTICLES, HIDDEN = 3, (6, 4)
 TOWN, ROVERS = "berlin?types=2&agents=6&sight=near", "rover_tower?pairs=2"
 
 
+PARTS = (Part("a", 2), Part("x", 3, "code"), Part("b", 2), Part("y", 2, "code"), Part("c", 1))
+STRIPED = EnvironmentSpec("striped", (TypeSpec("t", 3, 10, 4, parts=PARTS),), 10)
+
+
 def rows_in(world: str, layout: Layout) -> JointRows:
-    """Some joint rows of an episode in which everybody strays, with other actions."""
+    """Some joint rows of an episode in which everybody strays, with other actions; or random ones."""
     if layout.spec is UNEVEN:
         return some_rows(layout, 9, 1)
-    observations = rollout(make_environment(world, 2), UniformPolicy(layout.spec), 4).seen()
-    seen = [x.map(lambda tensor: tensor[1:10, 0]) for x in observations]
     generator = torch.Generator().manual_seed(3)
+    if layout.spec is STRIPED:
+        codes = torch.randint(3, (9, 3, 2), generator=generator).to(torch.uint8)
+        columns = {"own": torch.randn(9, 3, 5, generator=generator), "codes": codes}
+        seen = [Observations(layout.blocks[0].form, columns)]
+    else:
+        observations = rollout(make_environment(world, 2), UniformPolicy(layout.spec), 4).seen()
+        seen = [x.map(lambda tensor: tensor[1:10, 0]) for x in observations]
     actions = [torch.randint(b.action_dim, (9, b.num_agents), generator=generator) for b in layout.blocks]
     return JointRows(seen, actions, [torch.ones(9, b.num_agents, dtype=torch.bool) for b in layout.blocks])
 
@@ -49,7 +60,9 @@ def tiles_of(grid: ObservationGrid) -> list[Tile]:
         (TOWN, ("home",)),
         (TOWN, ("action",)),
         (ROVERS, ("all",)),
-        ("", ("all",)),
+        ("uneven", ("all",)),
+        ("striped", ("a", "c")),
+        ("striped", ("all",)),
     ],
 )
 @pytest.mark.parametrize("sharing", ["agent", "type"])
@@ -57,7 +70,8 @@ def tiles_of(grid: ObservationGrid) -> list[Tile]:
 def test_logits_are_those_of_the_expanded_input(
     world: str, sees: tuple[str, ...], sharing: ParameterSharing, identity: bool
 ) -> None:
-    spec = make_environment(world, 1).spec if world else UNEVEN
+    made_up = {"uneven": UNEVEN, "striped": STRIPED}
+    spec = made_up[world] if world in made_up else make_environment(world, 1).spec
     layout = Layout.of(spec, sharing, identity)
     rows, seen = rows_in(world, layout), columns_seen(spec, sees)
     for b, block in enumerate(layout.blocks):

@@ -61,6 +61,21 @@ def test_particles_learn_to_tell_agents_from_the_expert(scope: str) -> None:
     assert agent.mean() < expert.mean()  # −log D is high where the expert would be
 
 
+def test_what_was_asked_before_the_particles_moved_is_forgotten() -> None:
+    asked, fresh = make_model(), make_model()
+    rows, before = some_rows(asked.layout, 20, 4), make_model().state()
+    start = asked.query(rows)[0]
+    for model in (asked, fresh):
+        model.update(0.0)
+    moved = asked.query(rows)[0]
+    for found, expected, old in zip(moved, fresh.query(rows)[0], start, strict=True):
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, old)
+    asked.load_state(before)
+    for found, expected in zip(asked.query(rows)[0], start, strict=True):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("scope", ["function", "tensor"])
 def test_bfloat16_products_lead_nearly_where_float32_does(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "_has_bfloat16", lambda where: True)
