@@ -115,11 +115,11 @@ def measure(shape: Shape) -> dict[str, float]:
     """Seconds of an update (median, least, most), its GFLOP, the rate of products beside it, the ratio to the floor."""
     learner, batch = problem(shape)
     learner.update(batch, batch.rewards, 0.0)
-    product, product_gflop = _product()
+    multiply, product_gflop = product()
     seconds, product_seconds = [], []
     for _ in range(REPEATS):
-        seconds.append(_processor_seconds(lambda: learner.update(batch, batch.rewards, 0.0)))
-        product_seconds += [_processor_seconds(product) for _ in range(3)]
+        seconds.append(processor_seconds(lambda: learner.update(batch, batch.rewards, 0.0)))
+        product_seconds += [processor_seconds(multiply) for _ in range(3)]
     gflop, median = needed_gflop(shape, learner.layout), statistics.median(seconds)
     rate = product_gflop / statistics.median(product_seconds)
     return {
@@ -157,13 +157,13 @@ def _is_multiplied(run: Run) -> bool:
     return run.kind in ("own", "shared")
 
 
-def _product() -> tuple[Callable[[], object], float]:
+def product() -> tuple[Callable[[], object], float]:
     """A batched product of the critics' size into memory that is there already, and its GFLOP."""
     a, b, out = torch.randn(50, 1000, 256), torch.randn(50, 256, 128), torch.empty(50, 1000, 128)
     return lambda: torch.bmm(a, b, out=out), 2 * 50 * 1000 * 256 * 128 / 1e9
 
 
-def _processor_seconds(run: Callable[[], object]) -> float:
+def processor_seconds(run: Callable[[], object]) -> float:
     start = time.process_time()
     run()
     return time.process_time() - start

@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from learning import Shape, _processor_seconds, berlin, memory, problem
+from learning import Shape, berlin, memory, problem, processor_seconds
 
 LARGEST_SLOPE = 1.05
 LARGEST_OF_WIDTHS = 5.0
@@ -83,7 +83,7 @@ def measure(shape: Shape) -> dict[str, float]:
     megabytes = memory(shape)["updates"]
     learner, batch = problem(shape)
     learner.update(batch, batch.rewards, 0.0)
-    seconds = [_processor_seconds(lambda: learner.update(batch, batch.rewards, 0.0)) for _ in range(REPEATS)]
+    seconds = [processor_seconds(lambda: learner.update(batch, batch.rewards, 0.0)) for _ in range(REPEATS)]
     return {
         "seconds": statistics.median(seconds),
         "least": min(seconds),
