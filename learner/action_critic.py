@@ -19,7 +19,6 @@ from learner.critics import Critic
 from learner.mean_field import action_vectors
 from learner.mixture import Scene
 from learner.replay import Batch
-from protocol.device import arithmetic
 from protocol.layout import Block, JointRows
 from protocol.networks.grid import ObservationGrid
 
@@ -104,7 +103,7 @@ class ActionActorCritic(ActorCritic):
         temperature = self._temperature
         names = ("critic_loss", "policy_loss", "value", "entropy")
         sums = {name: torch.zeros((), device=self.device) for name in names}
-        with arithmetic(self.settings.precision, self.device):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
             targets = self._targets(batch, rewards, numbers)
             scene = self.critic.scene(batch.rows)
             seen = None if scene is None else scene.detach()

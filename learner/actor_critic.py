@@ -24,7 +24,7 @@ from learner.recorded import Recorded
 from learner.replay import Batch
 from learner.settings import LearnerSettings
 from protocol.allocator import keep_freed_memory
-from protocol.device import arithmetic, moved, numbers_at_once
+from protocol.device import moved, numbers_at_once, rounding
 from protocol.layout import Block, JointRows, Layout
 from protocol.networks.grid import ObservationGrid, Tile
 from protocol.networks.options import Options
@@ -108,7 +108,8 @@ class ActorCritic:
         self._set(schedule)
         tensors = batch.to(self.device).tensors() + moved([*rewards, *self._draw_numbers(len(batch.rows))], self.device)
         learn = self._recorded if self._draws_before and cloning is None else partial(self._learn, cloning=cloning)
-        return learn(tensors) | {"temperature": schedule.temperature}
+        with rounding(self.settings.precision):
+            return learn(tensors) | {"temperature": schedule.temperature}
 
     def state(self) -> dict[str, np.ndarray]:
         """Networks, targets, optimisers, random state, by name; `load_state` is the inverse."""
@@ -173,7 +174,7 @@ class ActorCritic:
         temperature = self._temperature
         observations = self._see(batch.rows.observations)
         sums = {name: torch.zeros((), device=self.device) for name in ("critic_loss", "policy_loss", "value")}
-        with arithmetic(self.settings.precision, self.device):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
             targets = self._targets(batch, rewards, numbers)
             encoded = self.critic.encode(observations)
             own = [e.detach().requires_grad_() for e in encoded]  # their gradient comes from heads and contexts

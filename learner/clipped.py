@@ -32,7 +32,7 @@ from learner.recorded import Recorded
 from learner.segments import Segments
 from learner.settings import LearnerSettings
 from protocol.allocator import keep_freed_memory
-from protocol.device import arithmetic, moved
+from protocol.device import moved, rounding
 from protocol.layout import JointRows, Layout
 from protocol.networks.grid import ObservationGrid, Tile
 from protocol.networks.options import log_softmax
@@ -117,6 +117,12 @@ class ClippedActorCritic:
         rewards: per block [R, N_b], of `segments.rows()`.   learn_policy: false while only the critics learn.
         Returns means over agents, rows and parts. Raises NumericalError if a loss is not finite.
         """
+        with rounding(self.settings.precision):
+            return self._update(segments, rewards, progress, learn_policy)
+
+    def _update(
+        self, segments: Segments, rewards: list[torch.Tensor], progress: float, learn_policy: bool
+    ) -> dict[str, float]:
         settings = self.settings.clipped
         self._set_rates(Schedule.at(progress, self.settings))
         steps = self._look_back(segments.to(self.device), moved(rewards, self.device))
@@ -272,21 +278,24 @@ class ClippedActorCritic:
             w * grid(b, steps.weight[k]) for k, (b, w) in enumerate(zip(self.layout.blocks, weights, strict=True))
         ]
         figures = {name: torch.zeros((), device=self.device) for name in FIGURES}
-        with arithmetic(self.settings.precision, self.device):
+        with self._autocast():
             loss = torch.zeros((), device=self.device)
             for b, (block, value) in enumerate(zip(self.layout.blocks, self.critic(steps.rows), strict=True)):
                 target = grid(block, steps.target[b])
                 error = value.float().flatten(1, 2) - target / self._horizon
                 loss = loss + (weights[b] * error**2).sum()
                 figures["value"] += (weights[b] * target).sum()
-            loss.backward()
-            figures["critic_loss"] = loss.detach()
-            if learn_policy:
-                for b in range(len(self.layout.blocks)):
-                    policy_loss, entropy = self._improve(b, steps, weights[b])
-                    figures["policy_loss"] += policy_loss
-                    figures["entropy"] += entropy
+        loss.backward()  # outside: what was kept in float32 goes back in float32
+        figures["critic_loss"] = loss.detach()
+        with self._autocast():
+            for b in range(len(self.layout.blocks)) if learn_policy else ():
+                policy_loss, entropy = self._improve(b, steps, weights[b])
+                figures["policy_loss"] += policy_loss
+                figures["entropy"] += entropy
         return figures
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
 
     def _improve(self, b: int, steps: _Steps, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients of the policies of one block; their loss, and their entropy."""

@@ -41,8 +41,8 @@ class Scene:
     keys: W_k e_k/√d, or None if all weigh the same.   values: V e_k.
     visible: [B, K, n] bool, or [B, K, 1] if all agents see the same.
     share: [B, K, n], where own actions are to leave the means: 1/(X − 1) for the entity that is the mean of X actions,
-        the agent's own among them, else 0. A key is linear in its mean, so that of the others' mean is
-        key + share · (key − own key); and the value likewise.
+        the agent's own among them (if X = 1, of which it sees nothing, 1), else 0. A key is linear in its mean, so that
+        of the others' mean is key + share · (key − own key); and the value likewise.
     own: [B, n] int64, which of the projected actions is an agent's own.
     """
 
@@ -79,7 +79,10 @@ def mixture(queries: torch.Tensor, scene: Scene, heads: int) -> torch.Tensor:
 
 @torch.no_grad()
 def attention(queries: torch.Tensor, keys: Projected, scene: Scene, heads: int) -> torch.Tensor:
-    """α as it reads in Eq. 11, for people to look at: queries [B, n, H] → [B, n, K], mean over heads."""
+    """α as it reads in Eq. 11, for people to look at: queries [B, n, H] → [B, n, K], mean over heads.
+
+    keys: those of the scene, which has some.
+    """
     scores = _Work(queries, heads).products(queries, _seen(keys, scene.share, scene.own))
     return _softmax(scores, scene.visible).mean(0).mT
 
@@ -134,7 +137,10 @@ class _Mixture(torch.autograd.Function):
         queries, keys, key_of_action, values, value_of_action, share, own, weights = ctx.saved_tensors
         k, v = Projected(keys, key_of_action), Projected(values, value_of_action)
         d_queries = torch.empty_like(queries, memory_format=torch.contiguous_format)
-        d_k, d_v = _room_for_gradient(k), _room_for_gradient(v)
+        # A scene that is a constant, as it is for a policy's step, takes half of the work.
+        d_k, d_v = (
+            _room_for_gradient(y) if any(ctx.needs_input_grad[i : i + 2]) else None for y, i in ((k, 1), (v, 3))
+        )
         work = _Work(queries, len(weights))
         for rows in _tiles(queries):
             w, q, d = weights[:, rows], queries[rows], gradient[rows]
@@ -142,15 +148,18 @@ class _Mixture(torch.autograd.Function):
             d_weights = work.products(d, of_values)
             d_scores = _softmax_backward(d_weights, w.to(d_weights.dtype), 2, d_weights.dtype)
             work.combine(d_queries[rows], d_scores, of_keys)
-            work.spread(d_scores, q, of_keys, _seen(d_k, rows=rows))
-            work.spread(w, d, of_values, _seen(d_v, rows=rows))
-        return d_queries, d_k.entities, d_k.actions, d_v.entities, d_v.actions, None, None, None, None
+            if d_k is not None:
+                work.spread(d_scores, q, of_keys, _seen(d_k, rows=rows))
+            if d_v is not None:
+                work.spread(w, d, of_values, _seen(d_v, rows=rows))
+        gradients = [(None, None) if d is None else (d.entities, d.actions) for d in (d_k, d_v)]
+        return d_queries, *gradients[0], *gradients[1], None, None, None, None
 
 
 def _tiles(agents: torch.Tensor) -> Iterator[slice]:
     """Rows of an array [B, n, H] that are worked on together."""
     batch, count, width = agents.shape
-    height = max(1, TILE_NUMBERS // (count * width)) if agents.device.type == "cpu" else batch
+    height = max(1, TILE_NUMBERS // (count * width) if agents.device.type == "cpu" else batch)
     for first in range(0, batch, height):
         yield slice(first, first + height)
 
@@ -189,7 +198,7 @@ class _Work:
 
     def __init__(self, like: torch.Tensor, heads: int) -> None:
         self._like, self._heads = like, heads
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 
     def products(self, x: torch.Tensor, seen: _Seen) -> torch.Tensor:
         """x · y of every agent's x [R, n, H] and what it sees, in each head: [heads, R, K, n], at least float32."""
@@ -251,9 +260,10 @@ class _Work:
 
     def _take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Uninitialised memory, of which the first tile needs the most."""
-        held = self._buffers.get(name)
+        dtype = dtype or self._like.dtype
+        held = self._buffers.get((name, dtype))
         if held is None:
-            held = self._buffers[name] = self._like.new_empty(shape, dtype=dtype or self._like.dtype)
+            held = self._buffers[name, dtype] = self._like.new_empty(shape, dtype=dtype)
         return held if held.shape == shape else held.flatten()[: math.prod(shape)].view(shape)
 
 

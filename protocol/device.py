@@ -57,20 +57,15 @@ def choose_precision(wanted: Precision, device: torch.device) -> Precision:
 
 
 @contextmanager
-def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Products of float32 in this precision: rounded to TF32 while it lasts, or autocast to bfloat16."""
-    if precision == "bfloat16":
-        with torch.autocast(device.type, torch.bfloat16):
-            yield
-    elif precision == "tf32":
-        before = torch.get_float32_matmul_precision()
+def rounding(precision: Precision) -> Iterator[None]:
+    """With `tf32` a GPU's products of float32 are rounded to TF32 while this lasts, forward and back."""
+    before = torch.get_float32_matmul_precision()
+    if precision == "tf32":
         torch.set_float32_matmul_precision("high")
-        try:
-            yield
-        finally:  # another role of this process may want all the digits
-            torch.set_float32_matmul_precision(before)
-    else:
+    try:
         yield
+    finally:  # another role of this process may want all the digits
+        torch.set_float32_matmul_precision(before)
 
 
 def _has_tf32(device: torch.device) -> bool:
@@ -79,7 +74,7 @@ def _has_tf32(device: torch.device) -> bool:
 
 def _has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     try:  # avx512_bf16 or amx_bf16 of x86, bf16 of Arm
         return "bf16" in CPU_FEATURES.read_text()
     except OSError:  # not Linux: nobody says

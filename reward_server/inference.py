@@ -20,7 +20,7 @@ Columns = tuple[slice, slice]
 
 
 class Inference:
-    """The discriminators of one block, as their layers were when it was made."""
+    """The discriminators of one block, for as long as their layers stay as they are."""
 
     def __init__(self, architecture: Architecture, layers: Sequence[torch.Tensor]) -> None:
         """layers: [G, L, out, in + biases] each."""
@@ -87,7 +87,9 @@ def _seen(architecture: Architecture) -> tuple[Form, list[Columns], list[Columns
             own += block.action_dim
         end = action.stop
     none = form.constants[:, :0]
-    seen = replace(form, observation_dim=end, runs=_merged(runs), own=own, code_sizes=codes, constants=none)
+    seen = replace(
+        form, observation_dim=end, runs=_merged(runs), own=own, code_sizes=codes, constants=none, _tensors={}
+    )
     return seen, rows, constants
 
 

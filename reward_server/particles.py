@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from protocol.allocator import keep_freed_memory
-from protocol.device import arithmetic, choose_precision, numbers_at_once
+from protocol.device import choose_precision, numbers_at_once, rounding
 from protocol.errors import InputError, NumericalError, ProtocolError
 from protocol.layout import JointRows, Layout, widened
 from protocol.messages import Arrays
@@ -80,8 +80,7 @@ class RewardModel:
         self._architectures = architectures(layout, settings)
         precision = choose_precision(settings.precision, self._device)
         self._dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        # Of forward and backward passes alone; autocast would reach the kernels and the rewards, too.
-        self._arithmetic = partial(arithmetic, "tf32" if precision == "tf32" else "float32", self._device)
+        self._rounding = partial(rounding, precision)  # of forward and backward passes, and not of kernels
         self._work = Workspace(self._dtype, self._device)
         self._inferences: dict[int, Inference] = {}
         if self._device.type == "cpu":
@@ -114,9 +113,9 @@ class RewardModel:
         for group in self._adam.param_groups:
             group["lr"] = rate
         health = Health()
+        self._inferences.clear()
         for step in range(self.settings.updates):
             self._step(health if step == self.settings.updates - 1 else None)
-        self._inferences.clear()
         sums = torch.stack([torch.stack([layer.detach().sum() for layer in layers]).sum() for layers in self._layers])
         for b, total in enumerate(sums.tolist()):
             if not math.isfinite(total):
@@ -157,6 +156,7 @@ class RewardModel:
 
     @torch.no_grad()
     def _load_particles(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._inferences.clear()
         version, steps = (int(value) for value in arrays["counters"])
         if min(version, steps) < 0:
             raise ProtocolError("bad_value", f"the counters of a reward state are out of range: {version}, {steps}")
@@ -164,7 +164,6 @@ class RewardModel:
             if not np.isfinite(arrays[name]).all():
                 raise ProtocolError("bad_value", f"array '{name}' of a reward state is not finite")
             tensor.copy_(torch.tensor(arrays[name]))
-        self._inferences.clear()
         for state in self._adam.state.values():
             state["step"].fill_(steps)
 
@@ -234,7 +233,7 @@ class RewardModel:
             x = self._work.take("input", *active.shape, layers[0].shape[-1])
             architecture.encode(batch.sources, batch.actions[tile], tile, x)
             x, active = x.flatten(1, 2), active.flatten(1).unsqueeze(1)
-            with self._arithmetic():
+            with self._rounding():
                 outputs, activations = forward(layers, x, architecture.activation, self._work)
             logits = outputs.float()
             if health:
@@ -247,7 +246,7 @@ class RewardModel:
                     health.add_forces([forces])
                 score = forces.attraction.add_(forces.repulsion)
             gradients = [_gradient(layer)[tile] for layer in self._layers[b]]
-            with self._arithmetic():
+            with self._rounding():
                 backward(layers, x, activations, score.to(self._dtype), architecture.activation, self._work, gradients)
         return mass
 
@@ -297,7 +296,7 @@ class RewardModel:
             slots = slice(part.start * block.slots, part.stop * block.slots)
             size = architecture.activations * (slots.stop - slots.start)
             for groups in self._tiles(block.groups, size, TILE_ACTIVATIONS):
-                with self._arithmetic():
+                with self._rounding():
                     logits = inference.logits((groups, slots), grid, self._work)
                 rewards = functional.softplus(logits.float().neg_()).unflatten(2, (-1, block.slots))
                 answer[0, groups, part] = rewards.mean(dim=1)

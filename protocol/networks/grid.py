@@ -95,7 +95,7 @@ class ObservationGrid:
                 y.copy_(sums.view(y.shape))
         for runs in others:
             part = weight[:, first + runs[0].first : first + runs[-1].end]
-            if (few := self._once(runs, tile, weight.dtype)) is not None:
+            if (few := self._once(runs[0], tile, weight.dtype)) is not None:
                 product = (few @ part).unsqueeze(1 if runs[0].kind == "constant" else 2)
                 per_step.add_(product) if begun else per_step.copy_(product)
             else:
@@ -115,7 +115,7 @@ class ObservationGrid:
         per_step = d.unflatten(1, (-1, self.slots))
         for runs in others:
             part = target[:, first + runs[0].first : first + runs[-1].end]
-            if (few := self._once(runs, tile, d.dtype)) is not None:
+            if (few := self._once(runs[0], tile, d.dtype)) is not None:
                 product = few.mT @ per_step.sum(1 if runs[0].kind == "constant" else 2)
             else:
                 product = torch.bmm(self._numbers(runs, tile, d.dtype).mT, d)
@@ -180,8 +180,6 @@ class ObservationGrid:
         """Whether both can be one product."""
         if run.end != following.first:
             return False
-        if run.kind == following.kind == "constant":  # kept in the order of their columns
-            return True
         return not (self._repeats(run) or self._repeats(following))
 
     def _is_gathered(self, run: Run, dtype: torch.dtype, columns_per_row: int) -> bool:
@@ -207,14 +205,14 @@ class ObservationGrid:
         """Whether many rows see the same."""
         return run.kind == "constant" or (run.kind == "shared" and not run.masked and self.slots > 1)
 
-    def _once(self, runs: list[Run], tile: Tile, dtype: torch.dtype) -> torch.Tensor | None:
-        """What many rows see: of constants [k, S, columns], of a shared run [b, columns]; None of other runs."""
-        if not self._repeats(runs[0]):
+    def _once(self, run: Run, tile: Tile, dtype: torch.dtype) -> torch.Tensor | None:
+        """What many rows see: of a constant [k, S, columns], of a shared run [b, columns]; None of other runs."""
+        if not self._repeats(run):
             return None
-        constant = runs[0].kind == "constant"
+        constant = run.kind == "constant"
         source, part = (self._constants, tile[0]) if constant else (self._shared, self._steps(tile))
         assert source is not None
-        return source[part][..., runs[0].stored.start : runs[-1].stored.stop].to(dtype)
+        return source[part][..., run.stored].to(dtype)
 
     def _numbers(self, runs: list[Run], tile: Tile, dtype: torch.dtype) -> torch.Tensor:
         """The columns of some runs side by side, [k, r, columns]."""

@@ -10,11 +10,14 @@ import torch
 FORBIDDEN_LOGIT = -1e9
 """Of an action that is not allowed: its probability is exactly 0, and 0·log 0 stays finite."""
 NARROW = 16
-"""Along an axis of fewer numbers than a CPU computes at once it takes them one by one; across it, many rows at once."""
+"""Along an axis of so few numbers a CPU takes them one by one; across it, many rows at once."""
 
 
 def log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """log_softmax along the last axis [..., D], ten times as fast on a CPU where D is small and rows are many."""
+    """log_softmax along the last axis [..., D], ten times as fast on a CPU where D is small and rows are many.
+
+    The last bits of a row may depend on how many there are.
+    """
     if logits.dim() > 1 and logits.shape[-1] <= NARROW and logits.device.type == "cpu":
         return logits.mT.log_softmax(-2).mT
     return logits.log_softmax(-1)

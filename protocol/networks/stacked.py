@@ -22,10 +22,11 @@ from protocol.networks.grid import ALL, ObservationGrid, Tile
 TILE_NUMBERS = 1 << 19
 """Most activations of one layer in a tile: two megabytes, which stay in some cache from one layer to the next. Tiles of
 a quarter of that would stay in the nearest one, and take a tenth longer: in Python, for there are more of them."""
-NARROW = 48
 COLUMNS_AT_ONCE = 16
 """A CPU multiplies so many columns at once, and few of them, or what is left over, as slowly as all; the transposed
 product, which has the rows as columns, takes half as long with 5 (as many as Rover Tower has actions)."""
+NARROW = 48
+"""Below so many columns that is worth it forward, too, where the transposed product must be copied."""
 
 Input = torch.Tensor | ObservationGrid
 """What first layers see: numbers [K, R, in], or observations that are expanded no further than products want them."""
@@ -162,13 +163,13 @@ class _Layers:
         networks, rows = x.shape[:2]
         for first, *of_networks in zip(range(0, networks, step), weights, biases, strict=True):
             part = self.like(*of_networks)
-            for row in range(0, rows, height):
+            for row in range(0, max(1, rows), height):  # of no rows one empty tile, whose gradients are zero
                 yield (slice(first, min(first + step, networks)), slice(row, min(row + height, rows))), part
 
     def _tile_size(self, x: Input) -> tuple[int, int]:
         """Networks and rows of a tile."""
         networks, rows = x.shape[:2]
-        wanted = networks * rows
+        wanted = max(1, networks * rows)
         if x.device.type == "cpu":
             wanted = self.tile_rows()
         step = max(1, min(networks, wanted // max(1, rows)))
@@ -186,6 +187,10 @@ class _Layers:
     def room(self, x: Input) -> list[torch.Tensor]:
         """Room for all activations."""
         return [self._empty(x, weight) for weight in self.weights]
+
+    def outputs(self, x: Input) -> torch.Tensor:
+        """Room for those of the last layer."""
+        return self._empty(x, self.weights[-1])
 
     def forward(self, tile: Tile, inputs: Sequence[Input], activations: Sequence[torch.Tensor]) -> None:
         """Fill the activations [k, r, width] of one tile of the inputs, whose networks these are."""
@@ -259,7 +264,7 @@ class _Apply(torch.autograd.Function):
         keep = any(ctx.needs_input_grad)
         activations = layers.room(inputs[0]) if keep else layers.buffers(inputs[0])
         if not keep:
-            activations[-1] = layers.room(inputs[0])[-1]
+            activations[-1] = layers.outputs(inputs[0])
         for tile, part in layers.tiles(inputs[0]):
             tiled = [a[tile] for a in activations[:-1]] if keep else _room(activations[:-1], tile)
             part.forward(tile, inputs, [*tiled, activations[-1][tile]])

@@ -97,6 +97,19 @@ def test_the_gradient_is_that_of_the_function(width: int, own: bool) -> None:
     assert torch.autograd.gradcheck(function, inputs)
 
 
+def test_queries_have_the_same_gradient_where_the_scene_is_a_constant(width: int) -> None:
+    scene = random_scene(width, True)
+    assert scene.keys is not None
+    assert scene.keys.actions is not None
+    found = []
+    for keys in (scene.keys, scene.keys.map(lambda x: x.clone().requires_grad_())):
+        queries = random_queries(width).requires_grad_()
+        mixture(queries, dataclasses.replace(scene, keys=keys), HEADS).square().sum().backward()
+        found.append(queries.grad)
+    assert torch.equal(*found)
+    assert scene.keys.entities.grad is None
+
+
 def test_what_all_weigh_the_same_is_averaged(width: int) -> None:
     scene, queries = dataclasses.replace(random_scene(width, True), keys=None), random_queries(width)
     zeros = dataclasses.replace(scene, keys=Projected(*(torch.zeros_like(x) for x in _arrays(scene.values))))

@@ -65,13 +65,12 @@ def test_a_cpu_has_no_tf32_and_says_so(caplog: pytest.LogCaptureFixture) -> None
 
 def test_another_role_of_the_process_keeps_its_arithmetic() -> None:
     before = torch.get_float32_matmul_precision()
-    with device.arithmetic("tf32", torch.device("cuda")):
+    with device.rounding("tf32"):
         assert torch.get_float32_matmul_precision() == "high"
     assert torch.get_float32_matmul_precision() == before
-    with device.arithmetic("bfloat16", CPU):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-    with device.arithmetic("float32", CPU):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    for precision in ("float32", "bfloat16"):
+        with device.rounding(precision):
+            assert torch.get_float32_matmul_precision() == before
 
 
 def test_a_window_that_no_memory_holds_is_refused_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,3 +98,15 @@ def test_parameters_start_within_the_customary_bound_and_depend_on_the_generator
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert 0.9 / math.sqrt(50) < float(first.detach().abs().max()) <= 1 / math.sqrt(50)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_no_rows_have_no_gradient(slots: int) -> None:
+    stack = StackedMLP(2, (3, 4, 5), torch.Generator().manual_seed(2), identity_slots=slots)
+    output = stack(torch.empty(2, 0, 3))
+    assert output.shape == (2, 0, 5)
+    output.sum().backward()
+    assert not any(p.grad.any() for p in stack.parameters())
+    stack.zero_grad(set_to_none=True)
+    stack.backpropagate([torch.empty(2, 0, 3)], lambda tile, output: output, to_inputs=False)
+    assert not any(p.grad.any() for p in stack.parameters())
