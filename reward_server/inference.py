@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from protocol.networks.grid import ObservationGrid, Tile
+from protocol.networks.stacked import add_bias
 from protocol.observations import Form, Observations, Run
 from reward_server.discriminator import Architecture, Workspace, deeper
 
@@ -52,8 +53,7 @@ class Inference:
             grid.times(tile, self._weight[tile[0]], 0, h)
         else:
             h.zero_()
-        bias = self._bias[tile[0]]
-        h.unflatten(1, (-1, bias.shape[1])).add_(bias.unsqueeze(1))
+        add_bias(h, self._bias[tile[0]])
         of_particles = h.unflatten(2, (particles, -1)).transpose(1, 2).reshape(len(h) * particles, rows, -1)
         return deeper(layers[1:], of_particles.mT, self._architecture.activation, work)[0].unflatten(0, (-1, particles))
 

@@ -140,7 +140,7 @@ class _Layers:
                 torch.bmm(seen, weight, out=x)
             else:
                 seen.times(ALL, weight, 0, x)
-            _add_bias(x, bias)
+            add_bias(x, bias)
             if self._activates(layer):
                 functional.leaky_relu_(x, self.slope)
         return x
@@ -199,7 +199,7 @@ class _Layers:
                 _times(activations[layer - 1], weight, out=y)
             else:
                 self._first(tile, inputs, y)
-            _add_bias(y, bias)
+            add_bias(y, bias)
             if self._activates(layer):
                 functional.leaky_relu_(y, self.slope)
 
@@ -322,7 +322,7 @@ def _placed(inputs: Sequence[Input]) -> list[tuple[Input, int]]:
     return [(x, sum(widths[:k])) for k, x in enumerate(inputs)]
 
 
-def _add_bias(y: torch.Tensor, bias: torch.Tensor) -> None:
+def add_bias(y: torch.Tensor, bias: torch.Tensor) -> None:
     """Add [K, S, H] to [K, B·S, H]."""
     if bias.shape[1] == 1:
         y.add_(bias)
