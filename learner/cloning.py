@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from learner.settings import CloningSettings
 from protocol.allocator import keep_freed_memory
 from protocol.demonstrations import Demonstrations
 from protocol.device import CPU
-from protocol.layout import Layout
+from protocol.layout import JointRows, Layout
 from protocol.networks.options import log_softmax
 from protocol.seeds import derive_seed
 from protocol.telemetry import Telemetry
@@ -33,19 +34,28 @@ class Cloning:
         self._rows = demonstrations.rows(layout).to(device)
         self._generator = torch.Generator().manual_seed(seed)
 
-    def __len__(self) -> int:
-        return len(self._rows)
+    def loss(self, policy: Policy) -> torch.Tensor:
+        """Mean over random expert rows, summed over networks, of −log π(a|s)."""
+        index = torch.randint(len(self._rows), (self._batch_size,), generator=self._generator)
+        rows = self._rows.select(index)
+        return self._weighed(policy, rows, losses.row_weights(self._layout, rows.active))
 
-    def loss(self, policy: Policy, index: torch.Tensor | None = None) -> torch.Tensor:
-        """Mean over expert rows, summed over networks, of −log π(a|s); random rows unless `index` [B] names them."""
-        if index is None:
-            index = torch.randint(len(self._rows), (self._batch_size,), generator=self._generator)
-        rows = self._rows.select(index).widened()
-        weights = losses.row_weights(self._layout, rows.active)
+    @torch.no_grad()
+    def loss_of_all(self, policy: Policy) -> torch.Tensor:
+        """As `loss`, of all expert rows; a batch at a time, since days of thousands of agents fill the memory."""
+        weights = losses.row_weights(self._layout, self._rows.active)
+        total = torch.zeros((), device=self._rows.active[0].device)
+        for first in range(0, len(self._rows), self._batch_size):
+            part = slice(first, first + self._batch_size)
+            total += self._weighed(policy, self._rows.map(itemgetter(part)), [w[:, part] for w in weights])
+        return total
+
+    def _weighed(self, policy: Policy, rows: JointRows, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+        """−Σ weight · log π(a|s); weights: per block [G, B, S]."""
+        rows = rows.widened()
         terms = []
         for b, block in enumerate(self._layout.blocks):
-            seen = rows.observations[b]
-            observations, actions = block.see(seen), block.grid(rows.actions[b])
+            observations, actions = block.see(rows.observations[b]), block.grid(rows.actions[b])
             if block.discrete:
                 logits, options = policy.logits(b, observations)
                 number = options.number(actions.flatten(1, 2))
@@ -131,8 +141,7 @@ class BehaviourCloning:
                 self._optimiser.step()
             figures = {"cloning_loss": loss.item()}
         if self._held_out:
-            with torch.no_grad():
-                figures["held_out_loss"] = self._held_out.loss(self.policy, torch.arange(len(self._held_out))).item()
+            figures["held_out_loss"] = self._held_out.loss_of_all(self.policy).item()
             if figures["held_out_loss"] < self._best[0]:
                 self._best = (figures["held_out_loss"], copy.deepcopy(self.policy.state_dict()))
         return 0, figures

@@ -1,0 +1,38 @@
+"""Behaviour cloning: its loss, and that of held-out episodes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from actors.policy import Policy
+from actors.rollout import rollout
+from learner.cloning import Cloning
+from protocol.demonstrations import Demonstrations
+from protocol.layout import Layout
+from protocol.registry import make_environment
+from protocol.specs import ParameterSharing
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("batch_size", [1, 7, 1_000])
+@pytest.mark.parametrize("sharing", ["agent", "type"])
+def test_all_rows_are_weighed_alike_in_whatever_batches(sharing: ParameterSharing, batch_size: int) -> None:
+    environment = make_environment("berlin?agents=7&types=3", 2)
+    layout = Layout.of(environment.spec, sharing)
+    policy = Policy(layout, (8,), torch.Generator().manual_seed(0))
+    rows = (
+        demonstrations := Demonstrations.from_trajectories(rollout(environment, policy, 5), environment.spec, "")
+    ).rows(layout)
+    cloning = Cloning(layout, demonstrations, batch_size, 3)
+    absent = torch.rand(rows.active[0].shape, generator=torch.Generator().manual_seed(1)) < 0.3
+    cloning._rows.active[0][absent] = False
+
+    block = layout.blocks[0]
+    logits, options = policy.logits(0, block.see(rows.observations[0]))
+    number = options.number(block.grid(rows.actions[0].long()).flatten(1, 2))
+    surprise = -torch.log_softmax(logits, -1).gather(-1, number.unsqueeze(-1)).squeeze(-1)
+    there = block.grid(~absent).flatten(1, 2)
+    expected = sum(surprise[g][there[g]].mean().item() for g in range(block.groups))
+
+    torch.testing.assert_close(cloning.loss_of_all(policy), torch.tensor(expected))
