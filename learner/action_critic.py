@@ -7,7 +7,7 @@ is one number, so that discrete actions take one pass each.
 
 from __future__ import annotations
 
-from itertools import accumulate
+from collections.abc import Sequence
 
 import torch
 
@@ -16,6 +16,7 @@ from actors.policy import draw
 from learner import losses
 from learner.actor_critic import ActorCritic, grid
 from learner.critics import Critic
+from learner.few_actions import FewActions
 from learner.mean_field import action_vectors
 from learner.mixture import Scene
 from learner.replay import Batch
@@ -32,9 +33,8 @@ class ActionCritic(Critic):
     def forward(self, rows: JointRows) -> list[torch.Tensor]:
         """Joint rows → per block Q of every own action [G, B, S, A], or of the own action taken [G, B, S] if it is
         continuous; the others act as they did."""
-        scene = self.scene(rows)
         values = []
-        for b, block in enumerate(self.layout.blocks):
+        for b, (block, scene) in enumerate(zip(self.layout.blocks, self.scenes(rows), strict=True)):
             observations = block.see(rows.observations[b])
             if block.discrete:
                 q = self.of_all_actions(b, observations, scene)
@@ -43,22 +43,20 @@ class ActionCritic(Critic):
             values.append(q.unflatten(1, (len(rows), block.slots)))
         return values
 
-    def scene(self, rows: JointRows) -> Scene | None:
-        """What the others do in these rows; None if the critics do not see it."""
-        return None if self.others is None else self.others.scene(rows)
+    def scenes(self, rows: JointRows) -> Sequence[Scene | FewActions | None]:
+        """What the agents of each block see the others do in these rows; None if the critics do not see it."""
+        return [None] * len(self.layout.blocks) if self.others is None else self.others.scenes(rows)
 
-    def of(self, b: int, observations: ObservationGrid, actions: torch.Tensor, scene: Scene | None) -> torch.Tensor:
+    def of(
+        self, b: int, observations: ObservationGrid, actions: torch.Tensor, scene: Scene | FewActions | None
+    ) -> torch.Tensor:
         """Q of one block [G, B·S] for what agents see and own action vectors [G, B·S, A]."""
         encoded = self.encoders[b](observations, actions)
         if self.others is None or scene is None:
             return self.heads[b](encoded).squeeze(-1)
-        block, batch = self.layout.blocks[b], len(scene.visible)
-        agents = encoded.unflatten(1, (batch, -1)).movedim(1, 0).flatten(1, 2)
-        mixed = self.others.mix(agents, scene.of(self._slots[b]))
-        context = mixed.unflatten(1, (block.groups, block.slots)).movedim(0, 1).flatten(1, 2)
-        return self.heads[b](encoded, context).squeeze(-1)
+        return self.heads[b](encoded, self.others.mix(b, encoded, scene)).squeeze(-1)
 
-    def of_all_actions(self, b: int, observations: ObservationGrid, scene: Scene | None) -> torch.Tensor:
+    def of_all_actions(self, b: int, observations: ObservationGrid, scene: Scene | FewActions | None) -> torch.Tensor:
         """Q of every own action of a block of discrete ones, [G, B·S, A]."""
         width = self.layout.blocks[b].action_dim
         one_hot = torch.eye(width, dtype=next(self.parameters()).dtype, device=observations.device)
@@ -75,11 +73,6 @@ class ActionCritic(Critic):
             for b, block in enumerate(self.layout.blocks)
         ]
         return self.others.weights(encoded, rows)
-
-    @property
-    def _slots(self) -> list[slice]:
-        ends = list(accumulate(block.groups * block.slots for block in self.layout.blocks))
-        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 class ActionActorCritic(ActorCritic):
@@ -105,10 +98,9 @@ class ActionActorCritic(ActorCritic):
         sums = {name: torch.zeros((), device=self.device) for name in names}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
             targets = self._targets(batch, rewards, numbers)
-            scene = self.critic.scene(batch.rows)
-            seen = None if scene is None else scene.detach()
+            scenes = self.critic.scenes(batch.rows)
             loss = torch.zeros((), device=self.device)
-            for b, (target, weight) in enumerate(zip(targets, weights, strict=True)):
+            for b, (target, weight, scene) in enumerate(zip(targets, weights, scenes, strict=True)):
                 block = self.layout.blocks[b]
                 observations, actions = (
                     block.see(batch.rows.observations[b]),
@@ -121,6 +113,7 @@ class ActionActorCritic(ActorCritic):
                     figures = {"policy_loss": policy_loss} | self._entropy(policy_loss, temperature)
                 else:
                     taken = self.critic.of(b, observations, actions, scene).float()
+                    seen = None if scene is None else scene.detach()
                     figures = self._improve_continuous(b, observations, seen, temperature, weight)
                 loss = loss + (weight * (taken - target) ** 2).sum()
                 for name, value in figures.items():
@@ -133,7 +126,7 @@ class ActionActorCritic(ActorCritic):
         self,
         b: int,
         observations: ObservationGrid,
-        scene: Scene | None,
+        scene: Scene | FewActions | None,
         temperature: float | torch.Tensor,
         weight: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
@@ -150,9 +143,9 @@ class ActionActorCritic(ActorCritic):
         temperature = self._temperature
         drawn = [self._draw(b, batch) for b in range(len(self.layout.blocks))]
         actions = [block.joint(action) for block, (action, _) in zip(self.layout.blocks, drawn, strict=True)]
-        scene = self.target_critic.scene(JointRows(batch.next_observations, actions, batch.next_active))
+        scenes = self.target_critic.scenes(JointRows(batch.next_observations, actions, batch.next_active))
         targets = []
-        for b, (action, likelihood) in enumerate(drawn):
+        for b, ((action, likelihood), scene) in enumerate(zip(drawn, scenes, strict=True)):
             block, observations = self.layout.blocks[b], self.layout.blocks[b].see(batch.next_observations[b])
             if block.discrete:
                 q = self.target_critic.of_all_actions(b, observations, scene).float()

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn import functional
 
+from learner.few_actions import FEW_ACTIONS, FewActions
 from learner.mean_field import MeanField, action_vectors, mean_actions
-from learner.mixture import Projected, Scene, attention, mixture
+from learner.mixture import Projected, Scene
 from protocol.layout import Block, JointRows, Layout
 from protocol.networks.grid import ObservationGrid
 from protocol.networks.stacked import StackedMLP, uniform
@@ -147,45 +150,115 @@ class Attention(nn.Module):
         self.query, self.key, self.value = (uniform((hidden, hidden), hidden, generator) for _ in range(3))
         self._hides_own = context == "agents" or not attend_own
         self._leaves_out_own = not self._hides_own and mean_field == "others"
+        self._most_actions = max(b.action_dim for b in layout.blocks)
+        types = sum(len(b.types) for b in layout.blocks)
+        self._few_actions = (
+            context in ("types", "uniform_types")
+            and all(b.discrete for b in layout.blocks)
+            and types * self._most_actions <= FEW_ACTIONS
+        )
         self.own: torch.Tensor
         self.register_buffer("own", _own(layout, context), persistent=False)
 
     def forward(self, encoded: Sequence[torch.Tensor], rows: JointRows) -> list[torch.Tensor]:
         """encoded: per block e^i [G, B·S, H] → per block ã^i [G, B·S, H]."""
-        shapes = [(block.groups, block.slots) for block in self.layout.blocks]
-        mixed = self.mix(_joined(encoded, len(rows)), self.scene(rows))
-        return [
-            part.unflatten(1, shape).movedim(0, 1).flatten(1, 2)
-            for part, shape in zip(mixed.split([g * s for g, s in shapes], dim=1), shapes, strict=True)
-        ]
+        if self._few_actions:
+            return [self.mix(b, *seen) for b, seen in enumerate(zip(encoded, self.scenes(rows), strict=True))]
+        scene = self._scene(rows)  # of all blocks together, since agents are what its sums go across
+        queries = _side_by_side([self._turned(b, e) for b, e in enumerate(encoded)])
+        mixed = scene.mix(queries if scene.keys is None else queries @ self.query, self.heads)
+        return [self._turned(b, part) for b, part in enumerate(mixed.split(self._sizes, dim=1))]
 
-    def mix(self, agents: torch.Tensor, scene: Scene) -> torch.Tensor:
-        """ã^i [B, n, H] of the agents e^i [B, n, H] that see this scene."""
-        return mixture(agents if scene.keys is None else agents @ self.query, scene, self.heads)
+    def mix(self, b: int, encoded: torch.Tensor, scene: Scene | FewActions) -> torch.Tensor:
+        """ã^i [G, B·S, H] of the agents e^i of one block, who see this scene."""
+        queries = encoded if scene.keys is None else encoded @ self.query
+        if isinstance(scene, FewActions):
+            return scene.mix(queries, self.heads)
+        return self._turned(b, scene.mix(self._turned(b, queries), self.heads))
 
     def weights(self, encoded: Sequence[torch.Tensor], rows: JointRows) -> torch.Tensor | None:
         """α [B, slots, K], mean over heads, for people to look at; None if all weigh the same."""
-        scene = self.scene(rows)
-        if scene.keys is None:
-            return None
-        return attention(_joined(encoded, len(rows)) @ self.query, scene.keys, scene, self.heads)
+        found = []
+        for b, (queries, scene) in enumerate(zip(encoded, self.scenes(rows), strict=True)):
+            if scene.keys is None:
+                return None
+            if isinstance(scene, FewActions):
+                found.append(self._turned(b, scene.weights(queries @ self.query, self.heads)))
+            else:
+                found.append(scene.weights(self._turned(b, queries @ self.query), self.heads))
+        return _side_by_side(found)
 
-    def scene(self, rows: JointRows) -> Scene:
-        """What the others do in these rows, for all slots, block after block."""
-        key = self.key / math.sqrt(self.key.shape[-1] // self.heads)
+    def scenes(self, rows: JointRows) -> Sequence[Scene | FewActions]:
+        """What the agents of each block see the others do in these rows."""
+        if self._few_actions:
+            return self._of_few_actions(*_means(self.layout, rows), rows)
+        scene, ends = self._scene(rows), list(accumulate(self._sizes))
+        return [scene.of(slice(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
+
+    @property
+    def _sizes(self) -> list[int]:
+        """Slots of each block."""
+        return [block.groups * block.slots for block in self.layout.blocks]
+
+    def _turned(self, b: int, x: torch.Tensor) -> torch.Tensor:
+        """[G, B·S, …] of one block → [B, G·S, …], and back."""
+        return x.unflatten(1, (-1, self.layout.blocks[b].slots)).movedim(1, 0).flatten(1, 2)
+
+    @property
+    def _scaled_key(self) -> torch.Tensor:
+        """W_k/√d."""
+        return self.key / math.sqrt(self.key.shape[-1] // self.heads)
+
+    def _scene(self, rows: JointRows) -> Scene:
+        """What all slots see, block after block."""
         if self.context == "agents":
             entities, present = self._agents(rows)
-            return Scene(Projected(entities @ key), Projected(entities @ self.value), present.unsqueeze(2) & ~self.own)
-        means, counts = zip(*map(mean_actions, self.layout.blocks, rows.actions, rows.active), strict=True)
-        number = torch.cat(counts, dim=1).unsqueeze(2)
-        keys = None if self.context == "uniform_types" else self._types(means, rows, key)
+            keys, values = Projected(entities @ self._scaled_key), Projected(entities @ self.value)
+            return Scene(keys, values, present.unsqueeze(2) & ~self.own)
+        means, number = _means(self.layout, rows)
+        of_types = None if self.context == "uniform_types" else self._types(means, rows, self._scaled_key)
         values = self._types(means, rows, self.value)
+        number = number.unsqueeze(2)
         if not self._leaves_out_own:
-            return Scene(keys, values, (number > 0) & ~self.own if self._hides_own else number > 0)
+            return Scene(of_types, values, (number > 0) & ~self.own if self._hides_own else number > 0)
         active = _side_by_side([_slots(*pair) for pair in zip(self.layout.blocks, rows.active, strict=True)])
         taken = active.unsqueeze(1) & self.own  # an inactive agent is in no mean
         left = number - taken.to(number.dtype)
-        return Scene(keys, values, left > 0, taken / left.clamp(min=1), self._own_actions(rows))
+        return Scene(of_types, values, left > 0, taken / left.clamp(min=1), self._own_actions(rows))
+
+    def _of_few_actions(
+        self, means: Sequence[torch.Tensor], number: torch.Tensor, rows: JointRows
+    ) -> Sequence[FewActions]:
+        """What the agents of each block see of types' means [B, M_b, A_b], of so many active agents each, [B, K]."""
+        keys = None if self.context == "uniform_types" else self._tables(self._scaled_key)
+        values = self._tables(self.value)
+        padded = [functional.pad(mean, (0, self._most_actions - mean.shape[2])) for mean in means]
+        totals = (torch.cat(padded, dim=1) * number.unsqueeze(2)).permute(1, 2, 0)[:, :, None, :, None]
+        action = torch.arange(self._most_actions, device=totals.device).view(-1, 1, 1, 1)
+        scenes, first = [], 0
+        for block, actions, active in zip(self.layout.blocks, rows.actions, rows.active, strict=True):
+            size = block.groups * block.slots
+            own = self.own[:, first : first + size].view(-1, block.groups, 1, block.slots)
+            first += size
+            left, shares = number.mT[:, None, :, None].expand(-1, block.groups, -1, block.slots), totals
+            if self._leaves_out_own:
+                taken = block.grid(active) & own  # an inactive agent is in no mean
+                left = left - taken.to(left.dtype)
+                shares = totals - (taken.unsqueeze(1) & (block.grid(actions) == action)).to(totals.dtype)
+            shares = (shares / left.clamp(min=1).unsqueeze(1)).flatten(3)
+            visible = (left > 0) & ~own if self._hides_own else left > 0
+            scenes.append(FewActions(keys, values, shares, visible.flatten(2)))
+        return scenes
+
+    def _tables(self, projection: torch.Tensor) -> torch.Tensor:
+        """The keys or values of every type's every action, [K, A, H]; zeros beyond those that a type has."""
+        tables = []
+        for embed in self.embeddings:
+            weight, bias = embed.parameters()
+            with torch.autocast(projection.device.type, enabled=False):  # gradients of many rows meet here
+                table = (weight + bias) @ projection
+            tables.append(functional.pad(table, (0, 0, 0, self._most_actions - table.shape[1])))
+        return torch.cat(tables)
 
     def _agents(self, rows: JointRows) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings [B, N, H] of all agents, and which are active [B, N]."""
@@ -227,14 +300,15 @@ class Attention(nn.Module):
         return _side_by_side(numbers)
 
 
+def _means(layout: Layout, rows: JointRows) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
+    """The mean actions of each block's types [B, M_b, A_b], and of how many active agents, [B, K]."""
+    means, counts = zip(*map(mean_actions, layout.blocks, rows.actions, rows.active), strict=True)
+    return means, torch.cat(counts, dim=1)
+
+
 def _slots(block: Block, rows: torch.Tensor) -> torch.Tensor:
     """Joint rows [B, N_b, …] → [B, G·S, …], slot after slot."""
     return block.grid(rows).movedim(0, 1).flatten(1, 2)
-
-
-def _joined(grids: Sequence[torch.Tensor], batch: int) -> torch.Tensor:
-    """Grids [G, B·S, H] → [B, slots, H], block after block."""
-    return _side_by_side([grid.unflatten(1, (batch, -1)).movedim(1, 0).flatten(1, 2) for grid in grids])
 
 
 def _side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor:

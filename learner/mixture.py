@@ -64,27 +64,22 @@ class Scene:
         keys = None if self.keys is None else self.keys.map(torch.detach)
         return replace(self, keys=keys, values=self.values.map(torch.detach))
 
+    def mix(self, queries: torch.Tensor, heads: int) -> torch.Tensor:
+        """Σ_k α_k V e_k of every agent, α = softmax_k(key · query) in each head; queries [B, n, H] → [B, n, H].
 
-def mixture(queries: torch.Tensor, scene: Scene, heads: int) -> torch.Tensor:
-    """Σ_k α_k V e_k of every agent, α = softmax_k(key · query) in each head; queries [B, n, H] → [B, n, H].
+        0 for an agent that sees nothing; where all weigh the same, queries are not looked at. Differentiable once.
+        """
+        if self.keys is None:
+            return _average(self.values, self).expand(-1, queries.shape[1], -1)
+        seen = self.keys.entities, self.keys.actions, self.values.entities, self.values.actions
+        return _Mixture.apply(queries, *seen, self.visible, self.share, self.own, heads)
 
-    0 for an agent that sees nothing; where all weigh the same, queries are not looked at. Differentiable once.
-    """
-    keys, values = scene.keys, scene.values
-    if keys is None:
-        return _average(values, scene).expand(-1, queries.shape[1], -1)
-    seen = keys.entities, keys.actions, values.entities, values.actions
-    return _Mixture.apply(queries, *seen, scene.visible, scene.share, scene.own, heads)
-
-
-@torch.no_grad()
-def attention(queries: torch.Tensor, keys: Projected, scene: Scene, heads: int) -> torch.Tensor:
-    """α as it reads in Eq. 11, for people to look at: queries [B, n, H] → [B, n, K], mean over heads.
-
-    keys: those of the scene, which has some.
-    """
-    scores = _Work(queries, heads).products(queries, _seen(keys, scene.share, scene.own))
-    return _softmax(scores, scene.visible).mean(0).mT
+    @torch.no_grad()
+    def weights(self, queries: torch.Tensor, heads: int) -> torch.Tensor:
+        """α as it reads in Eq. 11, for people to look at: queries [B, n, H] → [B, n, K], mean over heads."""
+        assert self.keys is not None
+        scores = _Work(queries, heads).products(queries, _seen(self.keys, self.share, self.own))
+        return _softmax(scores, self.visible).mean(0).mT
 
 
 def _average(y: Projected, scene: Scene) -> torch.Tensor:
@@ -99,7 +94,7 @@ def _average(y: Projected, scene: Scene) -> torch.Tensor:
 
 
 class _Mixture(torch.autograd.Function):
-    """`mixture`, some rows after others, so that what lies between its products stays cached: the keys and values of
+    """`Scene.mix`, some rows after others, so that what lies between its products stays cached: the keys and values of
     own actions, too, which are gathered there and nowhere else.
 
     Scores and weights are [heads, R, K, n], agents last: a softmax along any other axis than the short one of the
@@ -124,7 +119,7 @@ class _Mixture(torch.autograd.Function):
         mixed = torch.empty_like(queries, memory_format=torch.contiguous_format)
         weights = queries.new_empty(heads, len(queries), keys.shape[1], queries.shape[1])
         work = _Work(queries, heads)
-        for rows in _tiles(queries):
+        for rows in tiles(queries):
             scores = work.products(queries[rows], _seen(k, share, own, rows))
             weights[:, rows] = _softmax(scores, visible[rows])
             work.combine(mixed[rows], weights[:, rows], _seen(v, share, own, rows))
@@ -142,7 +137,7 @@ class _Mixture(torch.autograd.Function):
             _room_for_gradient(y) if any(ctx.needs_input_grad[i : i + 2]) else None for y, i in ((k, 1), (v, 3))
         )
         work = _Work(queries, len(weights))
-        for rows in _tiles(queries):
+        for rows in tiles(queries):
             w, q, d = weights[:, rows], queries[rows], gradient[rows]
             of_keys, of_values = _seen(k, share, own, rows), _seen(v, share, own, rows)
             d_weights = work.products(d, of_values)
@@ -156,7 +151,7 @@ class _Mixture(torch.autograd.Function):
         return d_queries, *gradients[0], *gradients[1], None, None, None, None
 
 
-def _tiles(agents: torch.Tensor) -> Iterator[slice]:
+def tiles(agents: torch.Tensor) -> Iterator[slice]:
     """Rows of an array [B, n, H] that are worked on together."""
     batch, count, width = agents.shape
     height = max(1, TILE_NUMBERS // (count * width) if agents.device.type == "cpu" else batch)

@@ -30,7 +30,7 @@ def build(spec: EnvironmentSpec, sharing: ParameterSharing, context: Context, ow
     return ActionCritic(Layout.of(spec, sharing, True), context, 6, HEADS, own_type, generator)
 
 
-@pytest.mark.usefixtures("float64")
+@pytest.mark.usefixtures("float64", "both_ways")
 @pytest.mark.parametrize("sharing", ["agent", "type"])
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("spec", [DISCRETE, MIXED], ids=["discrete", "mixed"])
@@ -60,7 +60,7 @@ def test_the_query_comes_from_state_and_action(
                 torch.testing.assert_close(found.reshape(-1), torch.stack(slow), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.usefixtures("float64")
+@pytest.mark.usefixtures("float64", "both_ways")
 @pytest.mark.parametrize("sharing", ["agent", "type"])
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_what_others_do_does_not_depend_on_the_own_action_taken(context: Context, sharing: ParameterSharing) -> None:
@@ -76,7 +76,10 @@ def test_what_others_do_does_not_depend_on_the_own_action_taken(context: Context
         fixed = torch.full((*observations.shape[:2], block.action_dim), 0.3)
         before, after = (
             critic.of(
-                agent.block, observations, fixed, critic.scene(JointRows(rows.observations, actions, rows.active))
+                agent.block,
+                observations,
+                fixed,
+                critic.scenes(JointRows(rows.observations, actions, rows.active))[agent.block],
             )
             .unflatten(1, (4, block.slots))
             .transpose(1, 2)
@@ -100,7 +103,7 @@ def test_the_policies_step_leaves_the_critics_alone() -> None:
     b = next(b for b, block in enumerate(layout.blocks) if not block.discrete)
     observations = layout.blocks[b].grid(rows.observations[b].dense()).flatten(1, 2)
     weight = torch.ones(observations.shape[:2])
-    figures = learner._improve_continuous(b, observations, critic.scene(rows), 0.1, weight)
+    figures = learner._improve_continuous(b, observations, critic.scenes(rows)[b], 0.1, weight)
     assert all(p.grad is None for p in critic.parameters())
     assert all(p.grad.abs().sum() > 0 for p in learner.policy.networks[b].parameters())
     assert set(figures) == {"policy_loss", "entropy"}

@@ -9,7 +9,9 @@ from slow_reference import agents_of, random_rows, spec_of
 
 from learner.attention import attention_by_type
 from learner.critics import Context, Critic
-from protocol.layout import Layout, ParameterSharing
+from learner.few_actions import FewActions
+from learner.mixture import Scene
+from protocol.layout import Block, Layout, ParameterSharing
 
 SPEC = spec_of((3, 4, 3), (2, 5, 2), (1, 4, 3))
 
@@ -18,6 +20,7 @@ def build(context: Context, sharing: ParameterSharing, heads: int = 1, own: bool
     return Critic(Layout.of(SPEC, sharing), context, 6, heads, own, torch.Generator().manual_seed(1))
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("sharing", ["agent", "type"])
 @pytest.mark.parametrize("context", ["types", "agents"])
 def test_the_mixture_is_made_with_these_weights(context: Context, sharing: ParameterSharing) -> None:
@@ -32,15 +35,26 @@ def test_the_mixture_is_made_with_these_weights(context: Context, sharing: Param
     ]
     weights = critic.attention(rows)
     assert weights is not None
-    scene = critic.others.scene(rows)
-    values = scene.values.entities.unsqueeze(1)
-    if scene.values.actions is not None and scene.share is not None:
-        own = scene.values.actions[scene.own]
-        values = values + scene.share.mT.unsqueeze(-1) * (values - own.unsqueeze(2))
+    values = torch.cat(
+        [_values(*seen) for seen in zip(critic.layout.blocks, critic.others.scenes(rows), strict=True)], 1
+    )
     found = (weights.unsqueeze(-1) * values).sum(2)
     torch.testing.assert_close(found, torch.cat(parts, dim=1), atol=1e-5, rtol=1e-4)
 
 
+def _values(block: Block, scene: Scene | FewActions) -> torch.Tensor:
+    """What every slot of a block sees of every entity, [B, G·S, K, H]."""
+    if isinstance(scene, FewActions):
+        values = torch.einsum("kagr,kah->grkh", scene.shares, scene.values)
+        return values.unflatten(1, (-1, block.slots)).movedim(1, 0).flatten(1, 2)
+    values = scene.values.entities.unsqueeze(1)
+    if scene.values.actions is None or scene.share is None:
+        return values.expand(-1, block.groups * block.slots, -1, -1)
+    own = scene.values.actions[scene.own]
+    return values + scene.share.mT.unsqueeze(-1) * (values - own.unsqueeze(2))
+
+
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("sharing", ["agent", "type"])
 @pytest.mark.parametrize("context", ["types", "agents"])
 def test_types_are_means_over_their_active_agents(context: Context, sharing: ParameterSharing) -> None:
@@ -71,6 +85,7 @@ def test_types_are_means_over_their_active_agents(context: Context, sharing: Par
     assert len(agents_of(layout)) == sum(place >= 0 for place in slots)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_what_is_left_out_gets_nothing() -> None:
     critic = build("types", "type", own=False)
     rows = random_rows(critic.layout, 5, torch.Generator().manual_seed(3))

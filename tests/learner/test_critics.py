@@ -51,6 +51,7 @@ def assert_as_slow(
             torch.testing.assert_close(fast[agent.block][row, agent.place], slow, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("mean_field", ["others", "all"])
 @pytest.mark.parametrize("sharing", ["agent", "type"])
 @pytest.mark.parametrize("context", CONTEXTS)
@@ -63,6 +64,7 @@ def test_every_context_is_its_equation(
     assert_as_slow(critic, rows, mean_field=mean_field)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("sharing", ["agent", "type"])
 @pytest.mark.parametrize("context", ["types", "uniform_types"])
 def test_own_type_can_be_left_out(context: Context, sharing: ParameterSharing) -> None:
@@ -76,6 +78,7 @@ def test_agents_of_a_type_can_differ_by_their_identity(context: Context) -> None
     assert_as_slow(critic, random_rows(critic.layout, 3, torch.Generator().manual_seed(4)))
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("context", ["types", "uniform_types", "agents"])
 def test_nobody_is_attended_to_when_nobody_is_active(context: Context) -> None:
     critic = build(UNEVEN, "agent", context)
@@ -87,6 +90,7 @@ def test_nobody_is_attended_to_when_nobody_is_active(context: Context) -> None:
     assert_as_slow(critic, rows)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("sharing", ["agent", "type"])
 @pytest.mark.parametrize("own_type", [True, False])
 @pytest.mark.parametrize("context", CONTEXTS)
@@ -119,6 +123,7 @@ def test_with_everybodys_mean_the_own_action_comes_in() -> None:
     assert not torch.allclose(critic(rows)[0][0, :, 0], before, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("sharing", ["agent", "type"])
 def test_a_lone_agent_does_not_see_its_type(sharing: ParameterSharing) -> None:
     """Not even as a zero: alone in its type, an agent attends as one that has the type left out."""
@@ -132,6 +137,7 @@ def test_a_lone_agent_does_not_see_its_type(sharing: ParameterSharing) -> None:
         assert not torch.allclose(q[:, 0], expected[:, 0])  # the inactive one has its fellow to look at
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("context", ["types", "uniform_types", "agents"])
 def test_bfloat16_products_give_nearly_the_same(context: Context) -> None:
     torch.set_default_dtype(torch.float32)
@@ -144,6 +150,7 @@ def test_bfloat16_products_give_nearly_the_same(context: Context) -> None:
         torch.testing.assert_close(approximate.float(), q, rtol=0, atol=0.01)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("context", ["types", "agents"])
 def test_an_inactive_agent_is_not_seen(context: Context) -> None:
     critic = build(UNEVEN, "type", context)

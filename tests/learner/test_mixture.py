@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from learner import mixture as module
-from learner.mixture import Projected, Scene, attention, mixture
+from learner.mixture import Projected, Scene
 
 ROWS, AGENTS, ENTITIES, HEADS, ACTIONS = 4, 3, 2, 2, 5
 WIDTHS = (2, 12)  # one head at a time, and both together
@@ -53,7 +53,7 @@ def seen_by(side: Projected, scene: Scene, row: int, agent: int, k: int) -> torc
 
 
 def slow_mixture(queries: torch.Tensor, scene: Scene) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `mixture` and `attention` give, one agent, head and entity at a time."""
+    """What `mix` and `weights` give, one agent, head and entity at a time."""
     mixed, weights = torch.zeros_like(queries), torch.zeros(ROWS, AGENTS, ENTITIES, dtype=queries.dtype)
     width = queries.shape[2] // HEADS
     for row in range(ROWS):
@@ -76,9 +76,9 @@ def slow_mixture(queries: torch.Tensor, scene: Scene) -> tuple[torch.Tensor, tor
 def test_every_agent_mixes_what_it_sees(width: int, own: bool, alike: bool) -> None:
     scene, queries = random_scene(width, own, alike), random_queries(width)
     expected, weights = slow_mixture(queries, scene)
-    torch.testing.assert_close(mixture(queries, scene, HEADS), expected)
+    torch.testing.assert_close(scene.mix(queries, HEADS), expected)
     assert scene.keys is not None
-    torch.testing.assert_close(attention(queries, scene.keys, scene, HEADS), weights)
+    torch.testing.assert_close(scene.weights(queries, HEADS), weights)
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -91,7 +91,7 @@ def test_the_gradient_is_that_of_the_function(width: int, own: bool) -> None:
 
     def function(queries: torch.Tensor, *sides: torch.Tensor) -> torch.Tensor:
         keys, values = (Projected(*pair) for pair in (sides[::2], sides[1::2]))
-        return mixture(queries, dataclasses.replace(scene, keys=keys, values=values), HEADS)
+        return dataclasses.replace(scene, keys=keys, values=values).mix(queries, HEADS)
 
     inputs = [x.requires_grad_() for x in (queries, *sides)]
     assert torch.autograd.gradcheck(function, inputs)
@@ -104,7 +104,7 @@ def test_queries_have_the_same_gradient_where_the_scene_is_a_constant(width: int
     found = []
     for keys in (scene.keys, scene.keys.map(lambda x: x.clone().requires_grad_())):
         queries = random_queries(width).requires_grad_()
-        mixture(queries, dataclasses.replace(scene, keys=keys), HEADS).square().sum().backward()
+        dataclasses.replace(scene, keys=keys).mix(queries, HEADS).square().sum().backward()
         found.append(queries.grad)
     assert torch.equal(*found)
     assert scene.keys.entities.grad is None
@@ -113,7 +113,7 @@ def test_queries_have_the_same_gradient_where_the_scene_is_a_constant(width: int
 def test_what_all_weigh_the_same_is_averaged(width: int) -> None:
     scene, queries = dataclasses.replace(random_scene(width, True), keys=None), random_queries(width)
     zeros = dataclasses.replace(scene, keys=Projected(*(torch.zeros_like(x) for x in _arrays(scene.values))))
-    torch.testing.assert_close(mixture(queries, scene, HEADS), slow_mixture(queries, zeros)[0])
+    torch.testing.assert_close(scene.mix(queries, HEADS), slow_mixture(queries, zeros)[0])
 
 
 def _arrays(side: Projected) -> list[torch.Tensor]:

@@ -15,8 +15,8 @@ from test_clipped import build as build_clipped
 from test_clipped import played
 
 from actors.policy import Policy
+from learner import few_actions, mixture
 from learner.action_critic import ActionActorCritic, ActionCritic
-from learner.mixture import _Mixture
 from learner.settings import LearnerSettings
 from protocol.layout import Layout
 from protocol.networks.stacked import _Layers
@@ -43,6 +43,7 @@ def of_clipped_steps() -> None:
     built.update(*played(built), 0.0)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("update", [of_the_actor, of_the_action_critic, of_clipped_steps])
 def test_tf32_lasts_from_the_first_product_to_the_last(
     update: Callable[[], None], monkeypatch: pytest.MonkeyPatch
@@ -58,8 +59,9 @@ def test_tf32_lasts_from_the_first_product_to_the_last(
 
     for name in ("forward", "backward"):
         monkeypatch.setattr(_Layers, name, watched(f"layers {name}", getattr(_Layers, name)))
-        attended = watched(f"attention {name}", getattr(_Mixture, name))
-        monkeypatch.setattr(_Mixture, name, staticmethod(attended))
+        for function in (few_actions._Mixture, mixture._Mixture):
+            attended = watched(f"attention {name}", getattr(function, name))
+            monkeypatch.setattr(function, name, staticmethod(attended))
     update()
     assert set(seen) == {"layers forward", "layers backward", "attention forward", "attention backward"}
     assert set().union(*seen.values()) == {"high"}
