@@ -30,7 +30,7 @@ MAX_HEADER_BYTES, MAX_ARRAYS, MAX_RANK, MAX_TEXT = 1 << 20, 4096, 8, 8192
 """Of a header, from whomever it is: far above what a run of hundreds of types sends, and parsed within milliseconds."""
 MAX_MESSAGE_BYTES = 1 << 31
 """Of all arrays, where the receiver knows no lower limit; most do, from the shapes that they expect."""
-DTYPES = {name: np.dtype(name) for name in ("float32", "float64", "int64", "int32", "uint8", "bool")}
+DTYPES = {name: np.dtype(name) for name in ("float32", "float64", "int64", "int32", "int16", "uint8", "bool")}
 
 Arrays = dict[str, np.ndarray]
 

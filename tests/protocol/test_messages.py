@@ -29,6 +29,7 @@ from protocol.messages import (
     encode,
     frame_limit,
 )
+from protocol.observations import integers
 
 SENDER = Sender("run", "actor-0")
 ARRAYS = {
@@ -70,6 +71,15 @@ def test_arrays_are_views_on_both_sides() -> None:
     received = decode(raw, "run", lambda body: {"a": ("float32", (1000,))}).arrays["a"]
     assert not received.flags.owndata
     assert not received.flags.writeable
+
+
+@pytest.mark.parametrize("count", [1 << 8, 1 << 8 | 1, 1 << 15 | 1])
+def test_codes_and_actions_of_any_number_travel(count: int) -> None:
+    codes = {"codes": np.array([0, count - 1], integers(count))}
+    table = {"codes": (integers(count), (2,))}
+    assert frame_limit(table) > 0
+    raw = [bytes(frame) for frame in encode(SENDER, 7, BODY, codes)]
+    np.testing.assert_array_equal(read(raw, table=table).arrays["codes"], codes["codes"])
 
 
 def test_every_body_survives_the_wire() -> None:
