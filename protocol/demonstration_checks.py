@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -11,7 +11,8 @@ from protocol.observations import Form, Observations, forms
 from protocol.specs import ArrayTable, EnvironmentSpec, TypeSpec
 from protocol.trajectories import columns_of
 
-ROWS_AT_ONCE = 1_024
+MASKS_AT_ONCE = 1 << 26
+"""Bytes of masks that are looked up at a time: those of a day of thousands of agents are gigabytes."""
 OWN, SHARED = "observed values are not finite", "values that all observe are not finite"
 FORBIDDEN = "actions are forbidden by their masks"
 
@@ -58,13 +59,12 @@ def check_block(
     columns = columns_of(arrays, b)
     rows = len(arrays[f"{b}.active"])
     wrong_values: dict[str, tuple[int, str]] = {}
-    for first in range(0, rows, ROWS_AT_ONCE):
-        part = slice(first, first + ROWS_AT_ONCE)
+    for part in _parts(form, rows):
         seen = Observations.of_arrays(form, {name: column[part] for name, column in columns.items()})
         for what, wrong in _wrong(kinds[0], seen, arrays[f"{b}.actions"][part], arrays[f"{b}.active"][part]).items():
             if wrong.any():
                 row, *agent = np.argwhere(wrong)[0]
-                at = f"row {first + row}" + f", agent {agent[0]}" * (what != SHARED)
+                at = f"row {part.start + row}" + f", agent {agent[0]}" * (what != SHARED)
                 count, where = wrong_values.get(what, (0, at))
                 wrong_values[what] = count + int(wrong.sum()), where
     for what, (count, where) in wrong_values.items():
@@ -78,12 +78,17 @@ def without_forbidden(spec: EnvironmentSpec, arrays: Mapping[str, np.ndarray]) -
     for b, (types, form) in enumerate(zip(spec.blocks, forms(spec), strict=True)):
         if spec.types[types[0]].discrete:
             seen, actions = Observations.of_arrays(form, columns_of(arrays, b)), arrays[f"{b}.actions"]
-            allowed = [
-                allowed_by(seen[part].masks().numpy(), actions[part])
-                for part in (slice(k, k + ROWS_AT_ONCE) for k in range(0, len(actions), ROWS_AT_ONCE))
-            ]
+            parts = _parts(form, len(actions))
+            allowed = [allowed_by(seen[part].masks().numpy(), actions[part]) for part in parts]
             cleaned[f"{b}.active"] = arrays[f"{b}.active"] & np.concatenate(allowed)
     return cleaned
+
+
+def _parts(form: Form, rows: int) -> Iterator[slice]:
+    """Rows that are looked at together."""
+    height = max(1, MASKS_AT_ONCE // max(1, form.agents * form.action_dim))
+    for first in range(0, rows, height):
+        yield slice(first, first + height)
 
 
 def _wrong(kind: TypeSpec, seen: Observations, actions: np.ndarray, active: np.ndarray) -> dict[str, np.ndarray]:
