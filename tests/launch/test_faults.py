@@ -113,6 +113,7 @@ def test_processes_compute_what_one_process_computes(
     assert result["return_mean"] == undisturbed["return_mean"]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("role", ["actor", "reward-server", "learner", "evaluator"])
 def test_a_killed_process_leaves_no_trace_in_the_policy(
     tmp_path: Path, family: list[str], undisturbed: dict[str, Any], role: str
@@ -128,6 +129,7 @@ def test_a_killed_process_leaves_no_trace_in_the_policy(
     assert result["policy_sha256"] == undisturbed["policy_sha256"]
 
 
+@pytest.mark.processes
 def test_an_interrupted_run_resumes_to_the_same_policy(
     tmp_path: Path, family: list[str], undisturbed: dict[str, Any]
 ) -> None:
@@ -147,6 +149,7 @@ def test_an_interrupted_run_resumes_to_the_same_policy(
     assert result_of(tmp_path, "run")["policy_sha256"] == undisturbed["policy_sha256"]
 
 
+@pytest.mark.processes
 def test_a_killed_supervisor_leaves_no_orphan_and_resume_gives_the_same_policy(
     tmp_path: Path, family: list[str], undisturbed: dict[str, Any]
 ) -> None:
@@ -166,6 +169,7 @@ def test_a_killed_supervisor_leaves_no_orphan_and_resume_gives_the_same_policy(
     assert result_of(tmp_path, "run")["policy_sha256"] == undisturbed["policy_sha256"]
 
 
+@pytest.mark.processes
 def test_eight_nodes_compute_what_one_computes(tmp_path: Path, family: list[str]) -> None:
     hashes = set()
     for run, nodes in (("one", "1"), ("eight", "8")):
@@ -178,6 +182,7 @@ def test_eight_nodes_compute_what_one_computes(tmp_path: Path, family: list[str]
     assert len(hashes) == 1
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("role", ["actor", "reward-server", "learner", "evaluator"])
 def test_an_async_run_outlives_any_process(tmp_path: Path, family: list[str], role: str) -> None:
     process = start(tmp_path, "run", "--mode", "async", "--actors", "2", *family)

@@ -18,6 +18,8 @@ import pytest
 from hosts import Hosts, NoHosts
 from test_faults import SMALL, finished, iterations, result_of, wait_for
 
+pytestmark = pytest.mark.processes
+
 HOSTS = 4
 SIZE = ["--actors", "4", "--steps", "4000", "--learner.deadline-seconds", "60"]
 DEADLINE_SECONDS = 110.0

@@ -55,6 +55,7 @@ def test_what_is_no_ticket_is_refused(tmp_path: Path, text: str) -> None:
         read_ticket(path)
 
 
+@pytest.mark.processes
 def test_actors_come_and_go_without_harm(tmp_path: Path) -> None:
     process = start(tmp_path, "run", "--mode", "async", "--actors", "1", "--steps", "12000")
     folder = tmp_path / "runs" / "run"

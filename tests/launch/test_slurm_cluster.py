@@ -14,6 +14,8 @@ from hosts import NoHosts
 from slurm_cluster import NoSlurm, SlurmCluster
 from test_faults import SMALL, finished, iterations, result_of
 
+pytestmark = pytest.mark.processes
+
 NODES = 4
 SIZE = ["--actors", "4", "--steps", "5000", "--learner.deadline-seconds", "60"]
 LAUNCHER = [sys.executable, "-m", "launch.cli"]
