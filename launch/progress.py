@@ -101,6 +101,10 @@ def _rows(learner: Status | None) -> list[tuple[str, str]]:
     if learner is None:
         return [("stage", "starting the processes")]
     values = learner.values
+    if "cloning_iterations" in values:
+        rows = [("cloning", f"{values.get('cloning_iteration', 0):.0f}/{values['cloning_iterations']:.0f}")]
+        left = values.get("cloning_left_seconds")
+        return rows if left is None else [*rows, ("left", _duration(left))]
     if "iteration" not in values:
         return [("stage", f"{learner.stage} ({values.get('stage_seconds', 0.0):.0f} s)")]
     rows = [("iteration", f"{values['iteration']:.0f}/{values.get('iterations', 0):.0f}")]

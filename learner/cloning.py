@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 
@@ -87,9 +88,18 @@ def clone(
     """
     device = next(policy.parameters()).device
     run = BehaviourCloning(policy, demonstrations, settings, device, seed, telemetry)
-    for iteration in range(run.iterations):
-        abort()
-        run.iterate(iteration / run.iterations, abort)
+    began = time.monotonic()
+    try:
+        for iteration in range(run.iterations):
+            abort()
+            shown: dict[str, float] = {"cloning_iteration": iteration, "cloning_iterations": run.iterations}
+            if iteration:
+                shown["cloning_left_seconds"] = (time.monotonic() - began) / iteration * (run.iterations - iteration)
+            telemetry.numbers |= shown
+            run.iterate(iteration / run.iterations, abort)
+    finally:
+        for name in [name for name in telemetry.numbers if name.startswith("cloning_")]:
+            del telemetry.numbers[name]
     run.finish()
 
 

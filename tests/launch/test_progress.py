@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from launch.progress import Progress
+from protocol.messages import Status
 
 
 @pytest.mark.parametrize(
@@ -21,3 +22,21 @@ def test_the_summary_says_what_is_known(tmp_path: Path, result: dict[str, object
     text = io.StringIO()
     Progress(Console(file=text)).summary(tmp_path, result)
     assert text.getvalue().startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"stage_seconds": 3.2}, "stage update (3 s)\n"),
+        ({"cloning_iteration": 0.0, "cloning_iterations": 40.0}, "cloning 0/40\n"),
+        (
+            {"cloning_iteration": 3.0, "cloning_iterations": 40.0, "cloning_left_seconds": 61.0},
+            "cloning 3/40  left 1:01\n",
+        ),
+        ({"iteration": 2.0, "iterations": 9.0}, "iteration 2/9  return –  policy lag 0.0  steps/s 0  stages, ms \n"),
+    ],
+)
+def test_a_line_says_how_far_it_is(values: dict[str, float], expected: str) -> None:
+    text = io.StringIO()
+    Progress(Console(file=text, soft_wrap=True)).show(Status("learner", 0, 0, 1, "update", "", values))
+    assert text.getvalue() == expected

@@ -7,11 +7,14 @@ import torch
 
 from actors.policy import Policy
 from actors.rollout import rollout
-from learner.cloning import Cloning
+from learner.cloning import Cloning, clone
+from learner.settings import CloningSettings
 from protocol.demonstrations import Demonstrations
 from protocol.layout import Layout
+from protocol.messages import Sender
 from protocol.registry import make_environment
 from protocol.specs import ParameterSharing
+from protocol.telemetry import Telemetry
 
 
 @pytest.mark.usefixtures("float64")
@@ -36,3 +39,19 @@ def test_all_rows_are_weighed_alike_in_whatever_batches(sharing: ParameterSharin
     expected = sum(surprise[g][there[g]].mean().item() for g in range(block.groups))
 
     torch.testing.assert_close(cloning.loss_of_all(policy), torch.tensor(expected))
+
+
+def test_a_clone_tells_how_far_it_is_while_it_is_made() -> None:
+    environment = make_environment("berlin?agents=4&types=2", 2)
+    layout = Layout.of(environment.spec, "type")
+    policy = Policy(layout, (8,), torch.Generator().manual_seed(0))
+    demonstrations = Demonstrations.from_trajectories(rollout(environment, policy, 5), environment.spec, "")
+    telemetry = Telemetry("learner", 0, Sender("run", "learner-0"))
+    seen = []
+    settings = CloningSettings(updates=1, iterations=3, batch_size=4)
+    clone(policy, demonstrations, settings, 0, telemetry, lambda: seen.append(dict(telemetry.numbers)))
+    telemetry.close()
+    assert [numbers.get("cloning_iteration") for numbers in seen][:2] == [None, 0]
+    assert seen[-1]["cloning_iterations"] == 3
+    assert seen[-1]["cloning_left_seconds"] > 0
+    assert not [name for name in telemetry.numbers if name.startswith("cloning_")]
