@@ -18,18 +18,13 @@ def attention_by_type(critic: Critic, rows: JointRows) -> np.ndarray | None:
     if weights is None:
         return None
     layout, weights = critic.layout, weights.cpu()
-    slots, entities, active = [], [], []
-    for b, block in enumerate(layout.blocks):
-        types = torch.tensor(block.types)
-        of_agent = types[block.type_of_agent]
-        slots.append(torch.cat([of_agent, torch.tensor([0])])[block.agent_of_slot])
-        entities.append(of_agent if critic.context == "agents" else types)
-        active.append(block.grid(rows.active[b]).movedim(0, 1).flatten(1, 2))
-    counts = torch.cat(active, dim=1).to(weights)
+    types = [torch.tensor(block.types) for block in layout.blocks]
+    of_agents = [of_block[block.type_of_agent] for of_block, block in zip(types, layout.blocks, strict=True)]
+    agents, entities = torch.cat(of_agents), torch.cat(of_agents if critic.context == "agents" else types)
+    active = torch.cat([part.cpu() for part in rows.active], dim=1).to(weights)
     size = layout.spec.num_types
-    totals = torch.zeros(size, size, dtype=weights.dtype)
-    seen = torch.zeros(size, dtype=weights.dtype).index_add_(0, torch.cat(slots), counts.sum(dim=0))
-    per_slot = (weights * counts.unsqueeze(-1)).sum(dim=0)
-    per_type = torch.zeros(len(per_slot), size, dtype=weights.dtype).index_add_(1, torch.cat(entities), per_slot)
-    totals.index_add_(0, torch.cat(slots), per_type)
+    seen = torch.zeros(size, dtype=weights.dtype).index_add_(0, agents, active.sum(dim=0))
+    per_agent = (weights * active.unsqueeze(-1)).sum(dim=0)
+    per_type = torch.zeros(len(agents), size, dtype=weights.dtype).index_add_(1, entities, per_agent)
+    totals = torch.zeros(size, size, dtype=weights.dtype).index_add_(0, agents, per_type)
     return (totals / seen.clamp(min=1).unsqueeze(1)).numpy()

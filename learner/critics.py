@@ -82,9 +82,9 @@ class Critic(nn.Module):
 
     @torch.no_grad()
     def attention(self, rows: JointRows) -> torch.Tensor | None:
-        """α of every agent slot over the entities, mean over heads, [B, slots, K]; None where nothing is weighed.
+        """α of every agent over the entities, mean over heads, [B, N, K]; None where nothing is weighed.
 
-        Slots are those of the grids, block after block; entities are types (or agents) block after block.
+        Agents, and entities (types or agents), are in the order of joint rows, block after block.
         """
         if self.others is None:
             return None
@@ -165,27 +165,28 @@ class Attention(nn.Module):
         if self._few_actions:
             return [self.mix(b, *seen) for b, seen in enumerate(zip(encoded, self.scenes(rows), strict=True))]
         scene = self._scene(rows)  # of all blocks together, since agents are what its sums go across
-        queries = _side_by_side([self._turned(b, e) for b, e in enumerate(encoded)])
-        mixed = scene.mix(queries if scene.keys is None else queries @ self.query, self.heads)
-        return [self._turned(b, part) for b, part in enumerate(mixed.split(self._sizes, dim=1))]
+        agents = _side_by_side([block.joint(e) for block, e in zip(self.layout.blocks, encoded, strict=True)])
+        mixed = scene.mix(agents if scene.keys is None else agents @ self.query, self.heads).split(self._sizes, dim=1)
+        return [block.grid(part).flatten(1, 2) for block, part in zip(self.layout.blocks, mixed, strict=True)]
 
     def mix(self, b: int, encoded: torch.Tensor, scene: Scene | FewActions) -> torch.Tensor:
         """ã^i [G, B·S, H] of the agents e^i of one block, who see this scene."""
         queries = encoded if scene.keys is None else encoded @ self.query
         if isinstance(scene, FewActions):
             return scene.mix(queries, self.heads)
-        return self._turned(b, scene.mix(self._turned(b, queries), self.heads))
+        block = self.layout.blocks[b]
+        return block.grid(scene.mix(block.joint(queries), self.heads)).flatten(1, 2)
 
     def weights(self, encoded: Sequence[torch.Tensor], rows: JointRows) -> torch.Tensor | None:
-        """α [B, slots, K], mean over heads, for people to look at; None if all weigh the same."""
+        """α [B, N, K], mean over heads, for people to look at; None if all weigh the same."""
         found = []
-        for b, (queries, scene) in enumerate(zip(encoded, self.scenes(rows), strict=True)):
+        for block, agents, scene in zip(self.layout.blocks, encoded, self.scenes(rows), strict=True):
             if scene.keys is None:
                 return None
             if isinstance(scene, FewActions):
-                found.append(self._turned(b, scene.weights(queries @ self.query, self.heads)))
+                found.append(block.joint(scene.weights(agents @ self.query, self.heads)))
             else:
-                found.append(scene.weights(self._turned(b, queries @ self.query), self.heads))
+                found.append(scene.weights(block.joint(agents @ self.query), self.heads))
         return _side_by_side(found)
 
     def scenes(self, rows: JointRows) -> Sequence[Scene | FewActions]:
@@ -197,12 +198,8 @@ class Attention(nn.Module):
 
     @property
     def _sizes(self) -> list[int]:
-        """Slots of each block."""
-        return [block.groups * block.slots for block in self.layout.blocks]
-
-    def _turned(self, b: int, x: torch.Tensor) -> torch.Tensor:
-        """[G, B·S, …] of one block → [B, G·S, …], and back."""
-        return x.unflatten(1, (-1, self.layout.blocks[b].slots)).movedim(1, 0).flatten(1, 2)
+        """Agents of each block."""
+        return [block.num_agents for block in self.layout.blocks]
 
     @property
     def _scaled_key(self) -> torch.Tensor:
@@ -210,7 +207,7 @@ class Attention(nn.Module):
         return self.key / math.sqrt(self.key.shape[-1] // self.heads)
 
     def _scene(self, rows: JointRows) -> Scene:
-        """What all slots see, block after block."""
+        """What all agents see, block after block."""
         if self.context == "agents":
             entities, present = self._agents(rows)
             keys, values = Projected(entities @ self._scaled_key), Projected(entities @ self.value)
@@ -221,8 +218,7 @@ class Attention(nn.Module):
         number = number.unsqueeze(2)
         if not self._leaves_out_own:
             return Scene(of_types, values, (number > 0) & ~self.own if self._hides_own else number > 0)
-        active = _side_by_side([_slots(*pair) for pair in zip(self.layout.blocks, rows.active, strict=True)])
-        taken = active.unsqueeze(1) & self.own  # an inactive agent is in no mean
+        taken = _side_by_side(rows.active).unsqueeze(1) & self.own  # an inactive agent is in no mean
         left = number - taken.to(number.dtype)
         return Scene(of_types, values, left > 0, taken / left.clamp(min=1), self._own_actions(rows))
 
@@ -235,11 +231,10 @@ class Attention(nn.Module):
         padded = [functional.pad(mean, (0, self._most_actions - mean.shape[2])) for mean in means]
         totals = (torch.cat(padded, dim=1) * number.unsqueeze(2)).permute(1, 2, 0)[:, :, None, :, None]
         action = torch.arange(self._most_actions, device=totals.device).view(-1, 1, 1, 1)
-        scenes, first = [], 0
-        for block, actions, active in zip(self.layout.blocks, rows.actions, rows.active, strict=True):
-            size = block.groups * block.slots
-            own = self.own[:, first : first + size].view(-1, block.groups, 1, block.slots)
-            first += size
+        scenes = []
+        owns = self.own.split(self._sizes, dim=1)
+        for block, actions, active, own in zip(self.layout.blocks, rows.actions, rows.active, owns, strict=True):
+            own = block.grid(own).movedim(1, 0).unsqueeze(2)
             left, shares = number.mT[:, None, :, None].expand(-1, block.groups, -1, block.slots), totals
             if self._leaves_out_own:
                 taken = block.grid(active) & own  # an inactive agent is in no mean
@@ -286,7 +281,7 @@ class Attention(nn.Module):
         return Projected(_side_by_side(types), torch.cat(own) if own else None)
 
     def _own_actions(self, rows: JointRows) -> torch.Tensor:
-        """Which of the projected actions of `_types` each slot took, [B, slots]."""
+        """Which of the projected actions of `_types` each agent took, [B, N]."""
         numbers, before = [], 0
         for block, actions in zip(self.layout.blocks, rows.actions, strict=True):
             if block.discrete:
@@ -295,7 +290,7 @@ class Attention(nn.Module):
             else:
                 count = len(actions) * block.num_agents
                 number = torch.arange(count, device=actions.device).unflatten(0, (-1, block.num_agents))
-            numbers.append(_slots(block, number + before))
+            numbers.append(number + before)
             before += count
         return _side_by_side(numbers)
 
@@ -306,22 +301,16 @@ def _means(layout: Layout, rows: JointRows) -> tuple[Sequence[torch.Tensor], tor
     return means, torch.cat(counts, dim=1)
 
 
-def _slots(block: Block, rows: torch.Tensor) -> torch.Tensor:
-    """Joint rows [B, N_b, …] → [B, G·S, …], slot after slot."""
-    return block.grid(rows).movedim(0, 1).flatten(1, 2)
-
-
 def _side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """[B, n_b, …] of all blocks → [B, Σ n_b, …]; one part is not copied."""
     return torch.cat(list(parts), dim=1) if len(parts) > 1 else parts[0]
 
 
 def _own(layout: Layout, context: Context) -> torch.Tensor:
-    """[K, slots] bool: whether the entity is the agent itself, or its own type."""
+    """[K, N] bool: whether the entity is the agent itself, or its own type."""
     counts = [block.num_agents if context == "agents" else len(block.types) for block in layout.blocks]
     own, first = [], 0
     for block, count in zip(layout.blocks, counts, strict=True):
-        number = torch.arange(count) if context == "agents" else block.type_of_agent
-        own.append(torch.cat([first + number, torch.tensor([-1])])[block.agent_of_slot])
+        own.append(first + (torch.arange(count) if context == "agents" else block.type_of_agent))
         first += count
     return torch.cat(own) == torch.arange(sum(counts)).unsqueeze(1)

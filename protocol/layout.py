@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from protocol.observations import Form, Observations, forms, integers
 from protocol.specs import ArrayTable, EnvironmentSpec, ParameterSharing
 from protocol.trajectories import actions_entry, check_actions, columns_of
 
+_Placing = Callable[[torch.Tensor], torch.Tensor]
 IndexName = Literal["agent_of_slot", "slot_of_agent", "type_of_agent"]
 
 
@@ -68,9 +69,13 @@ class Block:
 
     def grid(self, rows: torch.Tensor) -> torch.Tensor:
         """Joint rows [B, N_b, …] → grid [G, B, S, …]; a view where every slot has an agent."""
+        if rows.requires_grad and not self.is_full:
+            placed: torch.Tensor = _Placed.apply(rows, self.grid, self.rows)
+            return placed
         if not self.is_full:
             padding = rows.new_zeros(rows.shape[0], 1, *rows.shape[2:])
-            rows = torch.cat([rows, padding], dim=1)[:, self.on(rows.device, "agent_of_slot")]
+            place = self.on(rows.device, "agent_of_slot") + 1
+            rows = torch.cat([padding, rows], dim=1).index_select(1, place)
         return rows.reshape(rows.shape[0], self.groups, self.slots, *rows.shape[2:]).transpose(0, 1)
 
     def see(self, observations: Observations) -> ObservationGrid:
@@ -83,10 +88,25 @@ class Block:
 
     def rows(self, grid: torch.Tensor) -> torch.Tensor:
         """Grid [G, B, S, …] → joint rows [B, N_b, …]: the inverse of `grid`."""
-        rows = grid.transpose(0, 1).flatten(1, 2)
         if self.is_full:
-            return rows
-        return rows[:, self.on(rows.device, "slot_of_agent")]
+            return grid.transpose(0, 1).flatten(1, 2)
+        if grid.requires_grad:
+            placed: torch.Tensor = _Placed.apply(grid, self.rows, self.grid)
+            return placed
+        return grid.transpose(0, 1).flatten(1, 2).index_select(1, self.on(grid.device, "slot_of_agent"))
+
+
+class _Placed(torch.autograd.Function):
+    """`Block.grid` or `Block.rows`, of which each is the other's gradient: autograd would add rows up one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, there: _Placing, back: _Placing) -> torch.Tensor:
+        ctx.back = back
+        return there(x.detach())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.back(gradient), None, None
 
 
 @dataclass(frozen=True)

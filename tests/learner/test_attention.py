@@ -29,10 +29,7 @@ def test_the_mixture_is_made_with_these_weights(context: Context, sharing: Param
     assert critic.others is not None
     grids = [b.grid(x.dense()).flatten(1, 2) for b, x in zip(critic.layout.blocks, rows.observations, strict=True)]
     mixed = critic.contexts(critic.encode(grids), rows)[0]
-    parts = [
-        part.unflatten(1, (4, block.slots)).movedim(1, 0).flatten(1, 2)
-        for block, part in zip(critic.layout.blocks, mixed, strict=True)
-    ]
+    parts = [block.joint(part) for block, part in zip(critic.layout.blocks, mixed, strict=True)]
     weights = critic.attention(rows)
     assert weights is not None
     values = torch.cat(
@@ -43,13 +40,13 @@ def test_the_mixture_is_made_with_these_weights(context: Context, sharing: Param
 
 
 def _values(block: Block, scene: Scene | FewActions) -> torch.Tensor:
-    """What every slot of a block sees of every entity, [B, G·S, K, H]."""
+    """What every agent of a block sees of every entity, [B, N_b, K, H]."""
     if isinstance(scene, FewActions):
         values = torch.einsum("kagr,kah->grkh", scene.shares, scene.values)
-        return values.unflatten(1, (-1, block.slots)).movedim(1, 0).flatten(1, 2)
+        return block.joint(values)
     values = scene.values.entities.unsqueeze(1)
     if scene.values.actions is None or scene.share is None:
-        return values.expand(-1, block.groups * block.slots, -1, -1)
+        return values.expand(-1, block.num_agents, -1, -1)
     own = scene.values.actions[scene.own]
     return values + scene.share.mT.unsqueeze(-1) * (values - own.unsqueeze(2))
 
@@ -64,25 +61,22 @@ def test_types_are_means_over_their_active_agents(context: Context, sharing: Par
     weights, found = critic.attention(rows), attention_by_type(critic, rows)
     assert weights is not None
     assert found is not None
-    slots = [int(place) for b in layout.blocks for place in b.agent_of_slot]
-    owners = [b for b, block in enumerate(layout.blocks) for _ in block.agent_of_slot]
+    places = [(b, place) for b, block in enumerate(layout.blocks) for place in range(block.num_agents)]
     targets = [
         block.types[int(m)]
         for block in layout.blocks
         for m in (block.type_of_agent if context == "agents" else range(len(block.types)))
     ]
     expected, seen = np.zeros((3, 3)), np.zeros(3)
-    for slot, (b, place) in enumerate(zip(owners, slots, strict=True)):
-        if place < 0:
-            continue
+    for agent, (b, place) in enumerate(places):
         own = layout.blocks[b].types[int(layout.blocks[b].type_of_agent[place])]
         for row in range(5):
             if rows.active[b][row, place]:
                 seen[own] += 1
                 for entity, target in enumerate(targets):
-                    expected[own, target] += float(weights[row, slot, entity])
+                    expected[own, target] += float(weights[row, agent, entity])
     np.testing.assert_allclose(found, expected / seen[:, None], atol=1e-5)
-    assert len(agents_of(layout)) == sum(place >= 0 for place in slots)
+    assert len(agents_of(layout)) == len(places)
 
 
 @pytest.mark.usefixtures("both_ways")

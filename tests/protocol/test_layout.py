@@ -32,6 +32,18 @@ def test_rows_undo_grid(shapes: list[tuple[int, int, int]], sharing: ParameterSh
         assert torch.equal(block.rows(grid), rows)
 
 
+@settings(max_examples=20, deadline=None)
+@given(types, sharings, st.integers(1, 3))
+def test_gradients_go_back_to_where_numbers_came_from(
+    shapes: list[tuple[int, int, int]], sharing: ParameterSharing, batch: int
+) -> None:
+    for block in layout_of(shapes, sharing).blocks:
+        rows = torch.rand(batch, block.num_agents, 2, dtype=torch.float64, requires_grad=True)
+        grid = block.grid(rows.detach()).clone().requires_grad_()
+        assert torch.autograd.gradcheck(block.grid, rows)
+        assert torch.autograd.gradcheck(block.rows, grid)
+
+
 @settings(max_examples=40, deadline=None)
 @given(types, sharings)
 def test_a_grid_holds_each_agent_once_and_zeros_elsewhere(
