@@ -70,14 +70,14 @@ class Policy(nn.Module):
             grid = block.see(seen.to(device))
             if block.discrete:
                 logits, options = self.logits(b, grid)
-                logits, options = block.joint(logits), options.map(block.joint)
+                log_policy, options = log_softmax(block.joint(logits)), options.map(block.joint)
                 if greedy:
-                    chosen = logits.argmax(-1)
+                    chosen = log_policy.argmax(-1)
                 else:
-                    numbers = torch.rand(logits.shape[:-1], generator=generator)
-                    chosen = draw(logits, numbers.to(device, non_blocking=True))
+                    numbers = torch.rand(log_policy.shape[:-1], generator=generator)
+                    chosen = draw(log_policy, numbers.to(device, non_blocking=True))
                 action = options.action(chosen)
-                chance = log_softmax(logits).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+                chance = log_policy.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
             else:
                 output = block.rows(self.outputs(b, grid))
                 if greedy:
@@ -126,13 +126,13 @@ class UniformPolicy:
         ]
 
 
-def draw(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Options [...] from softmax(logits [..., D]) by one uniform number each, [...]: the first whose cumulated share
-    exceeds it.
+def draw(log_policy: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Options [...] of these log-probabilities [..., D] by one uniform number each, [...]: the first whose cumulated
+    share exceeds it.
 
     An option of probability 0 adds nothing to the share and so is never the first.
     """
-    shares = log_softmax(logits).exp().cumsum(-1)
+    shares = log_policy.exp().cumsum(-1)
     threshold = numbers * shares[..., -1]
     return (shares <= threshold.unsqueeze(-1)).sum(-1)
 

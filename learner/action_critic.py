@@ -22,6 +22,7 @@ from learner.mixture import Scene
 from learner.replay import Batch
 from protocol.layout import Block, JointRows
 from protocol.networks.grid import ObservationGrid
+from protocol.networks.options import log_softmax
 
 
 class ActionCritic(Critic):
@@ -165,4 +166,4 @@ class ActionActorCritic(ActorCritic):
         options = seen.options()
         logits = options.logits(output)
         numbers = torch.rand(logits.shape[:-1], generator=self._generator).to(logits.device, non_blocking=True)
-        return options.action(draw(logits, numbers)), logits
+        return options.action(draw(log_softmax(logits), numbers)), logits

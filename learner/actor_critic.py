@@ -27,7 +27,7 @@ from protocol.allocator import keep_freed_memory
 from protocol.device import moved, numbers_at_once, rounding
 from protocol.layout import Block, JointRows, Layout
 from protocol.networks.grid import ObservationGrid, Tile
-from protocol.networks.options import Options
+from protocol.networks.options import Options, log_softmax
 from protocol.networks.stacked import StackedMLP
 from protocol.observations import Observations
 
@@ -207,7 +207,7 @@ class ActorCritic:
         for b, block in enumerate(self.layout.blocks):
             for tile, output in _stack(self.target_policy.networks, b).outputs(observations[b]):
                 logits[b][tile] = options[b][tile].logits(output)
-            actions.append(block.joint(options[b].action(draw(logits[b], numbers[b]))))
+            actions.append(block.joint(options[b].action(draw(log_softmax(logits[b]), numbers[b]))))
         rows = JointRows(batch.next_observations, actions, batch.next_active)
         encoded = self.target_critic.encode(observations)
         contexts = self.target_critic.contexts(encoded, rows)

@@ -230,7 +230,7 @@ class ClippedActorCritic:
             if block.discrete:
                 logits, options = self.policy.logits(b, seen)
                 numbers = torch.rand(logits.shape[:-1], generator=self._generator)
-                chosen = draw(logits, numbers.to(self.device, non_blocking=True))
+                chosen = draw(log_softmax(logits), numbers.to(self.device, non_blocking=True))
                 drawn.append(block.joint(options.action(chosen)))
             else:
                 drawn.append(gaussian.draw(block.rows(self.policy.outputs(b, seen).float()), self._generator)[0])
