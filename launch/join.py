@@ -90,9 +90,9 @@ def join(path: Path, actors: int) -> int:
             keys_file=str(Path(private, "keys.json")) if keys is not None else "",
         )
         stopped = StopRequests()
-        stopped.install()
         print(f"joining the run of {plan.control} with {', '.join(f'actor-{index}' for index in indices)}", flush=True)
-        follow(plan, node, stopped, lambda line: print(line, flush=True))
+        with stopped.heard():
+            follow(plan, node, stopped, lambda line: print(line, flush=True))
     print("left")
     return 0
 

@@ -24,8 +24,7 @@ def main() -> int:
     bind_to_parent(os.getppid())
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     stopped = StopRequests()
-    stopped.install()
-    with tempfile.TemporaryDirectory(prefix="bm3il-") as private:  # only its owner may enter it
+    with stopped.heard(), tempfile.TemporaryDirectory(prefix="bm3il-") as private:  # only its owner may enter it
         try:
             plan, node = rendezvous.meet(Path(private))
             return _run(plan, node, stopped)

@@ -92,9 +92,8 @@ def _check_devices(config: Config) -> None:
 
 def _run(config: Config, spec: EnvironmentSpec, folder: Path) -> int:
     progress, stopped = Progress(), StopRequests()
-    with run_folder.locked(folder):
+    with run_folder.locked(folder), stopped.heard():
         (folder / "result.json").unlink(missing_ok=True)
-        stopped.install()
         try:
             if config.mode == "serial":
                 outcome = _run_serial(config, spec, folder, progress, stopped)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,10 +34,15 @@ class StopRequests:
     def __init__(self) -> None:
         self.count = 0
 
-    def install(self) -> None:
-        """Take over Ctrl-C and SIGTERM."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: self.add())
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Take over Ctrl-C and SIGTERM, and give them back."""
+        before = {number: signal.signal(number, lambda *_: self.add()) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def add(self) -> None:
         """One more."""

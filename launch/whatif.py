@@ -201,9 +201,8 @@ def main(run: Path, environment: str, seeds: int, steps: int, jobs: int, episode
         replace(config, seed=seed, run=name, runs_folder=str(question.folder)) for seed, name in enumerate(places, 1)
     ]
     console, stopped = Console(highlight=False, soft_wrap=True), StopRequests()
-    with _held(question.folder):
+    with _held(question.folder), stopped.heard():
         folders = _opened(configs)
-        stopped.install()
         console.print(f"{question.folder}: {seeds} runs of {steps:,} steps in {question.after_spec.name}", markup=False)
         with Board(folders, _iterations(question, config), console) as board:
             failed = run_all(folders, jobs, stopped, board.show)

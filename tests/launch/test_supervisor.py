@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -214,3 +215,11 @@ def test_the_processes_of_a_lost_node_go_on_here(tmp_path: Path, telemetry: Tele
     supervisor.adopt(1)
     watch(supervisor, lambda: log.exists() and "'actor', 'index': 0, 'node': 0" in log.read_text())
     end(supervisor)
+
+
+def test_signals_are_given_back_once_a_run_has_ended() -> None:
+    stopped, before = StopRequests(), signal.getsignal(signal.SIGTERM)
+    with stopped.heard():
+        signal.raise_signal(signal.SIGTERM)
+    assert stopped.count == 1
+    assert signal.getsignal(signal.SIGTERM) is before
