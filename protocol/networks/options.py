@@ -9,7 +9,7 @@ import torch
 
 FORBIDDEN_LOGIT = -1e9
 """Of an action that is not allowed: its probability is exactly 0, and 0·log 0 stays finite."""
-NARROW = 16
+SHORT_AXIS = 16
 """Along an axis of so few numbers a CPU takes them one by one; across it, many rows at once."""
 
 
@@ -18,7 +18,7 @@ def log_softmax(logits: torch.Tensor) -> torch.Tensor:
 
     The last bits of a row may depend on how many there are.
     """
-    if logits.dim() > 1 and logits.shape[-1] <= NARROW and logits.device.type == "cpu":
+    if logits.dim() > 1 and logits.shape[-1] <= SHORT_AXIS and logits.device.type == "cpu":
         return logits.mT.log_softmax(-2).mT
     return logits.log_softmax(-1)
 

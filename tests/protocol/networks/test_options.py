@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from protocol.layout import Layout
-from protocol.networks.options import FORBIDDEN_LOGIT, NARROW, Options, log_softmax
+from protocol.networks.options import FORBIDDEN_LOGIT, SHORT_AXIS, Options, log_softmax
 from protocol.registry import make_environment
 
 TOWN = "berlin?types=2&agents=6&sight=near"
@@ -53,7 +53,7 @@ def test_numbers_and_actions_are_each_others_inverse() -> None:
         assert count > int(number.max())
 
 
-@pytest.mark.parametrize("options", [1, 5, NARROW, NARROW + 1])
+@pytest.mark.parametrize("options", [1, 5, SHORT_AXIS, SHORT_AXIS + 1])
 @pytest.mark.parametrize("shape", [(), (7,), (2, 3, 7)])
 def test_few_options_make_no_difference_to_their_probabilities(shape: tuple[int, ...], options: int) -> None:
     logits = torch.randn(*shape, options, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
