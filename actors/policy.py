@@ -70,9 +70,10 @@ class Policy(nn.Module):
             grid = block.see(seen.to(device))
             if block.discrete:
                 logits, options = self.logits(b, grid)
-                log_policy, options = log_softmax(block.joint(logits)), options.map(block.joint)
+                logits, options = block.joint(logits), options.map(block.joint)
+                log_policy = log_softmax(logits)
                 if greedy:
-                    chosen = log_policy.argmax(-1)
+                    chosen = logits.argmax(-1)
                 else:
                     numbers = torch.rand(log_policy.shape[:-1], generator=generator)
                     chosen = draw(log_policy, numbers.to(device, non_blocking=True))

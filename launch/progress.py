@@ -102,9 +102,9 @@ def _rows(learner: Status | None) -> list[tuple[str, str]]:
         return [("stage", "starting the processes")]
     values = learner.values
     if "cloning_iterations" in values:
-        rows = [("cloning", f"{values.get('cloning_iteration', 0):.0f}/{values['cloning_iterations']:.0f}")]
-        left = values.get("cloning_left_seconds")
-        return rows if left is None else [*rows, ("left", _duration(left))]
+        rows = [("cloning", f"{values['cloning_iteration']:.0f}/{values['cloning_iterations']:.0f}")]
+        still = values["cloning_left_seconds"]
+        return [*rows, ("left", _duration(still))] if math.isfinite(still) else rows
     if "iteration" not in values:
         return [("stage", f"{learner.stage} ({values.get('stage_seconds', 0.0):.0f} s)")]
     rows = [("iteration", f"{values['iteration']:.0f}/{values.get('iterations', 0):.0f}")]

@@ -42,7 +42,7 @@ class StopRequests:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, handler or signal.SIG_DFL)  # None is a handler that Python did not set
 
     def add(self) -> None:
         """One more."""

@@ -114,7 +114,7 @@ class ActionActorCritic(ActorCritic):
                     figures = {"policy_loss": policy_loss} | self._entropy(policy_loss, temperature)
                 else:
                     taken = self.critic.of(b, observations, actions, scene).float()
-                    seen = None if scene is None else scene.detach()
+                    seen = scene.detach() if isinstance(scene, Scene) else None
                     figures = self._improve_continuous(b, observations, seen, temperature, weight)
                 loss = loss + (weight * (taken - target) ** 2).sum()
                 for name, value in figures.items():
@@ -127,7 +127,7 @@ class ActionActorCritic(ActorCritic):
         self,
         b: int,
         observations: ObservationGrid,
-        scene: Scene | FewActions | None,
+        scene: Scene | None,
         temperature: float | torch.Tensor,
         weight: torch.Tensor,
     ) -> dict[str, torch.Tensor]:

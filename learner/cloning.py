@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Sequence
 from operator import itemgetter
@@ -22,6 +23,9 @@ from protocol.layout import JointRows, Layout
 from protocol.networks.options import log_softmax
 from protocol.seeds import derive_seed
 from protocol.telemetry import Telemetry
+
+SHOWN = "cloning_iteration", "cloning_iterations", "cloning_left_seconds"
+"""The numbers of a status while a run's first policy is made."""
 
 
 class Cloning:
@@ -92,14 +96,12 @@ def clone(
     try:
         for iteration in range(run.iterations):
             abort()
-            shown: dict[str, float] = {"cloning_iteration": iteration, "cloning_iterations": run.iterations}
-            if iteration:
-                shown["cloning_left_seconds"] = (time.monotonic() - began) / iteration * (run.iterations - iteration)
-            telemetry.numbers |= shown
+            left = (time.monotonic() - began) / iteration * (run.iterations - iteration) if iteration else math.inf
+            telemetry.numbers |= dict(zip(SHOWN, (iteration, run.iterations, left), strict=True))
             run.iterate(iteration / run.iterations, abort)
     finally:
-        for name in [name for name in telemetry.numbers if name.startswith("cloning_")]:
-            del telemetry.numbers[name]
+        for name in SHOWN:
+            telemetry.numbers.pop(name, None)
     run.finish()
 
 

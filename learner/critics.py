@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from learner.few_actions import FEW_ACTIONS, FewActions
-from learner.mean_field import MeanField, action_vectors, mean_actions
+from learner.mean_field import MeanField, action_vectors, mean_actions, total_actions
 from learner.mixture import Projected, Scene
 from protocol.layout import Block, JointRows, Layout
 from protocol.networks.grid import ObservationGrid
@@ -173,7 +173,7 @@ class Attention(nn.Module):
         """ã^i [G, B·S, H] of the agents e^i of one block, who see this scene."""
         queries = encoded if scene.keys is None else encoded @ self.query
         if isinstance(scene, FewActions):
-            return scene.mix(queries, self.heads)
+            return scene.mix(queries.flatten(0, 1), self.heads).view_as(queries)
         block = self.layout.blocks[b]
         return block.grid(scene.mix(block.joint(queries), self.heads)).flatten(1, 2)
 
@@ -184,7 +184,8 @@ class Attention(nn.Module):
             if scene.keys is None:
                 return None
             if isinstance(scene, FewActions):
-                found.append(block.joint(scene.weights(agents @ self.query, self.heads)))
+                weights = scene.weights((agents @ self.query).flatten(0, 1), self.heads)
+                found.append(block.joint(weights.unflatten(0, agents.shape[:2])))
             else:
                 found.append(scene.weights(block.joint(agents @ self.query), self.heads))
         return _side_by_side(found)
@@ -192,7 +193,7 @@ class Attention(nn.Module):
     def scenes(self, rows: JointRows) -> Sequence[Scene | FewActions]:
         """What the agents of each block see the others do in these rows."""
         if self._few_actions:
-            return self._of_few_actions(*_means(self.layout, rows), rows)
+            return self._of_few_actions(rows)
         scene, ends = self._scene(rows), list(accumulate(self._sizes))
         return [scene.of(slice(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
 
@@ -212,37 +213,37 @@ class Attention(nn.Module):
             entities, present = self._agents(rows)
             keys, values = Projected(entities @ self._scaled_key), Projected(entities @ self.value)
             return Scene(keys, values, present.unsqueeze(2) & ~self.own)
-        means, number = _means(self.layout, rows)
+        means, counts = zip(*map(mean_actions, self.layout.blocks, rows.actions, rows.active), strict=True)
         of_types = None if self.context == "uniform_types" else self._types(means, rows, self._scaled_key)
         values = self._types(means, rows, self.value)
-        number = number.unsqueeze(2)
+        number = torch.cat(counts, dim=1).unsqueeze(2)
         if not self._leaves_out_own:
             return Scene(of_types, values, (number > 0) & ~self.own if self._hides_own else number > 0)
         taken = _side_by_side(rows.active).unsqueeze(1) & self.own  # an inactive agent is in no mean
         left = number - taken.to(number.dtype)
         return Scene(of_types, values, left > 0, taken / left.clamp(min=1), self._own_actions(rows))
 
-    def _of_few_actions(
-        self, means: Sequence[torch.Tensor], number: torch.Tensor, rows: JointRows
-    ) -> Sequence[FewActions]:
-        """What the agents of each block see of types' means [B, M_b, A_b], of so many active agents each, [B, K]."""
+    def _of_few_actions(self, rows: JointRows) -> list[FewActions]:
+        """What the agents of each block see of the types' mean actions."""
         keys = None if self.context == "uniform_types" else self._tables(self._scaled_key)
         values = self._tables(self.value)
-        padded = [functional.pad(mean, (0, self._most_actions - mean.shape[2])) for mean in means]
-        totals = (torch.cat(padded, dim=1) * number.unsqueeze(2)).permute(1, 2, 0)[:, :, None, :, None]
-        action = torch.arange(self._most_actions, device=totals.device).view(-1, 1, 1, 1)
-        scenes = []
-        owns = self.own.split(self._sizes, dim=1)
+        found = map(total_actions, self.layout.blocks, rows.actions, rows.active)
+        totals, counts = zip(*found, strict=True)
+        padded = [functional.pad(total, (0, self._most_actions - total.shape[2])) for total in totals]
+        of_types = torch.cat(padded, dim=1).permute(1, 2, 0)[:, :, None, :, None]
+        number = torch.cat(counts, dim=1).mT[:, None, :, None]
+        action = torch.arange(self._most_actions, device=number.device).view(-1, 1, 1, 1)
+        scenes, owns = [], self.own.split(self._sizes, dim=1)
         for block, actions, active, own in zip(self.layout.blocks, rows.actions, rows.active, owns, strict=True):
             own = block.grid(own).movedim(1, 0).unsqueeze(2)
-            left, shares = number.mT[:, None, :, None].expand(-1, block.groups, -1, block.slots), totals
+            left, shares = number.expand(-1, block.groups, -1, block.slots), of_types
             if self._leaves_out_own:
                 taken = block.grid(active) & own  # an inactive agent is in no mean
                 left = left - taken.to(left.dtype)
-                shares = totals - (taken.unsqueeze(1) & (block.grid(actions) == action)).to(totals.dtype)
-            shares = (shares / left.clamp(min=1).unsqueeze(1)).flatten(3)
+                shares = of_types - (taken.unsqueeze(1) & (block.grid(actions) == action)).to(of_types.dtype)
             visible = (left > 0) & ~own if self._hides_own else left > 0
-            scenes.append(FewActions(keys, values, shares, visible.flatten(2)))
+            shares = shares / left.clamp(min=1).unsqueeze(1)
+            scenes.append(FewActions(keys, values, shares.flatten(2), visible.flatten(1)))
         return scenes
 
     def _tables(self, projection: torch.Tensor) -> torch.Tensor:
@@ -293,12 +294,6 @@ class Attention(nn.Module):
             numbers.append(number + before)
             before += count
         return _side_by_side(numbers)
-
-
-def _means(layout: Layout, rows: JointRows) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
-    """The mean actions of each block's types [B, M_b, A_b], and of how many active agents, [B, K]."""
-    means, counts = zip(*map(mean_actions, layout.blocks, rows.actions, rows.active), strict=True)
-    return means, torch.cat(counts, dim=1)
 
 
 def _side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor:

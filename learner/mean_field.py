@@ -21,19 +21,26 @@ def action_vectors(block: Block, actions: torch.Tensor) -> torch.Tensor:
 def mean_actions(block: Block, actions: torch.Tensor, active: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """ā_m, the mean over the active agents of type m of their action vectors.
 
+    Arguments and counts as in `total_actions`; returns ([B, M_b, A], counts); the mean of none is 0.
+    """
+    totals, counts = total_actions(block, actions, active)
+    return totals / counts.clamp(min=1).unsqueeze(-1), counts
+
+
+def total_actions(block: Block, actions: torch.Tensor, active: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sums over the active agents of each type of their action vectors.
+
     actions: [B, N_b] int64 or [B, N_b, A] float32. active: [B, N_b] bool.
-    Returns ([B, M_b, A], [B, M_b] floating point: the number of active agents; the mean of none is 0).
+    Returns ([B, M_b, A], [B, M_b] floating point: the number of active agents).
     """
     # Sums by index and not by a product with a membership matrix, which bfloat16 would round beyond 256 agents.
     type_of_agent = block.on(active.device, "type_of_agent")
     counts = torch.zeros(len(active), len(block.types), device=active.device)
     counts.index_add_(1, type_of_agent, active.to(counts.dtype))
     if block.discrete:
-        totals = _count_actions(block, actions, active)
-    else:
-        totals = counts.new_zeros(*counts.shape, block.action_dim)
-        totals.index_add_(1, type_of_agent, (actions * active.unsqueeze(-1)).to(counts.dtype))
-    return totals / counts.clamp(min=1).unsqueeze(-1), counts
+        return _count_actions(block, actions, active), counts
+    totals = counts.new_zeros(*counts.shape, block.action_dim)
+    return totals.index_add_(1, type_of_agent, (actions * active.unsqueeze(-1)).to(counts.dtype)), counts
 
 
 def _count_actions(block: Block, actions: torch.Tensor, active: torch.Tensor) -> torch.Tensor:

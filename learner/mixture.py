@@ -52,12 +52,12 @@ class Scene:
     share: torch.Tensor | None = None
     own: torch.Tensor | None = None
 
-    def of(self, slots: slice) -> Scene:
+    def of(self, agents: slice) -> Scene:
         """As these agents see it."""
-        visible = self.visible if self.visible.shape[2] == 1 else self.visible[:, :, slots]
+        visible = self.visible if self.visible.shape[2] == 1 else self.visible[:, :, agents]
         if self.share is None or self.own is None:
             return replace(self, visible=visible)
-        return replace(self, visible=visible, share=self.share[:, :, slots], own=self.own[:, slots])
+        return replace(self, visible=visible, share=self.share[:, :, agents], own=self.own[:, agents])
 
     def detach(self) -> Scene:
         """Itself as a constant."""
@@ -119,7 +119,7 @@ class _Mixture(torch.autograd.Function):
         mixed = torch.empty_like(queries, memory_format=torch.contiguous_format)
         weights = queries.new_empty(heads, len(queries), keys.shape[1], queries.shape[1])
         work = _Work(queries, heads)
-        for rows in tiles(queries):
+        for rows in _tiles(queries):
             scores = work.products(queries[rows], _seen(k, share, own, rows))
             weights[:, rows] = _softmax(scores, visible[rows])
             work.combine(mixed[rows], weights[:, rows], _seen(v, share, own, rows))
@@ -137,7 +137,7 @@ class _Mixture(torch.autograd.Function):
             _room_for_gradient(y) if any(ctx.needs_input_grad[i : i + 2]) else None for y, i in ((k, 1), (v, 3))
         )
         work = _Work(queries, len(weights))
-        for rows in tiles(queries):
+        for rows in _tiles(queries):
             w, q, d = weights[:, rows], queries[rows], gradient[rows]
             of_keys, of_values = _seen(k, share, own, rows), _seen(v, share, own, rows)
             d_weights = work.products(d, of_values)
@@ -151,7 +151,7 @@ class _Mixture(torch.autograd.Function):
         return d_queries, *gradients[0], *gradients[1], None, None, None, None
 
 
-def tiles(agents: torch.Tensor) -> Iterator[slice]:
+def _tiles(agents: torch.Tensor) -> Iterator[slice]:
     """Rows of an array [B, n, H] that are worked on together."""
     batch, count, width = agents.shape
     height = max(1, TILE_NUMBERS // (count * width) if agents.device.type == "cpu" else batch)

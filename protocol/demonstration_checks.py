@@ -11,8 +11,8 @@ from protocol.observations import Form, Observations, forms
 from protocol.specs import ArrayTable, EnvironmentSpec, TypeSpec
 from protocol.trajectories import columns_of
 
-MASKS_AT_ONCE = 1 << 26
-"""Bytes of masks that are looked up at a time: those of a day of thousands of agents are gigabytes."""
+NUMBERS_AT_ONCE = 1 << 25
+"""Observed numbers and action masks that are looked at together: those of a day of thousands of agents are billions."""
 OWN, SHARED = "observed values are not finite", "values that all observe are not finite"
 FORBIDDEN = "actions are forbidden by their masks"
 
@@ -86,7 +86,7 @@ def without_forbidden(spec: EnvironmentSpec, arrays: Mapping[str, np.ndarray]) -
 
 def _parts(form: Form, rows: int) -> Iterator[slice]:
     """Rows that are looked at together."""
-    height = max(1, MASKS_AT_ONCE // max(1, form.agents * form.action_dim))
+    height = max(1, NUMBERS_AT_ONCE // (form.agents * (form.own + form.action_dim) + form.shared))
     for first in range(0, rows, height):
         yield slice(first, first + height)
 

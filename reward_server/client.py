@@ -31,8 +31,9 @@ from protocol.specs import ArrayTable
 from reward_server.model import Model
 
 OVERLOAD_PAUSE_SECONDS = 0.05
-AGENTS_AT_ONCE = 500_000
-"""Of the rows that a session begins with, in one message: some ten megabytes."""
+ROWS_AT_ONCE, AGENTS_AT_ONCE = 10_000, 500_000
+"""Of the rows that a session begins with, in one message: fewer than a server takes, and, of agents that are described
+by twenty bytes, ten megabytes."""
 STATE = "state"
 """The note of a `Done` that carries the arrays of a state."""
 
@@ -185,7 +186,8 @@ class RemoteRewards:
         self._session, self.lag, self._newest_version = session, 0, 0
         self._request(Begin(session, state is not None, kept.capacity, kept.first), state)
         if kept.rows is not None:
-            height = max(1, AGENTS_AT_ONCE // sum(active.shape[1] for active in kept.rows.active))
+            num_agents = sum(active.shape[1] for active in kept.rows.active)
+            height = max(1, min(ROWS_AT_ONCE, AGENTS_AT_ONCE // num_agents))
             for part in torch.arange(len(kept.rows)).split(height):
                 self.hold(kept.rows.select(part))
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,10 @@ def test_the_summary_says_what_is_known(tmp_path: Path, result: dict[str, object
     ("values", "expected"),
     [
         ({"stage_seconds": 3.2}, "stage update (3 s)\n"),
-        ({"cloning_iteration": 0.0, "cloning_iterations": 40.0}, "cloning 0/40\n"),
+        (
+            {"cloning_iteration": 0.0, "cloning_iterations": 40.0, "cloning_left_seconds": math.inf},
+            "cloning 0/40\n",
+        ),
         (
             {"cloning_iteration": 3.0, "cloning_iterations": 40.0, "cloning_left_seconds": 61.0},
             "cloning 3/40  left 1:01\n",

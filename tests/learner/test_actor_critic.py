@@ -11,7 +11,7 @@ import torch
 from slow_reference import agents_of, log_policy, q_values, random_batch, spec_of
 
 from actors.policy import Policy
-from learner import actor_critic, mixture
+from learner import actor_critic, few_actions, mixture
 from learner.actor_critic import ActorCritic, Schedule
 from learner.critics import Context, Critic
 from learner.figures import Figures
@@ -145,11 +145,12 @@ def test_row_blocks_do_not_change_the_gradient(monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("sharing", ["agent", "type"])
 def test_tiles_do_not_change_the_gradient(sharing: ParameterSharing, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = random_batch(UNEVEN_LAYOUTS[sharing], 50, 2)
     whole = gradients(build(sharing), batch, monkeypatch)
-    for module in (stacked, mixture):
+    for module in (stacked, mixture, few_actions):
         monkeypatch.setattr(module, "TILE_NUMBERS", 7 * HIDDEN)
     for name, gradient in gradients(build(sharing), batch, monkeypatch).items():
         torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=name)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from slow_reference import agents_of, random_rows, spec_of
 
+from learner import critics
 from learner.attention import attention_by_type
 from learner.critics import Context, Critic
 from learner.few_actions import FewActions
@@ -32,9 +33,10 @@ def test_the_mixture_is_made_with_these_weights(context: Context, sharing: Param
     parts = [block.joint(part) for block, part in zip(critic.layout.blocks, mixed, strict=True)]
     weights = critic.attention(rows)
     assert weights is not None
-    values = torch.cat(
-        [_values(*seen) for seen in zip(critic.layout.blocks, critic.others.scenes(rows), strict=True)], 1
-    )
+    scenes = critic.others.scenes(rows)
+    few = context == "types" and critics.FEW_ACTIONS > 0
+    assert all(isinstance(scene, FewActions) == few for scene in scenes)
+    values = torch.cat([_values(*seen) for seen in zip(critic.layout.blocks, scenes, strict=True)], 1)
     found = (weights.unsqueeze(-1) * values).sum(2)
     torch.testing.assert_close(found, torch.cat(parts, dim=1), atol=1e-5, rtol=1e-4)
 
@@ -42,7 +44,7 @@ def test_the_mixture_is_made_with_these_weights(context: Context, sharing: Param
 def _values(block: Block, scene: Scene | FewActions) -> torch.Tensor:
     """What every agent of a block sees of every entity, [B, N_b, K, H]."""
     if isinstance(scene, FewActions):
-        values = torch.einsum("kagr,kah->grkh", scene.shares, scene.values)
+        values = torch.einsum("kar,kah->rkh", scene.shares, scene.values).unflatten(0, (block.groups, -1))
         return block.joint(values)
     values = scene.values.entities.unsqueeze(1)
     if scene.values.actions is None or scene.share is None:

@@ -35,7 +35,7 @@ Header = dict[str, Any]
 @pytest.fixture(autouse=True)
 def few_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small files, too, are checked in several parts."""
-    monkeypatch.setattr(demonstration_checks, "MASKS_AT_ONCE", 4 * 3 * 5)
+    monkeypatch.setattr(demonstration_checks, "NUMBERS_AT_ONCE", 4 * 3 * (4 + 5))
 
 
 @pytest.fixture

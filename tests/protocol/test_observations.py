@@ -538,7 +538,7 @@ def test_untrusted_descriptions_are_refused(place: tuple[Any, ...], value: Any) 
 @pytest.fixture(autouse=True)
 def few_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small files, too, are checked in several parts."""
-    monkeypatch.setattr(demonstration_checks, "MASKS_AT_ONCE", 100)
+    monkeypatch.setattr(demonstration_checks, "NUMBERS_AT_ONCE", 100)
 
 
 def recorded(name: str) -> Demonstrations:

@@ -18,6 +18,7 @@ from protocol.layout import JointRows, Layout
 from protocol.messages import Query, Sender
 from protocol.specs import EnvironmentSpec, TypeSpec
 from protocol.telemetry import Telemetry
+from reward_server import client as module
 from reward_server.client import Kept, LocalRewards, RemoteRewards, RewardService
 from reward_server.model import Model, TrueRewards
 from reward_server.particles import RewardModel, state_table
@@ -126,8 +127,13 @@ def test_remote_and_local_give_the_same_bits_and_a_state_continues(tmp_path: Pat
         assert server.metric("particles_version") == 6
 
 
-def test_rows_that_are_named_are_those_that_were_shown(tmp_path: Path) -> None:
-    """Queries by number and by value give the same bits, whatever was overwritten, and after a restart."""
+@pytest.mark.parametrize(("name", "most"), [("ROWS_AT_ONCE", 10), ("AGENTS_AT_ONCE", 30)])
+def test_rows_that_are_named_are_those_that_were_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, most: int
+) -> None:
+    """Queries by number and by value give the same bits, whatever was overwritten, and after a restart, which brings
+    the rows in several messages."""
+    monkeypatch.setattr(module, name, most)
     shown = [some_rows(rows, seed) for seed, rows in enumerate((12, 20, 7))]
     with running(tmp_path) as server:
         remote = server.client()
