@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from matplotlib.ticker import EngFormatter
 
 CURVE_COLOR, EXPERT_COLOR, RANDOM_COLOR, TEXT_COLOR = "#1f5fa8", "#2e8b57", "#9a9a9a", "#333333"
 CLONE_COLOR = "#b5651d"
+TITLE_CHARACTERS = 68
+"""In a line: an environment's name, with all its options, may be longer than the picture is wide."""
 
 
 def draw_curve(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any], path: Path) -> None:
@@ -59,7 +62,9 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any], pat
             fontsize=10,
             fontweight="bold",
         )
-    axes.set_title(f"{result.get('algorithm', '')} on {result.get('environment', '')}", loc="left", color=TEXT_COLOR)
+    title = f"{result.get('algorithm', '')} on {result.get('environment', '')}"
+    lines_of_title = textwrap.fill(title.replace("&", "& "), TITLE_CHARACTERS).replace("& ", "&")
+    axes.set_title(lines_of_title, loc="left", color=TEXT_COLOR)
     if clone is not None and random is not None:
         unit += f"  (random policy: {random:.1f})"
     axes.set_xlabel(unit, color=TEXT_COLOR)
