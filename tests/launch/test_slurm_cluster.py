@@ -103,6 +103,7 @@ def test_a_lost_node_does_not_end_the_job(slurm: SlurmCluster, tmp_path: Path, a
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # several waits, each with its deadline
 def test_a_job_whose_first_node_is_lost_comes_back(slurm: SlurmCluster, tmp_path: Path, alone: dict[str, Any]) -> None:
     job = Job(slurm, tmp_path, "--learner.deadline-seconds", "10")
     job.in_flight()
@@ -115,6 +116,7 @@ def test_a_job_whose_first_node_is_lost_comes_back(slurm: SlurmCluster, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # several waits, each with its deadline
 def test_a_preempted_job_comes_back(slurm: SlurmCluster, tmp_path: Path, alone: dict[str, Any]) -> None:
     job = Job(slurm, tmp_path, *ONLY_WHEN_STOPPED)
     job.in_flight()
@@ -129,6 +131,7 @@ def test_a_preempted_job_comes_back(slurm: SlurmCluster, tmp_path: Path, alone: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # several waits, each with its deadline
 def test_a_job_whose_time_is_nearly_over_requeues_itself(
     slurm: SlurmCluster, tmp_path: Path, alone: dict[str, Any]
 ) -> None:
@@ -142,6 +145,7 @@ def test_a_job_whose_time_is_nearly_over_requeues_itself(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # several waits, each with its deadline
 def test_a_cancelled_job_leaves_a_run_that_can_be_resumed(
     slurm: SlurmCluster, tmp_path: Path, alone: dict[str, Any]
 ) -> None:
