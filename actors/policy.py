@@ -35,18 +35,19 @@ class Policy(nn.Module):
                 (block.observation_dim, *hidden, block.action_dim if block.discrete else 2 * block.action_dim),
                 generator,
                 identity_slots=block.identity_slots,
+                agents=block.agents,
             )
             for block in layout.blocks
         )
 
     def logits(self, block_index: int, seen: ObservationGrid) -> tuple[torch.Tensor, Options]:
-        """Masked logits of a block of discrete actions, [G, B·S, D], and which these are."""
+        """Masked logits of a block of discrete actions, [G, S·B, D], and which these are."""
         options = seen.options()
         return options.logits(self.networks[block_index](seen)), options
 
     def outputs(self, block_index: int, seen: ObservationGrid) -> torch.Tensor:
-        """What the networks of one block say of what agents see: [G, B, S, A], or [G, B, S, 2·A] if continuous."""
-        return self.networks[block_index](seen).unflatten(1, (-1, seen.slots))
+        """What the networks of one block say of what agents see: [G, S, B, A], or [G, S, B, 2·A] if continuous."""
+        return self.networks[block_index](seen).unflatten(1, (seen.slots, seen.steps))
 
     def act(self, now: TimeStep, generator: torch.Generator, greedy: bool = False) -> list[np.ndarray]:
         """Draw actions (or take the likeliest; of continuous ones the centre): per type [E, X_m] int64, or

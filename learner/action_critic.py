@@ -32,7 +32,7 @@ class ActionCritic(Critic):
         return block.observation_dim + block.action_dim, 1
 
     def forward(self, rows: JointRows) -> list[torch.Tensor]:
-        """Joint rows → per block Q of every own action [G, B, S, A], or of the own action taken [G, B, S] if it is
+        """Joint rows → per block Q of every own action [G, S, B, A], or of the own action taken [G, S, B] if it is
         continuous; the others act as they did."""
         values = []
         for b, (block, scene) in enumerate(zip(self.layout.blocks, self.scenes(rows), strict=True)):
@@ -41,7 +41,7 @@ class ActionCritic(Critic):
                 q = self.of_all_actions(b, observations, scene)
             else:
                 q = self.of(b, observations, grid(block, rows.actions[b]), scene)
-            values.append(q.unflatten(1, (len(rows), block.slots)))
+            values.append(q.unflatten(1, (block.slots, len(rows))))
         return values
 
     def scenes(self, rows: JointRows) -> Sequence[Scene | FewActions | None]:
@@ -51,14 +51,14 @@ class ActionCritic(Critic):
     def of(
         self, b: int, observations: ObservationGrid, actions: torch.Tensor, scene: Scene | FewActions | None
     ) -> torch.Tensor:
-        """Q of one block [G, B·S] for what agents see and own action vectors [G, B·S, A]."""
+        """Q of one block [G, S·B] for what agents see and own action vectors [G, S·B, A]."""
         encoded = self.encoders[b](observations, actions)
         if self.others is None or scene is None:
             return self.heads[b](encoded).squeeze(-1)
         return self.heads[b](encoded, self.others.mix(b, encoded, scene)).squeeze(-1)
 
     def of_all_actions(self, b: int, observations: ObservationGrid, scene: Scene | FewActions | None) -> torch.Tensor:
-        """Q of every own action of a block of discrete ones, [G, B·S, A]."""
+        """Q of every own action of a block of discrete ones, [G, S·B, A]."""
         width = self.layout.blocks[b].action_dim
         one_hot = torch.eye(width, dtype=next(self.parameters()).dtype, device=observations.device)
         shape = (*observations.shape[:2], width)
@@ -157,7 +157,7 @@ class ActionActorCritic(ActorCritic):
         return targets
 
     def _draw(self, b: int, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Next actions of one block by the target policies, and their masked logits [G, B·S, D] or log densities."""
+        """Next actions of one block by the target policies, and their masked logits [G, S·B, D] or log densities."""
         block = self.layout.blocks[b]
         seen = block.see(batch.next_observations[b])
         output = self.target_policy.networks[b](seen).float()

@@ -134,7 +134,7 @@ class ActorCritic:
         yield "target_critic", self.target_critic
 
     def _draw_numbers(self, size: int) -> list[torch.Tensor]:
-        """What the next actions of B rows are drawn with: uniform numbers [G, B·S] of each block and each chunk."""
+        """What the next actions of B rows are drawn with: uniform numbers [G, S·B] of each block and each chunk."""
         counts = [min(rows.stop, size) - rows.start for rows in self._chunks(size)]
         shapes = [(block.groups, count * block.slots) for count in counts for block in self.layout.blocks]
         return [torch.rand(shape, generator=self._generator) for shape in shapes]
@@ -149,7 +149,11 @@ class ActorCritic:
         weights = losses.row_weights(self.layout, batch.rows.active)
         sums = []
         for rows in self._chunks(len(batch.rows)):
-            part = batch.map(itemgetter(rows)), [r[rows] for r in rewards], [w[:, rows].flatten(1, 2) for w in weights]
+            part = (
+                batch.map(itemgetter(rows)),
+                [r[rows] for r in rewards],
+                [w[:, :, rows].flatten(1, 2) for w in weights],
+            )
             sums.append(self._backward(*part, list(islice(numbers, blocks))))
         totals = {name: torch.stack([s[name] for s in sums]).sum() / self.num_groups for name in sums[0]}
         if cloning is not None:
@@ -199,10 +203,10 @@ class ActorCritic:
         return {"entropy": -policy_loss / temperature} if self.settings.policy == "actor" else {}
 
     def _targets(self, batch: Batch, rewards: list[torch.Tensor], numbers: list[torch.Tensor]) -> list[torch.Tensor]:
-        """y of Eq. 8 per block [G, B·S]; ã' from actions that the target policies draw with the next masks."""
+        """y of Eq. 8 per block [G, S·B]; ã' from actions that the target policies draw with the next masks."""
         observations = self._see(batch.next_observations)
         options = [seen.options() for seen in observations]
-        logits = [torch.empty(option.allowed.shape, device=self.device) for option in options]
+        logits = [torch.zeros(option.allowed.shape, device=self.device) for option in options]
         actions = []
         for b, block in enumerate(self.layout.blocks):
             for tile, output in _stack(self.target_policy.networks, b).outputs(observations[b]):
@@ -213,7 +217,7 @@ class ActorCritic:
         contexts = self.target_critic.contexts(encoded, rows)
         targets = []
         for b, block in enumerate(self.layout.blocks):
-            values = torch.empty(logits[b].shape[:2], device=self.device)
+            values = torch.zeros(logits[b].shape[:2], device=self.device)
             for tile, q in _stack(self.target_critic.heads, b).outputs(
                 encoded[b], *(context[b] for context in contexts)
             ):
@@ -229,7 +233,7 @@ class ActorCritic:
         reward: torch.Tensor,
         value: torch.Tensor,
     ) -> torch.Tensor:
-        """y of one block [G, B·S] from v(s') [G, B·S]; the others are joint rows."""
+        """y of one block [G, S·B] from v(s') [G, S·B]; the others are joint rows."""
         continues = grid(block, next_active & ~terminated.unsqueeze(1))
         centred = grid(block, reward) - self.settings.reward_offset
         return losses.critic_target(centred, value, continues, self.settings.discount)
@@ -243,11 +247,11 @@ class ActorCritic:
         target: torch.Tensor,
         weight: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        """The critics' heads of one block: Q of the options [G, B·S, D], their loss, its gradients with respect to
+        """The critics' heads of one block: Q of the options [G, S·B, D], their loss, its gradients with respect to
         `seen`."""
         block = self.layout.blocks[b]
         actions = grid(block, batch.rows.actions[b])
-        q_values = torch.empty(options.allowed.shape, device=self.device)
+        q_values = torch.zeros(options.allowed.shape, device=self.device)
         total = torch.zeros((), device=self.device)
 
         def gradient(tile: Tile, q: torch.Tensor) -> torch.Tensor:
@@ -269,7 +273,7 @@ class ActorCritic:
         temperature: float | torch.Tensor,
         weight: torch.Tensor,
     ) -> torch.Tensor:
-        """The policies of one block: their loss.   q: of their options, [G, B·S, D]."""
+        """The policies of one block: their loss.   q: of their options, [G, S·B, D]."""
         improve = losses.boltzmann_loss if self.settings.policy == "boltzmann" else losses.policy_loss
         total = torch.zeros((), device=self.device)
 
@@ -314,7 +318,7 @@ def rows_at_once(device: torch.device, critic: Critic) -> int:
 
 
 def grid(block: Block, rows: torch.Tensor) -> torch.Tensor:
-    """Joint rows [B, N_b, …] → [G, B·S, …], contiguous: read many times, network by network."""
+    """Joint rows [B, N_b, …] → [G, S·B, …], contiguous: read many times, network by network."""
     return block.grid(rows).flatten(1, 2).contiguous()
 
 

@@ -52,11 +52,11 @@ class Cloning:
         total = torch.zeros((), device=self._rows.active[0].device)
         for first in range(0, len(self._rows), self._batch_size):
             part = slice(first, first + self._batch_size)
-            total += self._weighed(policy, self._rows.map(itemgetter(part)), [w[:, part] for w in weights])
+            total += self._weighed(policy, self._rows.map(itemgetter(part)), [w[:, :, part] for w in weights])
         return total
 
     def _weighed(self, policy: Policy, rows: JointRows, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-        """−Σ weight · log π(a|s); weights: per block [G, B, S]."""
+        """−Σ weight · log π(a|s); weights: per block [G, S, B]."""
         rows = rows.widened()
         terms = []
         for b, block in enumerate(self._layout.blocks):

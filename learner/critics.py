@@ -57,11 +57,12 @@ class Critic(nn.Module):
                 generator,
                 activate_output=True,
                 identity_slots=b.identity_slots,
+                agents=b.agents,
             )
             for b, (width_in, _) in zip(layout.blocks, ends, strict=True)
         )
         self.heads = nn.ModuleList(
-            StackedMLP(b.groups, (width, hidden, width_out), generator, slope=LEAKY_SLOPE)
+            StackedMLP(b.groups, (width, hidden, width_out), generator, slope=LEAKY_SLOPE, agents=b.agents)
             for b, (_, width_out) in zip(layout.blocks, ends, strict=True)
         )
         self.others: Attention | None = None
@@ -69,14 +70,14 @@ class Critic(nn.Module):
             self.others = Attention(layout, context, hidden, heads, attend_own_type, generator, mean_field)
 
     def forward(self, rows: JointRows) -> list[torch.Tensor]:
-        """Joint rows (their actions are those that the others took) → per block Q [G, B, S, A]."""
+        """Joint rows (their actions are those that the others took) → per block Q [G, S, B, A]."""
         observations = [
             block.see(observation) for block, observation in zip(self.layout.blocks, rows.observations, strict=True)
         ]
         encoded = self.encode(observations)
         contexts = self.contexts(encoded, rows)
         return [
-            head(*inputs).unflatten(1, (len(rows), block.slots))
+            head(*inputs).unflatten(1, (block.slots, len(rows)))
             for block, head, *inputs in zip(self.layout.blocks, self.heads, encoded, *contexts, strict=True)
         ]
 
@@ -96,11 +97,11 @@ class Critic(nn.Module):
         return block.observation_dim, block.action_dim
 
     def encode(self, observations: Sequence[ObservationGrid]) -> list[torch.Tensor]:
-        """e^i per block [G, B·S, H], from what agents see."""
+        """e^i per block [G, S·B, H], from what agents see."""
         return [encoder(x) for encoder, x in zip(self.encoders, observations, strict=True)]
 
     def contexts(self, encoded: Sequence[torch.Tensor], rows: JointRows) -> list[list[torch.Tensor]]:
-        """What the heads see beside e^i: one list with ã^i per block [G, B·S, H], or none without a context."""
+        """What the heads see beside e^i: one list with ã^i per block [G, S·B, H], or none without a context."""
         return [] if self.others is None else [self.others(encoded, rows)]
 
 
@@ -112,7 +113,7 @@ class ValueCritic(Critic):
     """
 
     def forward(self, rows: JointRows) -> list[torch.Tensor]:
-        """Joint rows → per block V [G, B, S]."""
+        """Joint rows → per block V [G, S, B]."""
         return [value.squeeze(-1) for value in super().forward(rows)]
 
     def _ends(self, block: Block) -> tuple[int, int]:
@@ -142,7 +143,9 @@ class Attention(nn.Module):
         super().__init__()
         self.layout, self.context, self.heads = layout, context, heads
         self.embeddings = nn.ModuleList(
-            StackedMLP(b.groups, (b.observation_dim + b.action_dim, hidden), generator, activate_output=True)
+            StackedMLP(
+                b.groups, (b.observation_dim + b.action_dim, hidden), generator, activate_output=True, agents=b.agents
+            )
             if context == "agents"
             else StackedMLP(len(b.types), (b.action_dim, hidden), generator)
             for b in layout.blocks
@@ -161,7 +164,7 @@ class Attention(nn.Module):
         self.register_buffer("own", _own(layout, context), persistent=False)
 
     def forward(self, encoded: Sequence[torch.Tensor], rows: JointRows) -> list[torch.Tensor]:
-        """encoded: per block e^i [G, B·S, H] → per block ã^i [G, B·S, H]."""
+        """encoded: per block e^i [G, S·B, H] → per block ã^i [G, S·B, H]."""
         if self._few_actions:
             return [self.mix(b, *seen) for b, seen in enumerate(zip(encoded, self.scenes(rows), strict=True))]
         scene = self._scene(rows)  # of all blocks together, since agents are what its sums go across
@@ -170,7 +173,7 @@ class Attention(nn.Module):
         return [block.grid(part).flatten(1, 2) for block, part in zip(self.layout.blocks, mixed, strict=True)]
 
     def mix(self, b: int, encoded: torch.Tensor, scene: Scene | FewActions) -> torch.Tensor:
-        """ã^i [G, B·S, H] of the agents e^i of one block, who see this scene."""
+        """ã^i [G, S·B, H] of the agents e^i of one block, who see this scene."""
         queries = encoded if scene.keys is None else encoded @ self.query
         if isinstance(scene, FewActions):
             return scene.mix(queries.flatten(0, 1), self.heads).view_as(queries)
@@ -230,13 +233,13 @@ class Attention(nn.Module):
         found = map(total_actions, self.layout.blocks, rows.actions, rows.active)
         totals, counts = zip(*found, strict=True)
         padded = [functional.pad(total, (0, self._most_actions - total.shape[2])) for total in totals]
-        of_types = torch.cat(padded, dim=1).permute(1, 2, 0)[:, :, None, :, None]
-        number = torch.cat(counts, dim=1).mT[:, None, :, None]
+        of_types = torch.cat(padded, dim=1).permute(1, 2, 0)[:, :, None, None]
+        number = torch.cat(counts, dim=1).mT[:, None, None]
         action = torch.arange(self._most_actions, device=number.device).view(-1, 1, 1, 1)
         scenes, owns = [], self.own.split(self._sizes, dim=1)
         for block, actions, active, own in zip(self.layout.blocks, rows.actions, rows.active, owns, strict=True):
-            own = block.grid(own).movedim(1, 0).unsqueeze(2)
-            left, shares = number.expand(-1, block.groups, -1, block.slots), of_types
+            own = block.grid(own).movedim(2, 0).unsqueeze(3)
+            left, shares = number.expand(-1, block.groups, block.slots, -1), of_types
             if self._leaves_out_own:
                 taken = block.grid(active) & own  # an inactive agent is in no mean
                 left = left - taken.to(left.dtype)
@@ -262,7 +265,7 @@ class Attention(nn.Module):
         for b, (block, embed) in enumerate(zip(self.layout.blocks, self.embeddings, strict=True)):
             actions = action_vectors(block, rows.actions[b])
             output = embed(block.see(rows.observations[b]), block.grid(actions).flatten(1, 2))
-            embedded.append(block.rows(output.unflatten(1, (len(rows), block.slots))))
+            embedded.append(block.rows(output.unflatten(1, (block.slots, len(rows)))))
         return torch.cat(embedded, dim=1), torch.cat(rows.active, dim=1)
 
     def _types(self, means: Sequence[torch.Tensor], rows: JointRows, projection: torch.Tensor) -> Projected:

@@ -130,6 +130,6 @@ def cloning_loss(log_policy: torch.Tensor, action: torch.Tensor, weight: torch.T
 
 
 def row_weights(layout: Layout, active: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Per block [G, B, S]: 1/(active rows of the network) where the agent is active, else 0."""
+    """Per block [G, S, B]: 1/(active rows of the network) where the agent is active, else 0."""
     grids = [block.grid(rows).float() for block, rows in zip(layout.blocks, active, strict=True)]
     return [grid / grid.sum(dim=(1, 2), keepdim=True).clamp(min=1) for grid in grids]

@@ -5,9 +5,10 @@ stacked. Two forms of an array, per block:
 
 - **joint rows** `[B, N_b, …]`: B joint steps of the block's N_b agents, in the order of the spec. Replay and wire;
   observations are compact there (`protocol.observations`).
-- **grid** `[G, B, S, …]`: G parameter groups with S agent slots each. Computation; `[G, B·S, …]` feeds one batched
+- **grid** `[G, S, B, …]`: G parameter groups with S agent slots each. Computation; `[G, S·B, …]` feeds one batched
   matrix product. With `parameter_sharing="agent"` G = N_b, S = 1, and the grid is a view of the joint rows. With
-  `"type"` G is the number of types and S the largest count; slots without an agent are inactive and hold zeros.
+  `"type"` G is the number of types and S the largest count. A group's agents come first, so that the rows which its
+  network need not look at are its last; these are inactive, and what they hold is finite and means nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ IndexName = Literal["agent_of_slot", "slot_of_agent", "type_of_agent"]
 class Block:
     """The agents of one shape.
 
-    types: indices into `spec.types`.   num_agents: N_b.   groups, slots: G, S.
+    types: indices into `spec.types`.   num_agents: N_b.   groups, slots: G, S.   agents: of each group, at most S.
     identity_slots: S if networks tell the agents of their slots apart, else 1.
     agent_of_slot: [G·S] index into the block's agents, -1 where the slot is empty.   slot_of_agent: [N_b].
     type_of_agent: [N_b] index into `types`.   form: how they observe.
@@ -47,6 +48,7 @@ class Block:
     num_agents: int
     groups: int
     slots: int
+    agents: tuple[int, ...]
     identity_slots: int
     agent_of_slot: torch.Tensor
     slot_of_agent: torch.Tensor
@@ -68,32 +70,33 @@ class Block:
         return self.groups * self.slots == self.num_agents
 
     def grid(self, rows: torch.Tensor) -> torch.Tensor:
-        """Joint rows [B, N_b, …] → grid [G, B, S, …]; a view where every slot has an agent."""
+        """Joint rows [B, N_b, …] → grid [G, S, B, …]; a view where every slot has an agent, else zeros in some."""
         if rows.requires_grad and not self.is_full:
             placed: torch.Tensor = _Placed.apply(rows, self.grid, self.rows)
             return placed
+        agents = rows.transpose(0, 1)
         if not self.is_full:
-            padding = rows.new_zeros(rows.shape[0], 1, *rows.shape[2:])
-            place = self.on(rows.device, "agent_of_slot") + 1
-            rows = torch.cat([padding, rows], dim=1).index_select(1, place)
-        return rows.reshape(rows.shape[0], self.groups, self.slots, *rows.shape[2:]).transpose(0, 1)
+            slots = agents.new_zeros(self.groups * self.slots, *agents.shape[1:])
+            agents = slots.index_copy_(0, self.on(rows.device, "slot_of_agent"), agents)
+        return agents.unflatten(0, (self.groups, self.slots))
 
     def see(self, observations: Observations) -> ObservationGrid:
-        """Observations [B] as networks see them, [G, B·S]."""
+        """Observations [B] as networks see them, [G, S·B]."""
         return ObservationGrid(observations, self.groups, self.slots, self.grid)
 
     def joint(self, values: torch.Tensor) -> torch.Tensor:
-        """What networks say, [G, B·S, …] → joint rows [B, N_b, …]."""
-        return self.rows(values.unflatten(1, (-1, self.slots)))
+        """What networks say, [G, S·B, …] → joint rows [B, N_b, …]."""
+        return self.rows(values.unflatten(1, (self.slots, values.shape[1] // self.slots)))
 
     def rows(self, grid: torch.Tensor) -> torch.Tensor:
-        """Grid [G, B, S, …] → joint rows [B, N_b, …]: the inverse of `grid`."""
+        """Grid [G, S, B, …] → joint rows [B, N_b, …]: the inverse of `grid`."""
+        slots = grid.flatten(0, 1)
         if self.is_full:
-            return grid.transpose(0, 1).flatten(1, 2)
+            return slots.transpose(0, 1)
         if grid.requires_grad:
             placed: torch.Tensor = _Placed.apply(grid, self.rows, self.grid)
             return placed
-        return grid.transpose(0, 1).flatten(1, 2).index_select(1, self.on(grid.device, "slot_of_agent"))
+        return slots.index_select(0, self.on(grid.device, "slot_of_agent")).transpose(0, 1)
 
 
 class _Placed(torch.autograd.Function):
@@ -274,6 +277,7 @@ def _block(
         num_agents=num_agents,
         groups=groups,
         slots=slots,
+        agents=(1,) * num_agents if parameter_sharing == "agent" else tuple(counts),
         identity_slots=slots if agent_identity else 1,
         agent_of_slot=agent_of_slot,
         slot_of_agent=(agent_of_slot >= 0).nonzero().squeeze(1),

@@ -56,12 +56,10 @@ class Workspace:
 class Source(NamedTuple):
     """Where some joint rows of an input get some columns of the observation from.
 
-    grid: observations, of which the `rows` are taken (slot by slot).   target: the joint rows of the input.
-    first, end: columns of the observation.
+    target: the joint rows of the input.   first, end: columns of the observation.
     """
 
     grid: ObservationGrid
-    rows: slice
     target: slice
     first: int
     end: int
@@ -124,9 +122,9 @@ class Architecture:
         return layers
 
     def encode(self, sources: Sequence[Source], actions: torch.Tensor, groups: slice, x: torch.Tensor) -> None:
-        """Write the first layer's input x [g, B, S, in + biases] of some groups.
+        """Write the first layer's input x [g, s, B, in + biases] of some groups, their first s slots.
 
-        sources: where the rows of x come from.   actions: grid of these groups, [g, B, S] (or [g, B, S, A] if
+        sources: where the rows of x come from.   actions: grid of these groups, [g, s, B] (or [g, s, B, A] if
         continuous).
         """
         width, end = 0, self.inputs
@@ -135,14 +133,14 @@ class Architecture:
                 start, stop = max(first, source.first), min(last, source.end)
                 if start < stop:
                     columns = slice(width + start - first, width + stop - first)
-                    target = x[:, source.target, :, columns].flatten(1, 2)
-                    source.grid.expand(start, stop, (groups, source.rows), target)
+                    rows = slice(0, x.shape[1] * source.grid.steps)
+                    source.grid.expand(start, stop, (groups, rows), x[:, :, source.target, columns])
             width += last - first
         if self.seen.action and self.block.discrete:
             x[..., width:end].zero_().scatter_(-1, actions.to(x.device).unsqueeze(-1), 1)
         elif self.seen.action:
             x[..., width:end] = actions
-        x[..., end:] = torch.eye(self.biases, device=x.device)
+        x[..., end:] = torch.eye(self.biases, device=x.device)[: x.shape[1], None]
 
 
 def forward(

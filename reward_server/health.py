@@ -21,10 +21,11 @@ class Health:
         self._distances: list[torch.Tensor] = []
         self._ratios: list[torch.Tensor] = []
 
-    def add_logits(self, logits: torch.Tensor, labels: torch.Tensor, active: torch.Tensor, agent_rows: int) -> None:
-        """logits [g, L, R], labels and active [g, 1, R]; the first `agent_rows` rows are the agents'."""
-        agent = active.clone()
-        agent[..., agent_rows:] = 0
+    def add_logits(
+        self, logits: torch.Tensor, labels: torch.Tensor, active: torch.Tensor, is_agent: torch.Tensor
+    ) -> None:
+        """logits [g, L, R], labels [R], active [g, 1, R] (0. or 1.); is_agent: [R] bool, which rows are the agents'."""
+        agent = active * is_agent
         right = torch.where(agent > 0, logits > 0, logits < 0).to(logits.dtype)
         surprise, other = functional.softplus(-logits), functional.softplus(logits)
         loss = labels * surprise + (1 - labels) * other

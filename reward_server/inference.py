@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from protocol.networks.grid import ObservationGrid, Tile
+from protocol.networks.grid import ObservationGrid
 from protocol.networks.stacked import add_bias
 from protocol.observations import Form, Observations, Run
 from reward_server.discriminator import Architecture, Workspace, deeper
@@ -33,7 +33,7 @@ class Inference:
             self._weight[:, target] = first[:, columns]
         self._bias = first[:, architecture.inputs :].contiguous()
         for columns, stored in constants:
-            of_slots = block.grid(block.form.on(first.device, "constants").unsqueeze(0))[:, 0, :, stored]
+            of_slots = block.grid(block.form.on(first.device, "constants").unsqueeze(0))[:, :, 0, stored]
             self._bias = self._bias + of_slots.to(first.dtype) @ first[:, columns]
 
     def see(self, observations: Observations, actions: torch.Tensor) -> ObservationGrid:
@@ -44,16 +44,17 @@ class Inference:
             columns[name] = torch.cat([columns[name], values], dim=-1) if name in columns else values
         return self._architecture.block.see(Observations(self._form, columns))
 
-    def logits(self, tile: Tile, grid: ObservationGrid, work: Workspace) -> torch.Tensor:
-        """z of the particles [g, L, r], for a tile of what is seen. Overwritten by the next call."""
-        layers, particles = [layer[tile[0]] for layer in self._layers], self._architecture.particles
-        rows = tile[1].stop - tile[1].start
+    def logits(self, groups: slice, slots: int, grid: ObservationGrid, work: Workspace) -> torch.Tensor:
+        """z of the particles [g, L, s·B], for what some groups see in their first slots. Overwritten by the next
+        call."""
+        layers, particles = [layer[groups] for layer in self._layers], self._architecture.particles
+        rows = slots * grid.steps
         h = work.take("first", len(layers[0]), rows, self._weight.shape[2])
         if self._form.runs:
-            grid.times(tile, self._weight[tile[0]], 0, h)
+            grid.times((groups, slice(0, rows)), self._weight[groups], 0, h)
         else:
             h.zero_()
-        add_bias(h, self._bias[tile[0]])
+        add_bias(h, self._bias[groups, :slots])
         of_particles = h.unflatten(2, (particles, -1)).transpose(1, 2).reshape(len(h) * particles, rows, -1)
         return deeper(layers[1:], of_particles.mT, self._architecture.activation, work)[0].unflatten(0, (-1, particles))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from protocol.device import choose_precision, numbers_at_once, rounding
 from protocol.errors import InputError, NumericalError, ProtocolError
 from protocol.layout import JointRows, Layout, widened
 from protocol.messages import Arrays
-from protocol.networks.grid import ALL
+from protocol.networks.tiles import together
 from protocol.seeds import derive_seed
 from protocol.specs import ArrayTable
 from reward_server.discriminator import Architecture, Source, Workspace, backward, forward
@@ -30,6 +31,8 @@ from reward_server.svgd import svgd_forces, svgd_forces_of
 
 TILE_ACTIVATIONS = 1_500_000
 """Hidden activations computed at a time on a CPU: what the cache next to a core holds, and what bounds the memory."""
+WASTED_ACTIVATIONS = 20_000
+"""Of agents that are not there, in one of these: to begin another takes a CPU as long."""
 TILE_PARAMETERS = 1_000_000
 """Parameters that a kernel is applied to at a time on a CPU."""
 QUERY_ROWS = 2_048
@@ -44,7 +47,7 @@ class _Batch(NamedTuple):
     """What a step learns from: the agents' joint rows, then the expert's.
 
     sources: of their observations; later ones overwrite earlier ones.   actions, active (0. or 1.): grids
-    [G, 2B, S, …].
+    [G, S, 2B, …].
     """
 
     sources: list[Source]
@@ -188,7 +191,7 @@ class RewardModel:
         parts = (self._memory.rows, agent), (self._expert, expert)
         grids = [block.see(rows.observations[b].select(index)) for rows, index in parts]
         rows = slice(0, size), slice(size, 2 * size)
-        sources = [Source(g, ALL[1], part, 0, block.observation_dim) for g, part in zip(grids, rows, strict=True)]
+        sources = [Source(g, part, 0, block.observation_dim) for g, part in zip(grids, rows, strict=True)]
         actions = torch.cat([widened(rows.actions[b][index]) for rows, index in parts])
         active = torch.cat([rows.active[b][index] for rows, index in parts])
         if count := round(self.settings.imagined * size):
@@ -209,7 +212,7 @@ class RewardModel:
         active.fill_(True)
         for part, moment in zip(parts, moments, strict=False):
             grid = block.see(self._expert.observations[b].select(moment))
-            sources.append(Source(grid, ALL[1], slice(0, count), first, first + part.width))
+            sources.append(Source(grid, slice(0, count), first, first + part.width))
             active &= self._expert.active[b][moment]
             first += part.width
         actions.copy_(self._expert.actions[b][moments[-1]])
@@ -223,22 +226,23 @@ class RewardModel:
         Returns how much of a particle's own score there is in what was written, [G, L]: 1 but for that kernel.
         """
         architecture, block = self._architectures[b], self.layout.blocks[b]
-        rows, smoothing = batch.active[0].numel(), self.settings.label_smoothing
+        rows, smoothing = batch.active.shape[2], self.settings.label_smoothing
         mass = torch.ones(block.groups, architecture.particles, device=self._device)
-        halves = (torch.full((rows // 2,), label, device=self._device) for label in (1 - smoothing, smoothing))
-        labels = torch.cat([*halves])
-        for tile in self._tiles(block.groups, architecture.activations * rows, TILE_ACTIVATIONS):
+        is_agent = torch.arange(rows, device=self._device) < rows // 2
+        for tile, slots in self._together(b, architecture.activations * rows):
             layers = [layer[tile].to(self._dtype) for layer in self._layers[b]]
-            active = batch.active[tile]
+            active, of_agent = batch.active[tile, :slots], is_agent.repeat(slots)
+            labels = torch.where(of_agent, 1 - smoothing, smoothing)
             x = self._work.take("input", *active.shape, layers[0].shape[-1])
-            architecture.encode(batch.sources, batch.actions[tile], tile, x)
+            architecture.encode(batch.sources, batch.actions[tile, :slots], tile, x)
+            weights = self._row_weights(active).flatten(1).unsqueeze(1)
             x, active = x.flatten(1, 2), active.flatten(1).unsqueeze(1)
             with self._rounding():
                 outputs, activations = forward(layers, x, architecture.activation, self._work)
             logits = outputs.float()
             if health:
-                health.add_logits(logits, labels, active, rows // 2)
-            score = (labels - torch.sigmoid(logits)) * self._row_weights(active)
+                health.add_logits(logits, labels, active, of_agent)
+            score = (labels - torch.sigmoid(logits)) * weights
             if self.settings.kernel_scope == "function" and architecture.particles > 1:
                 forces = svgd_forces(logits * active, score)
                 mass[tile] = forces.mass
@@ -251,14 +255,15 @@ class RewardModel:
         return mass
 
     def _row_weights(self, active: torch.Tensor) -> torch.Tensor:
-        """How much each row counts in the likelihood; active [g, 1, R], the agents' rows first, then the expert's.
+        """How much each row counts in the likelihood; active [g, s, 2B], of each slot the agents' rows
+        first, then the expert's.
 
         log p(rows | φ) = steps · (mean of the agents' log D + mean of the expert's log(1 − D)): Eq. 3, the expected sum
         over the steps of `likelihood_episodes` episodes, of which a batch of any size is a sample.
         """
         steps = self.settings.likelihood_episodes * self.layout.spec.episode_length
         halves = active.unflatten(2, (2, -1))
-        return (steps * halves / halves.sum(-1, keepdim=True).clamp_min(1)).flatten(2)
+        return (steps * halves / halves.sum((1, 3), keepdim=True).clamp_min(1)).flatten(2)
 
     def _direct(self, b: int, mass: torch.Tensor, health: Health | None) -> None:
         """Turn what `_differentiate` wrote into directions: add the prior, and apply a kernel on parameters.
@@ -288,20 +293,18 @@ class RewardModel:
     def _query_block(self, b: int, rows: JointRows, deviation: bool) -> list[torch.Tensor]:
         """Rewards and deviations of a block."""
         architecture, block = self._architectures[b], self.layout.blocks[b]
-        answer = torch.empty(1 + deviation, block.groups, len(rows), block.slots, device=self._device)
+        answer = torch.zeros(1 + deviation, block.groups, block.slots, len(rows), device=self._device)
         inference = self._inference(b)
-        grid = inference.see(rows.observations[b], rows.actions[b])
         row = block.slots if self._device.type == "cpu" else block.slots * architecture.activations * block.groups
         for part in self._tiles(len(rows), row, QUERY_ROWS):
-            slots = slice(part.start * block.slots, part.stop * block.slots)
-            size = architecture.activations * (slots.stop - slots.start)
-            for groups in self._tiles(block.groups, size, TILE_ACTIVATIONS):
+            grid = inference.see(rows.observations[b].map(itemgetter(part)), rows.actions[b][part])
+            for groups, slots in self._together(b, architecture.activations * grid.steps):
                 with self._rounding():
-                    logits = inference.logits((groups, slots), grid, self._work)
-                rewards = functional.softplus(logits.float().neg_()).unflatten(2, (-1, block.slots))
-                answer[0, groups, part] = rewards.mean(dim=1)
+                    logits = inference.logits(groups, slots, grid, self._work)
+                rewards = functional.softplus(logits.float().neg_()).unflatten(2, (slots, grid.steps))
+                answer[0, groups, :slots, part] = rewards.mean(dim=1)
                 if deviation:
-                    answer[1, groups, part] = rewards.std(dim=1, correction=0)
+                    answer[1, groups, :slots, part] = rewards.std(dim=1, correction=0)
         return [(block.rows(grid) * rows.active[b]).cpu() for grid in answer]
 
     def _inference(self, b: int) -> Inference:
@@ -311,6 +314,13 @@ class RewardModel:
             layers = [layer.detach().to(self._dtype) for layer in self._layers[b]]
             known = self._inferences[b] = Inference(self._architectures[b], layers)
         return known
+
+    def _together(self, b: int, size: int) -> list[tuple[slice, int]]:
+        """Groups of a block that are computed at once, and the most agents among them, of `size` activations each."""
+        agents = self.layout.blocks[b].agents
+        if self._device.type == "cpu":
+            return together(agents, TILE_ACTIVATIONS // max(1, size), WASTED_ACTIVATIONS // max(1, size))
+        return together(agents, numbers_at_once(self._device) // max(1, size), sum(agents))
 
     def _tiles(self, count: int, size: int, on_cpu: int) -> Iterator[slice]:
         """Slices of `count` groups (or rows) of `size` numbers each: at most `on_cpu` numbers on a CPU, what its memory

@@ -13,11 +13,9 @@ import torch
 from torch.nn import functional
 
 from protocol.networks.options import Options
+from protocol.networks.tiles import ALL, Tile, slots_and_steps
 from protocol.observations import Observations, Run
 
-Tile = tuple[slice, slice]
-"""Which networks, which of their rows."""
-ALL: Tile = slice(None), slice(None)
 Gathered = tuple[torch.Tensor, torch.Tensor | None]
 Plan = tuple[list[Run], list[list[Run]]]
 
@@ -33,24 +31,25 @@ KEPT_COLUMNS = 16
 
 
 class ObservationGrid:
-    """What K networks see in R = B·S rows each: B joint steps of S slots (agents that share a network).
+    """What K networks see in R = S·B rows each: of S slots (agents that share a network) B joint steps.
 
-    shape: (K, R, O).   Parts of it are named by tiles, whose rows are cut between joint steps.
+    shape: (K, R, O).   Parts of it are named by tiles, whose rows are all steps of some slots, or some steps of one.
     """
 
     def __init__(
         self, observations: Observations, groups: int, slots: int, grid: Callable[[torch.Tensor], torch.Tensor]
     ) -> None:
         """Of observations [B], for G groups of S slots; grid: from joint rows to the slots (`layout.Block.grid`)."""
-        self.form, self.device, self.slots = observations.form, observations.device, slots
-        self.shape = groups, len(observations) * slots, self.form.observation_dim
+        self.form, self.device = observations.form, observations.device
+        self.slots, self.steps = slots, len(observations)
+        self.shape = groups, slots * self.steps, self.form.observation_dim
         columns = {name: grid(c).flatten(1, 2) for name, c in observations.columns.items() if name != "shared"}
         self._own, self._masks = columns.get("own"), columns.get("masks")
         self._codes = columns["codes"].long() if "codes" in columns else None
         self._shared = observations.columns.get("shared")
         self._constants: torch.Tensor | None = None
         if self.form.constants.size:
-            self._constants = grid(self.form.on(self.device, "constants").unsqueeze(0))[:, 0]
+            self._constants = grid(self.form.on(self.device, "constants").unsqueeze(0))[:, :, 0]
         self._somewhere: bool | None = None
         self._gathered: dict[tuple[object, ...], Gathered] = {}
         self._kept: dict[tuple[object, ...], torch.Tensor] = {}
@@ -75,7 +74,7 @@ class ObservationGrid:
         return Options(allowed[code] > 0, near[code])
 
     def expand(self, first: int, end: int, tile: Tile, target: torch.Tensor) -> None:
-        """Write the columns first..end of what is seen to `target` [k, r, end − first]."""
+        """Write the columns first..end of what is seen to `target` [k, s, b, end − first], of s slots b steps."""
         for run in self.form.runs:
             start, stop = max(first, run.first), min(end, run.end)
             if start < stop:
@@ -84,7 +83,7 @@ class ObservationGrid:
     def times(self, tile: Tile, weight: torch.Tensor, first: int, y: torch.Tensor) -> None:
         """Write the product with the rows first… of the tile's networks' weights [k, in, H] to y [k, r, H]."""
         gathered, others = self._plan(weight.dtype, COLUMNS_PER_ROW)
-        per_step, begun = y.unflatten(1, (-1, self.slots)), bool(gathered)
+        per_step, begun = y.unflatten(1, self._slots_and_steps(tile)), bool(gathered)
         if gathered:
             index, share = self._rows_of(gathered, weight, first, tile)
             if share is None and y.is_contiguous():
@@ -96,7 +95,7 @@ class ObservationGrid:
         for runs in others:
             part = weight[:, first + runs[0].first : first + runs[-1].end]
             if (few := self._once(runs[0], tile, weight.dtype)) is not None:
-                product = (few @ part).unsqueeze(1 if runs[0].kind == "constant" else 2)
+                product = (few @ part).unsqueeze(2 if runs[0].kind == "constant" else 1)
                 per_step.add_(product) if begun else per_step.copy_(product)
             else:
                 torch.baddbmm(y, self._numbers(runs, tile, weight.dtype), part, beta=int(begun), out=y)
@@ -112,11 +111,11 @@ class ObservationGrid:
             index, share = self._rows_of(gathered, target, first, tile)
             parts = d if share is None else (d.unsqueeze(2) * share.unsqueeze(3)).flatten(0, 1)
             target.view(-1, target.shape[2]).index_add_(0, index.flatten(), parts.flatten(0, 1))
-        per_step = d.unflatten(1, (-1, self.slots))
+        per_step = d.unflatten(1, self._slots_and_steps(tile))
         for runs in others:
             part = target[:, first + runs[0].first : first + runs[-1].end]
             if (few := self._once(runs[0], tile, d.dtype)) is not None:
-                product = few.mT @ per_step.sum(1 if runs[0].kind == "constant" else 2)
+                product = few.mT @ per_step.sum(2 if runs[0].kind == "constant" else 1)
             else:
                 product = torch.bmm(self._numbers(runs, tile, d.dtype).mT, d)
             part.add_(product) if add else part.copy_(product)
@@ -125,22 +124,25 @@ class ObservationGrid:
         networks, rows = (len(range(size)[part]) for part, size in zip(tile, self.shape[:2], strict=True))
         return networks, rows
 
-    def _steps(self, tile: Tile) -> slice:
-        """The joint steps that the rows of a tile are of."""
-        start, stop = tile[1].start or 0, tile[1].stop
-        return slice(start // self.slots, None if stop is None else stop // self.slots)
+    def _cut(self, tile: Tile) -> tuple[slice, slice]:
+        """The slots and the joint steps that the rows of a tile are of."""
+        return slots_and_steps(tile[1], self.shape[1], self.steps)
+
+    def _slots_and_steps(self, tile: Tile) -> tuple[int, int]:
+        slots, steps = self._cut(tile)
+        return slots.stop - slots.start, steps.stop - steps.start
 
     def _expand(self, run: Run, offset: int, tile: Tile, target: torch.Tensor) -> None:
-        """Write the columns offset… of a run to [k, r, columns]."""
+        """Write the columns offset… of a run to [k, s, b, columns]."""
         columns = slice(offset, offset + target.shape[-1])
         stored = slice(run.source + columns.start, run.source + columns.stop)
-        per_step = target.unflatten(1, (-1, self.slots))
+        (slots, steps), apart = self._cut(tile), target.shape[1:3]
         if run.kind == "own":
             assert self._own is not None
-            target.copy_(self._own[tile][..., stored])
+            target.copy_(self._own[tile][..., stored].unflatten(1, apart))
         elif run.kind == "code":
             assert self._codes is not None
-            code = self._codes[tile][..., run.source, None]
+            code = self._codes[tile][..., run.source, None].unflatten(1, apart)
             if target.shape[-1] == run.width:  # numbers are written where they are 1, and not compared with all
                 seen = (code < run.width).to(target.dtype)
                 target.zero_().scatter_(-1, code.clamp(max=run.width - 1), seen)
@@ -148,12 +150,12 @@ class ObservationGrid:
                 target.copy_(code == torch.arange(columns.start, columns.stop, device=self.device))
         elif run.kind == "constant":
             assert self._constants is not None
-            per_step.copy_(self._constants[tile[0], None, :, stored])
+            target.copy_(self._constants[tile[0], slots, None, stored])
         else:
             assert self._shared is not None
-            per_step.copy_(self._shared[self._steps(tile), None, stored])
+            target.copy_(self._shared[steps, stored])
             if run.masked:
-                target.mul_(self.masks(tile)[..., columns])
+                target.mul_(self.masks(tile)[..., columns].unflatten(1, apart))
 
     def _plan(self, dtype: torch.dtype, columns_per_row: int) -> Plan:
         """As `_planned`, found once."""
@@ -206,20 +208,22 @@ class ObservationGrid:
         return run.kind == "constant" or (run.kind == "shared" and not run.masked and self.slots > 1)
 
     def _once(self, run: Run, tile: Tile, dtype: torch.dtype) -> torch.Tensor | None:
-        """What many rows see: of a constant [k, S, columns], of a shared run [b, columns]; None of other runs."""
+        """What many rows see: of a constant [k, s, columns], of a shared run [b, columns]; None of other runs."""
         if not self._repeats(run):
             return None
-        constant = run.kind == "constant"
-        source, part = (self._constants, tile[0]) if constant else (self._shared, self._steps(tile))
-        assert source is not None
-        return source[part][..., run.stored].to(dtype)
+        slots, steps = self._cut(tile)
+        if run.kind == "constant":
+            assert self._constants is not None
+            return self._constants[tile[0], slots, run.stored].to(dtype)
+        assert self._shared is not None
+        return self._shared[steps, run.stored].to(dtype)
 
     def _numbers(self, runs: list[Run], tile: Tile, dtype: torch.dtype) -> torch.Tensor:
         """The columns of some runs side by side, [k, r, columns]."""
         if len(runs) == 1 and runs[0].kind == "own" and self._own is not None:
             return self._own[tile][..., runs[0].stored].to(dtype)
         if len(runs) == 1 and runs[0].kind == "shared" and not runs[0].masked and self._shared is not None:
-            seen = self._shared[self._steps(tile)][..., runs[0].stored]  # once per row: where slots share, it repeats
+            seen = self._shared[self._cut(tile)[1], runs[0].stored]  # once per row: where slots share, it repeats
             return seen.to(dtype).expand(self._size(tile)[0], -1, -1)
         first, end = runs[0].first, runs[-1].end
         key = first, end, dtype
@@ -228,7 +232,7 @@ class ObservationGrid:
         keep = end - first <= KEPT_COLUMNS
         part = ALL if keep else tile
         numbers = torch.empty(*self._size(part), end - first, dtype=dtype, device=self.device)
-        self.expand(first, end, part, numbers)
+        self.expand(first, end, part, numbers.unflatten(1, self._slots_and_steps(part)))
         if not keep:
             return numbers
         self._kept[key] = numbers
@@ -261,7 +265,7 @@ class ObservationGrid:
                 assert self._shared is not None
                 code = self._codes[..., self.form.mask_code]
                 near = self.form.on(self.device, "near")[code]
-                step = torch.arange(rows, device=self.device).div(self.slots, rounding_mode="floor")
+                step = torch.arange(rows, device=self.device).remainder(max(1, self.steps))
                 place = step[:, None] * self._shared.shape[1] + run.source + near
                 seen = self._shared.flatten()[place].to(weight.dtype)
                 index.append(near + run.first)

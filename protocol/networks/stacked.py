@@ -17,7 +17,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from protocol.networks.grid import ALL, ObservationGrid, Tile
+from protocol.networks.grid import ObservationGrid
+from protocol.networks.tiles import ALL, Tile, slots_and_steps, tiles
 
 TILE_NUMBERS = 1 << 19
 """Most activations of one layer in a tile: two megabytes, which stay in some cache from one layer to the next. Tiles of
@@ -25,9 +26,14 @@ a quarter of that would stay in the nearest one, and take a tenth longer: in Pyt
 COLUMNS_AT_ONCE = 16
 """A CPU multiplies so many columns at once, and few of them, or what is left over, as slowly as all; the transposed
 product, which has the rows as columns, takes half as long with 5 (as many as Rover Tower has actions)."""
+WASTED_ROWS, WASTED_ROWS_ON_GPU = 128, 1 << 14
+"""Most rows without agents in a tile: multiplied in vain, for the sake of fewer calls. A CPU multiplies about a hundred
+rows of 128 numbers in the time of a call; a GPU, reckoned from launches and products, many thousands."""
 NARROW = 48
 """Below so many columns that is worth it forward, too, where the transposed product must be copied."""
 
+_Constants = tuple[float, bool, tuple[int, ...]]
+"""Slope, whether it follows the last layer, agents of each network."""
 Input = torch.Tensor | ObservationGrid
 """What first layers see: numbers [K, R, in], or observations that are expanded no further than products want them."""
 
@@ -39,7 +45,9 @@ class StackedMLP(nn.Module):
 
     slope: of the leaky ReLU below zero; 0 is the ReLU.   activate_output: whether it follows the last layer too.
     identity_slots: with S > 1 the first layer has one bias per slot, [K, S, out]: the same network as one that sees
-        the agent's number one-hot beside its observation. Rows must then be ordered [B, S].
+        the agent's number one-hot beside its observation.
+    agents: of each network, at most S; without it one. Rows are those of S slots, B joint steps each, [S·B]; a
+        network's agents are in its first slots. What empty ones put out is finite and means nothing.
     Inputs of all methods: one or more `Input`s, which the first layer sees side by side. Products are bfloat16
     under autocast, and then outputs are too; gradients of parameters are float32.
     """
@@ -52,6 +60,7 @@ class StackedMLP(nn.Module):
         slope: float = 0.0,
         activate_output: bool = False,
         identity_slots: int = 1,
+        agents: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.slope, self.activate_output = slope, activate_output
@@ -61,7 +70,8 @@ class StackedMLP(nn.Module):
             slots = identity_slots if layer == 0 else 1
             self.weights.append(uniform((networks, width_in, width_out), width_in, generator))
             self.biases.append(uniform((networks, slots, width_out), width_in, generator))
-        self._layers = _Layers(tuple(self.weights), tuple(self.biases), slope, activate_output)
+        self._agents = tuple(agents or (1,) * networks)
+        self._layers = _Layers(tuple(self.weights), tuple(self.biases), slope, activate_output, self._agents)
         self._tile_rows = self._layers.tile_rows()
 
     def forward(self, *inputs: Input) -> torch.Tensor:
@@ -69,11 +79,13 @@ class StackedMLP(nn.Module):
         if len(inputs) == 1 and self._fits_one_tile(inputs[0]) and not torch.is_grad_enabled():
             return self._layers.infer(inputs[0])
         prepared, layers = self._prepared(inputs)
-        return _Apply.apply(self.slope, self.activate_output, len(prepared), *prepared, *layers.weights, *layers.biases)
+        constants = self.slope, self.activate_output, self._agents
+        return _Apply.apply(constants, len(prepared), *prepared, *layers.weights, *layers.biases)
 
     @torch.no_grad()
     def outputs(self, *inputs: Input) -> Iterator[tuple[Tile, torch.Tensor]]:
-        """The output tile by tile, [k, r, out]; each one is overwritten by the next."""
+        """The output tile by tile, [k, r, out]; each one is overwritten by the next. Rows of empty slots
+        may be in none."""
         prepared, layers = self._prepared(inputs)
         buffers = layers.buffers(prepared[0])
         for tile, part in layers.tiles(prepared[0]):
@@ -90,10 +102,12 @@ class StackedMLP(nn.Module):
         `to_inputs`.
         """
         prepared, layers = self._prepared(inputs)
-        d_inputs = [_room_like(x) for x in prepared] if to_inputs else []
+        d_inputs = [layers.like_input(x) for x in prepared] if to_inputs else []
         add = self.weights[0].grad is not None
-        for parameter in () if add else self.parameters():
-            parameter.grad = torch.empty_like(parameter)
+        if not add:
+            for parameters, sums in zip((self.weights, self.biases), layers.sums(), strict=True):
+                for parameter, total in zip(parameters, sums, strict=True):
+                    parameter.grad = total
         gradients = layers.like([w.grad for w in self.weights], [b.grad for b in self.biases])
         buffers, spare = layers.buffers(prepared[0]), layers.buffers(prepared[0])
         for (tile, part), (_, d_part) in zip(layers.tiles(prepared[0]), gradients.tiles(prepared[0]), strict=True):
@@ -112,7 +126,7 @@ class StackedMLP(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weights[0].dtype
         weights, biases = ([p.to(dtype) for p in parameters] for parameters in (self.weights, self.biases))
         numbers = [x.to(dtype) if isinstance(x, torch.Tensor) else x for x in inputs]
-        return numbers, _Layers(weights, biases, self.slope, self.activate_output)
+        return numbers, _Layers(weights, biases, self.slope, self.activate_output, self._agents)
 
 
 def uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> nn.Parameter:
@@ -129,6 +143,7 @@ class _Layers:
     biases: Sequence[torch.Tensor]
     slope: float
     activate_output: bool
+    agents: tuple[int, ...]
 
     def infer(self, seen: Input) -> torch.Tensor:
         """Output [K, R, out] of an input that fits one tile: the way of an actor, which pays for each call."""
@@ -151,46 +166,59 @@ class _Layers:
 
     def like(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> _Layers:
         """Other numbers of the same layers."""
-        return _Layers(weights, biases, self.slope, self.activate_output)
+        return _Layers(weights, biases, self.slope, self.activate_output, self.agents)
 
     def tiles(self, x: Input) -> Iterator[tuple[Tile, _Layers]]:
         """Tiles of an input [K, R, …], and the layers of their networks. Such a tile of a contiguous tensor is
         contiguous."""
-        step, height = self._tile_size(x)
+        cut = self._cut(x)
+        sizes = [rows[0][0].stop - rows[0][0].start for rows in cut]
         # Cut at once: to name a part of a tensor in Python costs as much as to add a thousand numbers.
-        weights = zip(*(weight.split(step) for weight in self.weights), strict=True)
-        biases = zip(*(bias.split(step) for bias in self.biases), strict=True)
-        networks, rows = x.shape[:2]
-        for first, *of_networks in zip(range(0, networks, step), weights, biases, strict=True):
-            part = self.like(*of_networks)
-            for row in range(0, max(1, rows), height):  # of no rows one empty tile, whose gradients are zero
-                yield (slice(first, min(first + step, networks)), slice(row, min(row + height, rows))), part
+        weights = zip(*(weight.split(sizes) for weight in self.weights), strict=True)
+        biases = zip(*(bias.split(sizes) for bias in self.biases), strict=True)
+        for of_run, w, (first, *others) in zip(cut, weights, biases, strict=True):
+            for tile in of_run:
+                bias = first
+                if bias.shape[1] > 1:
+                    bias = bias[:, slots_and_steps(tile[1], x.shape[1], x.shape[1] // max(self.agents))[0]]
+                yield tile, self.like(w, (bias, *others))
 
-    def _tile_size(self, x: Input) -> tuple[int, int]:
-        """Networks and rows of a tile."""
-        networks, rows = x.shape[:2]
-        wanted = max(1, networks * rows)
-        if x.device.type == "cpu":
-            wanted = self.tile_rows()
-        step = max(1, min(networks, wanted // max(1, rows)))
-        height = rows if step > 1 else math.ceil(rows / max(1, round(rows / wanted)))
-        slots = max(self.biases[0].shape[1], x.slots if isinstance(x, ObservationGrid) else 1)
-        height = math.ceil(height / slots) * slots  # biases per slot, and what slots share, repeat in rows [B, S]
-        return step, max(1, height)
+    def _cut(self, x: Input) -> list[list[Tile]]:
+        rows, on_cpu = x.shape[1], x.device.type == "cpu"
+        wanted = self.tile_rows() if on_cpu else max(1, x.shape[0] * rows)
+        wasted = WASTED_ROWS if on_cpu else WASTED_ROWS_ON_GPU
+        return tiles(self.agents, rows // max(self.agents), wanted, wasted)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every slot has an agent."""
+        return len(set(self.agents)) == 1
+
+    def sums(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Room for gradients of weights and biases, to which many tiles may add: at least float32."""
+        weights, biases = ([_sums_of(p) for p in part] for part in (self.weights, self.biases))
+        if biases[0].shape[1] > 1:
+            biases[0].zero_()
+        return weights, biases
 
     def buffers(self, x: Input) -> list[torch.Tensor]:
-        """Room for the activations of one tile after the other."""
-        step, height = self._tile_size(x)
-        shape = min(step, x.shape[0]), min(height, x.shape[1])
-        return [weight.new_empty(*shape, weight.shape[2]) for weight in self.weights]
+        """Room for the activations of one tile after the other, [rows, width]."""
+        rows = max(math.prod(part.stop - part.start for part in tile) for run in self._cut(x) for tile in run)
+        return [weight.new_empty(rows, weight.shape[2]) for weight in self.weights]
 
     def room(self, x: Input) -> list[torch.Tensor]:
         """Room for all activations."""
         return [self._empty(x, weight) for weight in self.weights]
 
     def outputs(self, x: Input) -> torch.Tensor:
-        """Room for those of the last layer."""
-        return self._empty(x, self.weights[-1])
+        """Room for those of the last layer; zeros where slots may be empty."""
+        y = self._empty(x, self.weights[-1])
+        return y if self.is_full else y.zero_()
+
+    def like_input(self, x: Input) -> torch.Tensor:
+        """Room for the gradient of an input of numbers; zeros where slots may be empty."""
+        assert isinstance(x, torch.Tensor)
+        return torch.empty_like(x, memory_format=torch.contiguous_format) if self.is_full else x.new_zeros(x.shape)
 
     def forward(self, tile: Tile, inputs: Sequence[Input], activations: Sequence[torch.Tensor]) -> None:
         """Fill the activations [k, r, width] of one tile of the inputs, whose networks these are."""
@@ -219,11 +247,13 @@ class _Layers:
         spare: room like that of the activations.   gradients: of these layers.
         """
         add = add or tile[1].start > 0
+        # Of biases per slot each tile has others, some slots none: those are zeros at first, and always added to.
+        to_slots = add or gradients.biases[0].shape[1] > 1
         for layer in reversed(range(len(self.weights))):
             if self._activates(layer):
                 d = _leaky_relu_backward(d, activations[layer], self.slope, True, grad_input=spare[layer])
             gradient = gradients.weights[layer]
-            _put_bias(gradients.biases[layer], d, add)
+            _put_bias(gradients.biases[layer], d, add if layer else to_slots)
             if layer:
                 _put_product(gradient, activations[layer - 1].mT, d, add)
                 d = torch.bmm(d, self.weights[layer].mT, out=spare[layer - 1])
@@ -258,13 +288,12 @@ class _Apply(torch.autograd.Function):
     """The layers as a function that autograd knows. Arguments: inputs, weights, biases."""
 
     @staticmethod
-    def forward(ctx: Any, slope: float, activate_output: bool, count: int, *arguments: Any) -> torch.Tensor:
+    def forward(ctx: Any, constants: _Constants, count: int, *arguments: Any) -> torch.Tensor:
         inputs = arguments[:count]
-        layers = _layers(arguments[count:], slope, activate_output)
+        layers = _layers(arguments[count:], constants)
         keep = any(ctx.needs_input_grad)
         activations = layers.room(inputs[0]) if keep else layers.buffers(inputs[0])
-        if not keep:
-            activations[-1] = layers.outputs(inputs[0])
+        activations[-1] = layers.outputs(inputs[0])
         for tile, part in layers.tiles(inputs[0]):
             tiled = [a[tile] for a in activations[:-1]] if keep else _room(activations[:-1], tile)
             part.forward(tile, inputs, [*tiled, activations[-1][tile]])
@@ -272,7 +301,7 @@ class _Apply(torch.autograd.Function):
             ctx.grids = [None if isinstance(x, torch.Tensor) else x for x in inputs]
             numbers = [x for x in inputs if isinstance(x, torch.Tensor)]
             ctx.save_for_backward(*numbers, *arguments[count:], *activations)
-            ctx.constants = slope, activate_output
+            ctx.constants = constants
         return activations[-1]
 
     @staticmethod
@@ -280,29 +309,24 @@ class _Apply(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         count, saved = len(ctx.grids), iter(ctx.saved_tensors)
         inputs = [next(saved) if given is None else given for given in ctx.grids]
-        parameters = len(ctx.needs_input_grad) - 3 - count
-        layers = _layers([next(saved) for _ in range(parameters)], *ctx.constants)
+        parameters = len(ctx.needs_input_grad) - 2 - count
+        layers = _layers([next(saved) for _ in range(parameters)], ctx.constants)
         activations = list(saved)
-        weights, biases = ([_sums_of(p) for p in part] for part in (layers.weights, layers.biases))
+        weights, biases = layers.sums()
         gradients = layers.like(weights, biases)
-        wanted = ctx.needs_input_grad[3 : 3 + count]
-        d_inputs = [gradient.new_empty(x.shape) if want else None for x, want in zip(inputs, wanted, strict=True)]
+        wanted = ctx.needs_input_grad[2 : 2 + count]
+        d_inputs = [layers.like_input(x) if want else None for x, want in zip(inputs, wanted, strict=True)]
         buffers = layers.buffers(inputs[0])
         for (tile, part), (_, d_part) in zip(layers.tiles(inputs[0]), gradients.tiles(inputs[0]), strict=True):
             tiled = [a[tile] for a in activations]
             part.backward(tile, inputs, tiled, gradient[tile], _room(buffers, tile), d_part, d_inputs, False)
-        return None, None, None, *d_inputs, *weights, *biases
+        return None, None, *d_inputs, *weights, *biases
 
 
-def _layers(parameters: Sequence[torch.Tensor], slope: float, activate_output: bool) -> _Layers:
+def _layers(parameters: Sequence[torch.Tensor], constants: _Constants) -> _Layers:
     """Of all weights, and then all biases."""
     half = len(parameters) // 2
-    return _Layers(parameters[:half], parameters[half:], slope, activate_output)
-
-
-def _room_like(x: Input) -> torch.Tensor:
-    assert isinstance(x, torch.Tensor)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return _Layers(parameters[:half], parameters[half:], *constants)
 
 
 def _sums_of(parameter: torch.Tensor) -> torch.Tensor:
@@ -311,9 +335,9 @@ def _sums_of(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _room(buffers: Sequence[torch.Tensor], tile: Tile) -> list[torch.Tensor]:
-    """Of the buffers, as much as a tile needs, which may be less than others did."""
-    size = tuple(part.stop - part.start for part in tile)
-    return [buffer if buffer.shape[:2] == size else buffer[: size[0], : size[1]] for buffer in buffers]
+    """Of the buffers [rows, width], as much as a tile [k, r] needs, which may be less than others did."""
+    networks, rows = (part.stop - part.start for part in tile)
+    return [buffer[: networks * rows].view(networks, rows, buffer.shape[1]) for buffer in buffers]
 
 
 def _placed(inputs: Sequence[Input]) -> list[tuple[Input, int]]:
@@ -323,17 +347,22 @@ def _placed(inputs: Sequence[Input]) -> list[tuple[Input, int]]:
 
 
 def add_bias(y: torch.Tensor, bias: torch.Tensor) -> None:
-    """Add [K, S, H] to [K, B·S, H]."""
+    """Add [K, S, H] to [K, S·B, H]."""
     if bias.shape[1] == 1:
         y.add_(bias)
     else:
-        y.unflatten(1, (-1, bias.shape[1])).add_(bias.unsqueeze(1))
+        _by_slot(y, bias).add_(bias.unsqueeze(2))
+
+
+def _by_slot(y: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """[K, S·B, H] → [K, S, B, H]."""
+    return y.unflatten(1, (bias.shape[1], y.shape[1] // bias.shape[1]))
 
 
 def _put_bias(target: torch.Tensor, d: torch.Tensor, add: bool) -> None:
-    """Write (or add) the gradient of a bias [K, S, H], from d [K, B·S, H]."""
+    """Write (or add) the gradient of a bias [K, S, H], from d [K, S·B, H]."""
     if target.shape[1] > 1:
-        _put(target, d.unflatten(1, (-1, target.shape[1])).sum(1), add)
+        _put(target, _by_slot(d, target).sum(2), add)
     else:
         _put(target, d.sum(1, keepdim=True), add)
 

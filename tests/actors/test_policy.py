@@ -142,7 +142,7 @@ def test_it_tells_how_likely_its_actions_were() -> None:
         density = gaussian.log_density(
             policy.outputs(0, arm), policy.layout.blocks[0].grid(torch.as_tensor(actions[0]))
         )
-        torch.testing.assert_close(density[0], torch.as_tensor(chances[0]), atol=1e-3, rtol=1e-3)
-        allowed = policy.outputs(1, leg)[0, ..., 1:].log_softmax(-1)
+        torch.testing.assert_close(density[0].mT, torch.as_tensor(chances[0]), atol=1e-3, rtol=1e-3)
+        allowed = policy.outputs(1, leg)[0, ..., 1:].transpose(0, 1).log_softmax(-1)
         wanted = allowed.gather(-1, torch.as_tensor(actions[1]).unsqueeze(-1) - 1).squeeze(-1)
         torch.testing.assert_close(wanted, torch.as_tensor(chances[1]))

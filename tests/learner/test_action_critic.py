@@ -80,9 +80,7 @@ def test_what_others_do_does_not_depend_on_the_own_action_taken(context: Context
                 observations,
                 fixed,
                 critic.scenes(JointRows(rows.observations, actions, rows.active))[agent.block],
-            )
-            .unflatten(1, (4, block.slots))
-            .transpose(1, 2)
+            ).unflatten(1, (block.slots, 4))
             for actions in (rows.actions, changed)
         )
         torch.testing.assert_close(after[agent.group, agent.slot], before[agent.group, agent.slot], rtol=1e-10, atol=0)

@@ -103,10 +103,7 @@ def test_gradients_are_those_of_the_equations(
 
     monkeypatch.setattr(actor_critic, "draw", recording)
     fast = gradients(built, batch, monkeypatch)
-    next_actions = [
-        block.rows(actions.unflatten(1, (-1, block.slots)))
-        for block, actions in zip(built.layout.blocks, drawn, strict=True)
-    ]
+    next_actions = [block.joint(actions) for block, actions in zip(built.layout.blocks, drawn, strict=True)]
     for network in (built.policy, built.critic, built.target_policy, built.target_critic):
         network.zero_grad()
         network.double()

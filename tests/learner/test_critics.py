@@ -109,7 +109,7 @@ def test_nothing_depends_on_the_own_action_taken(
         own = changed[agent.block][:, agent.place]
         own.copy_((own + 1) % block.action_dim if block.discrete else own.flip(-1) - 0.5)
         after = critic(JointRows(rows.observations, changed, rows.active))
-        place = (agent.group, slice(None), agent.slot)
+        place = (agent.group, agent.slot)
         torch.testing.assert_close(after[agent.block][place], before[agent.block][place], rtol=1e-10, atol=1e-12)
         moved_somebody |= any(not torch.allclose(x, y) for x, y in zip(after, before, strict=True))
     assert moved_somebody == (context != "none")
@@ -187,11 +187,11 @@ def test_a_value_is_the_same_network_with_one_output(
     critic = build_value(spec, sharing, context)
     rows = random_rows(critic.layout, 4, torch.Generator().manual_seed(8))
     values = critic(rows)
-    assert [v.shape for v in values] == [(b.groups, 4, b.slots) for b in critic.layout.blocks]
+    assert [v.shape for v in values] == [(b.groups, b.slots, 4) for b in critic.layout.blocks]
     for agent in agents_of(critic.layout):
         for row in range(len(rows)):
             (slow,) = q_values(critic, rows, HEADS, True, row, agent)
-            fast = values[agent.block][agent.group, row, agent.slot]
+            fast = values[agent.block][agent.group, agent.slot, row]
             torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
 
 
@@ -230,5 +230,5 @@ _grid = Block.grid
 def _grid_with(block: Block, rows: torch.Tensor, rubbish: float) -> torch.Tensor:
     """The grid of joint rows with something else than zeros in the empty slots."""
     values = _grid(block, rows)
-    empty = (block.agent_of_slot < 0).view(block.groups, 1, block.slots, *[1] * (rows.dim() - 2))
+    empty = (block.agent_of_slot < 0).view(block.groups, block.slots, 1, *[1] * (rows.dim() - 2))
     return values.masked_fill(empty, rubbish) if values.is_floating_point() else values

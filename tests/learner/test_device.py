@@ -33,7 +33,7 @@ from protocol.demonstrations import Demonstrations
 from protocol.environment import compact_step
 from protocol.layout import Layout, ParameterSharing
 from protocol.messages import Sender
-from protocol.networks.stacked import StackedMLP, _Layers
+from protocol.networks.stacked import StackedMLP
 from protocol.observations import forms
 from protocol.specs import EnvironmentSpec, Part, TypeSpec
 from protocol.telemetry import Telemetry
@@ -96,7 +96,7 @@ def _without_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def applied(self: StackedMLP, *args: Any, **options: Any) -> StackedMLP:
         """A real GPU takes parameters over in place; the pretended one gets new ones, which the layers must know."""
         apply(self, *args, **options)
-        self._layers = _Layers(tuple(self.weights), tuple(self.biases), self.slope, self.activate_output)
+        self._layers = self._layers.like(tuple(self.weights), tuple(self.biases))
         return self
 
     monkeypatch.setattr(StackedMLP, "_apply", applied)

@@ -151,13 +151,13 @@ def test_every_network_averages_over_its_own_active_rows() -> None:
     active = torch.tensor([[True, False, True], [True, True, False]])
     (weights,) = losses.row_weights(layout, [active])
     third = 1 / 3
-    torch.testing.assert_close(weights, torch.tensor([[[third, 0.0], [third, third]], [[1.0, 0.0], [0.0, 0.0]]]))
+    torch.testing.assert_close(weights, torch.tensor([[[third, third], [0.0, third]], [[1.0, 0.0], [0.0, 0.0]]]))
 
 
 def test_a_network_without_active_rows_has_weight_zero() -> None:
     layout = Layout.of(spec_of((1, 3, 2), (1, 3, 2)), "agent")
     (weights,) = losses.row_weights(layout, [torch.tensor([[True, False], [True, False]])])
-    torch.testing.assert_close(weights, torch.tensor([[[0.5], [0.5]], [[0.0], [0.0]]]))
+    torch.testing.assert_close(weights, torch.tensor([[[0.5, 0.5]], [[0.0, 0.0]]]))
 
 
 CLIP, ENTROPY, CLONE = 0.2, 0.05, 0.3

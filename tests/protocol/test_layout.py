@@ -28,7 +28,7 @@ def test_rows_undo_grid(shapes: list[tuple[int, int, int]], sharing: ParameterSh
     for block in layout_of(shapes, sharing).blocks:
         rows = torch.rand(batch, block.num_agents, 2)
         grid = block.grid(rows)
-        assert grid.shape == (block.groups, batch, block.slots, 2)
+        assert grid.shape == (block.groups, block.slots, batch, 2)
         assert torch.equal(block.rows(grid), rows)
 
 
@@ -51,7 +51,7 @@ def test_a_grid_holds_each_agent_once_and_zeros_elsewhere(
 ) -> None:
     for block in layout_of(shapes, sharing).blocks:
         numbers = torch.arange(1, block.num_agents + 1).expand(2, -1)
-        for row in block.grid(numbers).movedim(1, 0):
+        for row in block.grid(numbers).movedim(2, 0):
             placed = row.flatten()
             assert sorted(placed[placed > 0].tolist()) == list(range(1, block.num_agents + 1))
             assert ((placed == 0) == (block.agent_of_slot < 0)).all()

@@ -8,7 +8,6 @@ import torch
 from torch.nn import functional
 
 from protocol.layout import JointRows, Layout, ParameterSharing
-from protocol.networks.grid import ALL
 from protocol.specs import EnvironmentSpec, TypeSpec
 from reward_server.discriminator import Architecture, Source, Workspace
 from reward_server.particles import RewardModel
@@ -41,10 +40,10 @@ def some_rows(layout: Layout, count: int, seed: int, shift: float = 0.0) -> Join
 def encoded(
     architecture: Architecture, layout: Layout, b: int, rows: JointRows, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """The input [G, B, S, in + biases] of a block's discriminators, written over what is no number."""
+    """The input [G, S, B, in + biases] of a block's discriminators, written over what is no number."""
     block = layout.blocks[b]
-    x = Workspace(dtype).take("x", block.groups, len(rows), block.slots, architecture.shapes[0][-1]).fill_(torch.nan)
-    source = Source(block.see(rows.observations[b]), ALL[1], slice(0, len(rows)), 0, block.observation_dim)
+    x = Workspace(dtype).take("x", block.groups, block.slots, len(rows), architecture.shapes[0][-1]).fill_(torch.nan)
+    source = Source(block.see(rows.observations[b]), slice(0, len(rows)), 0, block.observation_dim)
     architecture.encode([source], block.grid(rows.actions[b]), slice(None), x)
     return x
 

@@ -52,7 +52,7 @@ def test_logits_of_every_agent_and_gradients_equal_the_slow_way(
     rows = random_rows(layout, 7, generator)
     chosen = rows.select(torch.tensor([5, 0, 5]))
     x = encoded(architecture, layout, 0, chosen, torch.float64)
-    assert x.shape == (block.groups, 3, block.slots, layers[0].shape[-1])
+    assert x.shape == (block.groups, block.slots, 3, layers[0].shape[-1])
 
     with torch.no_grad():
         work = Workspace(torch.float64)
@@ -74,9 +74,9 @@ def test_logits_of_every_agent_and_gradients_equal_the_slow_way(
                 inputs = torch.cat([observation, one_hot, bias]).double()
                 for particle in range(2):
                     expected = slow_logit(layers, g, particle, inputs, activation)
-                    found = logits[g, particle, row * block.slots + slot]
+                    found = logits[g, particle, slot * 3 + row]
                     torch.testing.assert_close(found, expected.detach())
-                    total = total + expected * cotangent[g, particle, row * block.slots + slot]
+                    total = total + expected * cotangent[g, particle, slot * 3 + row]
     for gradient, expected in zip(gradients, torch.autograd.grad(total, layers), strict=True):
         torch.testing.assert_close(gradient, expected)
 
@@ -87,8 +87,8 @@ def test_continuous_actions_enter_as_they_are() -> None:
     rows = random_rows(layout, 4, torch.Generator().manual_seed(0))
     architecture = Architecture(layout.blocks[0], 1, (4,), "relu", Seen(((0, 3),), action=True))
     x = encoded(architecture, layout, 0, rows)
-    assert x.shape == (2, 4, 1, 6)
-    torch.testing.assert_close(x[1, :, 0, 3:5], rows.actions[0][:, 1])
+    assert x.shape == (2, 1, 4, 6)
+    torch.testing.assert_close(x[1, 0, :, 3:5], rows.actions[0][:, 1])
 
 
 def test_tensors_are_the_weights_and_biases_of_the_layers_in_place() -> None:

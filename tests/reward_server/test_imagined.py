@@ -48,7 +48,7 @@ def updated(built: RewardModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     called.assert_called_once()
     _, x, _, cotangent, *_ = called.call_args.args
     counts = (cotangent != 0).any(dim=1)
-    x, counts = (LAYOUT.blocks[0].rows(part.unflatten(1, (80, 2))) for part in (x, counts))
+    x, counts = (LAYOUT.blocks[0].joint(part) for part in (x, counts))
     return x[..., :4], x[..., 4:7].argmax(dim=-1), counts
 
 

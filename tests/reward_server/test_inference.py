@@ -10,7 +10,6 @@ from small_model import encoded, some_rows
 from actors.policy import UniformPolicy
 from actors.rollout import rollout
 from protocol.layout import Block, JointRows, Layout, ParameterSharing
-from protocol.networks.grid import ObservationGrid, Tile
 from protocol.observations import Observations
 from protocol.registry import make_environment
 from protocol.specs import EnvironmentSpec, Part, TypeSpec
@@ -42,13 +41,10 @@ def rows_in(world: str, layout: Layout) -> JointRows:
     return JointRows(seen, actions, [torch.ones(9, b.num_agents, dtype=torch.bool) for b in layout.blocks])
 
 
-def tiles_of(grid: ObservationGrid) -> list[Tile]:
-    """All but the last group and its rows, then those, some joint steps at a time."""
-    groups, rows, _ = grid.shape
-    step = 4 * grid.slots
-    parts = [slice(row, min(row + step, rows)) for row in range(0, rows, step)]
-    some = [slice(0, groups - 1)] if groups > 1 else []
-    return [(networks, part) for networks in (*some, slice(groups - 1, groups)) for part in parts]
+def parts_of(block: Block) -> list[tuple[slice, int]]:
+    """All groups but the last with all slots; then that one, with no more than it has agents in."""
+    last = block.groups - 1
+    return [*([(slice(0, last), block.slots)] if last else []), (slice(last, last + 1), block.agents[-1])]
 
 
 @pytest.mark.parametrize(
@@ -82,13 +78,13 @@ def test_logits_are_those_of_the_expanded_input(
         inference, work = Inference(architecture, layers), Workspace(torch.float64)
         grid = inference.see(rows.observations[b], rows.actions[b])
         found = torch.full_like(expected, torch.nan)
-        for tile in tiles_of(grid):
-            found[tile[0], :, tile[1]] = inference.logits(tile, grid, work)
+        for groups, slots in parts_of(block):
+            found[groups, :, : slots * len(rows)] = inference.logits(groups, slots, grid, work)
         taken = _taken(block, len(rows))
         torch.testing.assert_close(found[taken], expected[taken])
 
 
 def _taken(block: Block, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Places [G, L, B·S] of slots that have an agent: what an empty one sees is anything."""
-    there = (block.agent_of_slot >= 0).view(block.groups, 1, 1, block.slots)
-    return torch.where(there.expand(-1, PARTICLES, rows, -1).flatten(2))
+    """Places [G, L, S·B] of slots that have an agent: what an empty one sees is anything."""
+    there = (block.agent_of_slot >= 0).view(block.groups, 1, block.slots, 1)
+    return torch.where(there.expand(-1, PARTICLES, -1, rows).flatten(2))

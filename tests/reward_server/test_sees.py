@@ -112,7 +112,7 @@ def test_the_input_holds_what_is_seen_and_nothing_else(sees: tuple[str, ...], id
                 elif seen.action:
                     expected += list(rows.actions[b][row, agent])
                 expected += [float(agent == slot) for slot in range(block.slots)] if identity else [1.0]
-                assert x[0, row, agent].tolist() == pytest.approx([float(value) for value in expected])
+                assert x[0, agent, row].tolist() == pytest.approx([float(value) for value in expected])
 
 
 def test_rewards_depend_on_what_is_seen_alone() -> None:

@@ -11,8 +11,9 @@ from actors.policy import UniformPolicy
 from actors.rollout import rollout
 from protocol.layout import Block, Layout
 from protocol.networks import grid as grids
-from protocol.networks.grid import ALL, ObservationGrid, Tile
+from protocol.networks.grid import ObservationGrid
 from protocol.networks.stacked import StackedMLP
+from protocol.networks.tiles import ALL, Tile, slots_and_steps
 from protocol.observations import Observations
 from protocol.registry import make_environment
 from protocol.specs import ParameterSharing
@@ -45,22 +46,21 @@ def seen_in(world: str, sharing: ParameterSharing) -> Iterator[tuple[Block, Obse
 
 
 def expanded(block: Block, tensor: torch.Tensor) -> torch.Tensor:
-    """Joint rows as [G, B·S, …]; what empty slots hold is nobody's."""
+    """Joint rows as [G, S·B, …]; what empty slots hold is nobody's."""
     return block.grid(tensor).flatten(1, 2).double()
 
 
 def there(block: Block, rows: int) -> torch.Tensor:
-    """[G, B·S, 1] 1 where a slot has an agent."""
+    """[G, S·B, 1] 1 where a slot has an agent."""
     return expanded(block, torch.ones(rows, block.num_agents, 1))
 
 
 def tiles(grid: ObservationGrid) -> list[Tile]:
-    """All of it, in four pieces that end between joint steps."""
-    networks, rows = grid.shape[0] // 2, 2 * grid.slots
+    """All of it: of some networks, then the others, the first slot in two pieces, and the other slots in one."""
+    networks, steps, rows = grid.shape[0] // 2, grid.steps, grid.shape[1]
+    parts = [slice(0, 2), slice(2, steps), slice(steps, rows)]
     return [
-        (some, part)
-        for some in (slice(0, networks), slice(networks, None))
-        for part in (slice(0, rows), slice(rows, None))
+        (some, part) for some in (slice(0, networks), slice(networks, None)) for part in parts if part.start < part.stop
     ]
 
 
@@ -98,7 +98,9 @@ def test_masks_and_expansions_of_tiles_are_those_of_the_rows(world: str, sharing
         for tile in (ALL, *tiles(grid)):
             for first, end in ((0, x.shape[2]), (1, x.shape[2] - 2)):
                 columns = torch.full_like(x[tile][..., first:end], torch.nan)
-                grid.expand(first, end, tile, columns)
+                slots, steps = slots_and_steps(tile[1], grid.shape[1], grid.steps)
+                apart = slots.stop - slots.start, steps.stop - steps.start
+                grid.expand(first, end, tile, columns.unflatten(1, apart))
                 torch.testing.assert_close(columns * taken[tile], x[tile][..., first:end])
             torch.testing.assert_close(grid.masks(tile).double() * taken[tile], masks[tile])
 
@@ -106,7 +108,8 @@ def test_masks_and_expansions_of_tiles_are_those_of_the_rows(world: str, sharing
 def test_networks_say_the_same_of_either(world: str, sharing: ParameterSharing) -> None:
     for block, seen in seen_in(world, sharing):
         x, taken = expanded(block, seen.dense()), there(block, len(seen))
-        network = StackedMLP(block.groups, (x.shape[2], 9, 4), torch.Generator().manual_seed(2)).double()
+        generator = torch.Generator().manual_seed(2)
+        network = StackedMLP(block.groups, (x.shape[2], 9, 4), generator, agents=block.agents).double()
         found = []
         for given in (x, block.see(seen)):
             network.zero_grad()
