@@ -139,7 +139,8 @@ class Live:
             time.sleep(0.01)
             for child in psutil.Process(run.pid).children(recursive=True):
                 with suppress(psutil.Error):
-                    if child.cmdline()[-3:] == ["launch.worker", "actor", "0"]:
+                    command = child.cmdline()
+                    if command[-3:] == ["launch.worker", "actor", "0"] and "launch.lifeline" not in command:
                         found.append(child)
             return bool(found)
 
@@ -176,7 +177,7 @@ class Live:
 
     def _weigh(self, process: psutil.Process) -> None:
         command, resident = process.cmdline(), process.memory_info().rss
-        if "launch.worker" in command:
+        if "launch.worker" in command and "launch.lifeline" not in command:
             self._workers.setdefault(" ".join(command[-2:]), set()).add(process.pid)
         if time.time() - process.create_time() < 10:  # it is still importing
             return

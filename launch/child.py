@@ -19,6 +19,9 @@ from launch.topology import Process
 TAIL_BYTES, TAIL_LINES = 16_384, 80
 """Of its log, to show how a process ended: a traceback through torch has so many lines."""
 
+GUARD_SECONDS = 2.0
+"""Until whoever guards a process has ended it and all that it started."""
+
 
 def worker_command(process: Process) -> list[str]:
     """The program of a process."""
@@ -47,7 +50,7 @@ class Child:
             stdin.write(self._stdin.encode())
             stdin.seek(0)
             self._popen = subprocess.Popen(
-                lifeline.command(self._command),
+                lifeline.command(self._command, guarded=True),
                 stdin=stdin,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -70,14 +73,22 @@ class Child:
         self.start_at = time.monotonic() + delay_seconds
 
     def send(self, number: signal.Signals) -> None:
-        """A signal to it and to whatever it started. Its next start is cancelled."""
+        """A signal to it and to its group; SIGKILL to whatever it started. Its next start is cancelled."""
         self.start_at = None
         if self.alive and self._popen is not None:
-            os.killpg(self._popen.pid, number)
+            if number == signal.SIGKILL:
+                os.kill(self._popen.pid, lifeline.END)
+            else:
+                os.killpg(self._popen.pid, number)
 
     def wait(self) -> None:
         """Until it is gone; it must have been killed."""
-        if self._popen is not None:
+        if self._popen is None:
+            return
+        try:
+            self._popen.wait(GUARD_SECONDS)
+        except subprocess.TimeoutExpired:  # its guard was stopped, or waits for a process that the kernel does not end
+            os.killpg(self._popen.pid, signal.SIGKILL)
             self._popen.wait()
 
     def last_words(self) -> str:

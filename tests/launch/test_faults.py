@@ -81,7 +81,8 @@ def worker(process: subprocess.Popen[str], role: str) -> psutil.Process | None:
             command = child.cmdline()
         except psutil.Error:
             continue
-        if "launch.worker" in command and role in command and child.status() != psutil.STATUS_ZOMBIE:
+        guards = "launch.lifeline" in command
+        if not guards and "launch.worker" in command and role in command and child.status() != psutil.STATUS_ZOMBIE:
             return child
     return None
 
