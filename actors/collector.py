@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from actors.babbling import Babble
 from actors.policy import Policy
 from actors.rollout import Acts, rollout
 from actors.settings import ActorSettings
+from actors.simulator import Simulator
 from protocol.errors import InputError
 from protocol.job import Job
-from protocol.registry import make_environment
 from protocol.seeds import derive_seed
 from protocol.trajectories import Trajectories
 
@@ -18,10 +19,15 @@ from protocol.trajectories import Trajectories
 class Collector:
     """The share of one actor: E whole episodes per iteration, all environments stepped together."""
 
-    def __init__(self, job: Job, settings: ActorSettings, index: int) -> None:
-        """Raises InputError if this machine's environment is not the job's."""
+    def __init__(
+        self, job: Job, settings: ActorSettings, index: int, after_step: Callable[[], None] = lambda: None
+    ) -> None:
+        """after_step: called whenever the environments have come back from a step.
+
+        Raises InputError if this machine's environment is not the job's.
+        """
         self._seed, self._index, self._settings = job.seed, index, settings
-        self.environment = make_environment(job.environment, episodes_per_chunk(settings, job))
+        self.environment = Simulator(job.environment, episodes_per_chunk(settings, job), after_step)
         if self.environment.spec != job.spec:
             difference = job.spec.difference(self.environment.spec) or "its observations are described in another way"
             raise InputError(
@@ -34,12 +40,15 @@ class Collector:
 
         stream: what tells chunks of one version apart; in lockstep there is one chunk of each.
         The first versions are not played but babbled (`ActorSettings.babbling`).
+        Raises SimulatorError if the environment fails.
         """
         seed = derive_seed(self._seed, "rollout", self._index, *(stream or (version,)))
         acting: Acts = policy
         if version < self._settings.babbling:
             acting = Babble(policy.layout, self._settings.hidden, self.environment.num_envs, seed)
-        return rollout(self.environment, acting, seed)
+        played = rollout(self.environment, acting, seed)
+        self.environment.check(played)
+        return played
 
 
 def episodes_per_chunk(settings: ActorSettings, job: Job) -> int:

@@ -9,11 +9,11 @@ import numpy as np
 from actors import rollout
 from actors.rollout import Acts
 from actors.settings import EvaluationSettings
+from actors.simulator import Simulator
 from protocol.demonstrations import Demonstrations, resolve
 from protocol.environment import Starts
 from protocol.errors import InputError
 from protocol.job import Job
-from protocol.registry import make_environment
 from protocol.seeds import derive_seed
 
 EPISODES_AT_ONCE = 250
@@ -80,14 +80,23 @@ def evaluate(
 ) -> np.ndarray:
     """True returns [episodes, N] of the policy, the same start states for every policy.
 
-    starts: start states [episodes, …] by name instead of seeded ones.
+    starts: start states [episodes, …] by name instead of seeded ones.   Raises SimulatorError if the environment fails.
     """
     returns = []
-    seen = sum(t.count * t.observation_dim for t in make_environment(environment, 1).spec.types)
-    at_once = max(1, min(EPISODES_AT_ONCE, NUMBERS_AT_ONCE // seen))
+    at_once = min(EPISODES_AT_ONCE, _at_once(environment))
     for first in range(0, episodes, at_once):
         count = min(at_once, episodes - first)
         part = None if starts is None else {name: array[first : first + count] for name, array in starts.items()}
         batch_seed = derive_seed(seed, "evaluation", first)
-        returns.append(rollout.returns(make_environment(environment, count), policy, batch_seed, greedy, part))
+        played = Simulator(environment, count)
+        returns.append(rollout.returns(played, policy, batch_seed, greedy, part))
+        played.close()
     return np.concatenate(returns)
+
+
+def _at_once(environment: str) -> int:
+    """Episodes whose observations of one moment the memory holds easily."""
+    one = Simulator(environment, 1)
+    seen = sum(t.count * t.observation_dim for t in one.spec.types)
+    one.close()
+    return max(1, NUMBERS_AT_ONCE // seen)

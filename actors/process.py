@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -12,12 +13,13 @@ from actors.evaluation import Evaluator
 from actors.metrics import ActorMetrics, EvaluatorMetrics
 from actors.policy import Policy
 from actors.settings import ActorSettings, EvaluationSettings
+from actors.simulator import end_if_hung
 from protocol.channels import Client, Listener, Refused
 from protocol.device import use_threads
 from protocol.errors import InputError
 from protocol.job import Job
 from protocol.layout import Layout
-from protocol.messages import Chunk, Done, Evaluation, Refusal, Weights
+from protocol.messages import Chunk, Done, Evaluation, Refusal, Weights, Working
 from protocol.seeds import derive_seed
 from protocol.specs import ArrayTable
 from protocol.telemetry import Telemetry
@@ -25,6 +27,9 @@ from protocol.trajectories import Trajectories
 
 POLL_SECONDS = 0.2
 """Longest deafness to the wish to stop."""
+WORKING_SECONDS = 5.0
+"""After which an actor says that it is still at work on its chunk: so the learner waits for slow simulators, and not
+for those that are gone."""
 CREDITS = 2
 """Chunks of one actor that the learner has not taken yet; with so many, a streaming actor pauses."""
 
@@ -35,12 +40,16 @@ def run_actor(job: Job, settings: ActorSettings, index: int, telemetry: Telemetr
     In lockstep one chunk per policy version. In async chunk after chunk with the newest weights there are.
     """
     use_threads(settings.threads)
+    end_if_hung(settings.step_seconds)
     actor = _Actor(job, settings, index, telemetry)
-    while not telemetry.stop.is_set():
-        if job.mode == "async":
-            actor.stream()
-        else:
-            actor.follow()
+    try:
+        while not telemetry.stop.is_set():
+            if job.mode == "async":
+                actor.stream()
+            else:
+                actor.follow()
+    finally:
+        actor.close()
 
 
 class _Actor:
@@ -48,12 +57,16 @@ class _Actor:
 
     def __init__(self, job: Job, settings: ActorSettings, index: int, telemetry: Telemetry) -> None:
         self._index, self._telemetry = index, telemetry
-        self._collector = Collector(job, settings, index)
+        self._collector = Collector(job, settings, index, self._say_so)
         self._policy = build_policy(job, settings)
         self._weights, self._learner = _connect(job, self._policy, telemetry)
         self._metrics = ActorMetrics(telemetry.registry)
         self._weights_of: tuple[str, int] | None = None
-        self._chunks = 0
+        self._chunks, self._sent, self._said = 0, 0, -math.inf
+
+    def close(self) -> None:
+        """Let the environments free what they hold."""
+        self._collector.environment.close()
 
     def follow(self) -> None:
         """Lockstep: wait a while for new weights, and play one chunk with them."""
@@ -67,11 +80,11 @@ class _Actor:
     def stream(self) -> None:
         """Async: one chunk with the newest weights; a pause while the learner has not taken the chunks before."""
         before = self._weights_of
-        waits = before is None or self._learner.pending >= CREDITS
+        waits = before is None or self._learner.pending_of(Chunk) >= CREDITS
         self._refresh(POLL_SECONDS / 10 if waits else 0.0)
         if before is not None and self._weights_of is not None and before[0] != self._weights_of[0]:
             self._learner.forget()  # the learner went back to a checkpoint: older chunks are of no use
-        if self._weights_of is None or self._learner.pending >= CREDITS:
+        if self._weights_of is None or self._learner.pending_of(Chunk) >= CREDITS:
             return
         session, version = self._weights_of
         self._chunks += 1
@@ -94,15 +107,27 @@ class _Actor:
 
     def _collect(self, version: int, *stream: int | str) -> tuple[Trajectories, float]:
         start = time.perf_counter()
+        self._say_so()
         with self._telemetry.stage("collect"):
             chunk = self._collector.collect(self._policy, version, *stream)
         return chunk, time.perf_counter() - start
 
     def _send(self, chunk: Trajectories, seconds: float, session: str, version: int, next_version: int) -> None:
-        self._metrics.count(chunk, version, self._learner.pending)
+        self._metrics.count(chunk, version, self._learner.pending_of(Chunk))
         steps, episodes = chunk.terminated.shape
         body = Chunk(session, version, next_version, self._index, steps, episodes, seconds)
-        self._learner.submit(body, chunk.arrays)
+        self._learner.tell(body, chunk.arrays)
+        self._sent += 1
+        self._telemetry.done(self._sent)
+
+    def _say_so(self) -> None:
+        """Tell the learner, now and then, that the work on a chunk goes on."""
+        if time.monotonic() - self._said < WORKING_SECONDS:
+            return
+        self._said = time.monotonic()
+        _pump(self._learner)
+        if not self._learner.pending_of(Working):  # a learner that is busy need not be told more
+            self._learner.tell(Working(self._index))
 
 
 def run_evaluator(
@@ -110,11 +135,13 @@ def run_evaluator(
 ) -> None:
     """Report the true return of every policy version that is marked for evaluation, in their order."""
     use_threads(actor_settings.threads)
+    end_if_hung(actor_settings.step_seconds)
     policy = build_policy(job, actor_settings)
     weights, learner = _connect(job, policy, telemetry)
     metrics = EvaluatorMetrics(telemetry.registry)
     evaluator = Evaluator(job, evaluation_settings)
     done: tuple[str, int] | None = None
+    evaluated = 0
     while not telemetry.stop.is_set():
         with telemetry.stage("wait_for_weights"):
             message = weights.next(POLL_SECONDS)
@@ -129,7 +156,9 @@ def run_evaluator(
             returns = evaluator.returns(policy, message.body.evaluate_episodes)
         metrics.count(returns, message.body.version)
         done = (message.body.session, message.body.version)
-        learner.submit(Evaluation(*done, len(returns), time.perf_counter() - start), {"returns": returns})
+        learner.tell(Evaluation(*done, len(returns), time.perf_counter() - start), {"returns": returns})
+        evaluated += 1
+        telemetry.done(evaluated)
 
 
 def _pump(learner: Client) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from protocol.settings import Count, Natural
+from protocol.settings import Count, Natural, Positive
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,9 @@ class ActorSettings:
     that remembers the run (`reward.memory`) what nobody would do. Clipped updates learn nothing else from them."""
     agent_identity: bool = False
     """With parameters per type: every network also sees which agent of the type it acts for."""
+    step_seconds: Positive = 60.0
+    """Longest time that a step of the environments, or their reset, may take: whoever plays a simulator that hangs is
+    started again."""
     threads: Natural = 0
     """Threads of the arithmetic of an actor, and of the evaluator; 0: as --threads says."""
 

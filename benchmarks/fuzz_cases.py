@@ -29,6 +29,7 @@ from protocol.messages import (
     Sender,
     Status,
     Update,
+    Working,
     decode,
     encode,
 )
@@ -149,7 +150,11 @@ def corpus(run: str = "run") -> dict[str, list[list[bytes]]]:
     belongs to another run could end the session with it."""
     values = {"iteration": 3.0, "steps": 9.0, "steps_per_second": 1.0, "stage_seconds": 80.0, "seconds_collect": 1.0}
     bodies: dict[str, list[tuple[Any, Arrays]]] = {
-        "experience": [chunk(), (Evaluation("s", 0, 2, 0.1), {"returns": np.zeros((2, SPEC.num_agents), np.float32)})],
+        "experience": [
+            chunk(),
+            (Working(0), {}),
+            (Evaluation("s", 0, 2, 0.1), {"returns": np.zeros((2, SPEC.num_agents), np.float32)}),
+        ],
         "rewards": [*of_rows(LAYOUT), (GetState("s"), {})],
         "control": [
             (Status(role, 0, 0, 1, "collect", "127.0.0.1:1", values, "text"), {}) for role in ("learner", "supervisor")

@@ -11,10 +11,12 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from launch import lifeline
 from launch.topology import Process
+from protocol.telemetry import DONE_FD
 
 TAIL_BYTES, TAIL_LINES = 16_384, 80
 """Of its log, to show how a process ended: a traceback through torch has so many lines."""
@@ -32,6 +34,7 @@ class Child:
     """One process, over all its starts. Its output is appended to `log`.
 
     crashes: the times (monotonic seconds) of crashes that still count.   start_at: when it shall be started again.
+    done: the largest number that it has told as done.   fruitless_starts: those since it last told a new one.
     """
 
     def __init__(self, process: Process, command: list[str], stdin: str, log: Path, env: Mapping[str, str]) -> None:
@@ -39,7 +42,9 @@ class Child:
         self.crashes: deque[float] = deque()
         self.start_at: float | None = None
         self._command, self._stdin, self._env = command, stdin, env
+        self.done, self.fruitless_starts = 0, 0
         self._log_start = 0
+        self._done_pipe: int | None = None
         self._popen: subprocess.Popen[bytes] | None = None
 
     def spawn(self) -> None:
@@ -49,14 +54,37 @@ class Child:
             self._log_start = output.tell()
             stdin.write(self._stdin.encode())
             stdin.seek(0)
+            self._forget_pipe()
+            self._done_pipe, told = os.pipe()
+            os.set_blocking(self._done_pipe, False)
             self._popen = subprocess.Popen(
                 lifeline.command(self._command, guarded=True),
                 stdin=stdin,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=self._env,
+                env={**self._env, DONE_FD: str(told)},
+                pass_fds=(told,),
                 start_new_session=True,
             )
+            os.close(told)
+            self.fruitless_starts += 1
+
+    def listen(self) -> None:
+        """Take in what it tells (`Telemetry.done`)."""
+        if self._done_pipe is None:
+            return
+        with suppress(BlockingIOError):
+            while told := os.read(self._done_pipe, 1 << 12):
+                # A learner that went back to a checkpoint tells old numbers again; others begin anew at each start.
+                numbers = [int(line) for line in told.split() if line.isdigit()]
+                newest = max(numbers, default=0)
+                if newest > self.done or (newest and self.process.role != "learner"):
+                    self.done, self.fruitless_starts = newest, 0
+
+    def _forget_pipe(self) -> None:
+        if self._done_pipe is not None:
+            os.close(self._done_pipe)
+            self._done_pipe = None
 
     @property
     def alive(self) -> bool:
@@ -83,6 +111,7 @@ class Child:
 
     def wait(self) -> None:
         """Until it is gone; it must have been killed."""
+        self._forget_pipe()
         if self._popen is None:
             return
         try:

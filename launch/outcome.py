@@ -6,7 +6,7 @@ import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from protocol.errors import InputError, NumericalError
+from protocol.errors import DeadlineError, InputError, NumericalError
 
 FINISHED = 0
 CRASHED = 1
@@ -45,7 +45,7 @@ def attempt(work: Callable[[], str | None]) -> Outcome:
         return Outcome(INPUT_ERROR, str(error))
     except NumericalError as error:
         return Outcome(NUMERICAL_ERROR, str(error))
-    except TimeoutError as error:
+    except DeadlineError as error:
         return Outcome(DEADLINE, str(error))
     except OSError as error:
         if error.errno not in DISK_ERRORS:

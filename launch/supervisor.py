@@ -18,6 +18,9 @@ from protocol.telemetry import Telemetry
 
 MAX_RESTARTS, RESTART_WINDOW_SECONDS = 5, 120.0
 """A process that crashes more often within that time would crash for ever; one that crashes once a night may go on."""
+MAX_FRUITLESS_STARTS = 6
+"""Of a process that gets nothing done in between, however long each one takes to fail."""
+TELL_WHAT_THEY_DO = ("actor", "evaluator", "learner")
 RESTART_DELAY_SECONDS = 0.5
 """So that a process that dies at once does not take a core from those that work."""
 LEARNER_GRACE_SECONDS, OTHERS_GRACE_SECONDS = 5.5, 1.5
@@ -98,6 +101,7 @@ class Supervisor:
     def watch(self) -> Outcome | None:
         """Start again what crashed. Returns how the run ended once a process of this node has decided it."""
         for child in self._children:
+            child.listen()
             if child.start_at is not None and time.monotonic() >= child.start_at:
                 child.spawn()
             elif (code := child.exit_code) is not None and (outcome := self._ended(child, code)):
@@ -128,6 +132,7 @@ class Supervisor:
         if code in FINAL_CODES:
             return Outcome(code, f"{name}: {child.last_words()}")
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        child.listen()  # to its last words
         now = time.monotonic()
         child.crashes.append(now)
         while now - child.crashes[0] > RESTART_WINDOW_SECONDS:
@@ -136,6 +141,12 @@ class Supervisor:
             return Outcome(
                 CRASHED,
                 f"{name} {how}, {len(child.crashes)} times within {RESTART_WINDOW_SECONDS:.0f} s; log: {child.log}\n"
+                + child.last_traceback(),
+            )
+        if child.process.role in TELL_WHAT_THEY_DO and child.fruitless_starts >= MAX_FRUITLESS_STARTS:
+            return Outcome(
+                CRASHED,
+                f"{name} {how}; it was started {child.fruitless_starts} times and got nothing done; log: {child.log}\n"
                 + child.last_traceback(),
             )
         why = f" ({child.last_words()[:200]})" if code > 0 else ""  # who is killed has no last words

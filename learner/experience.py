@@ -17,9 +17,9 @@ from actors.process import build_policy
 from learner.metrics import ChunkMetrics
 from learner.settings import Settings
 from protocol.channels import Broadcaster, Request, Server
-from protocol.errors import ProtocolError
+from protocol.errors import DeadlineError, ProtocolError
 from protocol.job import Job
-from protocol.messages import Chunk, Done, Evaluation, Weights, frame_limit
+from protocol.messages import Chunk, Done, Evaluation, Weights, Working, frame_limit
 from protocol.specs import ArrayTable
 from protocol.telemetry import Telemetry
 from protocol.trajectories import Trajectories
@@ -50,7 +50,7 @@ class Experience(Protocol):
     def collect(self, abort: Callable[[], None]) -> list[Trajectories]:
         """The chunks of all actors played with the weights published last, in the order of the actors.
 
-        `abort` is called while waiting and may raise. Raises TimeoutError naming the actors that are missing.
+        `abort` is called while waiting and may raise. Raises DeadlineError naming the actors that are missing.
         """
         ...
 
@@ -97,6 +97,8 @@ class RemoteExperience:
         self._chunks: dict[int, tuple[int, Trajectories]] = {}
         self._metrics = ChunkMetrics(telemetry.registry)
         self._evaluated: list[Evaluated] = []
+        self._heard: dict[int, float] = {}
+        """When each actor last said something, in monotonic seconds."""
         self._current = ("", -1)
         self._count_drop = telemetry.count_drop
 
@@ -110,8 +112,8 @@ class RemoteExperience:
         while missing := [index for index in range(self._actors) if index not in self._chunks]:
             abort()
             now = time.monotonic()
-            if now - start > self._deadline_seconds:
-                raise TimeoutError(f"no chunk from actors {missing} within {self._deadline_seconds:.0f} s")
+            if silent := [index for index in missing if self._silent_seconds(index, start) > self._deadline_seconds]:
+                raise DeadlineError(f"no chunk from actors {silent} within {self._deadline_seconds:.0f} s")
             self._weights.pump(repeat=now - repeated > REPEAT_SECONDS)
             if now - repeated > REPEAT_SECONDS:
                 log.info("waiting for actors %s since %.0f s", missing, now - start)
@@ -132,12 +134,20 @@ class RemoteExperience:
         self._server.close()
         self._weights.close()
 
+    def _silent_seconds(self, actor: int, since: float) -> float:
+        """For how long nothing was heard of an actor, at most since then."""
+        return time.monotonic() - max(since, self._heard.get(actor, since))
+
     def _receive(self, timeout_seconds: float) -> None:
         for request in self._server.poll(timeout_seconds):
             self._server.answer(request, Done(self._accept(request)))
 
     def _accept(self, request: Request) -> str:
         body, arrays = request.message.body, request.message.arrays
+        if isinstance(body, Chunk | Working):
+            self._heard[body.actor] = time.monotonic()
+        if isinstance(body, Working):
+            return ""
         if (body.session, body.version) != self._current and isinstance(body, Chunk):
             return "stale"
         if isinstance(body, Evaluation):
@@ -159,6 +169,8 @@ class RemoteExperience:
             if (body.steps, body.episodes) != expected or not 0 <= body.actor < self._actors:
                 raise ProtocolError("body", f"a chunk here has (steps, episodes) {expected}, actors < {self._actors}")
             return Trajectories.array_table(self._spec, *expected)
+        if isinstance(body, Working) and 0 <= body.actor < self._actors:
+            return {}
         if isinstance(body, Evaluation) and 1 <= body.episodes <= MAX_EVALUATED:
             return self._returns_table(body.episodes)
         return None

@@ -17,7 +17,7 @@ from learner.imitation import Arrays, OffPolicyImitation, OnPolicyImitation
 from learner.segments import Segments
 from learner.settings import Settings
 from protocol.channels import Request
-from protocol.errors import ProtocolError
+from protocol.errors import DeadlineError, ProtocolError
 from protocol.job import Job
 from protocol.messages import Chunk, Done
 from protocol.telemetry import Telemetry
@@ -70,8 +70,10 @@ class StreamedExperience(RemoteExperience):
         while len(self._queue) < self._share or self._behind():
             abort()
             now = time.monotonic()
-            if now - start > self._deadline_seconds:
-                raise TimeoutError(
+            if min((self._silent_seconds(actor, start) for actor in self._heard), default=now - start) > (
+                self._deadline_seconds
+            ):
+                raise DeadlineError(
                     f"{len(self._queue)} of {self._share} chunks from actors within {self._deadline_seconds:.0f} s"
                 )
             if len(self._queue) >= self._share and now - start > PATIENCE_SECONDS:
@@ -121,6 +123,7 @@ class StreamedExperience(RemoteExperience):
     def _receive(self, timeout_seconds: float) -> None:
         for request in self._server.poll(timeout_seconds):
             if isinstance(request.message.body, Chunk):
+                self._heard[request.message.body.actor] = time.monotonic()
                 self._enqueue(request)
             else:
                 self._server.answer(request, Done(self._accept(request)))

@@ -24,7 +24,7 @@ from learner.metrics import LearnerMetrics
 from learner.record import RunRecord
 from learner.settings import Settings
 from protocol.channels import Refused, Unanswered
-from protocol.errors import InputError, NumericalError
+from protocol.errors import DeadlineError, InputError, NumericalError
 from protocol.job import Job
 from protocol.telemetry import Telemetry
 
@@ -107,7 +107,7 @@ class Training:
         """Train to the end, or until told to stop: `finished` or `interrupted`.
 
         If the reward server is lost, both sides go back to the last checkpoint and the run goes on from there.
-        Raises NumericalError, TimeoutError (a wait passed its deadline), OSError (the disk), InputError (also for what
+        Raises NumericalError, DeadlineError (a wait passed its deadline), OSError (the disk), InputError (also for what
         the reward server would refuse again).
         """
         while True:
@@ -229,6 +229,7 @@ class Training:
         for name, value in (("expert_return", self._expert_return), ("clone_return", facts.clone_return)):
             if value is not None:
                 self._telemetry.numbers[name] = value
+        self._telemetry.done(facts.iteration)
         self._record.log_iteration(facts.iteration, self._figures[facts.iteration])
 
     def _position(self) -> dict[str, float]:
@@ -274,7 +275,7 @@ class Training:
                     self._record_evaluation(evaluated)
                 self._abort()
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"no evaluation of the final policy within {FINAL_EVALUATION_SECONDS:.0f} s")
+                    raise DeadlineError(f"no evaluation of the final policy within {FINAL_EVALUATION_SECONDS:.0f} s")
         self._write_result("finished", self._final_estimate)
         return "finished"
 

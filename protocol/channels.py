@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import zmq
 
-from protocol.errors import InputError, ProtocolError
+from protocol.errors import DeadlineError, InputError, ProtocolError
 from protocol.keys import secure_client, secure_server
 from protocol.messages import (
     MAX_ARRAYS,
@@ -56,7 +56,7 @@ busy one is not made busier."""
 CountDrop = Callable[[str], None]
 
 
-class Unanswered(TimeoutError):
+class Unanswered(DeadlineError):
     """No answer within the deadline; the text says who was asked for what, and for how long."""
 
 
@@ -179,13 +179,17 @@ class Client:
         """Requests without an answer yet."""
         return len(self._pending)
 
+    def pending_of(self, kind: type[Any]) -> int:
+        """Those whose body is of this kind."""
+        return sum(isinstance(pending.body, kind) for pending in self._pending.values())
+
     def submit(self, body: Any, arrays: Mapping[str, np.ndarray] | None = None) -> int:
         """Send a request; its arrays must not change until it is answered. Returns the ticket for `result`."""
-        self._sequence += 1
-        pending = _Pending(body, encode(self._sender, self._sequence, body, arrays), time.monotonic())
-        self._pending[self._sequence] = pending
-        self._transmit(pending)
-        return self._sequence
+        return self._start(body, arrays, wanted=True)
+
+    def tell(self, body: Any, arrays: Mapping[str, np.ndarray] | None = None) -> None:
+        """As `submit`, for nobody who wants the answer: the request is resent until there is one, which is not kept."""
+        self._start(body, arrays, wanted=False)
 
     def pump(self, timeout_seconds: float = 0.0) -> None:
         """Take in answers, waiting up to `timeout_seconds` for the first, and resend what is overdue."""
@@ -239,6 +243,13 @@ class Client:
         """Close, waiting up to `linger_seconds` for unsent requests."""
         self._socket.close(linger=int(linger_seconds * 1000))
 
+    def _start(self, body: Any, arrays: Mapping[str, np.ndarray] | None, wanted: bool) -> int:
+        self._sequence += 1
+        pending = _Pending(body, encode(self._sender, self._sequence, body, arrays), time.monotonic(), wanted)
+        self._pending[self._sequence] = pending
+        self._transmit(pending)
+        return self._sequence
+
     def _transmit(self, pending: _Pending) -> None:
         pending.resend_at = time.monotonic() + pending.resend_seconds
         pending.resend_seconds = min(2 * pending.resend_seconds, LAST_RESEND_SECONDS)
@@ -260,7 +271,8 @@ class Client:
             return True
         if message.sequence == -1 and isinstance(message.body, Refusal):
             raise Refused(message.body)
-        if self._pending.pop(message.sequence, None) is not None:
+        self._pending.pop(message.sequence, None)
+        if pending is not None and pending.wanted:
             self._answers[message.sequence] = message
         return True
 
@@ -335,6 +347,7 @@ class _Pending:
     body: Any
     frames: list[Any]
     resend_at: float
+    wanted: bool
     resend_seconds: float = FIRST_RESEND_SECONDS
 
 

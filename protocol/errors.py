@@ -28,6 +28,20 @@ class NumericalError(ArithmeticError):
     """A loss, a reward or a parameter is no longer finite. The text names the term and the iteration."""
 
 
+class DeadlineError(RuntimeError):
+    """One of our own waits took longer than it may; the text says for whom and how long.
+
+    Not a TimeoutError, which may come from anybody's code: a simulator's is no reason to end a run.
+    """
+
+
+class SimulatorError(RuntimeError):
+    """An environment failed: it raised, or showed what no environment may. The text names it, and the cause.
+
+    Whoever played it is started again; a run whose environment fails again and again ends with this text.
+    """
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
     """The error for a mistyped name: it lists the nearest known names, or all of them when none is near."""
     names = sorted(known)

@@ -25,7 +25,7 @@ from protocol.errors import ProtocolError
 from protocol.keys import Keys
 from protocol.specs import ArrayTable
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 MAX_HEADER_BYTES, MAX_ARRAYS, MAX_RANK, MAX_TEXT = 1 << 20, 4096, 8, 8192
 """Of a header, from whomever it is: far above what a run of hundreds of types sends, and parsed within milliseconds."""
 MAX_MESSAGE_BYTES = 1 << 31
@@ -63,6 +63,14 @@ class Chunk:
     steps: int
     episodes: int
     collect_seconds: float
+
+
+@dataclass(frozen=True)
+class Working:
+    """Actor → learner: it is at work on a chunk, and its simulator comes back from its steps."""
+
+    kind: ClassVar[str] = "working"
+    actor: int
 
 
 @dataclass(frozen=True)
@@ -200,6 +208,7 @@ class Status:
 Body = Union[  # noqa: UP007  (a runtime value on Python 3.10 too)
     Weights,
     Chunk,
+    Working,
     Evaluation,
     Begin,
     Hold,

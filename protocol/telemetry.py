@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ HEARTBEAT_SECONDS = 1.0
 """Seldom enough that a thousand processes do not keep the director busy."""
 STAGE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 STOP = "stop"
+DONE_FD = "BM3IL_DONE_FD"
+"""The environment variable with the pipe to the supervisor that started this process."""
 START, BETWEEN = "start", "between"
 """Where a process is before its first stage, and since its last one ended."""
 
@@ -60,6 +63,7 @@ class Telemetry:
         memory = Gauge(f"{prefix}_resident_memory_bytes", "Resident memory of the process", registry=self.registry)
         process = psutil.Process()
         memory.set_function(lambda: process.memory_info().rss)
+        self._done_fd = int(os.environ[DONE_FD]) if DONE_FD in os.environ else None
         self._open: list[tuple[str, float]] = []
         """The stages that it is in, the innermost last, each with the time when it began."""
         self._now = (START, time.monotonic())
@@ -85,6 +89,15 @@ class Telemetry:
             seconds = end - stage[1]
             self._seconds.labels(name).observe(seconds)
             self.numbers[f"seconds_{name}"] = seconds
+
+    def done(self, number: int) -> None:
+        """Tell the supervisor that this process got something done: its chunk, evaluation or iteration of that number.
+
+        Who does not for too many starts is not started again.
+        """
+        if self._done_fd is not None:
+            with suppress(OSError):  # a supervisor that does not read has other worries
+                os.write(self._done_fd, b"%d\n" % number)
 
     def count_drop(self, cause: str) -> None:
         """Count a message that was dropped."""

@@ -103,17 +103,21 @@ class Trajectories:
         finite.
         """
         found = cls(spec, arrays)
-        steps, lengths = arrays["terminated"].shape[0], arrays["lengths"]
+        found.check()
+        return found
+
+    def check(self) -> None:
+        """Raise ProtocolError (cause `bad_value`) for what `from_arrays` names."""
+        steps, lengths = len(self.terminated), self.lengths
         if lengths.size and not (lengths.min() >= 1 and lengths.max() <= steps):
             raise ProtocolError("bad_value", f"episode lengths must lie in 1..{steps}")
-        for b, (types, seen) in enumerate(zip(spec.blocks, found.seen(), strict=True)):
-            first = spec.types[types[0]]
+        for b, (types, seen) in enumerate(zip(self.spec.blocks, self.seen(), strict=True)):
+            first = self.spec.types[types[0]]
             whose = f"type '{first.name}'" + (" or one like it" if len(types) > 1 else "")
             seen.check(whose)
-            check_actions(first, torch.from_numpy(arrays[f"{b}.actions"]), whose)
-            if not np.isfinite(arrays[f"{b}.log_probabilities"]).all():
+            check_actions(first, torch.from_numpy(self.arrays[f"{b}.actions"]), whose)
+            if not np.isfinite(self.arrays[f"{b}.log_probabilities"]).all():
                 raise ProtocolError("bad_value", f"{whose}: a log-probability is not finite")
-        return found
 
     @staticmethod
     def array_table(spec: EnvironmentSpec, steps: int, episodes: int) -> ArrayTable:

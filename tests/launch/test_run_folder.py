@@ -11,7 +11,7 @@ import pytest
 from launch import run, run_folder
 from launch.config import Config, load_preset
 from launch.outcome import Outcome, attempt
-from protocol.errors import InputError, NumericalError
+from protocol.errors import DeadlineError, InputError, NumericalError
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_serial_mode_has_one_node(config: Config) -> None:
     [
         (InputError("bad"), 2, "bad"),
         (NumericalError("critic loss"), 3, "critic loss"),
-        (TimeoutError("no chunk"), 4, "no chunk"),
+        (DeadlineError("no chunk"), 4, "no chunk"),
         (OSError(28, "No space left on device", "x.csv"), 2, "cannot write x.csv: No space left on device"),
     ],
 )

@@ -93,6 +93,49 @@ def test_a_process_that_keeps_crashing_ends_the_run_with_its_traceback(
     assert restarts == 5
 
 
+DOES = """
+import os, sys
+from pathlib import Path
+starts = Path(sys.argv[1])
+starts.write_text(starts.read_text() + "x")
+number = len(starts.read_text())
+done = {"nothing": 0, "something": number < 5, "the same": 7, "more": number}[sys.argv[2]]
+if done:
+    os.write(int(os.environ["BM3IL_DONE_FD"]), b"%d\\n" % done)
+sys.exit("the simulator failed" if number < 12 else 3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("role", "does", "starts"),
+    [
+        ("actor", "nothing", 6),
+        ("actor", "something", 10),  # four times, and six times nothing
+        ("actor", "the same", 12),  # until it ends with a final code
+        ("learner", "the same", 7),  # the iteration that it had come to before
+        ("learner", "more", 12),
+        ("reward-server", "nothing", 12),  # it does what it is asked for
+    ],
+)
+def test_who_gets_nothing_done_is_given_up_however_seldom_it_crashes(
+    tmp_path: Path, telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch, role: str, does: str, starts: int
+) -> None:
+    monkeypatch.setattr(module, "RESTART_DELAY_SECONDS", 0.0)
+    monkeypatch.setattr(module, "RESTART_WINDOW_SECONDS", 0.0)  # all crashes are long ago
+    (tmp_path / "starts").write_text("")
+    supervisor = start(tmp_path, telemetry, {role: [DOES, str(tmp_path / "starts"), does]})
+    outcome = watch(supervisor)
+    end(supervisor)
+    assert len((tmp_path / "starts").read_text()) == starts
+    assert outcome is not None
+    if starts == 12:
+        assert outcome.code == 3
+    else:
+        assert outcome.code == 1
+        assert "it was started 6 times and got nothing done" in outcome.text
+        assert outcome.text.endswith("the simulator failed")
+
+
 def test_a_killed_process_comes_back(tmp_path: Path, telemetry: Telemetry) -> None:
     worker = "import os, sys, time; open(sys.argv[1], 'a').write(f'{os.getpid()} '); time.sleep(60)"
     pids = tmp_path / "pids"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from learner import streaming
 from learner.settings import LearnerSettings, Settings
 from learner.streaming import StreamedExperience
 from protocol.channels import Client
+from protocol.errors import DeadlineError
 from protocol.job import Endpoints, Job
 from protocol.layout import Layout
-from protocol.messages import Chunk, Done, Sender
+from protocol.messages import Chunk, Done, Sender, Working
 from protocol.registry import make_environment
 from protocol.telemetry import Telemetry
 from protocol.trajectories import Trajectories
@@ -82,8 +84,23 @@ def test_an_iteration_takes_its_share_from_whoever_sent(learner: Learner) -> Non
     learner.experience._receive(1.0)
     assert len(learner.collect()) == 2
     assert learner.note(2, tickets[0]) == "taken"
-    with pytest.raises(TimeoutError, match="1 of 2 chunks"):
+    with pytest.raises(DeadlineError, match="1 of 2 chunks"):
         learner.collect()
+
+
+def test_an_actor_that_says_that_it_is_at_work_is_waited_for(learner: Learner) -> None:
+    began = told = time.monotonic()
+
+    def tell() -> None:
+        nonlocal told
+        learner.actors[0].pump()
+        if told + 1 < time.monotonic() < began + 5:
+            told = time.monotonic()
+            learner.actors[0].tell(Working(0))
+
+    with pytest.raises(DeadlineError, match="0 of 2 chunks"):
+        learner.experience.collect(tell)
+    assert time.monotonic() - began > 3.0 + 4.0
 
 
 def test_a_chunk_is_acknowledged_when_it_is_taken(learner: Learner) -> None:

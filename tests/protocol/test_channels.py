@@ -89,6 +89,22 @@ def test_a_request_is_answered(endpoint: str, client: Client) -> None:
     serving.close()
 
 
+def test_who_only_tells_keeps_no_answers(endpoint: str, client: Client) -> None:
+    serving = Serving(endpoint)
+    for _ in range(50):
+        client.tell(GetState("s"), ARRAY)
+    client.tell(Done())
+    assert (client.pending, client.pending_of(GetState), client.pending_of(Done)) == (51, 50, 1)
+
+    def all_answered() -> bool:
+        client.pump()
+        return not client.pending
+
+    wait_until(all_answered)
+    assert not client._answers
+    serving.close()
+
+
 def test_answers_go_to_their_tickets_in_any_order(endpoint: str, client: Client) -> None:
     serving = Serving(endpoint)
     tickets = [client.submit(GetState("s"), ARRAY) for _ in range(3)]

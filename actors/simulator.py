@@ -1,0 +1,127 @@
+"""A user's environment, whose faults are told from ours: what it raises, what it shows, and how long it takes."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+import numpy as np
+
+from protocol.environment import Environment, Starts, TimeStep
+from protocol.errors import InputError, ProtocolError, SimulatorError
+from protocol.registry import make_environment
+from protocol.trajectories import Trajectories
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
+"""Between looks at the clock."""
+DEAF_SECONDS = 10.0
+"""By which a step that does not even let another thread look at the clock may exceed its time."""
+
+T = TypeVar("T")
+
+
+class Simulator:
+    """E copies of an environment, stepped together; follows `protocol.environment.Environment`.
+
+    Raises SimulatorError, naming the environment, for whatever it raises but InputError, which is for the user.
+    """
+
+    def __init__(self, name: str, num_envs: int, after_step: Callable[[], None] = lambda: None) -> None:
+        """after_step: called whenever it has come back from a step."""
+        self._name, self._after_step = name, after_step
+        with self._at_work("made"):
+            self._inner: Environment = make_environment(name, num_envs)
+        self.spec, self.num_envs = self._inner.spec, num_envs
+
+    def reset(self, seed: int, starts: Starts | None = None) -> TimeStep:
+        """As `Environment.reset`."""
+        with self._at_work("reset"):
+            return self._inner.reset(seed, starts)
+
+    def step(self, actions: Sequence[np.ndarray]) -> TimeStep:
+        """As `Environment.step`."""
+        with self._at_work("step"):
+            now = self._inner.step(actions)
+        self._after_step()
+        return now
+
+    def check(self, played: Trajectories) -> None:
+        """Raise SimulatorError if it showed what no environment may: numbers that are not finite, codes that there are
+        not. True rewards may be anything: imitation does not read them."""
+        try:
+            played.check()
+        except ProtocolError as error:
+            raise SimulatorError(f"environment '{self._name}': {error}") from error
+
+    def close(self) -> None:
+        """Free what it holds, if it can; how that goes is of no importance any more."""
+        close = getattr(self._inner, "close", None)
+        if callable(close):
+            with suppress(Exception), _watched(self._name, "close"):
+                close()
+
+    @contextmanager
+    def _at_work(self, what: str) -> Iterator[None]:
+        try:
+            with _watched(self._name, what):
+                yield
+        except InputError:
+            raise
+        except Exception as error:
+            raise SimulatorError(f"environment '{self._name}' raised {type(error).__name__}: {error}") from error
+
+
+class _Clock:
+    """Since when this process waits for which environment."""
+
+    def __init__(self) -> None:
+        self.inside: tuple[str, str, float] | None = None
+
+
+_clock = _Clock()
+
+
+@contextmanager
+def _watched(name: str, what: str) -> Iterator[None]:
+    _clock.inside = name, what, time.monotonic()
+    try:
+        yield
+    finally:
+        _clock.inside = None
+
+
+def end_if_hung(patience_seconds: float) -> None:
+    """Have this process end, as by a SimulatorError, once a call of an environment takes longer than that.
+
+    It cannot be interrupted, and what it waits for may be anything; so its actor is started again. Its stack is in the
+    log. For processes that play and do nothing else; call once.
+    """
+    threading.Thread(target=_watch, args=(patience_seconds, _end), name="simulator-clock", daemon=True).start()
+
+
+def _watch(patience_seconds: float, end: Callable[[str], None]) -> None:
+    while True:
+        # A call that holds the interpreter stops this thread, too: then another clock, which needs no interpreter.
+        faulthandler.dump_traceback_later(patience_seconds + DEAF_SECONDS, exit=True)
+        time.sleep(min(LOOK_SECONDS, patience_seconds / 4))
+        inside = _clock.inside
+        if inside is not None and time.monotonic() - inside[2] > patience_seconds:
+            name, what, _ = inside
+            end(f"environment '{name}' has not come back from '{what}' for {patience_seconds:.0f} s")
+
+
+def _end(text: str) -> None:
+    faulthandler.cancel_dump_traceback_later()
+    faulthandler.dump_traceback(sys.stderr)
+    with suppress(OSError):
+        os.write(sys.stderr.fileno(), f"{SimulatorError.__module__}.{SimulatorError.__name__}: {text}\n".encode())
+    os._exit(1)
