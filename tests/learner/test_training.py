@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 import actors.collector
 import actors.evaluation
 from actors.settings import ActorSettings, EvaluationSettings
+from actors.simulator import Simulator
 from learner.algorithms import ALGORITHMS, algorithm
 from learner.cloning import BehaviourCloning
 from learner.experience import LocalExperience
@@ -21,6 +23,7 @@ from learner.process import run_serial
 from learner.settings import CloningSettings, LearnerSettings, Settings
 from learner.training import Training
 from protocol.channels import Refused
+from protocol.environment import TimeStep
 from protocol.errors import InputError, NumericalError
 from protocol.job import Endpoints, Job
 from protocol.messages import Refusal, Sender
@@ -112,27 +115,23 @@ def test_between_two_stages_a_run_does_not_tell_of_its_start(
     assert {"seconds_restore", "seconds_update", "seconds_publish", "seconds_checkpoint"} <= stages
 
 
-class _Blinded:
+class _Blinded(Simulator):
     """An environment whose true rewards are not numbers."""
 
-    def __init__(self, name: str, num_envs: int) -> None:
-        self._environment = make_environment(name, num_envs)
-        self.spec, self.num_envs, self.reset = self._environment.spec, num_envs, self._environment.reset
-
-    def step(self, actions: list[np.ndarray]) -> object:
-        now = self._environment.step(actions)
+    def step(self, actions: Sequence[np.ndarray]) -> TimeStep:
+        now = super().step(actions)
         return dataclasses.replace(now, rewards=[np.full_like(r, np.nan) for r in now.rewards])
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(ALGORITHMS) if ALGORITHMS[name].imitates])
 def test_imitation_never_reads_a_true_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     seen = run(tmp_path / "seen", name)["policy_sha256"]
-    monkeypatch.setattr(actors.collector, "make_environment", _Blinded)
+    monkeypatch.setattr(actors.collector, "Simulator", _Blinded)
     assert run(tmp_path / "blind", name)["policy_sha256"] == seen
 
 
 def test_an_expert_does_read_true_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actors.collector, "make_environment", _Blinded)
+    monkeypatch.setattr(actors.collector, "Simulator", _Blinded)
     with pytest.raises(NumericalError, match="reward"):
         run(tmp_path / "blind", "expert")
 
