@@ -15,7 +15,7 @@ from typing import Any
 from launch.outcome import CRASHED, Outcome
 from launch.progress import Progress
 from launch.run_folder import write_atomically
-from launch.supervisor import StopRequests, Supervisor
+from launch.supervisor import LEARNER_GRACE_SECONDS, StopRequests, Supervisor, patience
 from launch.topology import Plan
 from protocol.channels import Server
 from protocol.errors import InputError
@@ -168,7 +168,13 @@ def direct(plan: Plan, progress: Progress, stopped: StopRequests) -> Outcome:
                 supervisor.adopt(node)
             progress.show(director.statuses.get("learner-0"), director.worries())
     finally:
-        end = supervisor.stop_learner(stopped, director.pump)
+        seconds = patience(director.statuses.get("learner-0"))
+        if stopped.count and seconds > 2 * LEARNER_GRACE_SECONDS:
+            progress.note(
+                f"the learner ends its iteration and writes a checkpoint, for at most {seconds:.0f} s; "
+                "once more, and all ends at once"
+            )
+        end = supervisor.stop_learner(stopped, director.pump, seconds)
         director.stopping = True
         supervisor.stop_all(stopped, director.pump)
         director.wait_for_nodes()

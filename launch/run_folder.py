@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import fcntl
 import json
 import os
@@ -19,6 +20,8 @@ from launch.config import Config
 from launch.outcome import FINISHED, Outcome
 from protocol.errors import InputError
 
+TAIL_BYTES = 1 << 20
+"""Of a log, in which its last line lies."""
 MIN_FREE_BYTES = 64 << 20
 """Room for two checkpoints of the Berlin preset: with less, the first iterations would be lost work."""
 
@@ -127,12 +130,32 @@ def conclude(folder: Path, config: Config, outcome: Outcome) -> dict[str, Any]:
         "nodes": config.nodes,
         "actors": config.actors,
     }
-    result = facts | read_result(folder) | {"status": outcome.status, "exit_code": outcome.code}
+    result = facts | (read_result(folder) or reached(folder)) | {"status": outcome.status, "exit_code": outcome.code}
     result.pop("error", None)
     if outcome.code != FINISHED and outcome.text:
         result["error"] = outcome.text
     write_atomically(folder / "result.json", json.dumps(result, indent=1) + "\n")
     return result
+
+
+def reached(folder: Path) -> dict[str, Any]:
+    """How far a run had come whose learner could not say so any more: what its log and its curve end with."""
+    found: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
+        last = json.loads(_last_line(folder / "log.jsonl"))
+        found = {"iterations": last["iteration"], **{name: last[name] for name in ("env_steps", "wall_seconds")}}
+    with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
+        with (folder / "curve.csv").open(newline="") as file:
+            row = list(csv.DictReader(file))[-1]
+        found |= {name: float(row[name]) for name in ("return_mean", "return_stderr", "normalized_return") if row[name]}
+    return found
+
+
+def _last_line(path: Path) -> str:
+    """The last line that was written whole."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+        return file.read().rpartition(b"\n")[0].splitlines()[-1].decode()
 
 
 def write_atomically(path: Path, text: str) -> None:

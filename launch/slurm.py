@@ -13,9 +13,10 @@ from launch import run, run_folder
 from launch.backends import BATCH_JOB
 from launch.config import Config, parse_config
 from launch.run_folder import write_atomically
+from launch.supervisor import NOTICE
 from protocol.errors import InputError
 
-NOTICE_SECONDS = 120
+NOTICE_SECONDS, INACCURACY_SECONDS = 120, 60
 """How long before its time limit the job is told: Slurm is coarse, and up to a minute early or late."""
 
 SCRIPT = """\
@@ -32,6 +33,7 @@ SCRIPT = """\
 #SBATCH --no-kill
 {extra}
 cd {cwd}
+export {notice_variable}={sure} # of the time limit; a partition with a shorter grace time needs less
 export {batch_job}=$SLURM_JOB_ID # with it the nodes can bring the job back if the first is lost
 over=
 # Slurm tells that the time is nearly over (USR1) or that the job has to go (TERM): checkpoint and end.
@@ -98,6 +100,8 @@ def script(config: Config, args: Sequence[str], time: str, options: Sequence[str
         time=time,
         log=_log(config),
         notice=NOTICE_SECONDS,
+        notice_variable=NOTICE,
+        sure=NOTICE_SECONDS - INACCURACY_SECONDS,
         extra="".join(f"#SBATCH --{option}\n" for option in options),
         batch_job=BATCH_JOB,
         cwd=shlex.quote(str(Path.cwd())),

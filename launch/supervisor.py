@@ -14,6 +14,7 @@ from launch.child import Child, worker_command
 from launch.metrics import SupervisorMetrics
 from launch.outcome import CRASHED, FINAL_CODES, FINISHED, INTERRUPTED, Outcome
 from launch.topology import Plan, Process
+from protocol.messages import Status
 from protocol.telemetry import Telemetry
 
 MAX_RESTARTS, RESTART_WINDOW_SECONDS = 5, 120.0
@@ -24,11 +25,28 @@ TELL_WHAT_THEY_DO = ("actor", "evaluator", "learner")
 RESTART_DELAY_SECONDS = 0.5
 """So that a process that dies at once does not take a core from those that work."""
 LEARNER_GRACE_SECONDS, OTHERS_GRACE_SECONDS = 5.5, 1.5
-"""From the wish to stop to SIGKILL. The learner ends its iteration and writes a checkpoint; the others have nothing to
-save. Together, with what it takes to write down the end, they stay below the 10 s after which a scheduler may kill."""
+"""From the wish to stop to SIGKILL. The learner ends its iteration and writes a checkpoint, for which it gets more time
+where iterations are long (`patience`); the others have nothing to save. Together, with what it takes to write down the
+end, they stay below the 10 s after which a scheduler may kill."""
+NOTICE = "BM3IL_NOTICE_SECONDS"
+"""The environment variable that says how long after its signal a scheduler kills."""
+AFTER_LEARNER_SECONDS = OTHERS_GRACE_SECONDS + 3.0
+"""What is kept of such a notice for the others, other nodes and the writing down of the end."""
 POLL_SECONDS = 0.05
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+def patience(status: Status | None) -> float:
+    """Seconds that a learner is given to end its iteration and write a checkpoint: twice what these took when they were
+    last done, and what is given in any case; at most what a scheduler's notice leaves."""
+    last = sum(status.values.get(f"seconds_{what}", 0.0) for what in ("iteration", "checkpoint")) if status else 0.0
+    wanted = LEARNER_GRACE_SECONDS + 2 * last
+    try:
+        notice = float(os.environ.get(NOTICE, ""))
+    except ValueError:
+        return wanted
+    return min(wanted, max(LEARNER_GRACE_SECONDS, notice - AFTER_LEARNER_SECONDS))
 
 
 class StopRequests:
@@ -109,13 +127,15 @@ class Supervisor:
         self._metrics.processes.set(sum(child.alive for child in self._children))
         return None
 
-    def stop_learner(self, stopped: StopRequests, meanwhile: Callable[[], None]) -> Outcome:
+    def stop_learner(
+        self, stopped: StopRequests, meanwhile: Callable[[], None], patience_seconds: float | None = None
+    ) -> Outcome:
         """End the learner, before the others: its checkpoint needs them. Returns how it ended.
 
         `meanwhile` is called while waiting; a second request to stop ends the patience.
         """
         learners = [child for child in self._children if child.process.role == "learner"]
-        self._end(learners, LEARNER_GRACE_SECONDS, stopped, meanwhile)
+        self._end(learners, patience_seconds or LEARNER_GRACE_SECONDS, stopped, meanwhile)
         code = learners[0].exit_code if learners else INTERRUPTED
         if code in FINAL_CODES:
             return Outcome(code, learners[0].last_words())

@@ -130,10 +130,12 @@ class Training:
         self._publish(session)
         while self._facts.iteration < self._iterations:
             self._abort()
+            began = time.monotonic()
             try:
                 fresh_steps, figures = self._algorithm.iterate(self._facts.iteration / self._iterations, self._abort)
             except NumericalError as error:
                 raise NumericalError(f"{error} in iteration {self._facts.iteration + 1}") from error
+            self._telemetry.numbers["seconds_iteration"] = time.monotonic() - began
             self._facts.iteration += 1
             self._facts.env_steps += fresh_steps
             self._count_seconds()

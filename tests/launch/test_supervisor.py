@@ -17,7 +17,7 @@ from launch.config import load_preset
 from launch.outcome import Outcome
 from launch.supervisor import StopRequests, Supervisor
 from launch.topology import Node, Plan, Process, ipc_addresses
-from protocol.messages import Sender
+from protocol.messages import Sender, Status
 from protocol.telemetry import Telemetry
 
 SLEEP = "import time; time.sleep(60)"
@@ -186,6 +186,41 @@ def test_who_does_not_obey_is_killed(tmp_path: Path, telemetry: Telemetry, monke
     end(supervisor)
     assert 0.3 <= time.monotonic() - began < 2
     assert "learner ended" not in log.read_text()
+
+
+def test_a_learner_gets_the_time_that_its_iterations_take(
+    tmp_path: Path, telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LEARNER_GRACE_SECONDS", 0.3)
+    supervisor = start(tmp_path, telemetry, {"learner": [OBEY, "learner", "1"]})
+    log = tmp_path / "logs" / "learner-0.log"
+    watch(supervisor, lambda: "ready" in log.read_text())
+    assert supervisor.stop_learner(StopRequests(), lambda: None, 10.0) == Outcome(130)
+    assert "learner ended" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("iteration", "checkpoint", "notice", "seconds"),
+    [
+        (0.1, 0.1, "", 5.9),
+        (20.0, 1.0, "", 47.5),
+        (20.0, 1.0, "60", 47.5),
+        (20.0, 1.0, "30", 25.5),
+        (20.0, 1.0, "5", 5.5),
+        (20.0, 1.0, "soon", 47.5),
+    ],
+)
+def test_patience_follows_from_what_was_measured_and_from_the_notice(
+    iteration: float, checkpoint: float, notice: str, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"seconds_iteration": iteration, "seconds_checkpoint": checkpoint}
+    monkeypatch.setenv("BM3IL_NOTICE_SECONDS", notice)
+    assert module.patience(Status("learner", 0, 0, 1, "update", "", values)) == pytest.approx(seconds)
+
+
+def test_a_learner_that_was_never_heard_gets_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BM3IL_NOTICE_SECONDS", raising=False)
+    assert module.patience(None) == module.LEARNER_GRACE_SECONDS
 
 
 def test_a_second_request_ends_the_patience(tmp_path: Path, telemetry: Telemetry) -> None:
