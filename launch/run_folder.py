@@ -141,10 +141,10 @@ def conclude(folder: Path, config: Config, outcome: Outcome) -> dict[str, Any]:
 def reached(folder: Path) -> dict[str, Any]:
     """How far a run had come whose learner could not say so any more: what its log and its curve end with."""
     found: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         last = json.loads(_last_line(folder / "log.jsonl"))
         found = {"iterations": last["iteration"], **{name: last[name] for name in ("env_steps", "wall_seconds")}}
-    with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         with (folder / "curve.csv").open(newline="") as file:
             row = list(csv.DictReader(file))[-1]
         found |= {name: float(row[name]) for name in ("return_mean", "return_stderr", "normalized_return") if row[name]}

@@ -80,6 +80,26 @@ def test_serial_mode_has_one_node(config: Config) -> None:
         run.check(replace(config, mode="serial", nodes=2))
 
 
+def test_a_run_whose_learner_was_killed_tells_how_far_it_had_come(config: Config) -> None:
+    folder = run_folder.create(config)
+    lines = [{"iteration": n, "env_steps": 100 * n, "wall_seconds": 2.5 * n} for n in (1, 2)]
+    log = "".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 3, "env_'  # it was killed while it wrote
+    (folder / "log.jsonl").write_text(log)
+    (folder / "curve.csv").write_text("iteration,return_mean,return_stderr,normalized_return\n1,5.5,0.5,\n")
+    result = run_folder.conclude(folder, config, Outcome(130))
+    assert result["status"] == "interrupted"
+    assert (result["iterations"], result["env_steps"], result["wall_seconds"]) == (2, 200, 5.0)
+    assert (result["return_mean"], result["return_stderr"]) == (5.5, 0.5)
+    assert "normalized_return" not in result
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]\n", '{"iteration": 1}\n'])
+def test_a_run_that_did_not_come_far_tells_nothing_of_it(config: Config, text: str) -> None:
+    folder = run_folder.create(config)
+    (folder / "log.jsonl").write_text(text)
+    assert "iterations" not in run_folder.conclude(folder, config, Outcome(1, "died"))
+
+
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
