@@ -23,7 +23,7 @@ class ActorSettings:
     """With parameters per type: every network also sees which agent of the type it acts for."""
     step_seconds: Positive = 60.0
     """Longest time that a step of the environments, or their reset, may take: whoever plays a simulator that hangs is
-    started again."""
+    started again. At most half of --learner.deadline-seconds, whatever is said here."""
     threads: Natural = 0
     """Threads of the arithmetic of an actor, and of the evaluator; 0: as --threads says."""
 

@@ -38,18 +38,18 @@ class Simulator:
     def __init__(self, name: str, num_envs: int, after_step: Callable[[], None] = lambda: None) -> None:
         """after_step: called whenever it has come back from a step."""
         self._name, self._after_step = name, after_step
-        with self._at_work("made"):
+        with self._blamed():  # for as long as it likes: to load a large world may take longer than any of its steps
             self._inner: Environment = make_environment(name, num_envs)
         self.spec, self.num_envs = self._inner.spec, num_envs
 
     def reset(self, seed: int, starts: Starts | None = None) -> TimeStep:
         """As `Environment.reset`."""
-        with self._at_work("reset"):
+        with self._blamed(), _watched(self._name, "reset"):
             return self._inner.reset(seed, starts)
 
     def step(self, actions: Sequence[np.ndarray]) -> TimeStep:
         """As `Environment.step`."""
-        with self._at_work("step"):
+        with self._blamed(), _watched(self._name, "step"):
             now = self._inner.step(actions)
         self._after_step()
         return now
@@ -70,10 +70,9 @@ class Simulator:
                 close()
 
     @contextmanager
-    def _at_work(self, what: str) -> Iterator[None]:
+    def _blamed(self) -> Iterator[None]:
         try:
-            with _watched(self._name, what):
-                yield
+            yield
         except InputError:
             raise
         except Exception as error:

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import replace
 
 from launch.outcome import attempt
 from launch.topology import Plan
@@ -41,15 +42,18 @@ def run_role(role: str, index: int, plan: Plan, telemetry: Telemetry) -> str | N
     Returns the status of the learner.
     """
     job, config = plan.job(index), plan.config
+    # A learner shall not give an actor up before its simulator is.
+    step_seconds = min(config.actor.step_seconds, config.learner.deadline_seconds / 2)
+    actor = replace(config.actor, step_seconds=step_seconds)
     match role:
         case "actor":
             from actors.process import run_actor
 
-            run_actor(job, config.actor, index, telemetry)
+            run_actor(job, actor, index, telemetry)
         case "evaluator":
             from actors.process import run_evaluator
 
-            run_evaluator(job, config.actor, config.evaluation, telemetry)
+            run_evaluator(job, actor, config.evaluation, telemetry)
         case "reward-server":
             from reward_server.process import run_reward_server
 
