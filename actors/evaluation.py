@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,15 +89,13 @@ def evaluate(
         count = min(at_once, episodes - first)
         part = None if starts is None else {name: array[first : first + count] for name, array in starts.items()}
         batch_seed = derive_seed(seed, "evaluation", first)
-        played = Simulator(environment, count)
-        returns.append(rollout.returns(played, policy, batch_seed, greedy, part))
-        played.close()
+        with closing(Simulator(environment, count)) as played:
+            returns.append(rollout.returns(played, policy, batch_seed, greedy, part))
     return np.concatenate(returns)
 
 
 def _at_once(environment: str) -> int:
     """Episodes whose observations of one moment the memory holds easily."""
-    one = Simulator(environment, 1)
-    seen = sum(t.count * t.observation_dim for t in one.spec.types)
-    one.close()
+    with closing(Simulator(environment, 1)) as one:
+        seen = sum(t.count * t.observation_dim for t in one.spec.types)
     return max(1, NUMBERS_AT_ONCE // seen)

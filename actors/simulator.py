@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import faulthandler
-import logging
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TypeVar
 
 import numpy as np
 
@@ -19,14 +17,12 @@ from protocol.errors import InputError, ProtocolError, SimulatorError
 from protocol.registry import make_environment
 from protocol.trajectories import Trajectories
 
-log = logging.getLogger(__name__)
-
 LOOK_SECONDS = 1.0
 """Between looks at the clock."""
+IDLE_SECONDS = 5.0
+"""Without a call after which a process does not play any more, or has not begun to."""
 DEAF_SECONDS = 10.0
 """By which a step that does not even let another thread look at the clock may exceed its time."""
-
-T = TypeVar("T")
 
 
 class Simulator:
@@ -80,10 +76,11 @@ class Simulator:
 
 
 class _Clock:
-    """Since when this process waits for which environment."""
+    """Since when this process waits for which environment, and when it last began to."""
 
     def __init__(self) -> None:
         self.inside: tuple[str, str, float] | None = None
+        self.began = time.monotonic()  # as if at the start: the first call may be the one that hangs
 
 
 _clock = _Clock()
@@ -91,7 +88,8 @@ _clock = _Clock()
 
 @contextmanager
 def _watched(name: str, what: str) -> Iterator[None]:
-    _clock.inside = name, what, time.monotonic()
+    _clock.began = time.monotonic()
+    _clock.inside = name, what, _clock.began
     try:
         yield
     finally:
@@ -102,17 +100,21 @@ def end_if_hung(patience_seconds: float) -> None:
     """Have this process end, as by a SimulatorError, once a call of an environment takes longer than that.
 
     It cannot be interrupted, and what it waits for may be anything; so its actor is started again. Its stack is in the
-    log. For processes that play and do nothing else; call once.
+    log. Call once, in a process that may be started again.
     """
     threading.Thread(target=_watch, args=(patience_seconds, _end), name="simulator-clock", daemon=True).start()
 
 
 def _watch(patience_seconds: float, end: Callable[[str], None]) -> None:
     while True:
-        # A call that holds the interpreter stops this thread, too: then another clock, which needs no interpreter.
-        faulthandler.dump_traceback_later(patience_seconds + DEAF_SECONDS, exit=True)
         time.sleep(min(LOOK_SECONDS, patience_seconds / 4))
         inside = _clock.inside
+        # A call that holds the interpreter stops this thread, too: then another clock, which needs no interpreter. It
+        # runs while there are calls, since a learner may be deaf for longer at other times.
+        if inside is not None or time.monotonic() - _clock.began < IDLE_SECONDS:
+            faulthandler.dump_traceback_later(patience_seconds + DEAF_SECONDS, exit=True)
+        else:
+            faulthandler.cancel_dump_traceback_later()
         if inside is not None and time.monotonic() - inside[2] > patience_seconds:
             name, what, _ = inside
             end(f"environment '{name}' has not come back from '{what}' for {patience_seconds:.0f} s")
