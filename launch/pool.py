@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,13 +17,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from launch.child import Child
-from launch.run_folder import read_result
+from launch.run_folder import curve, last_logged, read_result
 from launch.supervisor import THREAD_VARIABLES, StopRequests
 from launch.topology import Process
 
 POLL_SECONDS = 0.5
 PLAIN_LINE_SECONDS = 10.0
-TAIL_BYTES = 16_384
 LOG = "run.log"
 """In the folder of a run: what its process wrote."""
 
@@ -98,19 +96,10 @@ class Position:
     def of(cls, folder: Path) -> Position:
         """What can be read of `log.jsonl` and `curve.csv`; a line that is being written is left out."""
         returns: dict[int, float] = {}
-        iteration = 0
-        try:
-            with (folder / "log.jsonl").open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-                iteration = json.loads(file.read().rpartition(b"\n")[0].splitlines()[-1])["iteration"]
-        except (OSError, ValueError, LookupError, TypeError):
-            pass
-        try:
-            with (folder / "curve.csv").open(newline="") as file:
-                for row in csv.DictReader(file):
-                    returns[int(row["iteration"])] = float(row["return_mean"])
-        except (OSError, ValueError, LookupError, TypeError):
-            pass
+        with suppress(ValueError, LookupError, TypeError):  # of a row that is being written
+            for row in curve(folder):
+                returns[int(row["iteration"])] = float(row["return_mean"])
+        iteration = last_logged(folder).get("iteration", 0)
         return cls((folder / LOG).exists(), iteration, returns[max(returns)] if returns else None, returns.get(0))
 
     @property

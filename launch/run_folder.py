@@ -141,21 +141,33 @@ def conclude(folder: Path, config: Config, outcome: Outcome) -> dict[str, Any]:
 def reached(folder: Path) -> dict[str, Any]:
     """How far a run had come whose learner could not say so any more: what its log and its curve end with."""
     found: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        last = json.loads(_last_line(folder / "log.jsonl"))
+    with contextlib.suppress(LookupError):
+        last = last_logged(folder)
         found = {"iterations": last["iteration"], **{name: last[name] for name in ("env_steps", "wall_seconds")}}
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        with (folder / "curve.csv").open(newline="") as file:
-            row = list(csv.DictReader(file))[-1]
+    with contextlib.suppress(LookupError, ValueError, TypeError):
+        row = curve(folder)[-1]
         found |= {name: float(row[name]) for name in ("return_mean", "return_stderr", "normalized_return") if row[name]}
     return found
 
 
-def _last_line(path: Path) -> str:
-    """The last line that was written whole."""
-    with path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-        return file.read().rpartition(b"\n")[0].splitlines()[-1].decode()
+def last_logged(folder: Path) -> dict[str, Any]:
+    """The figures of the last iteration in `log.jsonl` whose line was written whole, or {}."""
+    try:
+        with (folder / "log.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            line = json.loads(file.read().rpartition(b"\n")[0].splitlines()[-1])
+    except (OSError, ValueError, LookupError):
+        return {}
+    return line if isinstance(line, dict) else {}
+
+
+def curve(folder: Path) -> list[dict[str, str]]:
+    """The rows of `curve.csv`, or [] if it cannot be read."""
+    try:
+        with (folder / "curve.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+    except (OSError, ValueError):
+        return []
 
 
 def write_atomically(path: Path, text: str) -> None:
