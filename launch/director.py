@@ -158,6 +158,10 @@ def direct(plan: Plan, progress: Progress, stopped: StopRequests) -> Outcome:
     director = Director(plan, telemetry)
     supervisor = Supervisor(plan, 0, telemetry, progress.note)
     outcome: Outcome | None = None
+
+    def learner_grace() -> float:
+        return patience(director.statuses.get("learner-0"))
+
     try:
         supervisor.start()
         while outcome is None and not stopped.count:
@@ -168,13 +172,12 @@ def direct(plan: Plan, progress: Progress, stopped: StopRequests) -> Outcome:
                 supervisor.adopt(node)
             progress.show(director.statuses.get("learner-0"), director.worries())
     finally:
-        seconds = patience(director.statuses.get("learner-0"))
-        if stopped.count and seconds > 2 * LEARNER_GRACE_SECONDS:
+        if stopped.count and (seconds := learner_grace()) > 2 * LEARNER_GRACE_SECONDS:
             progress.note(
                 f"the learner ends its iteration and writes a checkpoint, for at most {seconds:.0f} s; "
                 "once more, and all ends at once"
             )
-        end = supervisor.stop_learner(stopped, director.pump, seconds)
+        end = supervisor.stop_learner(stopped, director.pump, learner_grace)
         director.stopping = True
         supervisor.stop_all(stopped, director.pump)
         director.wait_for_nodes()

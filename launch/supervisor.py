@@ -128,14 +128,18 @@ class Supervisor:
         return None
 
     def stop_learner(
-        self, stopped: StopRequests, meanwhile: Callable[[], None], patience_seconds: float | None = None
+        self,
+        stopped: StopRequests,
+        meanwhile: Callable[[], None],
+        grace_seconds: Callable[[], float] = lambda: LEARNER_GRACE_SECONDS,
     ) -> Outcome:
         """End the learner, before the others: its checkpoint needs them. Returns how it ended.
 
         `meanwhile` is called while waiting; a second request to stop ends the patience.
+        grace_seconds: asked again and again, since the heartbeat that tells of a long iteration may be under way.
         """
         learners = [child for child in self._children if child.process.role == "learner"]
-        self._end(learners, patience_seconds or LEARNER_GRACE_SECONDS, stopped, meanwhile)
+        self._end(learners, grace_seconds, stopped, meanwhile)
         code = learners[0].exit_code if learners else INTERRUPTED
         if code in FINAL_CODES:
             return Outcome(code, learners[0].last_words())
@@ -143,7 +147,7 @@ class Supervisor:
 
     def stop_all(self, stopped: StopRequests, meanwhile: Callable[[], None]) -> None:
         """End whatever is left on the node."""
-        self._end(self._children, OTHERS_GRACE_SECONDS, stopped, meanwhile)
+        self._end(self._children, lambda: OTHERS_GRACE_SECONDS, stopped, meanwhile)
 
     def _ended(self, child: Child, code: int) -> Outcome | None:
         name = child.process.name
@@ -177,12 +181,17 @@ class Supervisor:
 
     @staticmethod
     def _end(
-        children: Iterable[Child], grace_seconds: float, stopped: StopRequests, meanwhile: Callable[[], None]
+        children: Iterable[Child],
+        grace_seconds: Callable[[], float],
+        stopped: StopRequests,
+        meanwhile: Callable[[], None],
     ) -> None:
         for child in children:
             child.send(signal.SIGTERM)
-        deadline = time.monotonic() + grace_seconds
-        while any(child.alive for child in children) and time.monotonic() < deadline and stopped.count < 2:
+        asked = time.monotonic()
+        while (
+            any(child.alive for child in children) and time.monotonic() - asked < grace_seconds() and stopped.count < 2
+        ):
             meanwhile()
             time.sleep(POLL_SECONDS)
         for child in children:

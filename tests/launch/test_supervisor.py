@@ -195,7 +195,17 @@ def test_a_learner_gets_the_time_that_its_iterations_take(
     supervisor = start(tmp_path, telemetry, {"learner": [OBEY, "learner", "1"]})
     log = tmp_path / "logs" / "learner-0.log"
     watch(supervisor, lambda: "ready" in log.read_text())
-    assert supervisor.stop_learner(StopRequests(), lambda: None, 10.0) == Outcome(130)
+    assert supervisor.stop_learner(StopRequests(), lambda: None, lambda: 10.0) == Outcome(130)
+    assert "learner ended" in log.read_text()
+
+
+def test_a_heartbeat_that_comes_while_stopping_lengthens_the_patience(tmp_path: Path, telemetry: Telemetry) -> None:
+    supervisor = start(tmp_path, telemetry, {"learner": [OBEY, "learner", "1"]})
+    log = tmp_path / "logs" / "learner-0.log"
+    watch(supervisor, lambda: "ready" in log.read_text())
+    began = time.monotonic()
+    grace = lambda: 10.0 if time.monotonic() - began > 0.3 else 0.6  # noqa: E731
+    assert supervisor.stop_learner(StopRequests(), lambda: None, grace) == Outcome(130)
     assert "learner ended" in log.read_text()
 
 
