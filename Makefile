@@ -31,8 +31,9 @@ help:  ## this list
 launch: $(VENV)/.installed  ## train, by default from the demonstrations that come with bm3il
 	@$(BIN)/bm3il train $(FLAGS)
 
+# Modules stay whole, since what a module's tests share is made once a process; ARGS="-n 0" runs them one by one.
 test: $(VENV)/.installed-dev  ## run the tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadscope $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## check style and types
 	@$(BIN)/ruff check .

@@ -17,7 +17,8 @@ from launch import lifeline
 SIMULATOR = """
 import subprocess, sys, time
 for session in (True, False):
-    subprocess.Popen(["sh", "-c", "sleep 60 & sleep 60", sys.argv[1]], start_new_session=session)
+    shell = ["sh", "-c", "sleep 60 & echo; sleep 60", sys.argv[1]]
+    subprocess.Popen(shell, start_new_session=session, stdout=subprocess.PIPE).stdout.readline()
 print("up", flush=True)
 time.sleep(float(sys.argv[2]))
 sys.exit(7)
