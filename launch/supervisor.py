@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,15 +38,13 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 
 def patience(status: Status | None) -> float:
-    """Seconds that a learner is given to end its iteration and write a checkpoint: twice what these took when they were
-    last done, and what is given in any case; at most what a scheduler's notice leaves."""
+    """Seconds that a learner is given to end its iteration and write a checkpoint: all that a scheduler's notice leaves,
+    since nothing is gained by less; without one twice what these took when they were last done, and what is given in
+    any case."""
+    with suppress(ValueError):
+        return max(LEARNER_GRACE_SECONDS, float(os.environ.get(NOTICE, "")) - AFTER_LEARNER_SECONDS)
     last = sum(status.values.get(f"seconds_{what}", 0.0) for what in ("iteration", "checkpoint")) if status else 0.0
-    wanted = LEARNER_GRACE_SECONDS + 2 * last
-    try:
-        notice = float(os.environ.get(NOTICE, ""))
-    except ValueError:
-        return wanted
-    return min(wanted, max(LEARNER_GRACE_SECONDS, notice - AFTER_LEARNER_SECONDS))
+    return LEARNER_GRACE_SECONDS + 2 * last
 
 
 class StopRequests:

@@ -52,10 +52,14 @@ def result_of(folder: Path, run: str) -> dict[str, Any]:
     return json.loads((folder / "runs" / run / "result.json").read_text())
 
 
-def finished(folder: Path, run: str, *options: str) -> dict[str, Any]:
+def finished(folder: Path, run: str, *options: str, deadline_seconds: float = DEADLINE_SECONDS) -> dict[str, Any]:
     """The result of a run that nobody disturbs."""
     process = start(folder, run, *options)
-    output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    try:
+        output, _ = process.communicate(timeout=deadline_seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     assert process.returncode == 0, output
     return result_of(folder, run)
 

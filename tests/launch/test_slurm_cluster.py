@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hosts import NoHosts
 from slurm_cluster import NoSlurm, SlurmCluster
-from test_faults import SMALL, finished, iterations, result_of
+from test_faults import REPLAYED, SMALL, finished, iterations, result_of
 
 pytestmark = pytest.mark.processes
 
@@ -20,6 +20,8 @@ NODES = 4
 SIZE = ["--actors", "4", "--steps", "5000", "--learner.deadline-seconds", "60"]
 LAUNCHER = [sys.executable, "-m", "launch.cli"]
 ONLY_WHEN_STOPPED = ["--learner.checkpoint-interval", "1000"]
+LONG = [*REPLAYED, "--learner.updates", "1800", "--steps", "300"]
+"""Three iterations of ten to twenty seconds."""
 DEADLINE_SECONDS = 110.0
 
 
@@ -142,6 +144,22 @@ def test_a_job_whose_time_is_nearly_over_requeues_itself(
     job.was_interrupted()
     print(f"time over: {job.goes_on():.1f} s")
     job.completes(alone)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # several waits, each with its deadline
+def test_the_notice_is_used_by_a_job_of_long_iterations(slurm: SlurmCluster, tmp_path: Path) -> None:
+    wanted = finished(tmp_path, "undisturbed", *SIZE, *LONG, "--mode", "serial", deadline_seconds=200)
+    job = Job(slurm, tmp_path, *LONG, *ONLY_WHEN_STOPPED)
+    job.wait_for(lambda: iterations(tmp_path, "run") >= 1)
+    time.sleep(2)  # the next one has begun
+    slurm.call("scancel", "--batch", "--signal=USR1", job.number)
+    print(f"left after {job.wait_for(lambda: job.state()['Restarts'] == '1'):.1f} s")
+    job.was_interrupted()
+    assert result_of(tmp_path, "run")["iterations"] == 2
+    job.completes(wanted)
+    seconds = [json.loads(line)["wall_seconds"] for line in (tmp_path / "runs/run/log.jsonl").read_text().splitlines()]
+    assert seconds[1] - seconds[0] > 8, "the iterations were too short to show anything"
 
 
 @pytest.mark.slow
