@@ -38,9 +38,9 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 
 def patience(status: Status | None) -> float:
-    """Seconds that a learner is given to end its iteration and write a checkpoint: all that a scheduler's notice leaves,
-    since nothing is gained by less; without one twice what these took when they were last done, and what is given in
-    any case."""
+    """Seconds that a learner is given to end its iteration and write a checkpoint: all that a notice from a scheduler
+    leaves, since nothing is gained by less; without one twice what these took when they were last done, and what is
+    given in any case."""
     with suppress(ValueError):
         return max(LEARNER_GRACE_SECONDS, float(os.environ.get(NOTICE, "")) - AFTER_LEARNER_SECONDS)
     last = sum(status.values.get(f"seconds_{what}", 0.0) for what in ("iteration", "checkpoint")) if status else 0.0
