@@ -19,7 +19,7 @@ from protocol.device import use_threads
 from protocol.errors import InputError
 from protocol.job import Job
 from protocol.layout import Layout
-from protocol.messages import Chunk, Done, Evaluation, Refusal, Weights, Working
+from protocol.messages import Chunk, Done, Evaluation, Refusal, Weights, Working, frame_limit
 from protocol.seeds import derive_seed
 from protocol.specs import ArrayTable
 from protocol.telemetry import Telemetry
@@ -181,6 +181,7 @@ def _connect(job: Job, policy: Policy, telemetry: Telemetry) -> tuple[Listener, 
     def answer_schema(body: Any) -> ArrayTable | None:
         return {} if isinstance(body, Done | Refusal) else None
 
-    weights = Listener(job.endpoints.weights, telemetry.sender, weights_schema, telemetry.count_drop)
+    limit = frame_limit(policy.array_table())
+    weights = Listener(job.endpoints.weights, telemetry.sender, weights_schema, telemetry.count_drop, limit)
     learner = Client(job.endpoints.experience, telemetry.sender, answer_schema, telemetry.count_drop)
     return weights, learner

@@ -25,6 +25,7 @@ from protocol.messages import (
     Evaluation,
     GetState,
     Hold,
+    Inquiry,
     Query,
     Sender,
     Status,
@@ -161,9 +162,11 @@ def corpus(run: str = "run") -> dict[str, list[list[bytes]]]:
         ],
     }
     names = {"experience": ["actor-0"], "rewards": ["learner-0"], "control": ["learner-0", "supervisor-1", "actor-7"]}
+    for of_socket in bodies.values():
+        of_socket += [(Inquiry(1), {}), (Inquiry(2, repeat=True), {})]
     messages = {
         socket: [
-            [bytes(frame) for frame in encode(Sender(run, name), number, *body)]
+            [bytes(frame) for frame in encode(Sender(run, name), number, *body, settled=number // 2)]
             for number, body in enumerate(of_socket)
             for name in names[socket]
         ]

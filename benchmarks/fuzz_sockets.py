@@ -40,10 +40,12 @@ from protocol.messages import (
     Done,
     Evaluation,
     GetState,
+    Inquiry,
     Query,
     Refusal,
     Rewards,
     Sender,
+    Standing,
     Statistics,
     Status,
     Update,
@@ -155,6 +157,7 @@ class Asking:
         self.name, self._dice = name, dice
         self._server = _raw(zmq.ROUTER, endpoint)
         self._ask: Callable[[], object] = lambda: None
+        self._honest: tuple[Any, dict[str, np.ndarray]] = (Done(), {})
         self._answered = False
 
     def use(self, asks: list[Callable[[], object]]) -> None:
@@ -176,7 +179,11 @@ class Asking:
         while self._server.poll(0 if self._answered else 20):
             peer, header, *_ = self._server.recv_multipart()
             request = msgpack.unpackb(header)
-            sequence, honest = request["seq"], _honest_answer(request["kind"], request["body"])
+            sequence = request["seq"]
+            if request["kind"] == Inquiry.kind:  # after what was answered, and may have been lost on the way
+                self._server.send_multipart([peer, *_frames(sequence, *self._honest)])
+                continue
+            self._honest = honest = _honest_answer(request["kind"], request["body"])
             for _ in range(BATCH if not self._answered else 0):
                 at = self._dice.choice((sequence, sequence, sequence, -1, 0))
                 answer = honest if self._dice.random() < 0.6 else self._dice.choice(ANSWERS)
@@ -392,6 +399,7 @@ ANSWERS: list[tuple[Any, dict[str, np.ndarray]]] = [
     (Done(STATE), filled(STATE_TABLE)),
     (Statistics(1, {"accuracy": 0.5}), {}),
     (Refusal("body", "no"), {}),
+    *((Standing(state, attempt), {}) for state in ("unknown", "at_work", "answered", "?") for attempt in (0, 1, 2)),
     *((Rewards(3, 1, 0.0, 0.0, d), filled(rewards_table(LAYOUT, 3, d))) for d in (False, True)),
 ]
 
@@ -407,7 +415,7 @@ def _honest_answer(kind: str, body: dict[str, Any]) -> tuple[Any, dict[str, np.n
     answers = {
         GetState.kind: ANSWERS[1],
         Update.kind: ANSWERS[2],
-        Query.kind: ANSWERS[5 if body.get("deviation") else 4],
+        Query.kind: ANSWERS[-1 if body.get("deviation") else -2],
     }
     return answers.get(kind, ANSWERS[0])
 

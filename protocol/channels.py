@@ -1,8 +1,11 @@
 """ZeroMQ sockets with the two patterns that the system uses.
 
-- **Request and answer** (`Client` DEALER → `Server` ROUTER): chunks, reward queries, evaluations, status. A request is
-  resent until its answer comes; the server recognises a resent one by (sender, incarnation, sequence number) and
-  repeats the answer instead of the work. So a request takes effect exactly once per server start, over any cut.
+- **Request and answer** (`Client` DEALER → `Server` ROUTER): chunks, reward queries, evaluations, status. A client asks
+  after an overdue request with a message of one small frame (`Inquiry`), which travels behind the request and so is
+  answered when that has arrived, however large it is. A server that is at work on it says so; one that was started
+  again, or never got it, says that it is unknown, and only then it is sent again. The server recognises a request by
+  (sender, incarnation, sequence number): it takes effect exactly once per server start, over any cut. The answer is
+  kept until the client's next message shows that it has it.
 - **Broadcast** (`Broadcaster` XPUB → `Listener` SUB): policy weights. A late subscriber gets the newest at once.
 
 Over TCP all of them speak CURVE with the keys of their sender (`protocol.keys`).
@@ -13,9 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,36 +25,42 @@ import zmq
 
 from protocol.errors import DeadlineError, InputError, ProtocolError
 from protocol.keys import secure_client, secure_server
+from protocol.ledger import ANSWERED, CLIENTS_KEPT, UNKNOWN, Ledger
 from protocol.messages import (
     MAX_ARRAYS,
     MAX_MESSAGE_BYTES,
+    Inquiry,
     Message,
     Refusal,
     Schema,
     Sender,
+    Standing,
     answers,
     decode,
     encode,
     frame_limit,
 )
+from protocol.specs import ArrayTable
 
 log = logging.getLogger(__name__)
 
 ZERO_COPY_BYTES = 1 << 16
 """Of a frame; libzmq calls back for each one that it was lent, which costs more than to copy a smaller one."""
-ANSWERS_KEPT = 32
-"""Of one client, to be sent again if it asks again; more than any client of ours has under way."""
-CLIENTS_KEPT = 4096
-"""Whose answers are kept: who connects under ever new names shall not fill the memory."""
 MESSAGES_PER_POLL = 256
 """Taken in at once; who floods a socket delays its owner's other work, and cannot hold it for ever."""
 MAX_SUBSCRIPTION_BYTES = 1024
 """What a listener sends, the handshake included."""
-FIRST_RESEND_SECONDS, LAST_RESEND_SECONDS = 1.0, 8.0
-"""Between the times that a request is sent, doubled each time: a restarted server is heard of within seconds, and a
-busy one is not made busier."""
+FIRST_INQUIRY_SECONDS, LAST_INQUIRY_SECONDS = 1.0, 8.0
+"""Between the times that a client asks after a request, doubled each time: a restarted server is heard of within
+seconds, and a busy one is not made busier."""
+HEARTBEAT_SECONDS, SILENCE_SECONDS = 5.0, 30.0
+SLOWEST_BYTES_PER_SECOND = 4e6
+"""A third of a network of 100 Mbit/s. Whoever sends a large frame can answer no heartbeat before its end, and shall not
+be taken for silent before that."""
 
 CountDrop = Callable[[str], None]
+CountBytes = Callable[[str, int], None]
+"""Is told of bytes of whole requests, and whether they were `sent` or `resent`."""
 
 
 class Unanswered(DeadlineError):
@@ -80,6 +87,7 @@ class Server:
     """The answering end. Not thread-safe: one thread owns it.
 
     max_frame_bytes: of `frame_limit`; who sends more is cut off before it is read.
+    count_bytes: of requests that come; `resent` are those that had come before.
     """
 
     def __init__(
@@ -89,14 +97,15 @@ class Server:
         schema: Schema,
         count_drop: CountDrop,
         max_frame_bytes: int = frame_limit(),
+        count_bytes: CountBytes = lambda kind, count: None,
     ) -> None:
-        self._socket = _socket(zmq.ROUTER, max_frame_bytes)
+        self._socket = _socket(zmq.ROUTER, max_frame_bytes, max_frame_bytes)
         self._socket.router_handover = True
         secure_server(self._socket, endpoint, sender.keys, count_drop)
         _bind(self._socket, endpoint)
         self._sender, self._schema = sender, schema
-        self._drops = _Drops(count_drop)
-        self._clients: OrderedDict[tuple[str, str], OrderedDict[int, list[Any] | None]] = OrderedDict()
+        self._drops, self._count_bytes = _Drops(count_drop), count_bytes
+        self._ledger = Ledger()
 
     def poll(self, timeout_seconds: float) -> list[Request]:
         """New requests, waiting up to `timeout_seconds` for the first; of many, the rest comes with the next call."""
@@ -110,14 +119,10 @@ class Server:
         return requests
 
     def answer(self, request: Request, body: Any, arrays: Mapping[str, np.ndarray] | None = None) -> None:
-        """Answer a request; kept for a while, in case the client did not get it and asks again."""
+        """Answer a request. The answer is kept, and its arrays must not change, until the client has it."""
         message = request.message
         frames = encode(self._sender, message.sequence, body, arrays)
-        answers = self._answers_of(message.sender)
-        answers[message.sequence] = frames
-        answered = [sequence for sequence, kept in answers.items() if kept is not None]
-        for sequence in answered[:-ANSWERS_KEPT]:  # what is under way stays, or a resent request would be done twice
-            del answers[sequence]
+        self._ledger.keep(message.sender, message.sequence, frames)
         self._send(request.peer, frames)
 
     def close(self) -> None:
@@ -130,28 +135,30 @@ class Server:
         except zmq.Again:
             return _NOTHING
         try:
-            message = _decode(frames, self._sender.run, self._schema)
+            message = _decode(frames, self._sender.run, self._accepts)
         except ProtocolError as error:
             self._drops.add(peer.bytes.hex(), error)
             if error.cause in ("version", "array_table", "body"):
                 # An honest peer of another release would otherwise wait for an answer for ever.
                 self._send(peer.bytes, encode(self._sender, -1, Refusal(error.cause, str(error))))
             return None
-        answers = self._answers_of(message.sender)
-        if message.sequence not in answers:
-            answers[message.sequence] = None
-            return Request(message, peer.bytes)
-        if (frames_again := answers[message.sequence]) is not None:
-            self._send(peer.bytes, frames_again)
-        return None
+        if isinstance(message.body, Inquiry):
+            self._send(peer.bytes, self._look_up(message))
+            return None
+        is_new = self._ledger.enter(message)
+        self._count_bytes("sent" if is_new else "resent", _num_bytes(frames))
+        return Request(message, peer.bytes) if is_new else None
 
-    def _answers_of(self, sender: Sender) -> OrderedDict[int, list[Any] | None]:
-        key = (sender.name, sender.incarnation)
-        answers = self._clients.setdefault(key, OrderedDict())
-        self._clients.move_to_end(key)
-        while len(self._clients) > CLIENTS_KEPT:
-            self._clients.popitem(last=False)
-        return answers
+    def _accepts(self, body: Any) -> ArrayTable | None:
+        return {} if isinstance(body, Inquiry) else self._schema(body)
+
+    def _look_up(self, inquiry: Message) -> list[Any]:
+        """The answer to an inquiry. That of the request is not sent unasked: it may well be on its way already."""
+        state, frames = self._ledger.look_up(inquiry)
+        if state != ANSWERED or not inquiry.body.repeat:
+            return encode(self._sender, inquiry.sequence, Standing(state, inquiry.body.attempt))
+        gone = Refusal("answer_gone", "the answer was kept no longer, for want of room, when it was asked for again")
+        return frames or encode(self._sender, inquiry.sequence, gone)
 
     def _send(self, peer: bytes, frames: list[Any]) -> None:
         try:
@@ -161,15 +168,26 @@ class Server:
 
 
 class Client:
-    """The asking end. Several requests may be under way (`submit`, then `result`). Not thread-safe."""
+    """The asking end. Several requests may be under way (`submit`, then `result`). Not thread-safe.
 
-    def __init__(self, endpoint: str, sender: Sender, schema: Schema, count_drop: CountDrop) -> None:
+    largest_bytes: of a frame that answers, as in `frame_limit`.   count_bytes: of requests that are sent.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        sender: Sender,
+        schema: Schema,
+        count_drop: CountDrop,
+        largest_bytes: int = frame_limit(),
+        count_bytes: CountBytes = lambda kind, count: None,
+    ) -> None:
         self.endpoint = endpoint
-        self._socket = _socket(zmq.DEALER)
+        self._socket = _socket(zmq.DEALER, MAX_MESSAGE_BYTES, largest_bytes)
         secure_client(self._socket, endpoint, sender.keys)
         self._socket.connect(endpoint)
         self._sender, self._schema = sender, schema
-        self._drops = _Drops(count_drop)
+        self._drops, self._count_bytes = _Drops(count_drop), count_bytes
         self._sequence = 0
         self._pending: dict[int, _Pending] = {}
         self._answers: dict[int, Message] = {}
@@ -188,19 +206,19 @@ class Client:
         return self._start(body, arrays, wanted=True)
 
     def tell(self, body: Any, arrays: Mapping[str, np.ndarray] | None = None) -> None:
-        """As `submit`, for nobody who wants the answer: the request is resent until there is one, which is not kept."""
+        """As `submit`, for nobody who wants the answer: it is asked after until it is there, and not kept."""
         self._start(body, arrays, wanted=False)
 
     def pump(self, timeout_seconds: float = 0.0) -> None:
-        """Take in answers, waiting up to `timeout_seconds` for the first, and resend what is overdue."""
+        """Take in answers, waiting up to `timeout_seconds` for the first, and ask after what is overdue."""
         if self._socket.poll(int(timeout_seconds * 1000)):
             for _ in range(MESSAGES_PER_POLL):
                 if not self._receive():
                     break
         now = time.monotonic()
-        for pending in self._pending.values():
-            if now >= pending.resend_at:
-                self._transmit(pending)
+        for sequence, pending in self._pending.items():
+            if now >= pending.ask_at:
+                self._ask_after(sequence, pending)
 
     def result(self, ticket: int, deadline_seconds: float, abort: Callable[[], None] = lambda: None) -> Message:
         """The answer to a submitted request. `abort` is called while waiting and may raise.
@@ -245,16 +263,49 @@ class Client:
 
     def _start(self, body: Any, arrays: Mapping[str, np.ndarray] | None, wanted: bool) -> int:
         self._sequence += 1
-        pending = _Pending(body, encode(self._sender, self._sequence, body, arrays), time.monotonic(), wanted)
-        self._pending[self._sequence] = pending
+        frames = encode(self._sender, self._sequence, body, arrays, self._settled())
+        self._pending[self._sequence] = pending = _Pending(body, frames, wanted, FIRST_INQUIRY_SECONDS)
         self._transmit(pending)
         return self._sequence
 
+    def _settled(self) -> int:
+        return min(self._pending, default=self._sequence)
+
     def _transmit(self, pending: _Pending) -> None:
-        pending.resend_at = time.monotonic() + pending.resend_seconds
-        pending.resend_seconds = min(2 * pending.resend_seconds, LAST_RESEND_SECONDS)
-        with suppress(zmq.Again):  # the queue is full: the request is overdue later
-            _send(self._socket, pending.frames)
+        """Send the request."""
+        pending.ask_at = time.monotonic() + pending.ask_seconds
+        if self._sent(pending.frames):
+            self._count_bytes("resent" if pending.attempt else "sent", _num_bytes(pending.frames))
+            pending.attempt += 1
+
+    def _ask_after(self, sequence: int, pending: _Pending, repeat: bool = False) -> None:
+        """Ask what became of the request, or for its answer once more."""
+        if not pending.attempt:
+            self._transmit(pending)
+            return
+        pending.attempt += repeat
+        pending.ask_at = time.monotonic() + pending.ask_seconds
+        pending.ask_seconds = min(2 * pending.ask_seconds, LAST_INQUIRY_SECONDS)
+        self._sent(encode(self._sender, sequence, Inquiry(pending.attempt, repeat), settled=self._settled()))
+
+    def _sent(self, frames: list[Any]) -> bool:
+        try:
+            _send(self._socket, frames)
+        except zmq.Again:  # the queue is full: the request is overdue later
+            return False
+        return True
+
+    def _heard(self, sequence: int, pending: _Pending, standing: Standing) -> None:
+        """What the server knows of a request. Of many that were asked after the same attempt the first counts."""
+        if standing.attempt != pending.attempt:
+            return
+        if standing.state == UNKNOWN:
+            self._transmit(pending)
+        elif standing.state == ANSWERED:  # and the answer, which would have come before, was lost
+            self._ask_after(sequence, pending, repeat=True)
+
+    def _accepts(self, body: Any) -> ArrayTable | None:
+        return {} if isinstance(body, Standing) else self._schema(body)
 
     def _receive(self) -> bool:
         try:
@@ -262,8 +313,12 @@ class Client:
         except zmq.Again:
             return False
         try:
-            message = _decode(frames, self._sender.run, self._schema)
+            message = _decode(frames, self._sender.run, self._accepts)
             pending = self._pending.get(message.sequence)
+            if isinstance(message.body, Standing):
+                if pending is not None:
+                    self._heard(message.sequence, pending, message.body)
+                return True
             if pending is not None and not answers(message.body, pending.body):
                 raise ProtocolError("kind", f"'{message.body.kind}' does not answer {pending.body}")
         except ProtocolError as error:
@@ -281,7 +336,7 @@ class Broadcaster:
     """The sending end of a broadcast: never blocks; a slow listener loses messages, and `pump` repeats the newest."""
 
     def __init__(self, endpoint: str, sender: Sender, count_drop: CountDrop) -> None:
-        self._socket = _socket(zmq.XPUB, MAX_SUBSCRIPTION_BYTES)
+        self._socket = _socket(zmq.XPUB, MAX_SUBSCRIPTION_BYTES, MAX_SUBSCRIPTION_BYTES)
         self._socket.setsockopt(zmq.XPUB_VERBOSE, 1)
         secure_server(self._socket, endpoint, sender.keys, count_drop)
         _bind(self._socket, endpoint)
@@ -312,8 +367,16 @@ class Broadcaster:
 class Listener:
     """The receiving end of a broadcast."""
 
-    def __init__(self, endpoint: str, sender: Sender, schema: Schema, count_drop: CountDrop) -> None:
-        self._socket = _socket(zmq.SUB)
+    def __init__(
+        self,
+        endpoint: str,
+        sender: Sender,
+        schema: Schema,
+        count_drop: CountDrop,
+        largest_bytes: int = frame_limit(),
+    ) -> None:
+        """largest_bytes: of a frame that comes, as in `frame_limit`."""
+        self._socket = _socket(zmq.SUB, MAX_MESSAGE_BYTES, largest_bytes)
         self._socket.subscribe(b"")
         secure_client(self._socket, endpoint, sender.keys)
         self._socket.connect(endpoint)
@@ -344,11 +407,14 @@ class Listener:
 
 @dataclass
 class _Pending:
+    """attempt: as in `Inquiry`; 0 until the request has been sent."""
+
     body: Any
     frames: list[Any]
-    resend_at: float
     wanted: bool
-    resend_seconds: float = FIRST_RESEND_SECONDS
+    ask_seconds: float
+    ask_at: float = 0.0
+    attempt: int = 0
 
 
 class _Drops:
@@ -369,9 +435,12 @@ _NOTHING = object()
 _MORE = zmq.NOBLOCK | zmq.SNDMORE
 
 
-def _socket(kind: int, max_frame_bytes: int = MAX_MESSAGE_BYTES) -> zmq.Socket[bytes]:
-    """One that connects takes what its server sends, whom it has reason to trust: libzmq would end such a connection
-    over a large frame for ever, and not only until the next try."""
+def _socket(kind: int, max_frame_bytes: int, largest_bytes: int) -> zmq.Socket[bytes]:
+    """A peer of whom nothing comes for longer than the largest frame takes is cut off, to connect again.
+
+    max_frame_bytes: whoever connects takes what its server sends, whom it has reason to trust: libzmq would end such a
+        connection over a large frame for ever, and not only until the next try.
+    """
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
     socket.linger = 0
     socket.maxmsgsize = max_frame_bytes  # libzmq's limit is on each frame
@@ -379,7 +448,8 @@ def _socket(kind: int, max_frame_bytes: int = MAX_MESSAGE_BYTES) -> zmq.Socket[b
     socket.handshake_ivl = 5000
     socket.set_hwm(64)
     # Only to notice a silent peer; what a disconnect loses is resent.
-    socket.heartbeat_ivl, socket.heartbeat_timeout = 5000, 30000
+    silence_seconds = SILENCE_SECONDS + largest_bytes / SLOWEST_BYTES_PER_SECOND
+    socket.heartbeat_ivl, socket.heartbeat_timeout = int(1000 * HEARTBEAT_SECONDS), int(1000 * silence_seconds)
     return socket
 
 
@@ -395,6 +465,10 @@ def _send(socket: zmq.Socket[bytes], frames: list[Any]) -> None:
     for frame in frames[:-1]:
         socket.send(frame, _MORE, copy=len(frame) < ZERO_COPY_BYTES)
     socket.send(frames[-1], zmq.NOBLOCK, copy=len(frames[-1]) < ZERO_COPY_BYTES)
+
+
+def _num_bytes(frames: list[Any]) -> int:
+    return sum(len(frame) for frame in frames)
 
 
 def _decode(frames: list[zmq.Frame], run: str, schema: Schema) -> Message:

@@ -2,11 +2,14 @@
 
 One message is one ZeroMQ multipart message: frame 0 is the msgpack header
 
-    {"v": protocol version, "kind": str, "run": str, "sender": str, "incarnation": str, "seq": int,
+    {"v": protocol version, "kind": str, "run": str, "sender": str, "incarnation": str, "seq": int, "settled": int,
      "body": {field: value}, "arrays": [[name, dtype, [shape]], ...]}
 
-and one raw, C-contiguous, little-endian frame follows per array. Nothing is ever unpickled. `decode` checks header and
-array table against limits, and the receiver's schema, before it looks at a frame; arrays are views of the frames.
+and one raw, C-contiguous, little-endian frame follows per array. `seq` numbers the requests of a client from 1; an answer
+has the number of its request. All requests of its sender below `settled` have their answers, or are given up.
+
+Nothing is ever unpickled. `decode` checks header and array table against limits, and the receiver's schema, before it
+looks at a frame; arrays are views of the frames.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from protocol.errors import ProtocolError
 from protocol.keys import Keys
 from protocol.specs import ArrayTable
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 MAX_HEADER_BYTES, MAX_ARRAYS, MAX_RANK, MAX_TEXT = 1 << 20, 4096, 8, 8192
 """Of a header, from whomever it is: far above what a run of hundreds of types sends, and parsed within milliseconds."""
 MAX_MESSAGE_BYTES = 1 << 31
@@ -205,6 +208,31 @@ class Status:
     text: str = ""
 
 
+@dataclass(frozen=True)
+class Inquiry:
+    """Client → server, under the number of a request without an answer: what became of it? The answer is `Standing`,
+    or, if `repeat` and there is one, the answer to the request once more.
+
+    attempt: how many messages about this request, other than inquiries without `repeat`, its client has sent.
+    """
+
+    kind: ClassVar[str] = "inquiry"
+    attempt: int
+    repeat: bool = False
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Server → client: the request of this number is `unknown`, `at_work` or `answered` here.
+
+    attempt: of the inquiry.
+    """
+
+    kind: ClassVar[str] = "standing"
+    state: str
+    attempt: int
+
+
 Body = Union[  # noqa: UP007  (a runtime value on Python 3.10 too)
     Weights,
     Chunk,
@@ -220,6 +248,8 @@ Body = Union[  # noqa: UP007  (a runtime value on Python 3.10 too)
     Done,
     Refusal,
     Status,
+    Inquiry,
+    Standing,
 ]
 BODIES: dict[str, type[Any]] = {body.kind: body for body in Body.__args__}  # type: ignore[attr-defined]
 _FIELDS = {kind: {f.name: get_type_hints(body)[f.name] for f in fields(body)} for kind, body in BODIES.items()}
@@ -240,19 +270,25 @@ class Sender:
 
 @dataclass(frozen=True)
 class Message:
-    """A decoded message. `arrays` are read-only views of the received frames."""
+    """A decoded message. `arrays` are read-only views of the received frames.
+
+    settled: all requests of the sender below this number have their answers, or are given up.
+    """
 
     sender: Sender
     sequence: int
     body: Any
     arrays: Arrays
+    settled: int = 0
 
 
 Schema = Callable[[Any], ArrayTable | None]
 """From a body to the array table that must come with it (exactly), or None if the body is not welcome here."""
 
 
-def encode(sender: Sender, sequence: int, body: Any, arrays: Mapping[str, np.ndarray] | None = None) -> list[Any]:
+def encode(
+    sender: Sender, sequence: int, body: Any, arrays: Mapping[str, np.ndarray] | None = None, settled: int = 0
+) -> list[Any]:
     """The frames of a message: header bytes, then one buffer per array (not copied if C-contiguous)."""
     contiguous = {name: np.ascontiguousarray(array) for name, array in (arrays or {}).items()}
     header = {
@@ -262,6 +298,7 @@ def encode(sender: Sender, sequence: int, body: Any, arrays: Mapping[str, np.nda
         "sender": sender.name,
         "incarnation": sender.incarnation,
         "seq": sequence,
+        "settled": settled,
         "body": asdict(body),
         "arrays": [[name, _name(array.dtype), list(array.shape)] for name, array in contiguous.items()],
     }
@@ -283,7 +320,8 @@ def decode(frames: Sequence[Any], run: str, schema: Schema) -> Message:
     if expected is None:
         raise ProtocolError("kind", f"messages of kind '{header['kind']}' are not accepted here")
     arrays = _arrays(header["arrays"], frames[1:], expected)
-    return Message(Sender(run, header["sender"], header["incarnation"]), header["seq"], body, arrays)
+    sender = Sender(run, header["sender"], header["incarnation"])
+    return Message(sender, header["seq"], body, arrays, header["settled"])
 
 
 def answers(body: Any, request: Any) -> bool:
@@ -334,7 +372,8 @@ def _header(frames: Sequence[Any]) -> dict[str, Any]:
             f"this side speaks protocol version {PROTOCOL_VERSION}, the sender {header.get('v')!r}: "
             "install the same release of bm3il on every node",
         )
-    expected = {"kind": str, "run": str, "sender": str, "incarnation": str, "seq": int, "body": dict, "arrays": list}
+    expected = {"kind": str, "run": str, "sender": str, "incarnation": str, "seq": int, "settled": int}
+    expected |= {"body": dict, "arrays": list}
     for key, kind in expected.items():
         if type(header.get(key)) is not kind:
             raise ProtocolError("header", f"header field '{key}' must be {kind.__name__}")

@@ -26,6 +26,7 @@ from protocol.messages import (
     Sender,
     Statistics,
     Update,
+    frame_limit,
 )
 from protocol.specs import ArrayTable
 from reward_server.model import Model
@@ -170,7 +171,7 @@ class RemoteRewards:
     ) -> None:
         # The run's own server answers as many rows as it was asked for: no limit but the protocol's is known here.
         schema = answer_schema(layout, state_table)
-        self._client = Client(endpoint, sender, schema, count_drop)
+        self._client = Client(endpoint, sender, schema, count_drop, frame_limit(state_table))
         self._blocks = range(len(layout.blocks))
         self._session, self._alone = "", alone
         self._deadline_seconds, self._abort = deadline_seconds, abort

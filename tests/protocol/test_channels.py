@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import socket as sockets
 import threading
 import time
+import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import numpy as np
 import pytest
 import zmq
 
+from protocol import channels, ledger
 from protocol.channels import (
     MESSAGES_PER_POLL,
     Broadcaster,
@@ -27,11 +32,13 @@ from protocol.keys import Keys
 from protocol.messages import Done, GetState, Refusal, Sender, Statistics, Update, Weights, encode, frame_limit
 
 DEADLINE_SECONDS = 10.0
+LARGE = Done("with an array")
 ARRAY = {"a": np.arange(100_000, dtype=np.float32)}
 
 
 def schema(body: Any) -> Any:
-    return {"a": ("float32", (100_000,))} if isinstance(body, Weights | GetState) else {}
+    has_array = isinstance(body, Weights | GetState) or body == LARGE
+    return {"a": ("float32", (100_000,))} if has_array else {}
 
 
 class Serving:
@@ -115,7 +122,7 @@ def test_answers_go_to_their_tickets_in_any_order(endpoint: str, client: Client)
 
 def test_a_request_sent_before_the_server_is_there_is_carried_out_once(endpoint: str, client: Client) -> None:
     ticket = client.submit(GetState("s"), ARRAY)
-    wait_until(lambda: client.pump() or client._pending[ticket].resend_seconds > 2)
+    wait_until(lambda: client.pump() or client._pending[ticket].ask_seconds > 2)
     serving = Serving(endpoint)
     assert client.result(ticket, DEADLINE_SECONDS).body == Done("1")
     client.pump(0.3)
@@ -136,18 +143,217 @@ def test_a_lost_answer_is_given_again_without_doing_the_work_again(endpoint: str
     serving.close()
 
 
-def test_a_restarted_server_gets_the_request_again(endpoint: str, client: Client) -> None:
-    class Silent(Serving):
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("phase", ["on its way", "at work", "said to be at work", "answered"])
+def test_a_server_that_is_started_again_gets_the_request_again(endpoint: str, client: Client, phase: str) -> None:
+    """And each server carries it out once at most, though a message of before comes a second time."""
+    silent = phase != "answered"
+
+    class Forgetful(Serving):
         def handle(self, server: Server, request: Request) -> None:
             self.carried_out.append(request.message.sequence)
+            if not silent:
+                server._send = lambda peer, frames: None  # type: ignore[method-assign]
+                server.answer(request, Done("lost"))
 
-    first = Silent(endpoint)
+    first = Forgetful(endpoint) if phase != "on its way" else None
+    deaf = Server(endpoint, Sender("run", "server"), schema, lambda cause: None) if first is None else None
     ticket = client.submit(GetState("s"), ARRAY)
-    wait_until(lambda: first.carried_out)
-    first.close()
+    if first is not None:
+        wait_until(lambda: first.carried_out)
+        if phase == "said to be at work":
+            client.pump(0.3)
+            client.pump(0.3)
+        first.close()
+    elif deaf is not None:
+        client.pump(0.3)
+        deaf.close()
     second = Serving(endpoint)
     assert client.result(ticket, DEADLINE_SECONDS).body == Done("1")
+    client.pump(0.3)
+    assert second.carried_out == [1]
+    assert first is None or first.carried_out == [1]
     second.close()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_requests_over_a_connection_that_is_cut_again_and_again_are_carried_out_once(
+    endpoint: str, tmp_path: Path
+) -> None:
+    serving = Serving(endpoint)
+    pipe = SlowPipe(tmp_path, endpoint, 1e9)
+    client = Client(pipe.endpoint, Sender("run", "client"), schema, lambda cause: None)
+    tickets = [client.submit(GetState("s"), ARRAY) for _ in range(40)]
+    for _ in range(10):
+        client.pump(0.01)
+        time.sleep(0.05)
+        pipe.cut()
+    notes = [client.result(ticket, DEADLINE_SECONDS).body.note for ticket in tickets]
+    assert sorted(map(int, notes)) == list(range(1, 41))
+    assert sorted(serving.carried_out) == tickets
+    assert pipe.connections > 5
+    client.close()
+    serving.close()
+
+
+def test_answers_are_kept_until_the_client_has_them_and_no_longer(endpoint: str) -> None:
+    alive: list[weakref.ref[np.ndarray]] = []
+
+    class Large(Serving):
+        def handle(self, server: Server, request: Request) -> None:
+            array = np.zeros(100_000, np.float32)
+            alive.append(weakref.ref(array))
+            server.answer(request, LARGE, {"a": array})
+
+    serving = Large(endpoint)
+    client = Client(endpoint, Sender("run", "client"), schema, lambda cause: None)
+    for _ in range(20):
+        client.request(GetState("s"), ARRAY, DEADLINE_SECONDS)
+    gc.collect()
+    assert sum(reference() is not None for reference in alive) <= 2
+    client.close()
+    serving.close()
+
+
+def test_an_answer_that_is_kept_no_longer_is_refused(
+    endpoint: str, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is neither made once more nor waited for in vain."""
+    monkeypatch.setattr(ledger, "ANSWER_BYTES_KEPT", 1)
+
+    class LosesTheFirstAnswer(Serving):
+        def handle(self, server: Server, request: Request) -> None:
+            send, server._send = server._send, lambda peer, frames: None  # type: ignore[method-assign]
+            server._send = send if self.carried_out else server._send  # type: ignore[method-assign]
+            super().handle(server, request)
+            server._send = send  # type: ignore[method-assign]
+
+    serving = LosesTheFirstAnswer(endpoint)
+    lost, got = (client.submit(GetState("s"), ARRAY) for _ in range(2))
+    assert client.result(got, DEADLINE_SECONDS).body == Done("2")
+    with pytest.raises(Refused, match="kept no longer") as refused:
+        client.result(lost, DEADLINE_SECONDS)
+    assert refused.value.cause == "answer_gone"
+    assert serving.carried_out == [1, 2]
+    serving.close()
+
+
+class SlowPipe:
+    """Hands bytes on between two unix sockets, at most so many a second to the server and back, and counts them."""
+
+    def __init__(self, folder: Path, endpoint: str, there: float, back: float = 1e9) -> None:
+        self.endpoint, self._there, self._back = f"ipc://{folder}/slow", there, back
+        self.to_server = self.to_client = self.connections = 0
+        self._ends: list[sockets.socket] = []
+        self._target = endpoint.removeprefix("ipc://")
+        self._listening = sockets.socket(sockets.AF_UNIX)
+        self._listening.bind(self.endpoint.removeprefix("ipc://"))
+        self._listening.listen()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """Whatever is on its way is lost."""
+        for end in self._ends:
+            with suppress(OSError):
+                end.shutdown(sockets.SHUT_RDWR)
+        self._ends.clear()
+
+    def _accept(self) -> None:
+        while True:
+            near, _ = self._listening.accept()
+            self.connections += 1
+            far = sockets.socket(sockets.AF_UNIX)
+            far.connect(self._target)
+            self._ends += [near, far]
+            for ends in ((near, far), (far, near)):
+                threading.Thread(target=self._hand_on, args=ends, daemon=True).start()
+
+    def _hand_on(self, source: sockets.socket, sink: sockets.socket) -> None:
+        to_server = sink.getpeername() == self._target
+        with suppress(OSError):
+            while data := source.recv(1 << 14):
+                sink.sendall(data)
+                if to_server:
+                    self.to_server += len(data)
+                else:
+                    self.to_client += len(data)
+                time.sleep(len(data) / (self._there if to_server else self._back))
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(sockets.SHUT_RDWR)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for an answer asks after it many times a second."""
+    monkeypatch.setattr(channels, "FIRST_INQUIRY_SECONDS", 0.02)
+    monkeypatch.setattr(channels, "LAST_INQUIRY_SECONDS", 0.05)
+
+
+BYTES = ARRAY["a"].nbytes
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("deaf", [False, True], ids=["at work", "deaf"])
+def test_a_request_that_has_arrived_is_not_sent_again(endpoint: str, tmp_path: Path, deaf: bool) -> None:
+    """However long the server is at work on it; also one that does not listen meanwhile. Nor is its answer."""
+
+    class Slow(Serving):
+        def handle(self, server: Server, request: Request) -> None:
+            until = time.monotonic() + 1.0
+            while time.monotonic() < until:
+                if deaf:
+                    time.sleep(0.05)
+                else:
+                    assert not server.poll(0.05)
+            self.carried_out.append(request.message.sequence)
+            server.answer(request, LARGE, ARRAY)
+
+    serving = Slow(endpoint)
+    pipe = SlowPipe(tmp_path, endpoint, 1e9)
+    client = Client(pipe.endpoint, Sender("run", "client"), schema, lambda cause: None)
+    assert client.request(GetState("s"), ARRAY, DEADLINE_SECONDS).arrays["a"][7] == 7
+    client.pump(0.3)
+    assert serving.carried_out == [1]
+    assert BYTES < pipe.to_server < 1.05 * BYTES
+    assert BYTES < pipe.to_client < 1.05 * BYTES
+    client.close()
+    serving.close()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_message_that_is_long_under_way_is_sent_once(endpoint: str, tmp_path: Path) -> None:
+    serving = Serving(endpoint)
+    pipe = SlowPipe(tmp_path, endpoint, BYTES / 1.5)
+    client = Client(pipe.endpoint, Sender("run", "client"), schema, lambda cause: None)
+    assert client.request(GetState("s"), ARRAY, DEADLINE_SECONDS).body == Done("1")
+    time.sleep(0.3)  # whatever is behind it would come now
+    assert BYTES < pipe.to_server < 1.05 * BYTES
+    client.close()
+    serving.close()
+
+
+@pytest.mark.parametrize("direction", ["request", "answer"])
+def test_who_sends_one_large_frame_is_not_taken_for_silent(
+    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direction: str
+) -> None:
+    """It cannot answer a heartbeat before the frame's end, and would begin it again and again."""
+    monkeypatch.setattr(channels, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(channels, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(channels, "SLOWEST_BYTES_PER_SECOND", 1e5)
+
+    class Large(Serving):
+        def handle(self, server: Server, request: Request) -> None:
+            server.answer(request, LARGE, ARRAY)
+
+    serving = Serving(endpoint) if direction == "request" else Large(endpoint)
+    slow = BYTES / 1.5
+    pipe = SlowPipe(tmp_path, endpoint, *((slow, 1e9) if direction == "request" else (1e9, slow)))
+    client = Client(pipe.endpoint, Sender("run", "client"), schema, lambda cause: None)
+    client.request(GetState("s"), ARRAY, DEADLINE_SECONDS)
+    assert pipe.connections == 1
+    client.close()
+    serving.close()
 
 
 def test_no_answer_ends_in_an_error_that_names_the_request(endpoint: str, client: Client) -> None:
