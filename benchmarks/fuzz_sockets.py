@@ -62,6 +62,8 @@ PATIENCE_SECONDS = 4.0
 LARGE = 1 / 5000
 """How many messages have a frame above the limit of the socket: who is cut off needs a second to come again."""
 STATE_TABLE = state_table(LAYOUT, SETTINGS)
+LATEST = "f" * 24
+"""The start of a learner that no mutated one supersedes."""
 OF_RUN = Settings(LearnerSettings(deadline_seconds=60.0), actor=ActorSettings(STEPS))
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01"
 
@@ -315,7 +317,7 @@ class Sockets:
             surface.assert_gone()
         endpoint = self._rewards_endpoint
         rewards = RemoteRewards(
-            endpoint, Sender("run", "learner-0"), LAYOUT, STATE_TABLE, print, PATIENCE_SECONDS, self._serve
+            endpoint, Sender("run", "learner-0", LATEST), LAYOUT, STATE_TABLE, print, PATIENCE_SECONDS, self._serve
         )
         rewards.begin("honest")
         rows = JointRows.from_arrays(filled(JointRows.array_table(LAYOUT, 3)), LAYOUT)

@@ -33,8 +33,11 @@ log = logging.getLogger(__name__)
 Arrays = dict[str, np.ndarray]
 FINAL_EVALUATION_SECONDS = 600.0
 """A thousand episodes take seconds to minutes; an evaluator that says nothing for so long is not there."""
-CURABLE = ("no_session", "deadline")
-"""Refusals of a reward server that was started again, or was stopped for a while."""
+CURABLE = ("no_session", "deadline", "answer_gone")
+"""Refusals of a reward server that was started again, or was stopped or cut off for a while."""
+MAX_REWINDS = 10
+"""To the last checkpoint, without a further iteration done than ever before. More than a reward server is started
+again without getting anything done."""
 
 
 class Interrupted(Exception):
@@ -93,6 +96,8 @@ class Training:
         self._checkpoints = CheckpointFolder(job.run_folder / "checkpoints", self._settings.checkpoints_kept)
         self._metrics = LearnerMetrics(telemetry.registry)
         self._facts = Facts()
+        self._farthest, self._rewinds = -1, 0
+        """The farthest iteration before a rewind, and how many rewinds there were from there or before."""
         self._begun = False
         self._counted_until = time.monotonic()
         self._final_estimate: ReturnEstimate | None = None
@@ -108,7 +113,7 @@ class Training:
 
         If the reward server is lost, both sides go back to the last checkpoint and the run goes on from there.
         Raises NumericalError, DeadlineError (a wait passed its deadline), OSError (the disk), InputError (also for what
-        the reward server would refuse again).
+        the reward server would refuse again, or has refused so often that the run gets no further).
         """
         while True:
             try:
@@ -121,8 +126,8 @@ class Training:
             except Refused as error:
                 if error.cause not in CURABLE:
                     raise InputError(f"the reward server refuses what the learner asks for: {error}") from error
+                self._count_rewind(error)
                 log.warning("going back to the last checkpoint: %s", error)
-                self._metrics.rewinds.inc()
 
     def _session(self) -> None:
         session = secrets.token_hex(8)
@@ -149,6 +154,17 @@ class Training:
                 self._checkpoint()
             for evaluated in self._experience.evaluations():
                 self._record_evaluation(evaluated)
+
+    def _count_rewind(self, error: Refused) -> None:
+        self._metrics.rewinds.inc()
+        if self._facts.iteration > self._farthest:
+            self._farthest, self._rewinds = self._facts.iteration, 0
+        self._rewinds += 1
+        if self._rewinds > MAX_REWINDS:
+            raise InputError(
+                f"the reward server refused what the learner asks for {self._rewinds} times, and the run came not past "
+                f"iteration {self._farthest}; the last time: {error} ({error.cause}). Its log tells more"
+            ) from error
 
     def _abort(self) -> None:
         if self._telemetry.stop.is_set():

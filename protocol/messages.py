@@ -5,8 +5,8 @@ One message is one ZeroMQ multipart message: frame 0 is the msgpack header
     {"v": protocol version, "kind": str, "run": str, "sender": str, "incarnation": str, "seq": int, "settled": int,
      "body": {field: value}, "arrays": [[name, dtype, [shape]], ...]}
 
-and one raw, C-contiguous, little-endian frame follows per array. `seq` numbers the requests of a client from 1; an answer
-has the number of its request. All requests of its sender below `settled` have their answers, or are given up.
+and one raw, C-contiguous, little-endian frame follows per array. `seq` numbers the requests of a client from 1; an
+answer has the number of its request. All requests of its sender below `settled` have their answers, or are given up.
 
 Nothing is ever unpickled. `decode` checks header and array table against limits, and the receiver's schema, before it
 looks at a frame; arrays are views of the frames.
@@ -15,7 +15,9 @@ looks at a frame; arrays are views of the frames.
 from __future__ import annotations
 
 import math
+import re
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
@@ -34,6 +36,8 @@ MAX_HEADER_BYTES, MAX_ARRAYS, MAX_RANK, MAX_TEXT = 1 << 20, 4096, 8, 8192
 MAX_MESSAGE_BYTES = 1 << 31
 """Of all arrays, where the receiver knows no lower limit; most do, from the shapes that they expect."""
 DTYPES = {name: np.dtype(name) for name in ("float32", "float64", "int64", "int32", "int16", "uint8", "bool")}
+
+INCARNATION = re.compile("[0-9a-f]{24}")
 
 Arrays = dict[str, np.ndarray]
 
@@ -257,14 +261,17 @@ _FIELDS = {kind: {f.name: get_type_hints(body)[f.name] for f in fields(body)} fo
 
 @dataclass(frozen=True)
 class Sender:
-    """Who sends: the run, the name within it, and a random id of this start (a restart is a new incarnation).
+    """Who sends: the run, the name within it, and the id of this start (a restart is a new incarnation).
+
+    incarnation: when it was, in nanoseconds since 1970, and a random number, as 16 and 8 hexadecimal digits: so a later
+        start has the greater one.
 
     keys: with which it proves over TCP that it belongs to the run; they are in no message.
     """
 
     run: str
     name: str
-    incarnation: str = field(default_factory=lambda: secrets.token_hex(8))
+    incarnation: str = field(default_factory=lambda: f"{time.time_ns():016x}{secrets.token_hex(4)}")
     keys: Keys | None = field(default=None, repr=False, compare=False)
 
 
@@ -377,6 +384,8 @@ def _header(frames: Sequence[Any]) -> dict[str, Any]:
     for key, kind in expected.items():
         if type(header.get(key)) is not kind:
             raise ProtocolError("header", f"header field '{key}' must be {kind.__name__}")
+    if not INCARNATION.fullmatch(header["incarnation"]):
+        raise ProtocolError("header", "header field 'incarnation' must be 24 hexadecimal digits")
     return header
 
 

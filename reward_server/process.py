@@ -42,6 +42,7 @@ from reward_server.settings import RewardSettings
 
 POLL_SECONDS = 0.2
 """Longest deafness to the wish to stop."""
+SUPERSEDED = "another learner of this run, which started later, has begun a session; this one ends, that one goes on"
 MAX_NUMBER = 2**60
 """Far from where the numbers of rows would overflow."""
 
@@ -82,7 +83,9 @@ class RewardServer:
     """Answers the requests of one session at a time.
 
     A session starts with `begin`, which makes a model or restores one. Whatever belongs to another session is refused
-    with cause `no_session`: so a learner notices that this process was restarted, and goes back to its checkpoint.
+    with cause `no_session`: so a learner notices that this process was restarted, and goes back to its checkpoint. If
+    a learner that started later has begun one, the cause is `superseded`, for good: of two learners, of which one was
+    thought to be lost, the older ends, and they do not begin in turns for ever.
     """
 
     def __init__(
@@ -100,6 +103,8 @@ class RewardServer:
             settings.max_batch_rows, settings.max_delay_seconds, settings.max_queue_rows, settings.deadline_seconds
         )
         self._session: str | None = None
+        self._learner = ""
+        """The latest start, as incarnation, of those who began a session."""
         self._model: Model = TrueRewards()
         self._device = device
         self._held = Held(layout, 0, 0)
@@ -116,7 +121,11 @@ class RewardServer:
     def _handle(self, request: Request) -> None:
         body, arrays = request.message.body, request.message.arrays
         try:
-            if isinstance(body, Begin):
+            sender = request.message.sender
+            if sender.incarnation < self._learner and (isinstance(body, Begin) or body.session != self._session):
+                self._refuse(request, Refusal("superseded", SUPERSEDED))
+            elif isinstance(body, Begin):
+                self._learner = sender.incarnation
                 self._begin(body, arrays)
                 self._server.answer(request, Done())
             elif body.session != self._session:

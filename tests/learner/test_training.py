@@ -16,6 +16,7 @@ import actors.collector
 import actors.evaluation
 from actors.settings import ActorSettings, EvaluationSettings
 from actors.simulator import Simulator
+from learner import training
 from learner.algorithms import ALGORITHMS, algorithm
 from learner.cloning import BehaviourCloning
 from learner.experience import LocalExperience
@@ -26,6 +27,7 @@ from protocol.channels import Refused
 from protocol.environment import TimeStep
 from protocol.errors import InputError, NumericalError
 from protocol.job import Endpoints, Job
+from protocol.layout import JointRows
 from protocol.messages import Refusal, Sender
 from protocol.registry import make_environment
 from protocol.telemetry import Telemetry
@@ -184,6 +186,39 @@ def test_what_the_reward_server_refuses_for_good_ends_the_run(tmp_path: Path, mo
     monkeypatch.setattr(LocalRewards, "update", refuse)
     with pytest.raises(InputError, match=r"rows must lie in 1\.\.5"):
         run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("past", [0, 3])
+def test_a_run_that_is_refused_again_and_again_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, past: int) -> None:
+    """Though it does some iterations each time, from the last checkpoint on."""
+    asked, update = [0], LocalRewards.update
+
+    def refuse(rewards: LocalRewards, rows: JointRows, progress: float) -> int:
+        asked[0] += 1
+        if progress * ITERATIONS >= past:
+            raise Refused(Refusal("no_session", "this server is not in the session"))
+        return update(rewards, rows, progress)
+
+    monkeypatch.setattr(LocalRewards, "update", refuse)
+    monkeypatch.setattr(training, "MAX_REWINDS", 4)
+    with pytest.raises(InputError, match=rf"5 times, .* not past iteration {past}.*not in the session"):
+        run(tmp_path / "run", checkpoint_interval=2)
+    assert asked[0] == 5 + past + 4 * (past % 2)
+
+
+def test_a_run_that_is_refused_often_and_gets_on_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused, update = set[float](), LocalRewards.update
+
+    def refuse_once(rewards: LocalRewards, rows: JointRows, progress: float) -> int:
+        if progress not in refused:
+            refused.add(progress)
+            raise Refused(Refusal("answer_gone", "an answer was lost"))
+        return update(rewards, rows, progress)
+
+    monkeypatch.setattr(LocalRewards, "update", refuse_once)
+    monkeypatch.setattr(training, "MAX_REWINDS", 1)
+    assert run(tmp_path / "run", checkpoint_interval=1)["status"] == "finished"
+    assert len(refused) == ITERATIONS
 
 
 def test_a_stop_is_heard_while_the_clone_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
 import msgpack
@@ -82,6 +83,12 @@ def test_codes_and_actions_of_any_number_travel(count: int) -> None:
     np.testing.assert_array_equal(read(raw, table=table).arrays["codes"], codes["codes"])
 
 
+def test_a_later_start_is_known_by_its_incarnation() -> None:
+    first = Sender("run", "name").incarnation
+    time.sleep(0.001)
+    assert first < Sender("run", "name").incarnation
+
+
 def test_every_body_survives_the_wire() -> None:
     values = {str: "text", int: 3, float: 0.5, bool: True}
     for body_type in BODIES.values():
@@ -103,6 +110,8 @@ def test_every_body_survives_the_wire() -> None:
         (with_header(v=PROTOCOL_VERSION + 1), "version"),
         (with_header(seq="7"), "header"),
         (with_header(seq=True), "header"),
+        (with_header(settled=None), "header"),
+        (with_header(incarnation="a" * 23 + "x"), "header"),
         (with_header(arrays={}), "header"),
         (with_header(run="other"), "foreign"),
         (with_header(kind="unheard-of"), "kind"),

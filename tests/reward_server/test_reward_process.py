@@ -4,7 +4,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +229,40 @@ def test_a_restarted_server_refuses_the_session_it_does_not_know(tmp_path: Path)
         assert refused.value.cause == "no_session"
         client.begin("second")
         assert len(client.rewards(client.submit(some_rows(3, 0)))[0]) == 3
+
+
+@pytest.mark.parametrize("older_asks_first", [False, True])
+@pytest.mark.parametrize("restarted", [False, True])
+def test_of_two_learners_the_one_that_started_later_goes_on(
+    tmp_path: Path, older_asks_first: bool, restarted: bool
+) -> None:
+    """Each begins again when it is told that its session is over, as learners do: they do not take turns for ever."""
+    with running(tmp_path) as server:
+        older, newer = server.client(), server.client()
+        asking, refused = [older, newer] if older_asks_first else [newer, older], []
+        for number in range(8):
+            if restarted and number == 1:
+                server.stop()
+                server.start()
+            for client in list(asking):
+                try:
+                    client.updated(client.update(some_rows(10, 0), 0.0))
+                except Refused as error:
+                    refused.append(error)
+                    if error.cause == "superseded":
+                        asking.remove(client)
+                        continue
+                    with suppress(Refused):
+                        client.begin(f"{number} of {client._client._sender.name}")
+        assert asking == [newer]
+        assert 2 <= len(refused) <= 5
+        assert "another learner of this run, which started later" in str(
+            next(error for error in refused if error.cause == "superseded")
+        )
+        newer.updated(newer.update(some_rows(10, 0), 0.0))
+        newest = server.client()
+        newest.begin("restarted")
+        newest.state()
 
 
 def test_queries_of_several_clients_are_computed_together(tmp_path: Path) -> None:
