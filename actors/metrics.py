@@ -23,7 +23,17 @@ class ActorMetrics:
             "episode_return", "True return per agent and episode, mean over the last chunk; never trained on"
         )
         self._policy_version = gauge("policy_version", "Iterations of the policy that acted last")
-        self._unacknowledged = gauge("unacknowledged_chunks", "Chunks not acknowledged when the last one was sent")
+        self._unacknowledged = gauge("unacknowledged_chunks", "Chunks not taken when the last one was sent")
+        self._bytes = Counter(
+            "bm3il_actor_sent_bytes",
+            "Bytes of messages to the learner, those that were sent again by themselves",
+            ["kind"],
+            registry=registry,
+        )
+
+    def count_bytes(self, kind: str, count: int) -> None:
+        """As `protocol.channels.CountBytes`."""
+        self._bytes.labels(kind).inc(count)
 
     def count(self, chunk: Trajectories, version: int, unacknowledged: int) -> None:
         """Count a collected chunk."""

@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from actors.collector import Collector
+from actors.collector import Collector, episodes_per_chunk
 from actors.evaluation import Evaluator
 from actors.metrics import ActorMetrics, EvaluatorMetrics
 from actors.policy import Policy
 from actors.settings import ActorSettings, EvaluationSettings
 from actors.simulator import end_if_hung
-from protocol.channels import Client, Listener, Refused
+from protocol.channels import Client, CountBytes, Listener, Refused
 from protocol.device import use_threads
 from protocol.errors import InputError
 from protocol.job import Job
 from protocol.layout import Layout
-from protocol.messages import Chunk, Done, Evaluation, Refusal, Weights, Working, frame_limit
+from protocol.messages import Chunk, Done, Evaluation, Refusal, Weights, Working, frame_limit, table_bytes
 from protocol.seeds import derive_seed
 from protocol.specs import ArrayTable
 from protocol.telemetry import Telemetry
@@ -30,12 +30,19 @@ POLL_SECONDS = 0.2
 WORKING_SECONDS = 5.0
 """After which an actor says that it is still at work on its chunk: so the learner waits for slow simulators, and not
 for those that are gone."""
-CREDITS = 2
-"""Chunks of one actor that the learner has not taken yet; with so many, a streaming actor pauses."""
+CREDITS, CREDIT_BYTES = 2, 1 << 28
+"""Chunks of one actor that the learner has not taken yet; with so many, a streaming actor pauses. One is there while
+the other is played or on its way. Both sides hold what is not taken: of 32 actors the learner holds 8 GB, at most."""
+
+
+def credits_of(job: Job, settings: ActorSettings) -> int:
+    """How many chunks of an actor may be not taken: of large ones fewer, and always one."""
+    table = Trajectories.array_table(job.spec, job.spec.episode_length, episodes_per_chunk(settings, job))
+    return max(1, min(CREDITS, CREDIT_BYTES // table_bytes(table)))
 
 
 def run_actor(job: Job, settings: ActorSettings, index: int, telemetry: Telemetry) -> None:
-    """Collect chunks and send each until it is acknowledged; ends when told to stop.
+    """Collect chunks and send each until it has arrived; ends when told to stop.
 
     In lockstep one chunk per policy version. In async chunk after chunk with the newest weights there are.
     """
@@ -59,8 +66,9 @@ class _Actor:
         self._index, self._telemetry = index, telemetry
         self._collector = Collector(job, settings, index, self._say_so)
         self._policy = build_policy(job, settings)
-        self._weights, self._learner = _connect(job, self._policy, telemetry)
         self._metrics = ActorMetrics(telemetry.registry)
+        self._weights, self._learner = _connect(job, self._policy, telemetry, self._metrics.count_bytes)
+        self._credits = credits_of(job, settings)
         self._weights_of: tuple[str, int] | None = None
         self._chunks, self._sent, self._said = 0, 0, -math.inf
 
@@ -80,11 +88,11 @@ class _Actor:
     def stream(self) -> None:
         """Async: one chunk with the newest weights; a pause while the learner has not taken the chunks before."""
         before = self._weights_of
-        waits = before is None or self._learner.pending_of(Chunk) >= CREDITS
+        waits = before is None or self._learner.pending_of(Chunk) >= self._credits
         self._refresh(POLL_SECONDS / 10 if waits else 0.0)
         if before is not None and self._weights_of is not None and before[0] != self._weights_of[0]:
             self._learner.forget()  # the learner went back to a checkpoint: older chunks are of no use
-        if self._weights_of is None or self._learner.pending_of(Chunk) >= CREDITS:
+        if self._weights_of is None or self._learner.pending_of(Chunk) >= self._credits:
             return
         session, version = self._weights_of
         self._chunks += 1
@@ -174,7 +182,9 @@ def build_policy(job: Job, settings: ActorSettings) -> Policy:
     return Policy(Layout.of_job(job), settings.hidden, generator)
 
 
-def _connect(job: Job, policy: Policy, telemetry: Telemetry) -> tuple[Listener, Client]:
+def _connect(
+    job: Job, policy: Policy, telemetry: Telemetry, count_bytes: CountBytes = lambda kind, count: None
+) -> tuple[Listener, Client]:
     def weights_schema(body: Any) -> ArrayTable | None:
         return policy.array_table() if isinstance(body, Weights) else None
 
@@ -183,5 +193,7 @@ def _connect(job: Job, policy: Policy, telemetry: Telemetry) -> tuple[Listener, 
 
     limit = frame_limit(policy.array_table())
     weights = Listener(job.endpoints.weights, telemetry.sender, weights_schema, telemetry.count_drop, limit)
-    learner = Client(job.endpoints.experience, telemetry.sender, answer_schema, telemetry.count_drop)
+    learner = Client(
+        job.endpoints.experience, telemetry.sender, answer_schema, telemetry.count_drop, count_bytes=count_bytes
+    )
     return weights, learner

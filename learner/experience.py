@@ -92,10 +92,11 @@ class RemoteExperience:
         limit = frame_limit(
             Trajectories.array_table(self._spec, self._steps, self._episodes), self._returns_table(MAX_EVALUATED)
         )
-        self._server = Server(job.endpoints.experience, telemetry.sender, self._schema, telemetry.count_drop, limit)
+        self._metrics = ChunkMetrics(telemetry.registry)
+        endpoint, count_bytes = job.endpoints.experience, self._metrics.count_bytes
+        self._server = Server(endpoint, telemetry.sender, self._schema, telemetry.count_drop, limit, count_bytes)
         self._weights = Broadcaster(job.endpoints.weights, telemetry.sender, telemetry.count_drop)
         self._chunks: dict[int, tuple[int, Trajectories]] = {}
-        self._metrics = ChunkMetrics(telemetry.registry)
         self._evaluated: list[Evaluated] = []
         self._heard: dict[int, float] = {}
         """When each actor last said something, in monotonic seconds."""
@@ -119,8 +120,9 @@ class RemoteExperience:
                 log.info("waiting for actors %s since %.0f s", missing, now - start)
                 repeated = now
             self._receive(0.05)
-        for version, _ in self._chunks.values():
+        for version, trajectories in self._chunks.values():
             self._metrics.policy_lag.observe(self._current[1] - version)
+            self._metrics.taken.inc(trajectories.num_bytes)
         self._metrics.waiting.set(0)
         return [self._chunks[index][1] for index in range(self._actors)]
 

@@ -42,12 +42,23 @@ class ChunkMetrics:
         self.waiting = Gauge(
             "bm3il_learner_chunks_waiting", "Chunks that have come and are not trained on yet", registry=registry
         )
+        self.taken = Counter("bm3il_learner_taken_bytes", "Bytes of chunks that were trained on", registry=registry)
+        self._received = Counter(
+            "bm3il_learner_received_bytes",
+            "Bytes of messages of actors and the evaluator, those that had come before by themselves",
+            ["kind"],
+            registry=registry,
+        )
         self.policy_lag = Histogram(
             "bm3il_learner_policy_lag",
             "Iterations between the policy that acted and the one trained, per chunk, when it is consumed",
             buckets=(0, 1, 2, 4, 8, 16, 32),
             registry=registry,
         )
+
+    def count_bytes(self, kind: str, count: int) -> None:
+        """As `protocol.channels.CountBytes`."""
+        self._received.labels(kind).inc(count)
 
 
 class RewardMetrics:

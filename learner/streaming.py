@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from actors.policy import Policy
-from actors.process import CREDITS
+from actors.process import credits_of
 from learner.experience import REPEAT_SECONDS, RemoteExperience
 from learner.figures import Figures
 from learner.imitation import Arrays, OffPolicyImitation, OnPolicyImitation
@@ -36,7 +36,8 @@ class StreamedExperience(RemoteExperience):
     """Chunks of whichever actors there are, those of older policies first, else in the order in which they came.
 
     An iteration takes as many chunks as the job has actors, so that updates per fresh step are the same as in lockstep.
-    A chunk is acknowledged when it is taken: an actor with too many unacknowledged ones pauses. If the policy of an
+    A chunk is answered when it is taken: an actor with too many, or too large ones, that are not taken pauses
+    (`credits_of`); it has asked meanwhile whether they have arrived, and does not send them again. If the policy of an
     actor could fall more than `max_policy_lag` iterations behind, the learner pauses until its chunk has come.
 
     No chunk that is trained on is of a policy more than K = `max_policy_lag` iterations behind. Let v be the version
@@ -50,6 +51,7 @@ class StreamedExperience(RemoteExperience):
     def __init__(self, job: Job, settings: Settings, telemetry: Telemetry) -> None:
         super().__init__(job, settings, telemetry)
         self._share, self._actors = job.actors, MAX_ACTORS
+        self._credits = credits_of(job, settings.actor)
         self._max_policy_lag, self._telemetry = settings.learner.max_policy_lag, telemetry
         self._queue: deque[tuple[Request, Trajectories]] = deque()
         self._next_version: dict[int, int] = {}
@@ -97,8 +99,9 @@ class StreamedExperience(RemoteExperience):
             else:
                 self._refuse(chunk[0])
         lags = [self._current[1] - _version(chunk) for chunk in taken]
-        for (request, _), lag in zip(taken, lags, strict=True):
+        for (request, trajectories), lag in zip(taken, lags, strict=True):
             self._metrics.policy_lag.observe(lag)
+            self._metrics.taken.inc(trajectories.num_bytes)
             self._server.answer(request, Done("taken"))
         self._metrics.waiting.set(len(self._queue))
         self._telemetry.numbers["policy_lag"] = sum(lags) / len(lags)
@@ -112,7 +115,7 @@ class StreamedExperience(RemoteExperience):
     def _pausing(self) -> list[int]:
         """Actors that wait for a chunk to be taken, and will then look for the newest weights."""
         waiting = Counter(request.message.body.actor for request, _ in self._queue)
-        return [actor for actor, chunks in waiting.items() if chunks >= CREDITS]
+        return [actor for actor, chunks in waiting.items() if chunks >= self._credits]
 
     def _give_up_on(self, actors: list[int]) -> None:
         if actors:

@@ -343,12 +343,17 @@ def answers(body: Any, request: Any) -> bool:
     return isinstance(body, Done)
 
 
+def table_bytes(table: ArrayTable) -> int:
+    """Of all arrays of a table."""
+    return sum(DTYPES[dtype].itemsize * math.prod(shape) for dtype, shape in table.values())
+
+
 def frame_limit(*tables: ArrayTable) -> int:
     """Bytes of a frame beyond which a socket that takes headers and these arrays cuts its peer off.
 
     Twice the largest honest one: who is configured a little differently shall be told so, and not cut off for ever.
     """
-    sizes = [DTYPES[dtype].itemsize * math.prod(shape) for table in tables for dtype, shape in table.values()]
+    sizes = [table_bytes({"": entry}) for table in tables for entry in table.values()]
     largest = max(MAX_HEADER_BYTES, *sizes, 0)
     return max(largest, min(2 * largest, MAX_MESSAGE_BYTES))
 

@@ -78,6 +78,11 @@ class Trajectories:
     def num_episodes(self) -> int:
         return len(self.lengths)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all arrays."""
+        return sum(array.nbytes for array in self.arrays.values())
+
     def seen(self) -> list[Observations]:
         """What the agents of each block observe and may do, compact, [T+1, E] in front; without copying."""
         return [Observations.of_arrays(form, columns_of(self.arrays, b)) for b, form in enumerate(forms(self.spec))]

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from actors import process
 from actors.policy import Policy
 from actors.process import CREDITS
 from actors.settings import ActorSettings
 from learner import streaming
 from learner.settings import LearnerSettings, Settings
 from learner.streaming import StreamedExperience
+from protocol import channels
 from protocol.channels import Client
 from protocol.errors import DeadlineError
 from protocol.job import Endpoints, Job
@@ -36,16 +38,25 @@ class Learner:
 
     def __init__(self, folder: Path) -> None:
         endpoints = Endpoints(*(f"ipc://{folder}/{name}" for name in ("e", "w", "r", "c")))
-        job = Job("run", folder, ENVIRONMENT, SPEC, "", 0, "maac", "async", 0, 1000, 2, "type", False, endpoints)
+        self.job = Job("run", folder, ENVIRONMENT, SPEC, "", 0, "maac", "async", 0, 1000, 2, "type", False, endpoints)
         self.telemetry = Telemetry("learner", 0, Sender("run", "learner-0"), 0, "127.0.0.1")
         self.policy = Policy(Layout.of(SPEC, "type"), (4,), torch.Generator().manual_seed(0))
         learner = LearnerSettings(max_policy_lag=MAX_LAG, deadline_seconds=3.0)
-        settings = Settings(learner, actor=ActorSettings(steps_per_iteration=50))
-        self.experience = StreamedExperience(job, settings, self.telemetry)
+        self.settings = Settings(learner, actor=ActorSettings(steps_per_iteration=50, hidden=(4,)))
+        self.experience = StreamedExperience(self.job, self.settings, self.telemetry)
         self.actors = [
             Client(endpoints.experience, Sender("run", f"actor-{i}"), lambda _: {}, lambda _: None) for i in range(3)
         ]
         self.publish(0)
+
+    def begin(self) -> StreamedExperience:
+        """A learner that was started again."""
+        self.experience.close()
+        self.telemetry.close()
+        self.telemetry = Telemetry("learner", 0, Sender("run", "learner-0"), 0, "127.0.0.1")
+        self.experience = StreamedExperience(self.job, self.settings, self.telemetry)
+        self.publish(0)
+        return self.experience
 
     def publish(self, version: int, session: str = "s") -> None:
         self.experience.publish(session, version, self.policy, 0)
@@ -168,6 +179,46 @@ def test_an_actor_without_credit_is_not_behind(learner: Learner) -> None:
     for mark in range(CREDITS):
         learner.send(0, 2, 0, mark)
     assert learner.collect() == [0, 1]
+
+
+@pytest.mark.parametrize(("credit_bytes", "credits"), [(1 << 28, CREDITS), (1, 1)])
+def test_an_actor_pauses_with_so_many_chunks_or_bytes_not_taken(
+    learner: Learner, monkeypatch: pytest.MonkeyPatch, credit_bytes: int, credits: int
+) -> None:
+    """One chunk is always allowed. What has come is not sent again; bytes that came are those that are trained on."""
+    monkeypatch.setattr(process, "CREDIT_BYTES", credit_bytes)
+    monkeypatch.setattr(channels, "FIRST_INQUIRY_SECONDS", 0.02)
+    monkeypatch.setattr(channels, "LAST_INQUIRY_SECONDS", 0.05)
+    experience = learner.begin()
+    telemetry = Telemetry("actor", 0, Sender("run", "actor-0"), 0, "127.0.0.1")
+    actor = process._Actor(learner.job, ActorSettings(steps_per_iteration=50, hidden=(4,)), 0, telemetry)
+    begun = time.monotonic()
+    while time.monotonic() < begun + 3:
+        experience._weights.pump(repeat=True)
+        actor.stream()
+        experience._receive(0.0)
+    assert len(experience._queue) == credits
+    assert experience._pausing() == [0]
+    learner.send(1, 0, 0, 0)
+    experience._receive(1.0)
+    taken = experience.collect(lambda: None)
+    for _ in range(credits + 2):
+        actor.stream()
+    assert actor._sent > credits
+    assert actor._learner.pending_of(Chunk) == credits
+    sample, size = learner.telemetry.registry.get_sample_value, sum(a.nbytes for a in taken[0].arrays.values())
+    assert sample("bm3il_learner_taken_bytes_total") == 2 * size
+    received = sample("bm3il_learner_received_bytes_total", {"kind": "sent"})
+    assert received is not None
+    assert (credits + 1) * size < received < (credits + 1) * (size + 3000)
+    assert not sample("bm3il_learner_received_bytes_total", {"kind": "resent"})
+    sample = telemetry.registry.get_sample_value
+    assert (sample("bm3il_actor_sent_bytes_total", {"kind": "sent"}) or 0) > (credits + 1) * size
+    assert not sample("bm3il_actor_sent_bytes_total", {"kind": "resent"})
+    actor._learner.close()
+    actor._weights.close()
+    actor.close()
+    telemetry.close()
 
 
 @pytest.mark.parametrize(("session", "version"), [("old", 5), ("s", 1), ("s", 6)])
