@@ -95,7 +95,7 @@ class ActionActorCritic(ActorCritic):
         self, batch: Batch, rewards: list[torch.Tensor], weights: list[torch.Tensor], numbers: list[torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         temperature = self._temperature
-        names = ("critic_loss", "policy_loss", "value", "entropy")
+        names = ("critic_loss", "policy_loss", "value", "policy_entropy")
         sums = {name: torch.zeros((), device=self.device) for name in names}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
             targets = self._targets(batch, rewards, numbers)
@@ -137,7 +137,7 @@ class ActionActorCritic(ActorCritic):
         q = self.critic.of(b, observations, action, scene).float()
         loss = (weight * (temperature * log_density - q)).sum()
         torch.autograd.backward(loss, inputs=list(network.parameters()))
-        return {"policy_loss": loss.detach(), "entropy": -(weight * log_density.detach()).sum()}
+        return {"policy_loss": loss.detach(), "policy_entropy": -(weight * log_density.detach()).sum()}
 
     @torch.no_grad()
     def _targets(self, batch: Batch, rewards: list[torch.Tensor], numbers: list[torch.Tensor]) -> list[torch.Tensor]:

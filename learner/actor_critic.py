@@ -200,7 +200,7 @@ class ActorCritic:
 
     def _entropy(self, policy_loss: torch.Tensor, temperature: float | torch.Tensor) -> dict[str, torch.Tensor]:
         """Of the policies, which the value of Eq. 13's loss tells (see `losses.policy_loss`)."""
-        return {"entropy": -policy_loss / temperature} if self.settings.policy == "actor" else {}
+        return {"policy_entropy": -policy_loss / temperature} if self.settings.policy == "actor" else {}
 
     def _targets(self, batch: Batch, rewards: list[torch.Tensor], numbers: list[torch.Tensor]) -> list[torch.Tensor]:
         """y of Eq. 8 per block [G, S·B]; ã' from actions that the target policies draw with the next masks."""

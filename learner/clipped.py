@@ -38,7 +38,7 @@ from protocol.networks.grid import ObservationGrid, Tile
 from protocol.networks.options import log_softmax
 from protocol.networks.stacked import StackedMLP
 
-FIGURES = ("critic_loss", "policy_loss", "entropy", "value")
+FIGURES = ("critic_loss", "policy_loss", "policy_entropy", "value")
 
 
 @dataclass
@@ -291,7 +291,7 @@ class ClippedActorCritic:
             for b in range(len(self.layout.blocks)) if learn_policy else ():
                 policy_loss, entropy = self._improve(b, steps, weights[b])
                 figures["policy_loss"] += policy_loss
-                figures["entropy"] += entropy
+                figures["policy_entropy"] += entropy
         return figures
 
     def _autocast(self) -> torch.autocast:

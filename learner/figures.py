@@ -12,6 +12,16 @@ from protocol.errors import NumericalError
 MUST_BE_FINITE = ("critic_loss", "policy_loss", "cloning_loss")
 
 
+def merged(*parts: Mapping[str, float]) -> dict[str, float]:
+    """All figures of all parts. Raises ValueError if two are called the same: one would hide the other."""
+    together: dict[str, float] = {}
+    for part in parts:
+        if twice := together.keys() & part.keys():
+            raise ValueError(f"two figures are called '{min(twice)}': name them after whose they are")
+        together |= part
+    return together
+
+
 class Figures:
     """Means over some updates. Reading a number of a GPU waits for all that runs there, so that sums stay there."""
 

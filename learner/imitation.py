@@ -22,7 +22,7 @@ from learner.clipped import ClippedActorCritic
 from learner.cloning import Cloning, clone
 from learner.critics import Critic, ValueCritic
 from learner.experience import Experience
-from learner.figures import Figures
+from learner.figures import Figures, merged
 from learner.metrics import RewardMetrics
 from learner.optimisation import part
 from learner.replay import Batch, Replay
@@ -173,7 +173,7 @@ class OffPolicyImitation(Imitation):
         learned = Figures()
         for batch, rewards in self._batches():
             self._train(batch, rewards, progress, learned)
-        return sum(chunk.num_steps for chunk in chunks), figures | learned.means()
+        return sum(chunk.num_steps for chunk in chunks), merged(figures, learned.means())
 
     def state(self) -> tuple[Arrays, Arrays]:
         arrays, rewards = super().state()
@@ -193,7 +193,7 @@ class OffPolicyImitation(Imitation):
     def _train(self, batch: Batch, rewards: list[torch.Tensor], progress: float, learned: Figures) -> None:
         with self._telemetry.stage("update"):
             figures = self._learner.update(batch, rewards, progress, self._cloning)
-        learned.add(figures | {"reward": _mean(rewards)})
+        learned.add({**figures, "reward": _mean(rewards)})
 
     def _ask(self) -> None:
         """Draw a batch and ask for its rewards."""
@@ -237,13 +237,13 @@ class OnPolicyImitation(Imitation):
     def iterate(self, progress: float, abort: Callable[[], None]) -> tuple[int, dict[str, float]]:
         segments = Segments.of(self._collect(abort), self.policy.layout)
         rewards, figures = self._reward(segments, progress)
-        figures |= {"reward": _mean(rewards)}
+        figures = merged(figures, {"reward": _mean(rewards)})
         self._seen += 1
         own = self._seen - self._babbling
         if own > 0:  # what was babbled is nobody's policy: there is no advantage over it
             with self._telemetry.stage("update"):
                 learn_policy = own > self._settings.clipped.critic_first
-                figures |= self._learner.update(segments, rewards, progress, learn_policy)
+                figures = merged(figures, self._learner.update(segments, rewards, progress, learn_policy))
         return segments.num_steps, figures
 
     def state(self) -> tuple[Arrays, Arrays]:

@@ -19,7 +19,7 @@ class LearnerMetrics:
         )
         self._figures = Gauge(
             "bm3il_learner_figure",
-            "Means over the last iteration, by name: losses, entropy per agent (nats), reward per agent and step",
+            "Means over the last iteration, by name as in log.jsonl: losses, entropies (nats), reward of a step",
             ["name"],
             registry=registry,
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from learner.figures import merged
 from learner.picture import draw_curve
 
 COLUMNS = ("iteration", "env_steps", "wall_seconds", "return_mean", "return_stderr", "normalized_return")
@@ -35,7 +36,7 @@ class RunRecord:
 
     def log_iteration(self, iteration: int, figures: Mapping[str, float]) -> None:
         """Append the figures of an iteration to `log.jsonl`, and to the TensorBoard events."""
-        line = {"iteration": iteration, **{name: _plain(value) for name, value in figures.items()}}
+        line = {name: _plain(value) for name, value in merged({"iteration": iteration}, figures).items()}
         _append(self._log, json.dumps(line) + "\n")
         self._add_scalars("training", iteration, figures)
 

@@ -12,7 +12,7 @@ import torch
 from actors.policy import Policy
 from actors.process import credits_of
 from learner.experience import REPEAT_SECONDS, RemoteExperience
-from learner.figures import Figures
+from learner.figures import Figures, merged
 from learner.imitation import Arrays, OffPolicyImitation, OnPolicyImitation
 from learner.segments import Segments
 from learner.settings import Settings
@@ -190,7 +190,7 @@ class StreamedOffPolicy(OffPolicyImitation):
             batch, rewards = self._answered()
             self._ask()
             self._train(batch, rewards, progress, learned)
-        return sum(chunk.num_steps for chunk in chunks), figures | learned.means()
+        return sum(chunk.num_steps for chunk in chunks), merged(figures, learned.means())
 
 
 class StreamedOnPolicy(OnPolicyImitation):

@@ -20,6 +20,7 @@ from actors.evaluation import Evaluator, ReturnEstimate
 from actors.policy import Policy, UniformPolicy
 from learner.checkpoint import Checkpoint, CheckpointFolder
 from learner.experience import Evaluated, Experience
+from learner.figures import merged
 from learner.metrics import LearnerMetrics
 from learner.record import RunRecord
 from learner.settings import Settings
@@ -235,7 +236,7 @@ class Training:
     def _note(self, figures: dict[str, float]) -> None:
         """Record the iteration's figures."""
         facts = self._facts
-        self._figures[facts.iteration] = figures | self._position()
+        self._figures[facts.iteration] = merged(figures, self._position())
         self._telemetry.numbers |= {
             "iteration": facts.iteration,
             "iterations": self._iterations,

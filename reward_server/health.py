@@ -35,8 +35,8 @@ class Health:
             "expert": active - agent,
             "accuracy_agent": right * agent,
             "accuracy_expert": right * (active - agent),
-            "loss": loss * active,
-            "entropy": (probability * surprise + (1 - probability) * other) * active,
+            "discriminator_loss": loss * active,
+            "discriminator_entropy": (probability * surprise + (1 - probability) * other) * active,
             "particle_deviation": surprise.std(dim=1, keepdim=True, correction=0) * active,
         }
         for name, values in per_row.items():
@@ -58,15 +58,15 @@ class Health:
         self._ratios.append(repulsion / attraction.clamp_min(torch.finfo(attraction.dtype).tiny))
 
     def figures(self) -> dict[str, float]:
-        """Means: `loss` (−log-likelihood of a row), `accuracy_agent`, `accuracy_expert`, `entropy` (nats),
-        `particle_deviation` (standard deviation of the reward over particles), `particle_distance` (Euclidean, of the
-        parameters of two particles), `repulsion_ratio` (of the kernel's two forces, ‖Σ_j ∇k‖ / ‖Σ_j k ∇ log p‖, mean
-        over groups; 0 where there is no kernel)."""
+        """Means: `discriminator_loss` (−log-likelihood of a row), `discriminator_entropy` (nats), `accuracy_agent`,
+        `accuracy_expert`, `particle_deviation` (standard deviation of the reward over particles), `particle_distance`
+        (Euclidean, of the parameters of two particles), `repulsion_ratio` (of the kernel's two forces, ‖Σ_j ∇k‖ /
+        ‖Σ_j k ∇ log p‖, mean over groups; 0 where there is no kernel)."""
         sums = dict(zip(self._sums, torch.stack([*self._sums.values()]).tolist(), strict=True))
         rows = {"accuracy_agent": sums["agent"], "accuracy_expert": sums["expert"]}
         total = sums["agent"] + sums["expert"]
-        names = ("loss", "accuracy_agent", "accuracy_expert", "entropy", "particle_deviation")
-        figures = {name: sums[name] / max(1.0, rows.get(name, total)) for name in names}
+        means = [name for name in sums if name not in ("agent", "expert")]
+        figures = {name: sums[name] / max(1.0, rows.get(name, total)) for name in means}
         distances = torch.cat(self._distances)
         pairs = distances.shape[1] - round(distances.shape[1] ** 0.5)
         figures["particle_distance"] = float(distances.sum(dim=1).mean()) / max(1, pairs)

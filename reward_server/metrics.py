@@ -44,19 +44,22 @@ class RewardServerMetrics:
             "bm3il_reward_server_particles_version", "Updates of the particles so far", registry=registry
         )
         help_texts = {
-            "loss": "Negative log-likelihood per row and agent of the last batch, mean",
+            "discriminator_loss": "Negative log-likelihood per row and agent of the last batch, mean",
             "accuracy_agent": "Agent rows (per agent) that the discriminators of the last batch recognised, 0..1",
             "accuracy_expert": "Expert rows (per agent) that the discriminators of the last batch recognised, 0..1",
-            "entropy": "Entropy of a discriminator's verdict per row and agent, mean, in nats",
+            "discriminator_entropy": "Entropy of a discriminator's verdict per row and agent, mean, in nats",
             "particle_distance": "Euclidean distance of two particles' parameters, mean over pairs and groups",
             "particle_deviation": "Standard deviation of a reward over particles, mean over rows and agents",
             "repulsion_ratio": "Repulsion of the particles as a part of their attraction (SVGD), mean over groups",
         }
-        units = {"loss": "nats", "entropy": "nats", "accuracy_agent": "ratio", "accuracy_expert": "ratio"}
+        exported = {
+            "discriminator_loss": "loss_nats",
+            "discriminator_entropy": "entropy_nats",
+            "accuracy_agent": "accuracy_agent_ratio",
+            "accuracy_expert": "accuracy_expert_ratio",
+        }
         self._health = {
-            name: Gauge(
-                f"bm3il_reward_server_{name}{'_' + units[name] if name in units else ''}", text, registry=registry
-            )
+            name: Gauge(f"bm3il_reward_server_{exported.get(name, name)}", text, registry=registry)
             for name, text in help_texts.items()
         }
 

@@ -104,7 +104,7 @@ def test_the_policies_step_leaves_the_critics_alone() -> None:
     figures = learner._improve_continuous(b, observations, critic.scenes(rows)[b], 0.1, weight)
     assert all(p.grad is None for p in critic.parameters())
     assert all(p.grad.abs().sum() > 0 for p in learner.policy.networks[b].parameters())
-    assert set(figures) == {"policy_loss", "entropy"}
+    assert set(figures) == {"policy_loss", "policy_entropy"}
 
 
 class Targets:

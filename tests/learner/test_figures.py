@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from learner.figures import MUST_BE_FINITE, Figures
+from learner.figures import MUST_BE_FINITE, Figures, merged
 from protocol.errors import NumericalError
 
 
@@ -28,3 +28,9 @@ def test_a_loss_that_was_not_finite_once_is_told(name: str, bad: float) -> None:
         figures.add({name: torch.tensor(value)})
     with pytest.raises(NumericalError, match=f"{name} is"):
         figures.means()
+
+
+def test_two_figures_of_one_name_cannot_be_merged() -> None:
+    assert merged({"a": 1.0}, {"b": 2.0}, {}) == {"a": 1.0, "b": 2.0}
+    with pytest.raises(ValueError, match="two figures are called 'entropy'"):
+        merged({"loss": 1.0, "entropy": 0.5}, {"entropy": 0.6})

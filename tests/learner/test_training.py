@@ -117,6 +117,16 @@ def test_between_two_stages_a_run_does_not_tell_of_its_start(
     assert {"seconds_restore", "seconds_update", "seconds_publish", "seconds_checkpoint"} <= stages
 
 
+@pytest.mark.parametrize("policy", ["actor", "clipped"])
+def test_figures_of_the_log_are_called_after_whose_they_are(tmp_path: Path, policy: str) -> None:
+    """The policies have an entropy and the discriminators have another: both are there."""
+    run(tmp_path / "run", policy=policy)  # type: ignore[arg-type]
+    logged = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    names = {"policy_entropy", "discriminator_entropy", "policy_loss", "critic_loss", "discriminator_loss", "reward"}
+    assert names <= set(logged)
+    assert not {"entropy", "loss"} & set(logged)
+
+
 class _Blinded(Simulator):
     """An environment whose true rewards are not numbers."""
 

@@ -55,7 +55,7 @@ def test_particles_learn_to_tell_agents_from_the_expert(scope: str) -> None:
     figures = model.update(0.0)
     assert figures["accuracy_agent"] > 0.7
     assert figures["accuracy_expert"] > 0.7
-    assert figures["loss"] < 0.6
+    assert figures["discriminator_loss"] < 0.6
     assert figures["particle_distance"] > 0
     agent, expert = (model.query(some_rows(model.layout, 100, 4, shift))[0][0] for shift in (0.0, 1.0))
     assert agent.mean() < expert.mean()  # −log D is high where the expert would be
@@ -86,7 +86,7 @@ def test_bfloat16_products_lead_nearly_where_float32_does(scope: str, monkeypatc
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, expected, rtol=0.03, atol=0.02)
         assert not torch.equal(found, expected)
-    losses = [[model.update(0.0)["loss"] for _ in range(3)] for model in (exact, rounded)]
+    losses = [[model.update(0.0)["discriminator_loss"] for _ in range(3)] for model in (exact, rounded)]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
     assert all(layer.dtype == torch.float32 for layers in rounded._layers for layer in layers)
 
@@ -104,7 +104,7 @@ def test_health_of_a_known_case() -> None:
     rewards = np.log1p(np.exp([-3.0, -3.0, 3.0]))
     assert figures["particle_deviation"] == pytest.approx(rewards.std(), rel=1e-5)
     p = 1 / (1 + np.exp(-3))
-    assert figures["entropy"] == pytest.approx(-p * np.log(p) - (1 - p) * np.log(1 - p), rel=1e-4)
+    assert figures["discriminator_entropy"] == pytest.approx(-p * np.log(p) - (1 - p) * np.log(1 - p), rel=1e-4)
     assert figures["particle_distance"] == pytest.approx((0 + 6 + 6) / 3, rel=1e-5)
 
 
