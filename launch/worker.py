@@ -57,7 +57,9 @@ def run_role(role: str, index: int, plan: Plan, telemetry: Telemetry) -> str | N
         case "reward-server":
             from reward_server.process import run_reward_server
 
-            run_reward_server(job, config.reward, telemetry)
+            # Who asks waits as long for the update before as for the answer.
+            patience = max(config.reward.deadline_seconds, 2 * config.learner.deadline_seconds)
+            run_reward_server(job, replace(config.reward, deadline_seconds=patience), telemetry)
         case "learner":
             from learner.process import run_learner
 

@@ -48,6 +48,8 @@ ZERO_COPY_BYTES = 1 << 16
 """Of a frame; libzmq calls back for each one that it was lent, which costs more than to copy a smaller one."""
 MESSAGES_PER_POLL = 256
 """Taken in at once; who floods a socket delays its owner's other work, and cannot hold it for ever."""
+STOPPED_SECONDS = 0.5
+"""A wait that outlasts its timeout by more was no wait: the process was stopped, and what is there may be old."""
 MAX_SUBSCRIPTION_BYTES = 1024
 """What a listener sends, the handshake included."""
 FIRST_INQUIRY_SECONDS, LAST_INQUIRY_SECONDS = 1.0, 8.0
@@ -77,10 +79,15 @@ class Refused(RuntimeError):
 
 @dataclass(frozen=True)
 class Request:
-    """A request at the server; give it back to `Server.answer`."""
+    """A request at the server; give it back to `Server.answer`.
+
+    arrived: monotonic seconds when it came, if that was waited for, else when the socket was last seen empty: ZeroMQ
+        does not tell when, only not before that.
+    """
 
     message: Message
     peer: bytes
+    arrived: float
 
 
 class Server:
@@ -106,13 +113,15 @@ class Server:
         self._sender, self._schema = sender, schema
         self._drops, self._count_bytes = _Drops(count_drop), count_bytes
         self._ledger = Ledger()
+        self._empty_at = time.monotonic()
 
     def poll(self, timeout_seconds: float) -> list[Request]:
         """New requests, waiting up to `timeout_seconds` for the first; of many, the rest comes with the next call."""
         requests: list[Request] = []
-        if self._socket.poll(int(timeout_seconds * 1000)):
+        if self._wait(timeout_seconds):
             for _ in range(MESSAGES_PER_POLL):
                 if (request := self._receive()) is _NOTHING:
+                    self._empty_at = time.monotonic()
                     break
                 if request is not None:
                     requests.append(request)
@@ -128,6 +137,16 @@ class Server:
     def close(self) -> None:
         """Close at once; unsent answers are asked for again by their clients."""
         self._socket.close(linger=0)
+
+    def _wait(self, timeout_seconds: float) -> bool:
+        """Whether something is there, at once or within the timeout."""
+        if self._socket.poll(0):
+            return True
+        self._empty_at = time.monotonic()
+        found = bool(self._socket.poll(int(timeout_seconds * 1000)))
+        if (now := time.monotonic()) - self._empty_at <= timeout_seconds + STOPPED_SECONDS:
+            self._empty_at = now
+        return found
 
     def _receive(self) -> Any:
         try:
@@ -147,7 +166,7 @@ class Server:
             return None
         is_new = self._ledger.enter(message)
         self._count_bytes("sent" if is_new else "resent", _num_bytes(frames))
-        return Request(message, peer.bytes) if is_new else None
+        return Request(message, peer.bytes, self._empty_at) if is_new else None
 
     def _accepts(self, body: Any) -> ArrayTable | None:
         return {} if isinstance(body, Inquiry) else self._schema(body)

@@ -14,7 +14,8 @@ from protocol.messages import Refusal
 
 @dataclass(frozen=True)
 class Waiting:
-    """A query in the queue. `arrived` is in seconds of the caller's clock; `request` is the caller's to know it by."""
+    """A query in the queue. `arrived`, in seconds of the caller's clock, is no later than it came, also if it lay in a
+    socket; `request` is the caller's to know it by."""
 
     request: Any
     rows: JointRows

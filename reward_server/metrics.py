@@ -29,7 +29,7 @@ class RewardServerMetrics:
         )
         self._queue_seconds = Histogram(
             "bm3il_reward_server_queue_seconds",
-            "Time that a query waited before it was computed",
+            "Time that a query waited before it was computed, updates included; from when the socket was last empty",
             buckets=SECONDS_BUCKETS,
             registry=registry,
         )

@@ -186,7 +186,7 @@ class RewardServer:
             rows = JointRows.from_arrays(arrays, self._layout)
         names = [f"{b}.rewards" for b in range(len(self._layout.blocks))]
         true_rewards = [torch.tensor(arrays[name]) for name in names] if names[0] in arrays else None
-        refusal = self._queries.add(Waiting(request, rows, true_rewards, body.deviation, body.alone, time.monotonic()))
+        refusal = self._queries.add(Waiting(request, rows, true_rewards, body.deviation, body.alone, request.arrived))
         if refusal:
             self._refuse(request, refusal)
 

@@ -60,7 +60,8 @@ class RewardSettings:
     max_queue_rows: Count = 262_144
     """Joint rows that may wait; a query beyond is refused with `overloaded` and asked again by its client."""
     deadline_seconds: Positive = 60.0
-    """Queries older than this are refused instead of computed: nobody waits for them any more."""
+    """Queries older than this are refused instead of computed: nobody waits for them any more. The learner does wait,
+    and is never given less than twice its own deadline."""
     precision: Precision = "float32"
     """Arithmetic of the matrix products, if the device has it (tf32: GPUs alone); parameters, kernels and the optimiser
     stay float32."""

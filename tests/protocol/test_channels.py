@@ -568,3 +568,32 @@ def test_a_late_listener_gets_the_newest_broadcast(endpoint: str) -> None:
     np.testing.assert_array_equal(message.arrays["a"], ARRAY["a"])
     listener.close()
     broadcaster.close()
+
+
+def test_a_request_has_come_no_later_than_it_says(endpoint: str, client: Client) -> None:
+    """While the server works, what comes lies in the socket: its time is counted from when the socket was empty."""
+    server = Server(endpoint, Sender("run", "server"), schema, lambda cause: None)
+    assert not server.poll(0.05)
+    before = time.monotonic()
+    client.submit(GetState("s"), ARRAY)
+    time.sleep(0.3)  # at work
+    (request,) = server.poll(DEADLINE_SECONDS)
+    assert request.arrived <= before
+    server.close()
+
+
+def test_a_request_that_was_waited_for_has_just_come(endpoint: str, client: Client) -> None:
+    server = Server(endpoint, Sender("run", "server"), schema, lambda cause: None)
+    assert not server.poll(0.05)
+    sent: list[float] = []
+
+    def send() -> None:
+        sent.append(time.monotonic())
+        client.submit(GetState("s"), ARRAY)
+
+    late = threading.Timer(0.3, send)
+    late.start()
+    (request,) = server.poll(DEADLINE_SECONDS)
+    late.join()
+    assert request.arrived >= sent[0]
+    server.close()

@@ -313,6 +313,32 @@ def test_a_query_that_waited_too_long_is_refused(tmp_path: Path) -> None:
         assert refused.value.cause == "deadline"
 
 
+def test_a_query_waits_while_the_particles_are_updated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And that time is counted: in the queue, and against its deadline."""
+    update = RewardModel.update
+
+    def slow(model: RewardModel, progress: float) -> dict[str, float]:
+        time.sleep(0.5)
+        return update(model, progress)
+
+    monkeypatch.setattr(RewardModel, "update", slow)
+    with running(tmp_path, dataclasses.replace(SETTINGS, deadline_seconds=0.8)) as server:
+        client = server.client()
+        client.begin("s")
+        updating = client.update(some_rows(10, 0), 0.0)
+        ticket = client.submit(some_rows(5, 0))
+        client.updated(updating)
+        client.rewards(ticket)
+        assert server.metric("queue_seconds_sum") >= 0.5
+        updates = [client.update(some_rows(10, k), 0.0) for k in range(2)]
+        ticket = client.submit(some_rows(5, 0))
+        for updating in updates:
+            client.updated(updating)
+        with pytest.raises(Refused) as refused:
+            client.rewards(ticket)
+        assert refused.value.cause == "deadline"
+
+
 def test_a_missing_reward_is_an_error(tmp_path: Path) -> None:
     with running(tmp_path) as server:
         client = server.client(deadline_seconds=0.3)
