@@ -22,7 +22,7 @@ from protocol.layout import Layout
 from protocol.messages import Chunk, Done, Evaluation, Refusal, Weights, Working, frame_limit, table_bytes
 from protocol.seeds import derive_seed
 from protocol.specs import ArrayTable
-from protocol.telemetry import Telemetry
+from protocol.telemetry import IDLE, Telemetry
 from protocol.trajectories import Trajectories
 
 POLL_SECONDS = 0.2
@@ -88,8 +88,9 @@ class _Actor:
     def stream(self) -> None:
         """Async: one chunk with the newest weights; a pause while the learner has not taken the chunks before."""
         before = self._weights_of
-        waits = before is None or self._learner.pending_of(Chunk) >= self._credits
-        self._refresh(POLL_SECONDS / 10 if waits else 0.0)
+        pauses = self._learner.pending_of(Chunk) >= self._credits
+        waits = POLL_SECONDS / 10 if pauses or before is None else 0.0
+        self._refresh(waits, "wait_for_credit" if pauses else "wait_for_weights")
         if before is not None and self._weights_of is not None and before[0] != self._weights_of[0]:
             self._learner.forget()  # the learner went back to a checkpoint: older chunks are of no use
         if self._weights_of is None or self._learner.pending_of(Chunk) >= self._credits:
@@ -101,9 +102,9 @@ class _Actor:
         if self._weights_of[0] == session:
             self._send(chunk, seconds, session, version, self._weights_of[1])
 
-    def _refresh(self, wait_seconds: float) -> bool:
-        """Take the newest weights; whether they are others than before."""
-        with self._telemetry.stage("wait_for_weights"):
+    def _refresh(self, wait_seconds: float, stage: str = "wait_for_weights") -> bool:
+        """Take the newest weights; whether they are others than before. `stage` says what is waited for."""
+        with self._telemetry.stage(stage):
             _pump(self._learner)  # first: an actor that may go on shall do so with what was published until then
             message = self._weights.newest(wait_seconds)
         if message is None or (message.body.session, message.body.version) == self._weights_of:
@@ -149,11 +150,13 @@ def run_evaluator(
     metrics = EvaluatorMetrics(telemetry.registry)
     evaluator = Evaluator(job, evaluation_settings)
     done: tuple[str, int] | None = None
-    evaluated = 0
+    evaluated, stage = 0, "wait_for_weights"
     while not telemetry.stop.is_set():
-        with telemetry.stage("wait_for_weights"):
+        with telemetry.stage(stage):
             message = weights.next(POLL_SECONDS)
             _pump(learner)
+        if message is not None:  # from now on it has played all that was to be played
+            stage = IDLE
         if message is None or not message.body.evaluate_episodes:
             continue
         if (message.body.session, message.body.version) == done:

@@ -12,9 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from launch.metrics import RunMetrics
 from launch.outcome import CRASHED, Outcome
 from launch.progress import Progress
 from launch.run_folder import write_atomically
+from launch.states import SILENT_SECONDS, State, judge
 from launch.supervisor import LEARNER_GRACE_SECONDS, StopRequests, Supervisor, patience
 from launch.topology import Plan
 from protocol.channels import Server
@@ -25,9 +27,6 @@ from protocol.telemetry import STOP, Telemetry
 
 log = logging.getLogger(__name__)
 
-SILENT_SECONDS = 10.0
-"""Ten heartbeats: fewer could be a busy machine."""
-STUCK_SECONDS = 60.0
 PROCESSES, PROCESSES_SECONDS = "processes.json", 1.0
 REMOTE_GRACE_SECONDS = 2.0
 LOST_NODE_SECONDS = 15.0
@@ -46,6 +45,7 @@ class Director:
         self._supervisors = {f"supervisor-{node}" for node in range(1, len(plan.nodes))}
         self._names = self._supervisors | {process.name for process in plan.processes}
         self._takes_more = plan.config.mode == "async"
+        self._metrics = RunMetrics(telemetry.registry, plan.config)
         self._targets: dict[str, tuple[str, str, int]] = {}
         self._heard: dict[str, float] = {}
         self._starts: dict[str, set[str]] = {}
@@ -76,15 +76,17 @@ class Director:
 
     def worries(self) -> list[str]:
         """Processes that are not heard, or do not get on, each with its last stage."""
-        now = time.monotonic()
-        lines = []
-        for name, status in sorted(self.statuses.items()):
-            silent, inside = now - self._heard[name], status.values.get("stage_seconds", 0.0)
-            if silent > SILENT_SECONDS:
-                lines.append(f"{name} has not been heard for {silent:.0f} s; it was in '{status.stage}'")
-            elif inside > STUCK_SECONDS and status.role != "supervisor":
-                lines.append(f"{name} has been in '{status.stage}' for {inside:.0f} s")
-        return lines
+        return [f"{name} {state.why}" for name, state in self.states().items() if state.troubled]
+
+    def states(self) -> dict[str, State]:
+        """Of every process of the run, and of those who joined."""
+        now, patience = time.monotonic(), SILENT_SECONDS
+        if not self._takes_more and "learner-0" in self.statuses:  # in lockstep it is each one's turn once an iteration
+            patience = 2 * self.statuses["learner-0"].values.get("seconds_iteration", 0.0)
+        return {
+            name: judge(self.statuses.get(name), now - self._heard.get(name, now), patience)
+            for name in sorted(self._names | set(self.statuses))
+        }
 
     def lost_nodes(self) -> list[int]:
         """Nodes whose supervisors were heard, and are no longer; each is told once."""
@@ -112,12 +114,13 @@ class Director:
         if (now := time.monotonic()) - self._written < PROCESSES_SECONDS:
             return
         self._written = now
-        processes = {}
-        for name in sorted(self._names | set(self.statuses)):
+        processes, states = {}, self.states()
+        self._metrics.show(states)
+        for name, state in states.items():
             status = self.statuses.get(name)
             processes[name] = {
                 "node": status.node if status else None,
-                "state": _state(status, now - self._heard.get(name, 0.0)),
+                "state": state.name,
                 "stage": status.stage if status else "",
                 "stage_seconds": round(status.values.get("stage_seconds", 0.0), 1) if status else 0.0,
                 "policy_version": status.values.get("policy_version", status.values.get("iteration"))
@@ -208,16 +211,6 @@ def follow(plan: Plan, node: int, stopped: StopRequests, say: Callable[[str], No
         telemetry.numbers["ended"] = 1
         telemetry.close()
     return lost
-
-
-def _state(status: Status | None, silent_seconds: float) -> str:
-    """`starved` waits for others, `stuck` does not get on with its own work, `dead` is not heard."""
-    if status is None or silent_seconds > SILENT_SECONDS:
-        return "dead" if status else "not heard yet"
-    inside = status.values.get("stage_seconds", 0.0)
-    if status.stage.startswith("wait") and status.role != "reward-server" and inside > SILENT_SECONDS:
-        return "starved"
-    return "stuck" if inside > STUCK_SECONDS and status.role not in ("supervisor", "reward-server") else "alive"
 
 
 def _schema(body: Any) -> ArrayTable | None:

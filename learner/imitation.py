@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
@@ -131,14 +132,18 @@ class Imitation(ABC):
 
     def _taken(self, ticket: int) -> list[torch.Tensor]:
         """The rewards that were asked for."""
-        with self._telemetry.stage("query"):
+        with self._telemetry.stage("query"), self._waiting_for("rewards"):
             rewards = self._rewards.rewards(ticket)
         self._metrics.reward_lag.observe(self._rewards.lag)
         return rewards
 
     def _collect(self, abort: Callable[[], None]) -> list[Trajectories]:
-        with self._telemetry.stage("collect"):
+        with self._telemetry.stage("collect"), self._waiting_for("chunks"):
             return self._experience.collect(abort)
+
+    def _waiting_for(self, what: str) -> AbstractContextManager[None]:
+        """The stage of a wait for another process; there is none if all of the run is in this one."""
+        return nullcontext() if self._job.mode == "serial" else self._telemetry.stage(f"wait_for_{what}")
 
 
 class OffPolicyImitation(Imitation):
@@ -169,7 +174,8 @@ class OffPolicyImitation(Imitation):
             fresh = self._replay.add_all(chunks)
             figures: dict[str, float] = {}
             if self._imitates:
-                _, figures = self._rewards.updated(self._rewards.update(fresh, progress))
+                with self._waiting_for("particles"):
+                    _, figures = self._rewards.updated(self._rewards.update(fresh, progress))
         learned = Figures()
         for batch, rewards in self._batches():
             self._train(batch, rewards, progress, learned)
@@ -263,7 +269,8 @@ class OnPolicyImitation(Imitation):
             # All at once: the server does them in this order, and nothing lies between but its own work.
             updating = self._rewards.update(rows, progress)
             ticket = self._rewards.submit(rows, numbers=self._numbers(rows))
-            _, figures = self._rewards.updated(updating)
+            with self._waiting_for("particles"):
+                _, figures = self._rewards.updated(updating)
         return self._taken(ticket), figures
 
     def _numbers(self, rows: JointRows) -> torch.Tensor | None:

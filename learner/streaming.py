@@ -178,7 +178,7 @@ class StreamedOffPolicy(OffPolicyImitation):
             fresh = self._replay.add_all(chunks)
         figures: dict[str, float] = {}
         if self._imitates:
-            with self._telemetry.stage("wait_for_particles"):
+            with self._telemetry.stage("observe"), self._waiting_for("particles"):
                 if self._updating is not None:
                     _, figures = self._rewards.updated(self._updating)
             self._updating = self._rewards.update(fresh, progress)
@@ -210,7 +210,7 @@ class StreamedOnPolicy(OnPolicyImitation):
             return super()._reward(segments, progress)
         rows, figures = segments.rows(), dict[str, float]()
         if self._updating is not None:
-            with self._telemetry.stage("wait_for_particles"):
+            with self._telemetry.stage("observe"), self._waiting_for("particles"):
                 _, figures = self._rewards.updated(self._updating)
         if (numbers := self._numbers(rows)) is not None:
             self._rewards.hold(rows)

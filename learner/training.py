@@ -288,7 +288,7 @@ class Training:
     def _finish(self) -> str:
         """Wait for the final policy's evaluation and write the result."""
         deadline = time.monotonic() + FINAL_EVALUATION_SECONDS
-        with self._telemetry.stage("final_evaluation"):
+        with self._telemetry.stage("final_evaluation"), self._telemetry.stage("wait_for_evaluation"):
             while self._final_estimate is None:
                 for evaluated in self._experience.evaluations(wait_seconds=0.2):
                     self._record_evaluation(evaluated)

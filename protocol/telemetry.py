@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import math
 import os
 import threading
 import time
@@ -29,6 +30,11 @@ DONE_FD = "BM3IL_DONE_FD"
 """The environment variable with the pipe to the supervisor that started this process."""
 START, BETWEEN = "start", "between"
 """Where a process is before its first stage, and since its last one ended."""
+WAIT, IDLE = "wait", "idle"
+"""How the names of stages begin in which a process cannot go on without others, and that in which nobody wants anything
+of it. Most are polls: one that follows the same again, with nothing else in between, goes on with it."""
+PAUSE_SECONDS = 1.0
+"""Longest time between two such polls: what lasts longer is work."""
 
 
 class Telemetry:
@@ -67,6 +73,8 @@ class Telemetry:
         self._open: list[tuple[str, float]] = []
         """The stages that it is in, the innermost last, each with the time when it began."""
         self._now = (START, time.monotonic())
+        self._waited = ("", 0.0, -math.inf)
+        """The last wait, unless something else has begun since: its stage, when it began, and until when it lasted."""
         self._server, self._server_thread = prometheus_client.start_http_server(0, host, self.registry)
         if token:
             self._server.set_app(_guarded(prometheus_client.make_wsgi_app(self.registry), token))
@@ -78,15 +86,19 @@ class Telemetry:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage, and tell it to whoever asks what this process is doing. Stages may be nested."""
-        self._now = stage = (name, time.monotonic())
+        start = time.monotonic()
+        self._now = stage = (name, self._wait_since(start) if name == self._waited[0] else start)
+        self._waited = ("", start, start)
         self._open.append(stage)
         try:
             yield
         finally:
             end = time.monotonic()
             self._open.remove(stage)
+            if name.startswith((WAIT, IDLE)):
+                self._waited = (*stage, end)
             self._now = self._open[-1] if self._open else (BETWEEN, end)
-            seconds = end - stage[1]
+            seconds = end - start
             self._seconds.labels(name).observe(seconds)
             self.numbers[f"seconds_{name}"] = seconds
 
@@ -105,9 +117,11 @@ class Telemetry:
 
     def status(self) -> Status:
         """The process as it is now; `stage_seconds` tells for how long it has been in its innermost stage."""
-        stage, since = self._now  # read once: another thread asks than the one that works
+        (stage, since), waited, now = self._now, self._waited, time.monotonic()  # another thread asks than works
+        if stage == BETWEEN and waited[0] and now - waited[2] <= PAUSE_SECONDS:
+            stage, since = waited[:2]
         values = {name: float(value) for name, value in self.numbers.copy().items()}
-        values["stage_seconds"] = time.monotonic() - since
+        values["stage_seconds"] = now - since
         return Status(
             role=self.role,
             index=self.index,
@@ -118,6 +132,11 @@ class Telemetry:
             values=values,
             text=self.text[-MAX_TEXT // 4 :],
         )
+
+    def _wait_since(self, now: float) -> float:
+        """When the last wait began, if it still goes on."""
+        _, began, until = self._waited
+        return began if now - until <= PAUSE_SECONDS else now
 
     def start_heartbeat(self, control: str) -> None:
         """Send the status to the director at `control` once a second, from a thread of its own."""

@@ -31,7 +31,7 @@ from protocol.messages import (
 )
 from protocol.seeds import derive_seed
 from protocol.specs import ArrayTable
-from protocol.telemetry import Telemetry
+from protocol.telemetry import IDLE, Telemetry
 from reward_server.batcher import QueryBatcher, Waiting
 from reward_server.client import STATE, rewards_table
 from reward_server.held import Held
@@ -112,7 +112,7 @@ class RewardServer:
     def serve(self, timeout_seconds: float) -> None:
         """Take in requests, waiting up to `timeout_seconds` for the first, and answer what is due."""
         wait = self._queries.wait_seconds(time.monotonic())
-        with self._telemetry.stage("wait"):
+        with self._telemetry.stage(IDLE):
             requests = self._server.poll(timeout_seconds if wait is None else min(wait, timeout_seconds))
         for request in requests:
             self._handle(request)

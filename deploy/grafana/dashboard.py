@@ -7,13 +7,20 @@ from typing import Any
 
 RUN = '{run="$run"}'
 PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
+    ("The run", "none", [
+        (f"bm3il_run_info{RUN}", "{{algorithm}} on {{environment}}, seed {{seed}}, bm3il {{version}}"),
+    ]),
+    ("Processes that are not well", "none", [
+        ('sum by (state) (bm3il_supervisor_process_state{run="$run", state=~"starved|stuck|dead"})', "{{state}}"),
+    ]),
     ("True return per agent and episode", "short", [
         (f"bm3il_learner_episode_return{RUN}", "evaluated"),
         (f"avg(bm3il_actor_episode_return{RUN})", "while acting"),
     ]),
     ("Joint steps trained on, per second", "short", [(f"rate(bm3il_learner_env_steps{RUN}[1m])", "steps/s")]),
     ("Where the learner's time goes", "percentunit", [
-        (f"sum by (stage) (rate(bm3il_learner_stage_seconds_sum{RUN}[1m]))", "{{stage}}"),
+        # Without the waits, which are parts of other stages.
+        ('sum by (stage) (rate(bm3il_learner_stage_seconds_sum{run="$run", stage!~"wait_.*"}[1m]))', "{{stage}}"),
     ]),
     ("Policy lag, iterations", "short", [
         (f"histogram_quantile(0.5, sum by (le) (rate(bm3il_learner_policy_lag_bucket{RUN}[1m])))", "median"),

@@ -8,7 +8,8 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from actors.metrics import ActorMetrics, EvaluatorMetrics
-from launch.metrics import SupervisorMetrics
+from launch.config import Config
+from launch.metrics import RunMetrics, SupervisorMetrics
 from learner.metrics import ChunkMetrics, LearnerMetrics, RewardMetrics
 from protocol.messages import Sender
 from protocol.telemetry import Telemetry
@@ -19,9 +20,9 @@ ROLES = {
     "evaluator": [EvaluatorMetrics],
     "learner": [LearnerMetrics, ChunkMetrics, RewardMetrics],
     "reward-server": [RewardServerMetrics],
-    "supervisor": [SupervisorMetrics],
+    "supervisor": [SupervisorMetrics, lambda registry: RunMetrics(registry, Config())],
 }
-ROW = re.compile(r"^\| `(bm3il_\S+)` \| (\w+) \| (?:`(\w+)`)? ?\|", re.M)
+ROW = re.compile(r"^\| `(bm3il_\S+)` \| (\w+) \| (?:`([\w,]+)`)? ?\|", re.M)
 
 
 def documented() -> set[tuple[str, str, str]]:

@@ -9,7 +9,8 @@ import urllib.request
 import pytest
 
 from actors.metrics import ActorMetrics, EvaluatorMetrics
-from launch.metrics import SupervisorMetrics
+from launch.config import Config
+from launch.metrics import RunMetrics, SupervisorMetrics
 from learner.metrics import ChunkMetrics, LearnerMetrics
 from protocol.messages import Sender
 from protocol.telemetry import Telemetry
@@ -20,7 +21,7 @@ PARTS = {
     "evaluator": [EvaluatorMetrics],
     "learner": [LearnerMetrics, ChunkMetrics],
     "reward-server": [RewardServerMetrics],
-    "supervisor": [SupervisorMetrics],
+    "supervisor": [SupervisorMetrics, lambda registry: RunMetrics(registry, Config())],
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from launch import status
 from launch.config import load_preset
-from launch.director import _state
+from launch.states import judge
 from launch.status import print_status
 from protocol.messages import Status
 
@@ -26,12 +26,33 @@ def told(role: str, stage: str, seconds: float) -> Status:
         ("actor", "wait_for_weights", 30, 0.5, "starved"),
         ("learner", "between", 5, 0.5, "alive"),
         ("actor", "collect", 5, 30, "dead"),
-        ("reward-server", "wait", 300, 0.5, "alive"),
+        ("actor", "wait_for_credit", 9, 0.5, "alive"),
+        ("actor", "wait_for_credit", 11, 0.5, "starved"),
+        ("evaluator", "wait_for_weights", 30, 0.5, "starved"),
+        ("evaluator", "idle", 30, 0.5, "idle"),
+        ("evaluator", "evaluate", 64, 0.5, "stuck"),
+        ("reward-server", "idle", 300, 0.5, "idle"),
+        ("reward-server", "update", 61, 0.5, "stuck"),
         ("learner", "wait_for_particles", 30, 0.5, "starved"),
+        ("supervisor", "start", 300, 0.5, "alive"),
+        ("actor", "wait_for_weights", 30, 11, "dead"),
     ],
 )
 def test_what_a_process_is_doing(role: str, stage: str, seconds: float, silent: float, expected: str) -> None:
-    assert _state(told(role, stage, seconds), silent) == expected
+    state = judge(told(role, stage, seconds), silent)
+    assert state.name == expected
+    assert state.troubled == (expected in ("starved", "stuck", "dead"))
+    if state.troubled:
+        assert stage in state.why
+
+
+def test_in_lockstep_who_waits_for_a_turn_is_not_starved() -> None:
+    assert judge(told("actor", "wait_for_weights", 30), 0.5, patience_seconds=34).name == "alive"
+    assert judge(told("actor", "wait_for_weights", 40), 0.5, patience_seconds=34).name == "starved"
+
+
+def test_who_was_never_heard_is_not_dead() -> None:
+    assert judge(None, 100).name == "not heard yet"
 
 
 def test_every_process_is_shown(

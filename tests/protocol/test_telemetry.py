@@ -96,6 +96,41 @@ def test_between_two_stages_a_process_is_in_neither(monkeypatch: pytest.MonkeyPa
         telemetry.close()
 
 
+def test_a_wait_in_short_polls_is_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("protocol.telemetry.time", SimpleNamespace(monotonic=lambda: now))
+    telemetry = Telemetry("actor", 0, Sender("run", "actor-0"))
+
+    def poll(times: int, name: str = "wait_for_weights") -> tuple[str, float]:
+        nonlocal now
+        for _ in range(times):
+            with telemetry.stage(name):
+                now += 0.25
+        status = telemetry.status()
+        return status.stage, status.values["stage_seconds"]
+
+    try:
+        assert poll(60) == ("wait_for_weights", 15)
+        with telemetry.stage("wait_for_weights"):
+            now += 1
+            assert telemetry.status().values["stage_seconds"] == 16
+        with telemetry.stage("collect"):  # what was waited for has come
+            now += 1
+        assert poll(4) == ("wait_for_weights", 1)
+        assert poll(4, "wait_for_credit") == ("wait_for_credit", 1)
+        now += 5  # work that is no stage
+        assert telemetry.status().stage == "between"
+        assert poll(4, "wait_for_credit") == ("wait_for_credit", 1)
+        for _ in range(8):  # work again and again is no wait
+            with telemetry.stage("collect"):
+                now += 0.25
+        with telemetry.stage("collect"):
+            assert telemetry.status().values["stage_seconds"] == 0
+    finally:
+        monkeypatch.undo()
+        telemetry.close()
+
+
 def test_stages_may_end_in_any_order(telemetry: Telemetry) -> None:
     first, second = telemetry.stage("first"), telemetry.stage("second")
     first.__enter__()
