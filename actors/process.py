@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from typing import Any
@@ -24,6 +25,8 @@ from protocol.seeds import derive_seed
 from protocol.specs import ArrayTable
 from protocol.telemetry import IDLE, Telemetry
 from protocol.trajectories import Trajectories
+
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 """Longest deafness to the wish to stop."""
@@ -109,6 +112,8 @@ class _Actor:
             message = self._weights.newest(wait_seconds)
         if message is None or (message.body.session, message.body.version) == self._weights_of:
             return False
+        if self._weights_of is None or self._weights_of[0] != message.body.session:
+            log.info("session %s: weights of iteration %d", message.body.session, message.body.version)
         self._weights_of = (message.body.session, message.body.version)
         self._policy.load_arrays(message.arrays)
         self._telemetry.numbers["policy_version"] = message.body.version
@@ -165,6 +170,7 @@ def run_evaluator(
         start = time.perf_counter()
         with telemetry.stage("evaluate"):
             returns = evaluator.returns(policy, message.body.evaluate_episodes)
+        log.info("iteration %d: return %.3f", message.body.version, returns.mean())
         metrics.count(returns, message.body.version)
         done = (message.body.session, message.body.version)
         learner.tell(Evaluation(*done, len(returns), time.perf_counter() - start), {"returns": returns})

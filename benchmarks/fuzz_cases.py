@@ -23,6 +23,7 @@ from protocol.messages import (
     Begin,
     Chunk,
     Evaluation,
+    Event,
     GetState,
     Hold,
     Inquiry,
@@ -159,7 +160,8 @@ def corpus(run: str = "run") -> dict[str, list[list[bytes]]]:
         "rewards": [*of_rows(LAYOUT), (GetState("s"), {})],
         "control": [
             (Status(role, 0, 0, 1, "collect", "127.0.0.1:1", values, "text"), {}) for role in ("learner", "supervisor")
-        ],
+        ]
+        + [(Event("best", "learner-0", "return 3", 1.7e9), {})],
     }
     names = {"experience": ["actor-0"], "rewards": ["learner-0"], "control": ["learner-0", "supervisor-1", "actor-7"]}
     for of_socket in bodies.values():
@@ -205,7 +207,7 @@ class _Reader:
             if (body.steps, body.episodes) != (self._spec.episode_length, 1):
                 raise ProtocolError("body", "another shape")
             return Trajectories.array_table(self._spec, body.steps, 1)
-        return {} if isinstance(body, Status) else self._schema(body)
+        return {} if isinstance(body, Status | Event) else self._schema(body)
 
 
 def codec_cases(dice: random.Random) -> Iterator[Callable[[], str]]:

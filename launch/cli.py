@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from protocol.errors import InputError, unknown_name
+
+COMMAND = "BM3IL_COMMAND"
+"""The environment variable with the command line, for the record of a run."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,6 +32,7 @@ def main(args: Sequence[str] | None = None) -> int:
             return 0
         if args[0] not in COMMANDS:
             raise unknown_name("command", args[0], COMMANDS)
+        os.environ[COMMAND] = shlex.join(["bm3il", *args])
         return COMMANDS[args[0]](args[1:])
     except InputError as error:
         print(f"bm3il: {error}", file=sys.stderr)

@@ -7,11 +7,12 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from launch.events import EventLog
 from launch.metrics import RunMetrics
 from launch.outcome import CRASHED, Outcome
 from launch.progress import Progress
@@ -21,7 +22,7 @@ from launch.supervisor import LEARNER_GRACE_SECONDS, StopRequests, Supervisor, p
 from launch.topology import Plan
 from protocol.channels import Server
 from protocol.errors import InputError
-from protocol.messages import Done, Status
+from protocol.messages import Done, Event, Sender, Status
 from protocol.specs import ArrayTable
 from protocol.telemetry import STOP, Telemetry
 
@@ -36,6 +37,15 @@ JOINED = re.compile(r"actor-\d{1,6}")
 ADDRESS = re.compile(r"[\w.:\[\]-]{1,255}:\d{1,5}")
 
 
+@dataclass
+class _Trouble:
+    """Which one a process is in, since when, and when it was last seen in it (monotonic seconds)."""
+
+    name: str
+    began: float
+    last_seen: float = 0.0
+
+
 class Director:
     """Hears the heartbeats of all processes. Keeps `targets.json` for Prometheus."""
 
@@ -46,10 +56,12 @@ class Director:
         self._names = self._supervisors | {process.name for process in plan.processes}
         self._takes_more = plan.config.mode == "async"
         self._metrics = RunMetrics(telemetry.registry, plan.config)
+        self.events = EventLog(Path(plan.run_folder), telemetry.sender.name)
+        self._troubles: dict[str, _Trouble] = {}
         self._targets: dict[str, tuple[str, str, int]] = {}
         self._heard: dict[str, float] = {}
         self._starts: dict[str, set[str]] = {}
-        self._written = 0.0
+        self._looked = 0.0
         self.statuses: dict[str, Status] = {}
         self.stopping = False
         """Whether everybody who is heard is told to stop."""
@@ -57,14 +69,52 @@ class Director:
     def pump(self, timeout_seconds: float = 0.0) -> None:
         """Take in heartbeats, waiting up to `timeout_seconds` for the first."""
         for request in self._server.poll(timeout_seconds):
-            name, status = request.message.sender.name, request.message.body
+            name, body = request.message.sender.name, request.message.body
             if name in self._names or (self._takes_more and JOINED.fullmatch(name)):
-                numbers = {key: value for key, value in status.values.items() if math.isfinite(value)}
-                self.statuses[name], self._heard[name] = replace(status, values=numbers), time.monotonic()
-                self._starts.setdefault(name, set()).add(request.message.sender.incarnation)
+                if isinstance(body, Event):
+                    self.events.take([body])
+                else:
+                    self._hear(request.message.sender, body)
             self._server.answer(request, Done(STOP if self.stopping else ""))
+        self.events.take(self._telemetry.events())
         self._write_targets()
-        self._write_processes()
+        if (now := time.monotonic()) - self._looked >= PROCESSES_SECONDS:
+            self._looked = now
+            self._look(now)
+
+    def _hear(self, sender: Sender, status: Status) -> None:
+        name = sender.name
+        if name not in self._names and name not in self.statuses:
+            self.events.add("joined", f"joined from {status.metrics_address.rpartition(':')[0]}", name)
+        numbers = {key: value for key, value in status.values.items() if math.isfinite(value)}
+        self.statuses[name], self._heard[name] = replace(status, values=numbers), time.monotonic()
+        self._starts.setdefault(name, set()).add(sender.incarnation)
+
+    def _look(self, now: float) -> None:
+        """At all processes, once a second: what `bm3il status`, Prometheus and the events show of them."""
+        for name in [name for name in self.statuses if name not in self._names]:
+            if (silent := now - self._heard[name]) > LOST_NODE_SECONDS:
+                self.events.add("left", f"not heard for {silent:.0f} s; it had joined", name)
+                del self.statuses[name], self._heard[name]
+        states = self.states()
+        self._metrics.show(states)
+        self._write_processes(states)
+        if not self.stopping:
+            self._tell_troubles(states, now)
+
+    def _tell_troubles(self, states: Mapping[str, State], now: float) -> None:
+        """Events of who gets into trouble, and who is out of it for good: who starves again and again is told once."""
+        for name, state in states.items():
+            trouble = self._troubles.get(name)
+            if state.troubled:
+                if trouble is None or trouble.name != state.name:
+                    self._troubles[name] = trouble = _Trouble(state.name, trouble.began if trouble else now)
+                    self.events.add("state", f"{state.name}: {state.why}", name, state=state.name)
+                trouble.last_seen = now
+            elif trouble is not None and now - trouble.last_seen > SILENT_SECONDS:
+                del self._troubles[name]
+                seconds = trouble.last_seen - trouble.began
+                self.events.add("state", f"{state.name} again, after {seconds:.0f} s", name, state=state.name)
 
     def remote_outcome(self) -> Outcome | None:
         """How the run ended, if another node's supervisor has decided it."""
@@ -109,13 +159,9 @@ class Director:
     def _all_ended(self) -> bool:
         return all(name in self.statuses and "ended" in self.statuses[name].values for name in self._supervisors)
 
-    def _write_processes(self) -> None:
-        """Once a second, what `bm3il status` shows of each process."""
-        if (now := time.monotonic()) - self._written < PROCESSES_SECONDS:
-            return
-        self._written = now
-        processes, states = {}, self.states()
-        self._metrics.show(states)
+    def _write_processes(self, states: Mapping[str, State]) -> None:
+        """What `bm3il status` shows of each process."""
+        processes = {}
         for name, state in states.items():
             status = self.statuses.get(name)
             processes[name] = {
@@ -161,10 +207,19 @@ def direct(plan: Plan, progress: Progress, stopped: StopRequests) -> Outcome:
     director = Director(plan, telemetry)
     supervisor = Supervisor(plan, 0, telemetry, progress.note)
     outcome: Outcome | None = None
+    asked = 0
 
     def learner_grace() -> float:
         return patience(director.statuses.get("learner-0"))
 
+    def listen() -> None:
+        nonlocal asked
+        director.pump()
+        for by in stopped.by[asked:]:
+            asked += 1
+            director.events.add("stop", f"{by} asks for the end" + (", at once" if asked > 1 else ""))
+
+    director.events.start(plan.config, resumed=(Path(plan.run_folder, "checkpoints")).exists())
     try:
         supervisor.start()
         while outcome is None and not stopped.count:
@@ -172,6 +227,8 @@ def direct(plan: Plan, progress: Progress, stopped: StopRequests) -> Outcome:
             outcome = supervisor.watch() or director.remote_outcome()
             for node in director.lost_nodes():
                 progress.note(f"node {node} is lost; its processes go on here")
+                names = ", ".join(process.name for process in plan.on(node))
+                director.events.add("node_lost", f"its processes go on here: {names}", f"supervisor-{node}")
                 supervisor.adopt(node)
             progress.show(director.statuses.get("learner-0"), director.worries())
     finally:
@@ -180,10 +237,12 @@ def direct(plan: Plan, progress: Progress, stopped: StopRequests) -> Outcome:
                 f"the learner ends its iteration and writes a checkpoint, for at most {seconds:.0f} s; "
                 "once more, and all ends at once"
             )
-        end = supervisor.stop_learner(stopped, director.pump, learner_grace)
+        end = supervisor.stop_learner(stopped, listen, learner_grace)
         director.stopping = True
-        supervisor.stop_all(stopped, director.pump)
+        supervisor.stop_all(stopped, listen)
         director.wait_for_nodes()
+        listen()
+        director.events.end(outcome or end)
         director.close()
         telemetry.close()
     return outcome or end
@@ -214,4 +273,4 @@ def follow(plan: Plan, node: int, stopped: StopRequests, say: Callable[[str], No
 
 
 def _schema(body: Any) -> ArrayTable | None:
-    return {} if isinstance(body, Status) else None
+    return {} if isinstance(body, Status | Event) else None

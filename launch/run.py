@@ -16,6 +16,7 @@ from pathlib import Path
 from launch import rendezvous, run_folder
 from launch.config import Config
 from launch.director import direct
+from launch.events import EventLog
 from launch.join import ticket
 from launch.outcome import CRASHED, INTERRUPTED, Outcome, attempt
 from launch.progress import Progress
@@ -131,11 +132,17 @@ def _run_serial(
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     telemetry = Telemetry("learner", 0, Sender(secrets.token_hex(8), "learner-0"), token=config.metrics_token())
     job = make_job(config, spec, telemetry.sender.run, folder, Endpoints("", "", "", ""))
-    ended = threading.Event()
+    ended, events = threading.Event(), EventLog(folder, "learner-0")
+    events.start(config, resumed=(folder / "checkpoints").exists())
 
     def watch() -> None:
+        asked = 0
         while not ended.wait(SERIAL_SHOW_SECONDS):
             progress.show(telemetry.status())
+            events.take(telemetry.events())
+            for by in stopped.by[asked:]:
+                asked += 1
+                events.add("stop", f"{by} asks for the end")
             if stopped.count:
                 telemetry.stop.set()
             if stopped.count > 1:
@@ -144,14 +151,19 @@ def _run_serial(
     def work() -> str:
         return run_serial(job, config.settings, config.to_yaml(), telemetry)
 
-    threading.Thread(target=watch, name="progress", daemon=True).start()
+    watcher = threading.Thread(target=watch, name="progress", daemon=True)
+    watcher.start()
     try:
-        return attempt(work)
+        outcome = attempt(work)
     except Exception:  # whatever it was, the run folder shall tell it
-        return Outcome(CRASHED, traceback.format_exc())
+        outcome = Outcome(CRASHED, traceback.format_exc())
     finally:
         ended.set()
         telemetry.close()
+    watcher.join()
+    events.take(telemetry.events())
+    events.end(outcome)
+    return outcome
 
 
 def differences(started: Config, asked: Config) -> str:

@@ -52,20 +52,26 @@ class StopRequests:
 
     def __init__(self) -> None:
         self.count = 0
+        self.by: list[str] = []
+        """Who asked, each time."""
 
     @contextmanager
     def heard(self) -> Iterator[None]:
         """Take over Ctrl-C and SIGTERM, and give them back."""
-        before = {number: signal.signal(number, lambda *_: self.add()) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)  # None is a handler that Python did not set
 
-    def add(self) -> None:
+    def add(self, by: str = "the launcher") -> None:
         """One more."""
         self.count += 1
+        self.by.append(by)
+
+    def _hear(self, number: int, frame: object) -> None:
+        self.add(signal.Signals(number).name)
 
 
 class Supervisor:
@@ -79,7 +85,7 @@ class Supervisor:
         say: Callable[[str], None],
         command: Callable[[Process], list[str]] = worker_command,
     ) -> None:
-        self._say, self._plan, self._node, self._command = say, plan, node, command
+        self._say, self._plan, self._node, self._command, self._tell = say, plan, node, command, telemetry.event
         self._metrics = SupervisorMetrics(telemetry.registry, Path(plan.run_folder))
         self._children = self._made([process.name for process in plan.on(node)])
 
@@ -87,6 +93,8 @@ class Supervisor:
         """Start all processes of the node; none waits for another."""
         for child in self._children:
             child.spawn()
+        if self._children:
+            self._tell("processes", f"started {', '.join(child.process.name for child in self._children)}")
 
     def adopt(self, node: int) -> None:
         """Start the processes of a node that was lost, here."""
@@ -173,6 +181,7 @@ class Supervisor:
             )
         why = f" ({child.last_words()[:200]})" if code > 0 else ""  # who is killed has no last words
         self._say(f"{name} {how}; starting it again{why}")
+        self._tell("restart", f"{how}; starting it again{why}", name)
         self._metrics.restarts.labels(name).inc()
         child.restart_after(RESTART_DELAY_SECONDS)
         return None

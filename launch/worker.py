@@ -16,6 +16,9 @@ from dataclasses import replace
 from launch.outcome import attempt
 from launch.topology import Plan
 from protocol.telemetry import Telemetry
+from protocol.version import version
+
+log = logging.getLogger(__name__)
 
 
 def main(role: str, index: int) -> int:
@@ -27,10 +30,13 @@ def main(role: str, index: int) -> int:
     telemetry = plan.telemetry(role, index, process.node)
     signal.signal(signal.SIGTERM, lambda *_: telemetry.stop.set())
     telemetry.start_heartbeat(plan.control)
+    log.info("bm3il %s, %s-%d, process %d", version(), role, index, os.getpid())
     try:
         outcome = attempt(lambda: run_role(role, index, plan, telemetry))
     finally:
         telemetry.close()
+    if not outcome.text:
+        log.info("ends: %s", outcome.status)
     with contextlib.suppress(OSError):  # on a full disk the log takes no more; the exit code still tells
         os.write(sys.stderr.fileno(), f"{outcome.text}\n".encode() if outcome.text else b"")
     return outcome.code

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 Arrays = dict[str, np.ndarray]
 FINAL_EVALUATION_SECONDS = 600.0
 """A thousand episodes take seconds to minutes; an evaluator that says nothing for so long is not there."""
+CHECKPOINT_EVENT_SECONDS = 60.0
+"""Between two events that tell of a checkpoint; the last one before an end is told in any case."""
 CURABLE = ("no_session", "deadline", "answer_gone")
 """Refusals of a reward server that was started again, or was stopped or cut off for a while."""
 MAX_REWINDS = 10
@@ -101,6 +103,7 @@ class Training:
         """The farthest iteration before a rewind, and how many rewinds there were from there or before."""
         self._begun = False
         self._counted_until = time.monotonic()
+        self._told_checkpoint = -math.inf
         self._final_estimate: ReturnEstimate | None = None
         self._figures: dict[int, dict[str, float]] = {}
         self._evaluator = Evaluator(job, self._evaluation)
@@ -128,7 +131,8 @@ class Training:
                 if error.cause not in CURABLE:
                     raise InputError(f"the reward server refuses what the learner asks for: {error}") from error
                 self._count_rewind(error)
-                log.warning("going back to the last checkpoint: %s", error)
+                iteration = self._facts.iteration
+                self._telemetry.event("rewind", f"from iteration {iteration} to the last checkpoint: {error}")
 
     def _session(self) -> None:
         session = secrets.token_hex(8)
@@ -190,7 +194,7 @@ class Training:
             self._facts.wall_seconds += lost_seconds
             self._record.go_on_from(checkpoint.iteration)
             self._figures = {checkpoint.iteration: self._position()}
-            log.info("going on from iteration %d", checkpoint.iteration)
+            self._telemetry.event("restored", f"goes on from the checkpoint of iteration {checkpoint.iteration}")
 
     def _difference(self, checkpoint: Checkpoint) -> str:
         theirs, ours = checkpoint.config.splitlines(), self._config.splitlines()
@@ -215,6 +219,10 @@ class Training:
             learner, rewards = self._algorithm.state()
             facts = self._facts
             self._checkpoints.write(Checkpoint(facts.iteration, self._config, asdict(facts), learner, rewards))
+        is_last = facts.iteration == self._iterations or self._telemetry.stop.is_set()
+        if is_last or time.monotonic() - self._told_checkpoint > CHECKPOINT_EVENT_SECONDS:
+            self._told_checkpoint = time.monotonic()
+            self._telemetry.event("checkpoint", f"of iteration {facts.iteration}, after {facts.env_steps} steps")
 
     def _checkpoint_if_possible(self) -> None:
         """Before an interrupt; a reward server that was just restarted has nothing to save, the one before counts.
@@ -276,8 +284,11 @@ class Training:
         # A better policy without a checkpoint must not keep the best one that has a checkpoint from being marked.
         if estimate.mean > self._facts.best_return and self._checkpoints.mark_best(evaluated.version):
             self._facts.best_return = estimate.mean
+            self._telemetry.event("best", f"return {estimate.mean:.2f} of the policy of iteration {evaluated.version}")
         if evaluated.version == self._iterations:
             self._final_estimate = estimate
+            what = f"return {estimate.mean:.2f} ± {estimate.stderr:.2f} of the final policy"
+            self._telemetry.event("evaluated", what)
 
     def _normalized(self, mean: float) -> float | None:
         """0 = random, 1 = expert."""

@@ -237,6 +237,20 @@ class Standing:
     attempt: int
 
 
+@dataclass(frozen=True)
+class Event:
+    """Any process → director: something has happened that whoever looks after the run wants to read in the morning.
+
+    process: whom it happened to.   at: when, in seconds since the epoch by the clock of the sender.
+    """
+
+    kind: ClassVar[str] = "event"
+    what: str
+    process: str
+    text: str
+    at: float
+
+
 Body = Union[  # noqa: UP007  (a runtime value on Python 3.10 too)
     Weights,
     Chunk,
@@ -254,6 +268,7 @@ Body = Union[  # noqa: UP007  (a runtime value on Python 3.10 too)
     Status,
     Inquiry,
     Standing,
+    Event,
 ]
 BODIES: dict[str, type[Any]] = {body.kind: body for body in Body.__args__}  # type: ignore[attr-defined]
 _FIELDS = {kind: {f.name: get_type_hints(body)[f.name] for f in fields(body)} for kind, body in BODIES.items()}

@@ -8,8 +8,10 @@ import math
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from typing import Any
 
 import prometheus_client
@@ -17,7 +19,7 @@ import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from protocol.channels import Client, Refused, Unanswered
-from protocol.messages import MAX_TEXT, Done, Refusal, Sender, Status
+from protocol.messages import MAX_TEXT, Done, Event, Refusal, Sender, Status
 from protocol.specs import ArrayTable
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,8 @@ START, BETWEEN = "start", "between"
 WAIT, IDLE = "wait", "idle"
 """How the names of stages begin in which a process cannot go on without others, and that in which nobody wants anything
 of it. Most are polls: one that follows the same again, with nothing else in between, goes on with it."""
+EVENTS_KEPT, EVENTS_UNDER_WAY, EVENT_TEXT = 256, 16, 1000
+"""Events that wait for a director who does not answer; those sent at once; and characters of one."""
 PAUSE_SECONDS = 1.0
 """Longest time between two such polls: what lasts longer is work."""
 
@@ -69,6 +73,7 @@ class Telemetry:
         memory = Gauge(f"{prefix}_resident_memory_bytes", "Resident memory of the process", registry=self.registry)
         process = psutil.Process()
         memory.set_function(lambda: process.memory_info().rss)
+        self._happened: deque[Event] = deque(maxlen=EVENTS_KEPT)
         self._done_fd = int(os.environ[DONE_FD]) if DONE_FD in os.environ else None
         self._open: list[tuple[str, float]] = []
         """The stages that it is in, the innermost last, each with the time when it began."""
@@ -110,6 +115,20 @@ class Telemetry:
         if self._done_fd is not None:
             with suppress(OSError):  # a supervisor that does not read has other worries
                 os.write(self._done_fd, b"%d\n" % number)
+
+    def event(self, what: str, text: str, process: str = "") -> None:
+        """Tell the operator, in `events.jsonl` and in this process's log, that something happened to it or to another.
+
+        It is told with the next heartbeat, until the director answers, and written down once.
+        """
+        log.info("%s: %s", what, text)
+        name = process or self.sender.name
+        self._happened.append(Event(what, name, text[:EVENT_TEXT], time.time()))
+
+    def events(self) -> Iterator[Event]:
+        """Take out the events that nobody was told yet."""
+        while self._happened:
+            yield self._happened.popleft()
 
     def count_drop(self, cause: str) -> None:
         """Count a message that was dropped."""
@@ -164,6 +183,8 @@ class Telemetry:
             # A status that was not answered is not resent: the next one is newer.
             with suppress(Unanswered):
                 try:
+                    for event in islice(self.events(), EVENTS_UNDER_WAY - client.pending_of(Event)):
+                        client.tell(event)
                     answer = client.request(self.status(), deadline_seconds=HEARTBEAT_SECONDS)
                     self._heard = time.monotonic()
                     if answer.body.note == STOP:

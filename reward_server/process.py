@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,8 @@ from reward_server.metrics import RewardServerMetrics
 from reward_server.model import Model, TrueRewards
 from reward_server.particles import RewardModel, state_table
 from reward_server.settings import RewardSettings
+
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 """Longest deafness to the wish to stop."""
@@ -156,6 +159,7 @@ class RewardServer:
             if body.restore:
                 self._model.load_state(arrays)
             self._session = body.session
+        log.info("session %s has begun%s", body.session, " from a checkpoint" if body.restore else "")
 
     def _change(self, body: Hold | Update | GetState, arrays: Arrays) -> tuple[Any, Arrays | None]:
         """Carry out a request that is not a query; the answer's body and arrays."""

@@ -6,6 +6,7 @@ import io
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ from rich.console import Console
 
 from launch import status as status_command
 from launch.config import load_preset
-from launch.director import Director
+from launch.director import LOST_NODE_SECONDS, Director
+from launch.events import read_events
 from launch.progress import Progress
 from launch.topology import Node, Plan, Process, ipc_addresses
 from protocol.channels import Client
-from protocol.messages import Done, Sender, Status
+from protocol.messages import Done, Event, Sender, Status
 from protocol.telemetry import Telemetry
 
 
@@ -33,7 +35,7 @@ def director(tmp_path: Path) -> Iterator[Director]:
     telemetry.close()
 
 
-def tell(director: Director, folder: Path, name: str, status: Status) -> None:
+def tell(director: Director, folder: Path, name: str, status: Status | Event) -> None:
     client = Client(f"ipc://{folder}/control-0", Sender("run", name), lambda body: {}, lambda cause: None)
     ticket, deadline = client.submit(status), time.monotonic() + 10
     while (answer := client.take(ticket)) is None:
@@ -70,8 +72,53 @@ def test_a_stage_is_no_markup(
     (tmp_path / "config.yaml").write_text(load_preset("rover_tower_8").to_yaml())
     monkeypatch.setattr(status_command, "is_running", lambda folder: True)
     tell(director, tmp_path, "learner-0", Status("learner", 0, 0, 1, "[/x]", "", {}))
-    director._written = 0.0
+    director._looked = 0.0
     director.pump()
     assert json.loads((tmp_path / "processes.json").read_text())["learner-0"]["stage"] == "[/x]"
     assert status_command.print_status(tmp_path) == 0
     assert "[/x]" in capsys.readouterr().out
+
+
+def test_events_of_the_run_are_written_down_and_a_stranger_s_are_not(director: Director, tmp_path: Path) -> None:
+    tell(director, tmp_path, "learner-0", Event("best", "learner-0", "return 3", time.time() - 5))
+    tell(director, tmp_path, "supervisor-1", Event("restart", "actor-7", "was killed", time.time()))
+    tell(director, tmp_path, "learner-77", Event("best", "learner-77", "return 1e9", time.time()))
+    events = read_events(tmp_path, 9)
+    assert [(e["event"], e["process"]) for e in events] == [("best", "learner-0"), ("restart", "actor-7")]
+    assert events[0]["seconds"] < 0 <= events[1]["seconds"]
+
+
+def test_a_trouble_is_told_once_until_it_is_over_for_good(director: Director, tmp_path: Path) -> None:
+    def look(stage_seconds: float, now: float) -> None:
+        values = {"stage_seconds": stage_seconds}
+        director.statuses["learner-0"] = Status("learner", 0, 0, 1, "wait_for_chunks", "", values)
+        director._heard["learner-0"] = time.monotonic()
+        director._tell_troubles(director.states(), now)
+
+    for now in range(0, 200, 15):  # starved for 5 of every 15 s
+        look(1, now)
+        look(12, now + 5)
+        look(1, now + 6)
+    look(1, 240)
+    events = [e for e in read_events(tmp_path, 9) if e["process"] == "learner-0"]
+    assert [(e["event"], e["state"]) for e in events] == [("state", "starved"), ("state", "alive")]
+    assert events[0]["text"] == "starved: has been in 'wait_for_chunks' for 12 s: it waits for others"
+
+
+def test_an_actor_that_joined_and_left_is_told_and_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(load_preset("rover_tower_8"), mode="async")
+    processes = (Process("learner", 0, 0),)
+    plan = Plan("run", str(tmp_path), config.to_yaml(), "", (Node("a"),), processes, ipc_addresses(tmp_path, processes))
+    telemetry = Telemetry("supervisor", 0, Sender("run", "supervisor-0"))
+    director = Director(plan, telemetry)
+    try:
+        tell(director, tmp_path, "actor-1234", Status("actor", 1234, 1, 1, "collect", "10.0.0.7:81", {}))
+        assert "actor-1234" in director.states()
+        director._look(time.monotonic() + LOST_NODE_SECONDS + 1)
+        assert "actor-1234" not in director.states()
+        events = [e for e in read_events(tmp_path, 9) if e["process"] == "actor-1234"]
+        assert [e["event"] for e in events] == ["joined", "left"]
+        assert "10.0.0.7" in events[0]["text"]
+    finally:
+        director.close()
+        telemetry.close()

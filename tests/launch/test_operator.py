@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launch.events import read_events
 from tests.launch.test_faults import DEADLINE_SECONDS, REPLAYED, alive, descendants, iterations, start, wait_for
 
 FOR_EVER = ["--mode", "async", "--actors", "2", "--steps", "100000000", *REPLAYED]
@@ -59,3 +60,45 @@ def test_a_learner_without_chunks_and_actors_without_credit_are_starved(
         for victim in victims:
             victim.send_signal(signal.SIGCONT)
         wait_for(lambda: not {"starved", "dead"} & set(states(tmp_path).values()), run)
+
+
+def test_the_night_can_be_read_from_its_events(tmp_path: Path) -> None:
+    """An actor killed, the reward server stopped for a while, the learner killed, and the end asked for."""
+    process, folder = start(tmp_path, "run", *FOR_EVER), tmp_path / "runs" / "run"
+    wait_for(lambda: iterations(tmp_path, "run") >= 12, process)
+
+    def told(*wanted: tuple[str, str, str]) -> bool:
+        """Whether these (event, process, beginning of the text) are there in this order, among others."""
+        found = iter(read_events(folder, 1000))
+        return all(
+            any((e["event"], e["process"]) == (what, who) and e["text"].startswith(text) for e in found)
+            for what, who, text in wanted
+        )
+
+    workers(process, "actor")[0].kill()
+    night = [("start", "supervisor-0", "bm3il"), ("processes", "supervisor-0", "started learner-0, evaluator-0, ")]
+    night += [("checkpoint", "learner-0", "of iteration 0")]
+    restarts = [("restart", name, "was killed by SIGKILL") for name in ("actor-0", "actor-1")]
+    wait_for(lambda: any(told(*night, restart) for restart in restarts), process)
+    (server,) = workers(process, "reward-server")
+    server.send_signal(signal.SIGSTOP)
+    night += [("state", "learner-0", "starved: has been in 'wait_for_")]
+    silent = ("state", "reward-server-0", "dead: has not been heard for")
+    wait_for(lambda: told(*night) and told(silent), process)
+    server.send_signal(signal.SIGCONT)
+    night += [("state", "learner-0", "alive again, after ")]
+    wait_for(lambda: told(*night), process)
+    workers(process, "learner")[0].kill()
+    night += [
+        ("restart", "learner-0", "was killed by SIGKILL"),
+        ("restored", "learner-0", "goes on from the checkpoint"),
+    ]
+    wait_for(lambda: told(*night), process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=DEADLINE_SECONDS)
+    night += [("stop", "supervisor-0", "SIGTERM asks for the end"), ("checkpoint", "learner-0", "of iteration ")]
+    night += [("end", "supervisor-0", "interrupted")]
+    assert told(*night), read_events(folder, 1000)
+    assert len(read_events(folder, 1000)) < 100
+    assert "goes on from the checkpoint" in (folder / "logs" / "learner-0.log").read_text()
+    assert all(log.stat().st_size for log in (folder / "logs").iterdir())

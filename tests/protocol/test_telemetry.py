@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -12,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from protocol.channels import Server
-from protocol.messages import Done, Sender, Status
+from protocol.messages import Done, Event, Sender, Status
 from protocol.telemetry import STOP, Telemetry
 
 
@@ -169,6 +170,54 @@ def test_the_heartbeat_reaches_the_director_and_brings_back_the_wish_to_stop(tmp
     finally:
         telemetry.close()
         director.close()
+
+
+def test_an_event_is_told_until_it_is_answered_and_counts_once(tmp_path: Path) -> None:
+    control = f"ipc://{tmp_path}/control"
+    telemetry = Telemetry("learner", 0, Sender("run", "learner-0"))
+    telemetry.start_heartbeat(control)
+    telemetry.event("best", "return 1")
+    telemetry.event("restart", "was killed", "actor-3")
+    director = Server(control, Sender("run", "supervisor-0"), lambda body: {}, print)
+    told: list[Event] = []
+    try:
+        deadline = time.monotonic() + 15
+        closing = threading.Timer(3.0, telemetry.close)  # by then the first are sent again
+        telemetry.event("checkpoint", "x" * 5000)
+        unanswered = []
+        while len(told) < 3:
+            assert time.monotonic() < deadline
+            for request in director.poll(0.1):
+                if isinstance(request.message.body, Event):
+                    told.append(request.message.body)
+                    unanswered.append(request)
+        closing.start()
+        until = time.monotonic() + 2.5
+        while time.monotonic() < until:
+            for request in director.poll(0.1):
+                assert not isinstance(request.message.body, Event)
+                director.answer(request, Done())
+        for request in unanswered:
+            director.answer(request, Done())
+        closing.join()
+    finally:
+        director.close()
+    assert [(event.what, event.process) for event in told] == [
+        *(("best", "learner-0"), ("restart", "actor-3"), ("checkpoint", "learner-0"))
+    ]
+    assert all(len(event.text) <= 1000 for event in told)
+
+
+def test_what_happens_last_is_told_before_the_end(tmp_path: Path) -> None:
+    control = f"ipc://{tmp_path}/control"
+    director = Server(control, Sender("run", "supervisor-0"), lambda body: {}, print)
+    telemetry = Telemetry("learner", 0, Sender("run", "learner-0"))
+    telemetry.start_heartbeat(control)
+    telemetry.event("evaluated", "return 1")
+    telemetry.close()
+    kinds = {request.message.body.kind for request in director.poll(5)}
+    director.close()
+    assert kinds == {"event", "status"}
 
 
 def test_without_a_director_closing_is_quick() -> None:
