@@ -129,10 +129,22 @@ def status(args: list[str]) -> int:
     """whether a run is running, how far it is, how it ended"""
     parser = _parser("status")
     parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("--json", action="store_true", help="all that is known, for programs")
     options = parser.parse_args(args)
     from launch.status import print_status
 
-    return print_status(options.run)
+    return print_status(options.run, options.json)
+
+
+def list_runs(args: list[str]) -> int:
+    """all runs of a folder: how far each is, how it ended"""
+    parser = _parser("list")
+    parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"), help="the folder of runs; default: runs")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    options = parser.parse_args(args)
+    from launch.status import print_list
+
+    return print_list(options.runs, options.json)
 
 
 def demonstrations(args: list[str]) -> int:
@@ -237,6 +249,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate,
     "whatif": whatif,
     "status": status,
+    "list": list_runs,
     "demonstrations": demonstrations,
     "check-environment": check_environment,
     "scenario": scenario,

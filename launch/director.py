@@ -61,7 +61,7 @@ class Director:
         self._targets: dict[str, tuple[str, str, int]] = {}
         self._heard: dict[str, float] = {}
         self._starts: dict[str, set[str]] = {}
-        self._looked = 0.0
+        self._looked, self._began = 0.0, time.monotonic()
         self.statuses: dict[str, Status] = {}
         self.stopping = False
         """Whether everybody who is heard is told to stop."""
@@ -134,7 +134,7 @@ class Director:
         if not self._takes_more and "learner-0" in self.statuses:  # in lockstep it is each one's turn once an iteration
             patience = 2 * self.statuses["learner-0"].values.get("seconds_iteration", 0.0)
         return {
-            name: judge(self.statuses.get(name), now - self._heard.get(name, now), patience)
+            name: judge(self.statuses.get(name), now - self._heard.get(name, self._began), patience)
             for name in sorted(self._names | set(self.statuses))
         }
 

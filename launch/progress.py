@@ -75,7 +75,7 @@ class Progress:
         if result.get("normalized_return") is not None:
             returns.append(f"normalised {result['normalized_return']:.3f}")
         seconds = result.get("wall_seconds")  # unknown if the learner had no time to write it down
-        self.note(result["status"] if seconds is None else f"{result['status']} after {_duration(seconds)}")
+        self.note(result["status"] if seconds is None else f"{result['status']} after {duration(seconds)}")
         if returns:
             self.note("return per agent and episode: " + ", ".join(returns))
         for name in ("curve.png", "result.json"):
@@ -104,7 +104,7 @@ def _rows(learner: Status | None) -> list[tuple[str, str]]:
     if "cloning_iterations" in values:
         rows = [("cloning", f"{values['cloning_iteration']:.0f}/{values['cloning_iterations']:.0f}")]
         still = values["cloning_left_seconds"]
-        return [*rows, ("left", _duration(still))] if math.isfinite(still) else rows
+        return [*rows, ("left", duration(still))] if math.isfinite(still) else rows
     if "iteration" not in values:
         return [("stage", f"{learner.stage} ({values.get('stage_seconds', 0.0):.0f} s)")]
     rows = [("iteration", f"{values['iteration']:.0f}/{values.get('iterations', 0):.0f}")]
@@ -116,7 +116,7 @@ def _rows(learner: Status | None) -> list[tuple[str, str]]:
     stages = [f"{s} {1000 * values[f'seconds_{s}']:.0f}" for s in STAGES if f"seconds_{s}" in values]
     rows.append(("stages, ms", " ".join(stages)))
     if (left := _seconds_left(values)) is not None:
-        rows.append(("left", _duration(left)))
+        rows.append(("left", duration(left)))
     return rows
 
 
@@ -140,7 +140,8 @@ def _seconds_left(values: Mapping[str, float]) -> float | None:
     return left if math.isfinite(left) else None
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Minutes and seconds, and hours if there are any."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

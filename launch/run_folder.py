@@ -152,13 +152,22 @@ def reached(folder: Path) -> dict[str, Any]:
 
 def last_logged(folder: Path) -> dict[str, Any]:
     """The figures of the last iteration in `log.jsonl` whose line was written whole, or {}."""
+    return next(reversed(logged(folder)), {})
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """The figures of the last iterations in `log.jsonl` whose lines were written whole, oldest first."""
     try:
         with (folder / "log.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            line = json.loads(file.read().rpartition(b"\n")[0].splitlines()[-1])
-    except (OSError, ValueError, LookupError):
-        return {}
-    return line if isinstance(line, dict) else {}
+            texts = file.read().rpartition(b"\n")[0].splitlines()
+    except OSError:
+        return []
+    lines = []
+    for text in texts:
+        with contextlib.suppress(ValueError):  # the first may have been cut
+            lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def curve(folder: Path) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ from protocol.telemetry import IDLE, WAIT
 SILENT_SECONDS = 10.0
 """Ten heartbeats: fewer could be a busy machine. A wait as long is named, too."""
 STUCK_SECONDS = 60.0
-NAMES = ("not heard yet", "alive", "idle", "starved", "stuck", "dead")
+NAMES = ("starting", "alive", "idle", "starved", "stuck", "dead")
 TROUBLES = NAMES[3:]
 
 
@@ -29,12 +29,14 @@ class State:
 
 def judge(status: Status | None, silent_seconds: float, patience_seconds: float = SILENT_SECONDS) -> State:
     """`dead` is not heard; `starved` waits for others, for longer than `patience_seconds`; `stuck` does not get on with
-    its own work; `idle` has done all that it was asked for; all others are `alive`.
+    its own work; `starting` was not heard yet; `idle` has done all that it was asked for; all others are `alive`.
 
-    silent_seconds: since the status came.
+    silent_seconds: since the status came; if there is none, since the start of the run.
     """
+    if status is None and silent_seconds > STUCK_SECONDS:
+        return State("dead", f"has never been heard, for {silent_seconds:.0f} s since the start")
     if status is None:
-        return State("not heard yet")
+        return State("starting")
     if silent_seconds > SILENT_SECONDS:
         return State("dead", f"has not been heard for {silent_seconds:.0f} s; it was in '{status.stage}'")
     inside = status.values.get("stage_seconds", 0.0)

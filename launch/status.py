@@ -1,78 +1,247 @@
-"""`bm3il status`: what a run's folder tells about it."""
+"""`bm3il status` and `bm3il list`: what the folders of runs tell about them."""
 
 from __future__ import annotations
 
-import csv
 import json
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from launch.config import Config
 from launch.director import PROCESSES
-from launch.progress import Progress
-from launch.run_folder import is_running, open_existing, read_result
+from launch.events import read_events
+from launch.progress import Progress, duration
+from launch.run_folder import curve, is_running, logged, read_result
+from protocol.errors import InputError
+
+EVENTS_SHOWN, EVENTS_TOLD = 5, 50
+"""To people, and to programs."""
+RATE_SECONDS = 60.0
+"""Of the run's clock, over which its speed is measured."""
+CLOCK = {"iteration", "env_steps", "wall_seconds"}
+STAGE_WIDTH = 20
+"""The longest name of a stage of ours; others are cut."""
 
 
-def print_status(folder: Path) -> int:
-    """Print whether a run is running, how far it is, and where its metrics are. Raises InputError."""
-    config = open_existing(folder)
-    console = Console(highlight=False, soft_wrap=True)
-    running = is_running(folder)
-    console.print(f"{config.algorithm} on {config.environment}, seed {config.seed}", markup=False)
-    if running:
-        console.print("running")
-        console.print(_processes(folder))
-    if row := _last_evaluation(folder):
-        values = [f"{key} {value}" for key, value in row.items() if value][:6]
-        console.print("last evaluation: " + ", ".join(values), markup=False)
-    if result := read_result(folder):
-        Progress(console).summary(folder, result)
-    elif not running:
-        console.print(f"stopped without a result; `bm3il resume {folder}` goes on", markup=False)
+def print_status(folder: Path, as_json: bool = False) -> int:
+    """Print whether a run is running, how far it is, what its processes do. Raises InputError if this is no run."""
+    told = describe(folder)
+    if as_json:
+        print(json.dumps(told, indent=1))
+        return 0
+    console = Console(highlight=False)
+    line = f"{told['run']}: {told['algorithm']} on {told['environment']}, seed {told['seed']}, {told['mode']}"
+    console.print(line, markup=False)
+    console.print(f"{told['state']}: {', '.join(_progress(told)) or 'before the first iteration'}", markup=False)
+    if told["evaluation"]:
+        shown = [f"{name} {value:g}" for name, value in told["evaluation"].items() if value is not None]
+        console.print(f"last evaluation: {', '.join(shown[:6])}", markup=False)
+    if checkpoint := told["checkpoint"]:
+        age = duration(checkpoint["age_seconds"])
+        console.print(f"last checkpoint: iteration {checkpoint['iteration']}, {age} ago", markup=False)
+    if told["processes"]:
+        console.print(_processes(told["processes"]))
+    for event in told["events"][-EVENTS_SHOWN:]:
+        line = f"{_local(event['time'])}  {event['process']}: {event['text']}".replace("\n", " ")
+        console.print(Text(line), no_wrap=True, overflow="ellipsis", crop=True)
+    if told["result"]:
+        Progress(Console(highlight=False, soft_wrap=True)).summary(folder, told["result"])
+    elif told["state"] != "running":
+        console.print(f"without a result; `bm3il resume {folder}` goes on", markup=False, soft_wrap=True)
     return 0
 
 
-def _processes(folder: Path) -> Table:
-    """Every process as the director heard of it last; an actor's lag is in iterations of the learner."""
-    table = Table("process", "node", "state", "stage", "for", "weights", "lag", "restarts", "metrics")
-    addresses = dict(_targets(folder))
+def print_list(runs: Path, as_json: bool = False) -> int:
+    """Print the runs of a folder, the newest first. Raises InputError if there is no such folder."""
+    if not runs.is_dir():
+        raise InputError(f"{runs} is no folder of runs; name one, or start a run")
+    rows = sorted(_rows(runs), key=lambda row: str(row["started"]), reverse=True)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    console = Console(highlight=False)
+    for row in rows:
+        what = row.get("error") or f"{row['algorithm']} on {row['environment']}"
+        reached, returned = _of(row, "iteration", "iterations"), _number(row.get("return_mean"), ".1f")
+        line = f"  {row['state']:<11}  {reached:<14}  {returned:>7}  {_local(row['started']):<11}  {what}"
+        console.print(row["run"], markup=False, soft_wrap=True)
+        console.print(Text(line), no_wrap=True, overflow="ellipsis", crop=True)
+    return 0
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Everything that a run's folder tells, as JSON. Raises InputError if it is not the folder of a run."""
+    config = _config(folder)
+    told = _summary(folder, config)
+    running = told["state"] == "running"
+    return told | {
+        "evaluation": _evaluation(folder),
+        "checkpoint": _checkpoint(folder),
+        "processes": _told_of_processes(folder) if running else {},
+        "events": read_events(folder, EVENTS_TOLD),
+        "result": read_result(folder),
+        "config": asdict(config),
+    }
+
+
+def _summary(folder: Path, config: Config) -> dict[str, Any]:
+    """What a run is, and how far: the same for one run and for a list of them."""
+    result, progress = read_result(folder), _how_far(folder, config)
+    state = "running" if is_running(folder) else str(result.get("status", "killed"))
+    if state != "running":
+        progress |= {"seconds_left": None}
+    evaluation = _evaluation(folder)
+    return {
+        "run": folder.resolve().name,
+        "state": state,
+        "algorithm": config.algorithm,
+        "environment": config.environment,
+        "seed": config.seed,
+        "mode": config.mode,
+        "started": _started(folder),
+        "return_mean": result.get("return_mean", evaluation.get("return_mean")),
+        **progress,
+    }
+
+
+def _how_far(folder: Path, config: Config) -> dict[str, Any]:
+    """Iterations and joint steps done and wanted, speed over the last minute, and the seconds that are left."""
+    lines = [line for line in logged(folder) if line.keys() >= CLOCK]
+    if not lines:
+        return {"iteration": 0, "iterations": None, "env_steps": 0, "steps": config.steps, "seconds_left": None}
+    last = lines[-1]
+    iteration, steps = last["iteration"], last["env_steps"]
+    # Every iteration has as many steps; where there are none, a clone is made.
+    iterations = math.ceil(config.steps * iteration / steps) if steps else config.cloning.iterations
+    first = next(line for line in lines if line["wall_seconds"] >= last["wall_seconds"] - RATE_SECONDS)
+    seconds, done = last["wall_seconds"] - first["wall_seconds"], iteration - first["iteration"]
+    return {
+        "iteration": iteration,
+        "iterations": iterations,
+        "env_steps": steps,
+        "steps": config.steps if steps else None,
+        "wall_seconds": last["wall_seconds"],
+        "steps_per_second": (steps - first["env_steps"]) / seconds if seconds > 0 else None,
+        "seconds_left": (iterations - iteration) * seconds / done if done else None,
+    }
+
+
+def _rows(runs: Path) -> Iterator[dict[str, Any]]:
+    for folder in runs.iterdir():
+        if folder.name.startswith(".") or not (folder / "config.yaml").exists():
+            continue
+        try:
+            yield _summary(folder, _config(folder))
+        except (InputError, OSError) as error:
+            yield {"run": folder.name, "state": "broken", "started": _started(folder), "error": str(error)}
+
+
+def _config(folder: Path) -> Config:
+    try:
+        text = (folder / "config.yaml").read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder} is not the folder of a run: its config.yaml cannot be read") from error
+    return Config.from_yaml(text, str(folder / "config.yaml"))
+
+
+def _started(folder: Path) -> str:
+    """When its `config.yaml` was written, which is never written again."""
+    return datetime.fromtimestamp((folder / "config.yaml").stat().st_mtime).astimezone().isoformat(timespec="seconds")
+
+
+def _evaluation(folder: Path) -> dict[str, float | None]:
+    """The last row of the curve."""
+    rows = curve(folder)
+    return {str(name): _float(value) for name, value in rows[-1].items()} if rows else {}
+
+
+def _float(text: str | None) -> float | None:
+    try:
+        value = float(text or "")
+    except (ValueError, TypeError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _checkpoint(folder: Path) -> dict[str, Any]:
+    """Iteration and age of the newest one."""
+    written = [path for path in (folder / "checkpoints").glob("*") if re.fullmatch(r"\d{8,}", path.name)]
+    if not written:
+        return {}
+    newest = max(written, key=lambda path: int(path.name))
+    return {"iteration": int(newest.name), "age_seconds": round(max(0.0, time.time() - newest.stat().st_mtime), 1)}
+
+
+def _told_of_processes(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every process as the director heard of it last, with the address of its metrics."""
     try:
         processes = dict(json.loads((folder / PROCESSES).read_text()))
-    except (OSError, ValueError, TypeError):  # the run has just begun
-        processes = {}
+        entries = json.loads((folder / "targets.json").read_text())
+        addresses = {entry["labels"]["process"]: f"http://{entry['targets'][0]}/metrics" for entry in entries}
+    except (OSError, ValueError, LookupError, TypeError):  # the run has just begun
+        return {}
     newest = processes.get("learner-0", {}).get("policy_version")
     for name, told in processes.items():
         version = told["policy_version"]
         has_lag = name.startswith("actor-") and None not in (version, newest)
+        told |= {"lag": newest - version if has_lag else None, "metrics": addresses.get(name)}
+    return processes
+
+
+def _processes(processes: Mapping[str, Mapping[str, Any]]) -> Table:
+    """An actor's lag is in iterations of the learner."""
+    table = Table(
+        "process", "node", "state", "stage", "for", "weights", "lag", "restarts", box=None, padding=(0, 1, 0, 0)
+    )
+    for name, told in processes.items():
         cells = (
             name,
-            "" if told["node"] is None else str(told["node"]),
+            _number(told["node"]),
             told["state"],
-            told["stage"],
-            f"{told['stage_seconds']:.0f} s",
-            "" if version is None else f"{version:.0f}",
-            f"{newest - version:.0f}" if has_lag else "",
-            str(told["restarts"]),
-            f"http://{addresses[name]}/metrics" if name in addresses else "",
+            told["stage"][:STAGE_WIDTH],
+            duration(told["stage_seconds"]),
+            _number(told["policy_version"]),
+            _number(told["lag"]),
+            _number(told["restarts"]),
         )
-        table.add_row(*(Text(cell) for cell in cells))  # a process names its stage itself: no markup
+        table.add_row(*(Text(cell, no_wrap=True) for cell in cells))  # a process names its stage itself: no markup
     return table
 
 
-def _targets(folder: Path) -> list[tuple[str, str]]:
-    try:
-        entries = json.loads((folder / "targets.json").read_text())
-        return [(str(entry["labels"]["process"]), str(entry["targets"][0])) for entry in entries]
-    except (OSError, ValueError, LookupError, TypeError):
-        return []
+def _progress(told: Mapping[str, Any]) -> list[str]:
+    parts = []
+    if told["iterations"]:
+        parts.append(f"iteration {_of(told, 'iteration', 'iterations')}")
+    if told["env_steps"] and told["steps"]:
+        parts.append(f"{told['env_steps']:,} of {told['steps']:,} steps")
+    if told.get("steps_per_second"):
+        parts.append(f"{told['steps_per_second']:,.0f} steps/s")
+    if told["seconds_left"] is not None:
+        parts.append(f"{duration(told['seconds_left'])} left")
+    return parts
 
 
-def _last_evaluation(folder: Path) -> dict[str, str]:
+def _of(told: Mapping[str, Any], done: str, wanted: str) -> str:
+    return f"{told[done]} of {told[wanted]}" if told.get(wanted) else ""
+
+
+def _number(value: float | None, form: str = ".0f") -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def _local(when: str) -> str:
+    """A time for people: theirs, to the second; the day, too, if it is not today."""
     try:
-        with (folder / "curve.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    except OSError:
-        return {}
-    return rows[-1] if rows else {}
+        local = datetime.fromisoformat(when.replace("Z", "+00:00")).astimezone()
+    except (ValueError, TypeError, AttributeError):
+        return ""
+    return local.strftime("%H:%M:%S" if local.date() == datetime.now().date() else "%m-%d %H:%M")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launch import status
 from launch.config import load_preset
+from launch.events import EventLog
 from launch.states import judge
-from launch.status import print_status
+from launch.status import print_list, print_status
+from protocol.errors import InputError
 from protocol.messages import Status
 
 
@@ -52,35 +56,116 @@ def test_in_lockstep_who_waits_for_a_turn_is_not_starved() -> None:
 
 
 def test_who_was_never_heard_is_not_dead() -> None:
-    assert judge(None, 100).name == "not heard yet"
+    assert judge(None, 50).name == "starting"
 
 
-def test_every_process_is_shown(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "config.yaml").write_text(load_preset("rover_tower_8").to_yaml())
+def test_who_is_not_heard_for_long_does_not_start() -> None:
+    assert judge(None, 70).name == "dead"
+
+
+RUN = "a_run_with_a_name_as_long_as_such_names_are_20261127-091233"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of a run that has done 120 of 250 iterations, the last ones at two a second."""
+    folder = tmp_path / RUN
+    (folder / "checkpoints" / "00000100").mkdir(parents=True)
+    (folder / "config.yaml").write_text(replace(load_preset("rover_tower_8"), steps=200_000).to_yaml())
+    lines = [
+        {"iteration": i, "env_steps": 800 * i, "wall_seconds": 1000.0 + i / 2, "reward": None} for i in range(1, 121)
+    ]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 121, "env')
+    (folder / "curve.csv").write_text("iteration,env_steps,return_mean,normalized_return\n118,94400,97.25,\n")
     shown = {
         "node": 1,
         "state": "starved",
-        "stage": "collect",
-        "stage_seconds": 3.2,
-        "policy_version": 7,
+        "stage": "wait_for_particles",
+        "stage_seconds": 3725.2,
+        "policy_version": 117,
         "restarts": 2,
     }
-    (tmp_path / "processes.json").write_text(
-        json.dumps(
-            {
-                "actor-0": shown,
-                "actor-1": shown | {"policy_version": None},
-                "learner-0": shown | {"policy_version": 12.0},
-            }
+    others = {"learner-0": shown | {"policy_version": 120.0}, "reward-server-0": shown | {"policy_version": None}}
+    (folder / "processes.json").write_text(json.dumps({"actor-1234": shown} | others))
+    target = {"targets": ["10.0.0.1:31999"], "labels": {"process": "actor-1234"}}
+    (folder / "targets.json").write_text(json.dumps([target]))
+    log = EventLog(folder, "supervisor-0")
+    for number in range(7):
+        log.add(
+            "restart",
+            f"{number} was killed; starting it again ({9 * 'many words'})",
+            "actor-3",
         )
+    monkeypatch.setattr(status, "is_running", lambda folder: folder.name == RUN)
+    monkeypatch.setenv("COLUMNS", "80")
+    return folder
+
+
+def test_every_process_is_shown_within_eighty_columns(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert print_status(folder) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    (cells,) = [line.split() for line in lines if line.startswith("actor-1234")]
+    assert cells == ["actor-1234", "1", "starved", "wait_for_particles", "1:02:05", "117", "3", "2"]
+    (cells,) = [line.split() for line in lines if line.startswith("reward-server-0")]
+    assert cells == ["reward-server-0", "1", "starved", "wait_for_particles", "1:02:05", "2"]
+
+
+def test_a_status_says_how_far_the_run_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert print_status(folder) == 0
+    text = capsys.readouterr().out
+    assert "running: iteration 120 of 250, 96,000 of 200,000 steps, 1,600 steps/s, 1:05 left" in " ".join(text.split())
+    assert "return_mean 97.25" in text
+    assert "last checkpoint: iteration 100, 0:0" in text
+    assert [f"{number} was killed" in text for number in range(7)] == [False, False, *[True] * 5]
+
+
+def test_a_status_for_programs_says_all(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert print_status(folder, as_json=True) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["state"], told["iteration"], told["iterations"], told["seconds_left"]) == ("running", 120, 250, 65)
+    assert (
+        told["processes"]["actor-1234"] | {"lag": 3, "metrics": "http://10.0.0.1:31999/metrics"}
+        == (told["processes"]["actor-1234"])
     )
-    monkeypatch.setattr(status, "is_running", lambda folder: True)
-    monkeypatch.setenv("COLUMNS", "200")
-    assert print_status(tmp_path) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "actor-" in line]
-    assert len(lines) == 2
-    cells = [cell.strip() for cell in lines[0].split("│")[1:]]
-    assert cells[1:8] == ["1", "starved", "collect", "3 s", "7", "5", "2"]
-    assert [cell.strip() for cell in lines[1].split("│")][6:8] == ["", ""]
+    assert told["evaluation"]["normalized_return"] is None
+    assert told["checkpoint"]["iteration"] == 100
+    assert len(told["events"]) == 7
+    assert told["config"]["steps"] == 200_000
+
+
+def test_a_list_names_every_run_and_is_spoiled_by_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = folder.parent
+    for number, (name, status_of) in enumerate([("done", "finished"), ("cut", "interrupted"), ("bad", "failed")]):
+        (runs / name).mkdir()
+        (runs / name / "config.yaml").write_text(load_preset("berlin").to_yaml())
+        (runs / name / "result.json").write_text(json.dumps({"status": status_of, "return_mean": 12.345}))
+        os.utime(runs / name / "config.yaml", (number, number))
+    (runs / "torn").mkdir()
+    (runs / "torn" / "config.yaml").write_text("steps: [")
+    os.utime(runs / "torn" / "config.yaml", (9, 9))
+    (runs / "killed").mkdir()
+    (runs / "killed" / "config.yaml").write_text(load_preset("berlin").to_yaml())
+    os.utime(runs / "killed" / "config.yaml", (10, 10))
+    (runs / "no-run").mkdir()
+    (runs / ".targets").mkdir()
+    (runs / "a-file").touch()
+    assert print_list(runs, as_json=True) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["run"], row["state"]) for row in rows] == [
+        (RUN, "running"),
+        ("killed", "killed"),
+        ("torn", "broken"),
+        ("bad", "failed"),
+        ("cut", "interrupted"),
+        ("done", "finished"),
+    ]
+    assert "is not YAML" in rows[2]["error"]
+    assert rows[3]["return_mean"] == 12.345
+    assert print_list(runs) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[lines.index("torn") + 1].split()[0] == "broken"
+    assert lines[lines.index(RUN) + 1].split()[:5] == ["running", "120", "of", "250", "97.2"]
+    with pytest.raises(InputError, match="is no folder of runs"):
+        print_list(runs / "nowhere")
