@@ -19,7 +19,7 @@ from protocol.errors import InputError, unknown_name
 from protocol.job import Mode
 from protocol.keys import read_token
 from protocol.registry import known_environments
-from protocol.settings import Count, Device, Natural, check_bounds, flag
+from protocol.settings import Count, Device, Natural, Port, check_bounds, flag
 from protocol.specs import ParameterSharing
 from reward_server.settings import RewardSettings
 
@@ -68,6 +68,11 @@ class Config:
     """Threads of each process's arithmetic, unless its own settings say it."""
     metrics_token_file: str = ""
     """File, on every host, with the word that metrics must be asked with (Authorization: Bearer ...); empty: none."""
+    metrics_port: Port = 0
+    """First port of metrics: the supervisors take it and those after it, one per node, then the processes in the order
+    learner, evaluator, reward server, actors. 0: any free ports."""
+    metrics_address: str = ""
+    """Address that metrics listen on, 0.0.0.0 for all; empty: loopback on one machine, else that of the node."""
     learner: LearnerSettings = field(default_factory=LearnerSettings)
     cloning: CloningSettings = field(default_factory=CloningSettings)
     actor: ActorSettings = field(default_factory=ActorSettings)

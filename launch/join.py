@@ -86,6 +86,7 @@ def join(path: Path, actors: int) -> int:
         plan = replace(
             plan,
             nodes=(*plan.nodes, Node(socket.gethostname(), address)),
+            config_yaml=replace(plan.config, metrics_port=0).to_yaml(),  # others on this machine may have those ports
             processes=(*plan.processes, *(Process("actor", index, node) for index in indices)),
             keys_file=str(Path(private, "keys.json")) if keys is not None else "",
         )

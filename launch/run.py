@@ -21,7 +21,7 @@ from launch.join import ticket
 from launch.outcome import CRASHED, INTERRUPTED, Outcome, attempt
 from launch.progress import Progress
 from launch.supervisor import StopRequests
-from launch.topology import Node, Plan, ipc_addresses, make_job, processes_of
+from launch.topology import LOOPBACK, Node, Plan, ipc_addresses, make_job, processes_of
 from protocol.demonstrations import Demonstrations, resolve
 from protocol.errors import InputError
 from protocol.job import Endpoints
@@ -130,7 +130,8 @@ def _run_serial(
     from learner.process import run_serial
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    telemetry = Telemetry("learner", 0, Sender(secrets.token_hex(8), "learner-0"), token=config.metrics_token())
+    sender, host = Sender(secrets.token_hex(8), "learner-0"), config.metrics_address or LOOPBACK
+    telemetry = Telemetry("learner", 0, sender, host=host, token=config.metrics_token(), port=config.metrics_port)
     job = make_job(config, spec, telemetry.sender.run, folder, Endpoints("", "", "", ""))
     ended, events = threading.Event(), EventLog(folder, "learner-0")
     events.start(config, resumed=(folder / "checkpoints").exists())

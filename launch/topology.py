@@ -19,6 +19,7 @@ from protocol.telemetry import Telemetry
 
 MAX_IPC_PATH_BYTES = 107
 LOOPBACK = "127.0.0.1"
+ANY_ADDRESS = ("0.0.0.0", "::")
 
 LISTENERS = {"experience": "learner", "weights": "learner", "rewards": "reward-server", "control": "supervisor"}
 """Which role listens on which endpoint."""
@@ -100,10 +101,25 @@ class Plan:
         return Endpoints(*(urls.get(name, "") for name in LISTENERS))
 
     def telemetry(self, role: str, index: int, node: int) -> Telemetry:
-        """That of the process which calls this. Raises InputError if the keys or the token cannot be read."""
+        """That of the process which calls this.
+
+        Raises InputError if the keys or the token cannot be read, or the metrics cannot listen.
+        """
         keys = Keys.load(Path(self.keys_file)) if self.keys_file else None
         sender = Sender(self.run_id, f"{role}-{index}", keys=keys)
-        return Telemetry(role, index, sender, node, self.nodes[node].address, self.config.metrics_token())
+        here, config = self.nodes[node], self.config
+        host, bind = config.metrics_address or here.address, ""
+        if host in ANY_ADDRESS:
+            host, bind = here.host if here.address == LOOPBACK else here.address, host
+        return Telemetry(role, index, sender, node, host, config.metrics_token(), self.metrics_port(sender.name), bind)
+
+    def metrics_port(self, name: str) -> int:
+        """Of a process's metrics, 0 for any. Those of one run differ, since its nodes may be one machine, and a process
+        whose node is lost goes on at another."""
+        if not (first := self.config.metrics_port):
+            return 0
+        supervisors = [f"supervisor-{number}" for number in range(len(self.nodes))]
+        return first + [*supervisors, *(process.name for process in self.processes)].index(name)
 
     @property
     def config(self) -> Config:

@@ -13,8 +13,9 @@ import signal
 import sys
 from dataclasses import replace
 
-from launch.outcome import attempt
+from launch.outcome import INPUT_ERROR, attempt
 from launch.topology import Plan
+from protocol.errors import InputError
 from protocol.telemetry import Telemetry
 from protocol.version import version
 
@@ -27,7 +28,11 @@ def main(role: str, index: int) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     plan = Plan.from_json(sys.stdin.read())
     process = next(p for p in plan.processes if (p.role, p.index) == (role, index))
-    telemetry = plan.telemetry(role, index, process.node)
+    try:
+        telemetry = plan.telemetry(role, index, process.node)
+    except InputError as error:
+        print(error, file=sys.stderr, flush=True)
+        return INPUT_ERROR
     signal.signal(signal.SIGTERM, lambda *_: telemetry.stop.set())
     telemetry.start_heartbeat(plan.control)
     log.info("bm3il %s, %s-%d, process %d", version(), role, index, os.getpid())

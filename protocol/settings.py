@@ -12,6 +12,7 @@ from protocol.errors import InputError
 
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
+Port = Annotated[int, Interval(ge=0, le=65_535)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]

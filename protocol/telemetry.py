@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hmac
 import logging
 import math
@@ -13,12 +14,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
+from wsgiref.simple_server import WSGIServer
 
 import prometheus_client
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from protocol.channels import Client, Refused, Unanswered
+from protocol.errors import InputError
 from protocol.messages import MAX_TEXT, Done, Event, Refusal, Sender, Status
 from protocol.specs import ArrayTable
 
@@ -27,6 +30,8 @@ log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
 """Seldom enough that a thousand processes do not keep the director busy."""
 STAGE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+PORT_SECONDS = 5.0
+"""How long a port that was asked for may be taken by another process."""
 STOP = "stop"
 DONE_FD = "BM3IL_DONE_FD"
 """The environment variable with the pipe to the supervisor that started this process."""
@@ -47,11 +52,20 @@ class Telemetry:
     stop: set when the process shall come to an end: by a signal, or by the director's answer to a heartbeat.
     registry: where each room registers its own metrics (`<room>/metrics.py`).
     token: what metrics must be asked with (`Authorization: Bearer …`); empty: nothing.
+    host, port: where metrics are reached; 0 takes a free port.   bind: the address they listen on, if it is another.
     numbers, text: sent along with every heartbeat. A stage adds `seconds_<stage>`, its last duration.
     """
 
     def __init__(
-        self, role: str, index: int, sender: Sender, node: int = 0, host: str = "127.0.0.1", token: str = ""
+        self,
+        role: str,
+        index: int,
+        sender: Sender,
+        node: int = 0,
+        host: str = "127.0.0.1",
+        token: str = "",
+        port: int = 0,
+        bind: str = "",
     ) -> None:
         prometheus_client.disable_created_metrics()
         self.role, self.index, self.sender, self.node = role, index, sender, node
@@ -80,13 +94,29 @@ class Telemetry:
         self._now = (START, time.monotonic())
         self._waited = ("", 0.0, -math.inf)
         """The last wait, unless something else has begun since: its stage, when it began, and until when it lasted."""
-        self._server, self._server_thread = prometheus_client.start_http_server(0, host, self.registry)
+        self._server, self._server_thread = self._listen(bind or host, port)
         if token:
             self._server.set_app(_guarded(prometheus_client.make_wsgi_app(self.registry), token))
         self.metrics_address = f"{host}:{self._server.server_port}"
         self._heard = time.monotonic()
         self._closing = threading.Event()
         self._heartbeat: threading.Thread | None = None
+
+    def _listen(self, address: str, port: int) -> tuple[WSGIServer, threading.Thread]:
+        """Serve the metrics. A port may be taken for a moment by the process that this one is started after."""
+        give_up = time.monotonic() + PORT_SECONDS
+        while True:
+            try:
+                return prometheus_client.start_http_server(port, address, self.registry)
+            except (OSError, OverflowError) as error:
+                if getattr(error, "errno", 0) == errno.EADDRINUSE and time.monotonic() < give_up:
+                    time.sleep(PORT_SECONDS / 10)
+                    continue
+                cause = getattr(error, "strerror", None) or error
+                raise InputError(
+                    f"the metrics of {self.sender.name} cannot listen on {address}:{port}: {cause}; take another "
+                    "--metrics-port, of which each process has the next, or --metrics-address"
+                ) from error
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,3 +103,14 @@ def test_the_night_can_be_read_from_its_events(tmp_path: Path) -> None:
     assert len(read_events(folder, 1000)) < 100
     assert "goes on from the checkpoint" in (folder / "logs" / "learner-0.log").read_text()
     assert all(log.stat().st_size for log in (folder / "logs").iterdir())
+
+
+def test_a_taken_metrics_port_ends_the_run_at_its_start(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        process = start(tmp_path, "run", *REPLAYED, "--metrics-port", str(port - 2))
+        output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 2, output
+    assert f"metrics of evaluator-0 cannot listen on 127.0.0.1:{port}: Address already in use" in output

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import urllib.request
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
@@ -127,3 +128,48 @@ def test_a_backend_for_hosts_slurm_and_one_machine(tmp_path: Path, monkeypatch: 
         rank_command(replace(config, hostfile=str(tmp_path / "hosts")), {})
     with pytest.raises(InputError, match="write one host a line"):
         rank_command(replace(config, hostfile=str(tmp_path / "none")), {})
+
+
+def plan_of(metrics_port: int, metrics_address: str = "") -> Plan:
+    config = replace(load_preset("rover_tower_8"), metrics_port=metrics_port, metrics_address=metrics_address, actors=2)
+    nodes = (Node("a", "127.0.0.1"), Node("localhost", "127.0.0.1"))
+    return Plan("run", "", config.to_yaml(), "", nodes, place(processes_of(config), nodes), {})
+
+
+def test_metrics_have_ports_of_their_own_also_of_nodes_on_one_machine() -> None:
+    plan = plan_of(9400)
+    assert {name: plan.metrics_port(name) for name in ("supervisor-0", "supervisor-1", "learner-0", "evaluator-0")} == {
+        "supervisor-0": 9400,
+        "supervisor-1": 9401,
+        "learner-0": 9402,
+        "evaluator-0": 9403,
+    }
+    assert len({plan.metrics_port(name) for name in (p.name for p in plan.processes)}) == len(plan.processes)
+    assert plan_of(0).metrics_port("learner-0") == 0
+
+
+def test_metrics_listen_where_they_are_asked_to() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    telemetry = plan_of(port, "0.0.0.0").telemetry("supervisor", 0, 0)
+    try:
+        assert telemetry.metrics_address == f"a:{port}"  # what others reach it by
+        for address in ("127.0.0.1", "127.0.0.2"):
+            with urllib.request.urlopen(f"http://{address}:{port}/metrics", timeout=5) as answer:
+                assert answer.status == 200
+    finally:
+        telemetry.close()
+
+
+def test_a_port_in_use_is_told_with_the_name_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("protocol.telemetry.PORT_SECONDS", 0.3)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        words = rf"metrics of supervisor-0 cannot listen on 127\.0\.0\.1:{port}: Address already in use.*--metrics-port"
+        with pytest.raises(InputError, match=words):
+            plan_of(port).telemetry("supervisor", 0, 0)
+    with pytest.raises(InputError, match=r"metrics of supervisor-0 cannot listen on 203\.0\.113\.7"):
+        plan_of(0, "203.0.113.7").telemetry("supervisor", 0, 0)
