@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 ARRAY_FILES = ("learner", "rewards")
-PACKED_COLUMNS = (".own", ".masks")
+PACKED_COLUMNS = (".own", ".uint8", ".int16", ".masks")
 """What agents saw and might do: much of it stays as it was from step to step. Parameters would only cost time."""
 
 

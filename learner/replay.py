@@ -148,7 +148,12 @@ class Replay:
         return arrays | {"cursor": np.array([self._cursor, self.observed]), "number": self._number}
 
     def load_state(self, arrays: dict[str, np.ndarray]) -> None:
-        """The inverse of `state`, for arrays that were checked against `state_table`."""
+        """The inverse of `state`. Raises InputError for one of a release that kept observations in another form."""
+        if missing := sorted(self._columns.keys() - arrays.keys()):
+            raise InputError(
+                f"the checkpoint's replay has no {', '.join(missing)}: it was written by a release that kept "
+                "observations in another form; start the run anew"
+            )
         for name, column in self._columns.items():
             column.copy_(torch.tensor(arrays[name]))
         self._terminated.copy_(torch.tensor(arrays["terminated"]))

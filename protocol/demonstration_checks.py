@@ -86,7 +86,8 @@ def without_forbidden(spec: EnvironmentSpec, arrays: Mapping[str, np.ndarray]) -
 
 def _parts(form: Form, rows: int) -> Iterator[slice]:
     """Rows that are looked at together."""
-    height = max(1, NUMBERS_AT_ONCE // (form.agents * (form.own + form.action_dim) + form.shared))
+    own = form.own + form.uint8 + form.int16
+    height = max(1, NUMBERS_AT_ONCE // (form.agents * (own + form.action_dim) + form.shared))
     for first in range(0, rows, height):
         yield slice(first, first + height)
 

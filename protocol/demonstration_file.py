@@ -5,8 +5,8 @@ counts of episodes and rows, and the mean return with its standard error (true r
 
 Tensors of version 2, for the block number b of the spec; a row is one joint step, episodes follow without a gap:
 
-- `b.own`, `b.codes`, `b.shared`, `b.masks`: the columns of `protocol.observations`, [rows] in front, seen before the
-  action; masks that are all true are left out.
+- `b.own`, `b.uint8`, `b.int16`, `b.codes`, `b.shared`, `b.masks`: the columns of `protocol.observations` that there
+  are, [rows] in front, seen before the action; masks that are all true are left out.
 - `b.actions` [rows, N_b] integers, or [rows, N_b, A_b] float32 if continuous.
 - `b.active` [rows, N_b] bool; left out if all are true.
 - `NAME.xz` [bytes] uint8 in place of a tensor NAME that xz makes much smaller: the bytes of the array.

@@ -154,7 +154,7 @@ class Demonstrations:
     def in_form_of(self, spec: EnvironmentSpec) -> Demonstrations:
         """Themselves as compact as an environment of this spec describes its observations, if their file (of a release
         that did not describe them) holds nothing that would be lost; else themselves."""
-        plain = all(form.own == form.observation_dim and form.own_masks for form in forms(self.spec))
+        plain = all(form.is_plain for form in forms(self.spec))
         found = compacted(self.spec, spec, self.observations, self.action_masks) if plain else None
         if found is None:
             return self

@@ -53,7 +53,7 @@ class TimeStep:
             return [Observations.of_arrays(form, c) for form, c in zip(forms(spec), self.columns, strict=True)]
         found = []
         for form, types in zip(forms(spec), spec.blocks, strict=True):
-            if form.own < form.observation_dim or not form.own_masks:
+            if not form.is_plain:
                 raise InputError(
                     f"the spec of '{spec.name}' says what observations are made of, so its time steps must hold "
                     "`columns`: see protocol.environment.compact_step"

@@ -4,6 +4,7 @@ A spec says of each part of an observation what it is (`specs.Part`), and of a t
 (`TypeSpec.mask`). Of a block of N_b agents these *columns* are kept, each only where there is something to keep:
 
 - `own` [..., N_b, D] float32: all own parts side by side.
+- `uint8`, `int16` [..., N_b, D]: the same of own parts that are such integers; as numbers they are float32, too.
 - `codes` [..., N_b, C] uint8, int16 or int32: one small integer for each code.
 - `shared` [..., S] float32: all shared parts side by side, once for all agents.
 - `masks` [..., N_b, A] bool: which actions are allowed, for types whose masks are `own`.
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import groupby
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -25,14 +26,16 @@ import torch
 from protocol.errors import InputError, ProtocolError
 from protocol.specs import FREE, OWN_MASK, ArrayTable, EnvironmentSpec, Part, PartKind, TypeSpec
 
-COLUMNS = ("own", "codes", "shared", "masks")
+OWN_NUMBERS = {"own": "float32", "uint8": "uint8", "int16": "int16"}
+"""Kinds of parts that are numbers of every agent, which are the names of their columns → dtype."""
+COLUMNS = (*OWN_NUMBERS, "codes", "shared", "masks")
 
 
 @dataclass(frozen=True)
 class Run:
     """Neighbouring columns first..end of an observation that come from one place.
 
-    source: where their numbers begin in `own`, `shared` or the constants; of a code, which one it is.
+    source: where their numbers begin in the column of that kind or the constants; of a code, which one it is.
     """
 
     kind: PartKind
@@ -51,7 +54,7 @@ class Run:
 
     @property
     def stored(self) -> slice:
-        """Of `own`, `shared` or the constants."""
+        """Of the column of that kind, or of the constants."""
         return slice(self.source, self.source + self.width)
 
 
@@ -59,7 +62,8 @@ class Run:
 class Form:
     """How the N_b agents of a block observe.
 
-    runs: all columns of the observation, in their order.   own, shared: D and S.   code_sizes: of each of the C codes.
+    runs: all columns of the observation, in their order.   own, uint8, int16, shared: how wide these columns are.
+    code_sizes: of each of the C codes.
     constants: [N_b, W] float32, the constant parts of every agent side by side.
     table: [size + 1, A] bool, the allowed actions of every value of the code `mask_code`; with "none" all are allowed.
         None for masks that are `own` or `free`.
@@ -76,6 +80,8 @@ class Form:
     own_masks: bool
     mask_code: int = 0
     table: np.ndarray | None = None
+    uint8: int = 0
+    int16: int = 0
     _tensors: dict[tuple[str, torch.device], torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -96,6 +102,8 @@ class Form:
             action_dim=first.action_dim,
             runs=runs,
             own=widths["own"],
+            uint8=widths["uint8"],
+            int16=widths["int16"],
             shared=widths["shared"],
             code_sizes=tuple(code.size for code in first.codes),
             constants=np.concatenate([np.tile(_constants(kind), (kind.count, 1)) for kind in kinds]),
@@ -111,14 +119,19 @@ class Form:
         return cls(agents, observation_dim, action_dim, runs, observation_dim, 0, (), np.zeros((agents, 0)), True)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether everything is the agents' own, in float32, and their masks are."""
+        return self.own == self.observation_dim and self.own_masks
+
+    @property
     def sees_masks(self) -> bool:
         """Whether an observation cannot be expanded without its action masks."""
         return any(run.masked for run in self.runs)
 
     def table_of(self, *leading: int, masks: bool = True) -> ArrayTable:
         """Column → (dtype, shape), with these leading axes; masks: whether those are wanted that nobody observes."""
-        shapes = {
-            "own": ("float32", (*leading, self.agents, self.own)),
+        shapes = {name: (dtype, (*leading, self.agents, getattr(self, name))) for name, dtype in OWN_NUMBERS.items()}
+        shapes |= {
             "codes": (integers(max(self.code_sizes, default=0) + 1), (*leading, self.agents, len(self.code_sizes))),
             "shared": ("float32", (*leading, self.shared)),
         }
@@ -242,8 +255,8 @@ class Observations:
 
     def _expand(self, run: Run, target: torch.Tensor) -> None:
         match run.kind:
-            case "own":
-                target.copy_(self.columns["own"][..., run.stored])
+            case "own" | "uint8" | "int16":
+                target.copy_(self.columns[run.kind][..., run.stored])
             case "code":
                 code = self.columns["codes"][..., run.source, None]
                 target.copy_(code == torch.arange(run.width, device=self.device))
@@ -304,8 +317,9 @@ def _compact(form: Form, seen: np.ndarray, allowed: np.ndarray) -> dict[str, np.
     for run in form.runs:
         part = seen[..., run.columns]
         match run.kind:
-            case "own":
-                columns["own"][..., run.stored] = part
+            case "own" | "uint8" | "int16":
+                with np.errstate(invalid="ignore"):  # what does not fit is found by whoever asked
+                    columns[run.kind][..., run.stored] = part
             case "code":
                 columns["codes"][..., run.source] = np.where(part.any(-1), part.argmax(-1), run.width)
             case "shared":
@@ -330,9 +344,9 @@ def _runs(kind: TypeSpec) -> tuple[tuple[Run, ...], dict[str, int]]:
     """The runs of an observation, and how many numbers of each kind there are."""
     if not kind.parts:
         width = kind.observation_dim
-        return (Run("own", 0, width, 0),), {"own": width, "shared": 0}
+        return (Run("own", 0, width, 0),), dict.fromkeys(get_args(PartKind), 0) | {"own": width}
     runs, first = list[Run](), 0
-    taken = {"own": 0, "shared": 0, "constant": 0, "code": 0}
+    taken = dict.fromkeys(get_args(PartKind), 0)
     for (part_kind, masked, _), parts in groupby(kind.parts, _source):
         width = sum(part.width for part in parts)
         runs.append(Run(part_kind, first, first + width, taken[part_kind], masked))

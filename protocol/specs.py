@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 from protocol.errors import InputError, unknown_name
 
@@ -24,7 +24,7 @@ Array = TypeVar("Array", bound=_Sliceable)
 ArrayTable = dict[str, tuple[str, tuple[int, ...]]]
 """Name → (dtype, shape): what a message, a file or a memory holds."""
 
-PartKind = Literal["own", "code", "shared", "constant"]
+PartKind = Literal["own", "uint8", "int16", "code", "shared", "constant"]
 OWN_MASK, FREE = "own", "free"
 """What a type's `mask` may be, besides the name of one of its codes."""
 
@@ -42,6 +42,7 @@ class Part:
 
     kind: what of it is kept and sent (`protocol.observations`).
         `own`: the numbers, of every agent.
+        `uint8`, `int16`: the same of integers that these hold, in a quarter and a half of the bytes.
         `code`: one small integer of every agent, seen one-hot. Neighbours of kind `code` whose names are equal up to
             the dot are one code over all their columns; all of these are 0 where the code is their number, "none".
         `shared`: the numbers, once for all agents of an environment.
@@ -59,8 +60,8 @@ class Part:
     def __post_init__(self) -> None:
         if type(self.width) is not int or self.width < 1:
             raise InputError(f"part {self.name} must be at least 1 wide, got {self.width!r}")
-        if self.kind not in ("own", "code", "shared", "constant"):
-            raise unknown_name(f"kind of the part {self.name}", str(self.kind), ("own", "code", "shared", "constant"))
+        if self.kind not in get_args(PartKind):
+            raise unknown_name(f"kind of the part {self.name}", str(self.kind), get_args(PartKind))
         if self.masked and self.kind != "shared":
             raise InputError(f"part {self.name}: only shared parts can be masked, this one is '{self.kind}'")
         if len(self.values) != (self.width if self.kind == "constant" else 0):

@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from protocol.environment import Starts, TimeStep
+from protocol.environment import Starts, TimeStep, compact_step
 from protocol.errors import InputError
+from protocol.observations import OWN_NUMBERS, forms
 from protocol.seeds import derive_seed
-from protocol.specs import EnvironmentSpec, Part, TypeSpec
+from protocol.specs import EnvironmentSpec, Part, PartKind, TypeSpec
 
 MAX_SEED = 2**31
 """Some environments hand seeds on to libraries that take signed 32-bit integers."""
+OBSERVATION = "observation"
+"""Name of the one part of what is no dictionary."""
 
 
 class PettingZooParallel:
@@ -27,7 +30,8 @@ class PettingZooParallel:
     names differ by a trailing number are of one type.   episode_length: needed if the environment has no `max_cycles`.
 
     Box actions are scaled from [-1, 1] to the box. An observation `{"observation": …, "action_mask": …}` gives masks.
-    Entries of a dictionary are named parts of the observation (`--reward.sees`).
+    Entries of a dictionary are named parts of the observation (`--reward.sees`). Those of spaces of integers (images,
+    counts, one-hots) are kept as integers, where these are small; their values go into networks as they are.
     An agent that dies is inactive from then on, and sees zeros. An episode ends when nobody is left: terminated if all
     who lived to see it terminated, else truncated.
     """
@@ -58,6 +62,9 @@ class PettingZooParallel:
         kinds = tuple(self._type(kind, names) for kind, names in self._names.items())
         view = f"pettingzoo:{target}" + (f"?arguments={arguments}" if arguments else "")
         self.spec = EnvironmentSpec(name, kinds, steps, view)
+        agents = list(self._names.values())
+        of_blocks = ((b, [name for m in types for name in agents[m]]) for b, types in enumerate(self.spec.blocks))
+        self._places = {name: (b, place) for b, names in of_blocks for place, name in enumerate(names)}
         self._ended = np.ones(num_envs, bool)
         self._now = self._empty()
 
@@ -101,13 +108,15 @@ class PettingZooParallel:
 
     def _show(self, e: int, observations: dict[str, Any], alive: list[str]) -> None:
         for name in alive:
-            m, x = self._columns[name]
-            seen = observations[name]
+            (m, x), (b, place) = self._columns[name], self._places[name]
+            columns, seen = (self._now.columns or [])[b], observations[name]
             if isinstance(seen, dict) and "action_mask" in seen:
                 mask = np.asarray(seen["action_mask"], bool)
-                self._now.action_masks[m][e, x] = mask if mask.any() else True
+                columns["masks"][e, place] = mask if mask.any() else True
                 seen = seen["observation"]
-            self._now.observations[m][e, x] = _flat(self._spaces[name][0], seen)
+            numbers = _flat(name, self._spaces[name][0], seen)
+            for run in forms(self.spec)[b].runs:
+                columns[run.kind][e, place, run.stored] = _kept(name, numbers[run.columns], run.kind)
             self._now.active[m][e, x] = True
 
     def _action(self, name: str, action: np.ndarray) -> Any:
@@ -118,13 +127,18 @@ class PettingZooParallel:
         return (space.low + part * (space.high - space.low)).astype(space.dtype)
 
     def _empty(self) -> TimeStep:
+        columns = [
+            {name: np.zeros(shape, dtype) for name, (dtype, shape) in form.table_of(self.num_envs).items()}
+            for form in forms(self.spec)
+        ]
+        for each in columns:
+            each["masks"][:] = True
         shapes = [(self.num_envs, kind.count) for kind in self.spec.types]
-        widths = [(kind.observation_dim, kind.action_dim) for kind in self.spec.types]
-        return TimeStep(
-            observations=[np.zeros((*s, o), np.float32) for s, (o, _) in zip(shapes, widths, strict=True)],
-            action_masks=[np.ones((*s, a), bool) for s, (_, a) in zip(shapes, widths, strict=True)],
-            active=[np.zeros(s, bool) for s in shapes],
-            rewards=[np.zeros(s, np.float32) for s in shapes],
+        return compact_step(
+            self.spec,
+            columns,
+            active=[np.zeros(shape, bool) for shape in shapes],
+            rewards=[np.zeros(shape, np.float32) for shape in shapes],
             terminated=np.zeros(self.num_envs, bool),
             truncated=np.zeros(self.num_envs, bool),
         )
@@ -147,23 +161,44 @@ class PettingZooParallel:
                     f"{widths[name]}) and cannot be of one type '{kind}': give ?types="
                 )
         observation_dim, action_dim, discrete = widths[names[0]]
-        return TypeSpec(kind, len(names), observation_dim, action_dim, discrete, _parts(self._spaces[names[0]][0]))
+        parts, *others = (_parts(self._spaces[name][0]) for name in names)
+        if any(other != parts for other in others):  # what is an integer to one of them may be none to another
+            parts = tuple(Part(part.name, part.width) for part in parts)
+        return TypeSpec(kind, len(names), observation_dim, action_dim, discrete, parts)
 
 
 def _parts(space: Any) -> tuple[Part, ...]:
-    """A dictionary's entries are named parts of an observation, those of one within it `outer.inner`, in the order in
-    which `flatten` puts them side by side; other spaces have none."""
+    """What of an observation has a name, or is kept as integers; nothing if it is a box of real numbers, say.
+
+    A dictionary's entries are named parts, those of one within it `outer.inner`, in the order in which `flatten` puts
+    them side by side.
+    """
     from gymnasium import spaces
 
     if not isinstance(space, spaces.Dict):
-        return ()
+        width, kind = spaces.utils.flatdim(space), _kind(space)
+        return (Part(OBSERVATION, width, kind),) if width and kind != "own" else ()
     parts: list[Part] = []
     for name, entry in space.spaces.items():
-        inner = _parts(entry)
-        parts += [Part(f"{name}.{part.name}", part.width) for part in inner]
-        if not inner and (width := spaces.utils.flatdim(entry)):
-            parts.append(Part(str(name), width))
+        if isinstance(entry, spaces.Dict):
+            parts += [Part(f"{name}.{part.name}", part.width, part.kind) for part in _parts(entry)]
+        elif width := spaces.utils.flatdim(entry):
+            parts.append(Part(str(name), width, _kind(entry)))
     return tuple(parts)
+
+
+def _kind(space: Any) -> PartKind:
+    """The kind that keeps the numbers of a space in the fewest bytes."""
+    from gymnasium.spaces.utils import flatten_space
+
+    box: Any = flatten_space(space)
+    if box.dtype is not None and box.dtype.kind in "biu":
+        low, high = int(box.low.min(initial=0)), int(box.high.max(initial=0))
+        kinds: tuple[PartKind, ...] = ("uint8", "int16")
+        for kind in kinds:
+            if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
+                return kind
+    return "own"
 
 
 def _factory(target: str) -> Any:
@@ -224,7 +259,26 @@ def _max_cycles(env: Any) -> int:
     return 0
 
 
-def _flat(space: Any, value: Any) -> np.ndarray:
-    from gymnasium.spaces.utils import flatten
+def _flat(name: str, space: Any, value: Any) -> np.ndarray:
+    """The numbers of an observation side by side."""
+    from gymnasium import spaces
 
-    return np.asarray(flatten(space, value), np.float32)
+    if isinstance(space, spaces.Dict):
+        return np.concatenate([_flat(name, entry, value[key]) for key, entry in space.spaces.items()])
+    flat = np.asarray(spaces.utils.flatten(space, value))
+    if isinstance(space, spaces.Box) and flat.dtype.kind in "iu":  # numbers between integers would be cut off
+        _check_exact(name, np.ravel(value), flat)
+    return flat
+
+
+def _kept(name: str, numbers: np.ndarray, kind: str) -> np.ndarray:
+    """The numbers in the dtype that their column has."""
+    kept = numbers.astype(OWN_NUMBERS[kind])
+    if kind != "own":
+        _check_exact(name, numbers, kept)
+    return kept
+
+
+def _check_exact(name: str, numbers: np.ndarray, kept: np.ndarray) -> None:
+    if not np.can_cast(numbers.dtype, kept.dtype) and (wrong := numbers[kept != numbers]).size:
+        raise InputError(f"{name} observes {wrong[0]}, which is none of the integers of its observation space")

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from protocol.networks.options import Options
 from protocol.networks.tiles import ALL, Tile, slots_and_steps
-from protocol.observations import Observations, Run
+from protocol.observations import OWN_NUMBERS, Observations, Run
 
 Gathered = tuple[torch.Tensor, torch.Tensor | None]
 Plan = tuple[list[Run], list[list[Run]]]
@@ -44,7 +44,8 @@ class ObservationGrid:
         self.slots, self.steps = slots, len(observations)
         self.shape = groups, slots * self.steps, self.form.observation_dim
         columns = {name: grid(c).flatten(1, 2) for name, c in observations.columns.items() if name != "shared"}
-        self._own, self._masks = columns.get("own"), columns.get("masks")
+        self._own = {name: columns[name] for name in OWN_NUMBERS if name in columns}
+        self._masks = columns.get("masks")
         self._codes = columns["codes"].long() if "codes" in columns else None
         self._shared = observations.columns.get("shared")
         self._constants: torch.Tensor | None = None
@@ -137,9 +138,8 @@ class ObservationGrid:
         columns = slice(offset, offset + target.shape[-1])
         stored = slice(run.source + columns.start, run.source + columns.stop)
         (slots, steps), apart = self._cut(tile), target.shape[1:3]
-        if run.kind == "own":
-            assert self._own is not None
-            target.copy_(self._own[tile][..., stored].unflatten(1, apart))
+        if run.kind in self._own:
+            target.copy_(self._own[run.kind][tile][..., stored].unflatten(1, apart))
         elif run.kind == "code":
             assert self._codes is not None
             code = self._codes[tile][..., run.source, None].unflatten(1, apart)
@@ -220,8 +220,8 @@ class ObservationGrid:
 
     def _numbers(self, runs: list[Run], tile: Tile, dtype: torch.dtype) -> torch.Tensor:
         """The columns of some runs side by side, [k, r, columns]."""
-        if len(runs) == 1 and runs[0].kind == "own" and self._own is not None:
-            return self._own[tile][..., runs[0].stored].to(dtype)
+        if len(runs) == 1 and runs[0].kind in self._own:
+            return self._own[runs[0].kind][tile][..., runs[0].stored].to(dtype)
         if len(runs) == 1 and runs[0].kind == "shared" and not runs[0].masked and self._shared is not None:
             seen = self._shared[self._cut(tile)[1], runs[0].stored]  # once per row: where slots share, it repeats
             return seen.to(dtype).expand(self._size(tile)[0], -1, -1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from learner.replay import Batch, Replay
 from protocol.errors import InputError
 from protocol.layout import Layout
 from protocol.registry import make_environment
+from protocol.specs import Part
 from protocol.trajectories import Trajectories
 
 SPEC = spec_of((2, 3, 4), (1, 2, 3), episode_length=5)
@@ -182,3 +185,10 @@ def test_what_was_kept_compact_comes_out_as_it_was_seen(name: str) -> None:
             assert torch.equal(now.masks()[row], masks[t, e])
             assert torch.equal(following.dense()[row], seen[t + 1, e])
             assert torch.equal(following.masks()[row], masks[t + 1, e])
+
+
+def test_a_replay_of_a_release_that_kept_integers_otherwise_is_refused_in_one_line() -> None:
+    types = tuple(replace(t, parts=(Part("image", t.observation_dim, "uint8"),)) for t in SPEC.types)
+    before = Replay(LAYOUT, 10).state()
+    with pytest.raises(InputError, match=r"the checkpoint's replay has no 0\.uint8, 1\.uint8"):
+        Replay(Layout.of(replace(SPEC, types=types), "type"), 10).load_state(before)

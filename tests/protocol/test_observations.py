@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from actors.experts.recording import record
-from actors.policy import UniformPolicy
+from actors.policy import Policy, UniformPolicy
 from actors.rollout import rollout
 from protocol import demonstration_checks, packing
 from protocol.demonstrations import Demonstrations
@@ -795,3 +795,74 @@ def test_bad_columns_are_refused(tmp_path: Path, change: Change, text: str) -> N
         Demonstrations.load(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+SCREEN = (Part("image", 3, "uint8"), Part("score", 1, "int16"), Part("speed", 2), Part("lamps", 2, "uint8"))
+PIXELS = EnvironmentSpec("pixels", (TypeSpec("eye", 2, 8, 3, parts=SCREEN),), 4)
+EYES = [[[0, 128, 255, -300, 0.5, -2, 1, 0], [7, 8, 9, 30_000, 1.25, 4, 0, 1]]]
+
+
+def pixels() -> Observations:
+    seen = np.array(EYES, np.float32)
+    columns = {"own": seen[..., 4:6], "int16": seen[..., 3:4].astype(np.int16), "masks": np.ones((1, 2, 3), bool)}
+    columns["uint8"] = seen[..., [0, 1, 2, 6, 7]].astype(np.uint8)
+    return Observations.of_arrays(forms(PIXELS)[0], columns)
+
+
+def test_integers_are_kept_as_integers_and_seen_as_numbers() -> None:
+    (form,) = forms(PIXELS)
+    seen = pixels()
+    table = form.table_of(1)
+    assert (table["uint8"], table["int16"], table["own"]) == (
+        ("uint8", (1, 2, 5)),
+        ("int16", (1, 2, 1)),
+        ("float32", (1, 2, 2)),
+    )
+    assert (seen.dense().tolist(), seen.dense().dtype) == (EYES, torch.float32)
+    assert EnvironmentSpec.from_json(json.loads(json.dumps(PIXELS.to_json()))) == PIXELS
+    layout = Layout.of(PIXELS, "type")
+    rows = JointRows([seen], [torch.zeros(1, 2, dtype=torch.uint8)], [torch.ones(1, 2, dtype=torch.bool)])
+    came = JointRows.from_arrays(rows.to_arrays(), layout)
+    assert came.observations[0].dense().tolist() == EYES
+    assert {name: (str(a.dtype), a.shape) for name, a in rows.to_arrays().items()} == JointRows.array_table(layout, 1)
+
+
+@pytest.mark.parametrize("sharing", ["agent", "type"])
+def test_networks_see_integers_as_they_see_the_same_numbers(sharing: Any) -> None:
+    layout = Layout.of(PIXELS, sharing)
+    policy = Policy(layout, (4,), torch.Generator().manual_seed(0))
+    seen = pixels()
+    plain = Observations(Form.plain(2, 8, 3), {"own": seen.dense(), "masks": seen.masks()})
+    (block,) = layout.blocks
+    of_integers, of_numbers = (policy.outputs(0, block.see(each)) for each in (seen, plain))
+    torch.testing.assert_close(of_integers, of_numbers)
+    parameters = list(policy.parameters())
+    gradients = [torch.autograd.grad(out.square().sum(), parameters) for out in (of_integers, of_numbers)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("odd", [None, 0.5, 300.0, -1.0])
+def test_earlier_demonstrations_of_integers_are_kept_as_integers_if_that_is_what_they_are(odd: float | None) -> None:
+    spec, seen = PIXELS.plain(), np.array(EYES * 4, np.float32)
+    if odd is not None:
+        seen[2, 1, 0] = odd
+    agents = np.ones((4, 2), bool)
+    old = Demonstrations.of_types(
+        *(spec, "a test", [seen], [np.zeros((4, 2), np.int64)], [np.ones((4, 2, 3), bool)], [agents]),
+        *(np.array([4]), np.zeros((1, 2), np.float32), np.zeros(1, np.int64)),
+    )
+    old.check_against(PIXELS)
+    found = old.in_form_of(PIXELS)
+    assert ("0.uint8" in found.arrays) == (odd is None)
+    np.testing.assert_array_equal(found.observations[0], seen)
+
+
+def test_demonstrations_of_integers_come_back_from_their_file(tmp_path: Path) -> None:
+    columns = {f"0.{name}": np.concatenate([t.numpy()] * 4) for name, t in pixels().columns.items()}
+    arrays = columns | {"0.actions": np.zeros((4, 2), np.uint8), "0.active": np.ones((4, 2), bool)}
+    made = Demonstrations(PIXELS, "a test", arrays, np.array([4]), np.zeros((1, 2), np.float32), np.zeros(1, np.int64))
+    made.save(tmp_path / "pixels.safetensors")
+    found = Demonstrations.load(tmp_path / "pixels.safetensors")
+    assert {name: a.dtype for name, a in found.arrays.items()} == {name: a.dtype for name, a in arrays.items()}
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found.arrays[name], array)

@@ -17,6 +17,7 @@ from gymnasium import spaces
 from launch.cli import main
 from launch.environment_check import check_environment
 from protocol.errors import InputError
+from protocol.observations import forms
 from protocol.registry import make_environment
 
 SPREAD = "pettingzoo:mpe2.simple_spread_v3"
@@ -182,3 +183,44 @@ def test_entries_of_a_dictionary_are_named_parts() -> None:
     seen = {"own": np.full(2, 5.0), "world": {"goal": 1, "near": np.full((2, 2), 7.0)}}
     assert flatten(space, seen).tolist() == [5, 5, 0, 1, 0, 7, 7, 7, 7]
     assert _parts(spaces.Box(-1, 1, (2,))) == ()
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    return "pettingzoo:picture_world?arguments=agents:2,side:6"
+
+
+def test_spaces_of_integers_are_kept_as_integers(pictures: str) -> None:
+    assert check_environment(pictures) == 0
+    environment = make_environment(pictures, 2)
+    now = environment.reset(0)
+    (form,) = forms(environment.spec)
+    assert form.table_of(2)["uint8"] == ("uint8", (2, 2, 108))
+    assert now.columns is not None
+    assert {name: str(array.dtype) for name, array in now.columns[0].items()} == {"uint8": "uint8", "masks": "bool"}
+    assert now.observations[0].dtype == np.float32
+    assert set(np.unique(now.observations[0])) == {0, 128, 255}  # as they are, and not scaled
+
+
+def test_entries_of_a_dictionary_are_each_kept_in_the_fewest_bytes(pictures: str) -> None:
+    name = f"{pictures},quirk:dict"
+    assert check_environment(name) == 0
+    environment = make_environment(name, 1)
+    kinds = {part.name: (part.width, part.kind) for part in environment.spec.types[0].parts}
+    assert kinds == {
+        "picture": (108, "uint8"),
+        "moves": (1, "int16"),
+        "last": (3, "uint8"),
+        "lamps": (2, "uint8"),
+        "speed": (1, "own"),
+    }
+    ends = np.cumsum([width for width, _ in kinds.values()])
+    seen = dict(zip(kinds, np.split(environment.reset(0).observations[0][0, 0], ends[:-1]), strict=True))
+    assert [seen[part].tolist() for part in ("moves", "last", "lamps", "speed")] == [[-400], [1, 0, 0], [1, 0], [0.25]]
+
+
+def test_what_a_space_of_integers_does_not_hold_is_refused(pictures: str) -> None:
+    environment = make_environment(f"{pictures},quirk:scaled", 1)
+    with pytest.raises(InputError, match=r"eye_0 observes .*, which is none of the integers of its observation space"):
+        environment.reset(0)
