@@ -16,6 +16,7 @@ from protocol.environment import Starts
 from protocol.errors import InputError
 from protocol.job import Job
 from protocol.seeds import derive_seed
+from protocol.specs import EnvironmentSpec
 
 EPISODES_AT_ONCE = 250
 NUMBERS_AT_ONCE = 1 << 27
@@ -84,7 +85,8 @@ def evaluate(
     starts: start states [episodes, …] by name instead of seeded ones.   Raises SimulatorError if the environment fails.
     """
     returns = []
-    at_once = min(EPISODES_AT_ONCE, _at_once(environment))
+    with closing(Simulator(environment, 1)) as one:
+        at_once = episodes_at_once(one.spec)
     for first in range(0, episodes, at_once):
         count = min(at_once, episodes - first)
         part = None if starts is None else {name: array[first : first + count] for name, array in starts.items()}
@@ -94,8 +96,7 @@ def evaluate(
     return np.concatenate(returns)
 
 
-def _at_once(environment: str) -> int:
-    """Episodes whose observations of one moment the memory holds easily."""
-    with closing(Simulator(environment, 1)) as one:
-        seen = sum(t.count * t.observation_dim for t in one.spec.types)
-    return max(1, NUMBERS_AT_ONCE // seen)
+def episodes_at_once(spec: EnvironmentSpec) -> int:
+    """How many are played together, at most: as many as have observations of one moment that memory holds easily."""
+    seen = sum(t.count * t.observation_dim for t in spec.types)
+    return min(EPISODES_AT_ONCE, max(1, NUMBERS_AT_ONCE // seen))

@@ -18,6 +18,7 @@ from launch.config import Config
 from launch.director import direct
 from launch.events import EventLog
 from launch.join import ticket
+from launch.memory import Needs, available_memory, needs
 from launch.outcome import CRASHED, INTERRUPTED, Outcome, attempt
 from launch.progress import Progress
 from launch.supervisor import StopRequests
@@ -38,8 +39,10 @@ def train(config: Config) -> int:
     """Start a new run; returns the exit code. Raises InputError before anything is started or written."""
     config, spec = check(config)
     _check_devices(config)
-    config = run_folder.named(config)
-    return _run(config, spec, run_folder.create(config))
+    config, needed = run_folder.named(config), needs(config, spec)
+    _check_room(config, needed)
+    needed.check_disk(Path(config.runs_folder))
+    return _run(config, spec, run_folder.create(config), needed)
 
 
 def resume(folder: Path, flags: Config | None = None) -> int:
@@ -53,7 +56,9 @@ def resume(folder: Path, flags: Config | None = None) -> int:
         raise InputError(f"{folder} was started with another configuration: {differences(config, flags)}")
     config, spec = check(config)
     _check_devices(config)
-    return _run(config, spec, folder.resolve())
+    needed = needs(config, spec)
+    _check_room(config, needed)
+    return _run(config, spec, folder.resolve(), needed)
 
 
 def check(config: Config) -> tuple[Config, EnvironmentSpec]:
@@ -91,8 +96,15 @@ def _check_devices(config: Config) -> None:
         choose_device(config.reward.device)
 
 
-def _run(config: Config, spec: EnvironmentSpec, folder: Path) -> int:
+def _check_room(config: Config, needed: Needs) -> None:
+    """Raise InputError if this machine has not the memory that the run takes, where all of it is to run here."""
+    if config.nodes == 1:
+        needed.check_memory(available_memory())
+
+
+def _run(config: Config, spec: EnvironmentSpec, folder: Path, needed: Needs) -> int:
     progress, stopped = Progress(), StopRequests()
+    progress.note(needed.line())
     with run_folder.locked(folder), stopped.heard():
         (folder / "result.json").unlink(missing_ok=True)
         try:

@@ -13,6 +13,7 @@ from protocol.device import CPU, check_room
 from protocol.errors import InputError
 from protocol.layout import JointRows, Layout, widened
 from protocol.observations import COLUMNS, Observations
+from protocol.specs import ArrayTable
 from protocol.trajectories import Trajectories
 
 
@@ -68,16 +69,10 @@ class Replay:
     """
 
     def __init__(self, layout: Layout, window_steps: int, device: torch.device = CPU) -> None:
-        length = layout.spec.episode_length
         self.layout = layout
-        self.capacity = max(1, math.ceil(window_steps / length)) * (length + 1)
+        self.capacity = self.capacity_of(layout, window_steps)
         self._cursor = 0
-        one = Trajectories.array_table(layout.spec, length, 1)
-        table = {
-            name: (dtype, (self.capacity, *shape[2:]))
-            for name, (dtype, shape) in one.items()
-            if "." in name and not name.endswith(".log_probabilities")
-        }
+        table = self.table(layout, window_steps)
         check_room(table, device, "learner.window-steps", window_steps)
         self._device = device
         self._columns = {
@@ -88,6 +83,23 @@ class Replay:
         self._number = np.zeros(self.capacity, np.int64)
         self.observed = 0
         """Transitions taken in since the start of the run: the number of the next one."""
+
+    @staticmethod
+    def capacity_of(layout: Layout, window_steps: int) -> int:
+        """Rows of a window of so many steps: whole episodes."""
+        length = layout.spec.episode_length
+        return max(1, math.ceil(window_steps / length)) * (length + 1)
+
+    @staticmethod
+    def table(layout: Layout, window_steps: int) -> ArrayTable:
+        """Name → (dtype, shape) of what is kept of every row."""
+        capacity = Replay.capacity_of(layout, window_steps)
+        one = Trajectories.array_table(layout.spec, layout.spec.episode_length, 1)
+        return {
+            name: (dtype, (capacity, *shape[2:]))
+            for name, (dtype, shape) in one.items()
+            if "." in name and not name.endswith(".log_probabilities")
+        }
 
     def __len__(self) -> int:
         """Transitions held."""
