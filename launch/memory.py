@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import psutil
 
 from actors.collector import episodes_per_chunk
 from actors.evaluation import episodes_at_once
-from actors.process import CREDITS
+from actors.process import credits_of
 from launch.config import Config
 from launch.topology import make_job, processes_of
 from learner.algorithms import algorithm
@@ -30,8 +29,9 @@ from protocol.device import choose_device
 from protocol.errors import InputError
 from protocol.job import Endpoints
 from protocol.layout import JointRows, Layout
+from protocol.messages import table_bytes
 from protocol.observations import forms
-from protocol.specs import ArrayTable, EnvironmentSpec
+from protocol.specs import EnvironmentSpec
 from protocol.trajectories import Trajectories
 from reward_server.memory import Memory
 from reward_server.particles import QUERY_ROWS, TILE_ACTIVATIONS, architectures
@@ -142,6 +142,7 @@ class _Reckoning:
         self._config, self._spec, self._layout = config, spec, layout
         self._kind = algorithm(config.algorithm)
         job = make_job(config, spec, "", Path(), Endpoints("", "", "", ""))
+        self._credits = credits_of(job, config.actor) if config.mode == "async" else 0
         self._episodes = episodes_per_chunk(config.actor, job)
         self._chunk = table_bytes(Trajectories.array_table(spec, spec.episode_length, self._episodes))
         self._row = table_bytes(JointRows.array_table(layout, 1))
@@ -172,7 +173,7 @@ class _Reckoning:
             yield Item(role, "a checkpoint while it is written", self.checkpoint_bytes, NETWORKS)
             return
         window, iteration = "--learner.window-steps", "--actor.steps-per-iteration"
-        copies = 2 + (CREDITS if config.mode == "async" else 0)  # as they came, and side by side or taken in
+        copies = 2 + self._credits  # as they came, and side by side or taken in
         yield Item(role, "the episodes of an iteration", copies * config.actors * self._chunk, iteration)
         networks = 4 if self._clipped else 5  # with gradient, two moments, and perhaps a target
         yield Item(role, "networks and their optimisers", networks * (self._policy + self._critic), NETWORKS, True)
@@ -187,11 +188,11 @@ class _Reckoning:
 
     def others(self) -> Iterator[Item]:
         """Those of all other roles."""
-        config, layout, sent = self._config, self._layout, CREDITS if self._config.mode == "async" else 1
+        config, layout, sent = self._config, self._layout, self._credits or 1
         if self._imitates:
             role, window = "reward-server", "--reward.window-steps"
             yield Item(role, "the window of agents' rows", self._memory, window, True)
-            copies = 2 * (self._memory + 3 * self._particles)  # the last one is kept until the next is asked for
+            copies = 2 * (self._memory + 3 * self._particles)  # one stays until the learner says that it came
             yield Item(role, "its copies for checkpoints", copies, window)
             held = config.actors * self._episodes * self._spec.episode_length * self._row
             option = "--actor.steps-per-iteration"
@@ -251,11 +252,6 @@ def discriminated_bytes(layout: Layout, config: Config) -> int:
         agents = min(each.block.num_agents, max(each.block.slots, TILE_ACTIVATIONS // (each.activations * rows)))
         most = max(most, 4 * (agents * rows + QUERY_ROWS) * each.inputs)
     return most
-
-
-def table_bytes(table: ArrayTable) -> int:
-    """Of all arrays of a table."""
-    return sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in table.values())
 
 
 def available_memory() -> int:
