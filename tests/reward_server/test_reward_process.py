@@ -59,6 +59,7 @@ class Running:
     def start(self) -> None:
         self.telemetry = Telemetry("reward-server", 0, Sender("run", "reward-server"))
         server = listen(self.endpoint, LAYOUT, self.settings, state_table(LAYOUT, self.settings), self.telemetry)
+        self.ledger = server._ledger
         service = RewardServer(server, lambda: make_model(self.settings), LAYOUT, self.settings, self.telemetry)
 
         def loop() -> None:
@@ -74,7 +75,7 @@ class Running:
         self.thread.join()
         self.telemetry.close()
 
-    def client(self, alone: bool = True, deadline_seconds: float = 10.0) -> RemoteRewards:
+    def client(self, alone: bool = True, deadline_seconds: float = 60.0) -> RemoteRewards:
         sender, table = Sender("run", f"learner-{len(self.clients)}"), state_table(LAYOUT, self.settings)
         client = RemoteRewards(self.endpoint, sender, LAYOUT, table, lambda cause: None, deadline_seconds, alone=alone)
         self.clients.append(client)
@@ -301,6 +302,28 @@ def test_an_overloaded_server_is_asked_again(tmp_path: Path) -> None:
         for ticket in tickets:
             assert len(client.rewards(ticket)[0]) == 40
         assert server.metric('refused_requests_total{cause="overloaded"}') >= 1
+
+
+def test_nothing_is_kept_of_requests_that_are_over(tmp_path: Path) -> None:
+    """Answered, refused, given up or overloaded; by the client nothing, by the server the newest answer."""
+    with running(tmp_path, dataclasses.replace(SETTINGS, max_delay_seconds=0.3)) as server:
+        client = server.client(alone=False)
+        client.begin("s")
+        for _ in range(3):
+            client.updated(client.update(some_rows(10, 0), 0.0))
+            client.state()
+            for ticket in [client.submit(some_rows(40, k)) for k in range(4)]:
+                client.rewards(ticket)
+            with pytest.raises(Refused):
+                client.updated(client.update(some_rows(3, 0), 1.5))
+            client._deadline_seconds = 0.01
+            with pytest.raises(Unanswered):
+                client.rewards(client.submit(some_rows(40, 0)))
+            client._deadline_seconds = 60.0
+        time.sleep(0.5)  # what was given up is answered all the same
+        client.rewards(client.submit(some_rows(1, 0)))
+        assert (client._asked, client._client.pending, client._client._answers) == ({}, 0, {})
+        assert server.ledger.bytes_kept < 1000
 
 
 def test_a_query_that_waited_too_long_is_refused(tmp_path: Path) -> None:
