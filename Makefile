@@ -17,8 +17,9 @@ OF_LAUNCH := NODES PRESET ALGORITHM ENVIRONMENT DEMONSTRATIONS RUN SEED STEPS AC
 KNOWN := $(OF_LAUNCH) SECONDS PYTHON VENV
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 NEAREST = import sys; from protocol.errors import unknown_name; print(unknown_name("variable", sys.argv[1], sys.argv[2:]))
-ifneq ($(filter-out $(KNOWN),$(GIVEN)),)
-$(error $(shell $(PYTHON) -c '$(NEAREST)' '$(firstword $(filter-out $(KNOWN),$(GIVEN)))' $(KNOWN)))
+UNKNOWN := $(firstword $(filter-out $(KNOWN),$(GIVEN)))
+ifneq ($(UNKNOWN),)
+$(error $(or $(shell $(PYTHON) -c '$(NEAREST)' '$(UNKNOWN)' $(KNOWN)),unknown variable '$(UNKNOWN)'; known: $(KNOWN)))
 endif
 
 .DEFAULT_GOAL := help

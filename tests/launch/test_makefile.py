@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,40 @@ def test_a_misspelt_variable_is_refused(given: str, answer: str) -> None:
     assert ended.returncode == 2
     assert answer in ended.stderr
     assert ended.stdout == ""
+
+
+TARGETS = re.findall(r"^([a-z]+):.*## ", MAKEFILE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_misspelt_variable_is_refused_by_every_target_before_and_after_it(target: str) -> None:
+    assert len(TARGETS) >= 8
+    for arguments in ([target, "ALGORTHM=bc"], ["ALGORTHM=bc", target], [target, "ALGORTHM="]):
+        ended = make(*arguments)
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert "did you mean ALGORITHM?" in ended.stderr
+
+
+@pytest.mark.parametrize("python3", [True, False])
+def test_a_misspelt_variable_is_refused_on_a_fresh_machine(tmp_path: Path, python3: bool) -> None:
+    """With no virtual environment, and no package beside Python's own."""
+    (tmp_path / "protocol").mkdir()
+    for name in ("Makefile", "protocol/__init__.py", "protocol/errors.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("make", "sh"):
+        (programs / name).symlink_to(shutil.which(name) or name)
+    if python3:
+        (programs / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} -S -E "$@"\n')
+        (programs / "python3").chmod(0o700)
+    command = [str(programs / "make"), "ALGORTHM=bc", "launch"]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env={"PATH": str(programs)}, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert f"unknown variable 'ALGORTHM'; {'did you mean ALGORITHM?' if python3 else 'known: NODES'}" in ended.stderr
+    assert not (tmp_path / ".venv").exists()
 
 
 def test_every_variable_of_launch_is_passed_on() -> None:
