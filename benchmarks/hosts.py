@@ -1,7 +1,8 @@
 """Hosts of a cluster, played by network namespaces of this machine (needs root, iproute2, util-linux).
 
 Each has a name, an address in a network of their own, 10.78.0.0/24, and a cable that can be cut; nothing of them is to
-be seen outside. Used by the tests of several hosts and by `make chaos`.
+be seen outside. Or, as in a cloud, each has an address without a network (/32), and a router leads to the others. Used
+by the tests of several hosts and by `make chaos`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ AGENT = """#!/bin/sh
 # What mpiexec takes for ssh: leave out the options, take the host, run the rest there.
 while [ "${1#-}" != "$1" ]; do shift; done
 host=$1; shift
-exec ip netns exec "$host" unshare --uts sh -c "hostname $host; $*"
+exec ip netns exec "$host" unshare --uts sh -c "hostname ${PLAYED_HOST_NAME:-$host}; $*"
 """
 _CLUSTERS = count()
 
@@ -34,10 +35,11 @@ class NoHosts(RuntimeError):
 class Hosts:
     """`with Hosts(4) as hosts:` makes four of them and takes them away at the end, with all that runs on them."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, routed: bool = False) -> None:
         tag = f"bm{os.getpid()}x{next(_CLUSTERS)}"
         self.names = [f"{tag}n{i}" for i in range(number)]
-        self.addresses = [f"{NETWORK}.{i + 1}" for i in range(number)]
+        self.addresses = [f"10.78.{i + 1}.1" if routed else f"{NETWORK}.{i + 1}" for i in range(number)]
+        self._routed = routed
         self._switch = f"{tag}sw"
         self._made: list[str] = []
 
@@ -85,6 +87,10 @@ class Hosts:
         agent.chmod(0o700)
         return {"HYDRA_LAUNCHER": "ssh", "HYDRA_LAUNCHER_EXEC": str(agent)}
 
+    def configure(self, host: int, *words: str) -> None:
+        """Change its network: the words of an `ip` command."""
+        _run("ip", "-n", self.names[host], *words)
+
     def cut(self, host: int) -> None:
         """Pull the cable: nothing comes or goes, and nobody is told."""
         _run("ip", "-n", self._switch, "link", "set", f"v{host}", "down")
@@ -121,10 +127,21 @@ class Hosts:
             _run(
                 "ip", "-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", f"v{i}", "netns", self._switch
             )
-            _run("ip", "-n", self._switch, "link", "set", f"v{i}", "master", "br0", "up")
-            _run("ip", "-n", name, "addr", "add", f"{self.addresses[i]}/24", "dev", "eth0")
+            mask = 32 if self._routed else 24
+            _run("ip", "-n", name, "addr", "add", f"{self.addresses[i]}/{mask}", "dev", "eth0")
             for device in ("eth0", "lo"):
                 _run("ip", "-n", name, "link", "set", device, "up")
+            if self._routed:
+                self._route(i)
+            else:
+                _run("ip", "-n", self._switch, "link", "set", f"v{i}", "master", "br0", "up")
+
+    def _route(self, host: int) -> None:
+        gateway = self.addresses[host].removesuffix("1") + "254"
+        _run("ip", "-n", self._switch, "link", "set", f"v{host}", "up")
+        _run("ip", "-n", self._switch, "addr", "add", f"{gateway}/24", "dev", f"v{host}")
+        _run("ip", "netns", "exec", self._switch, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+        self.configure(host, "route", "add", "default", "via", gateway, "dev", "eth0", "onlink")
 
     def _remove(self) -> None:
         for name in self._made:

@@ -14,6 +14,7 @@ import dacite
 import yaml
 
 from actors.settings import ActorSettings, EvaluationSettings
+from launch.reach import check_network
 from learner.settings import CloningSettings, LearnerSettings, Settings
 from protocol.errors import InputError, unknown_name
 from protocol.job import Mode
@@ -58,8 +59,10 @@ class Config:
     nodes: Count = 1
     """Nodes that the processes are spread over, one supervisor on each."""
     hostfile: str = ""
-    """File that names the hosts of the nodes, one a line, this machine first; empty: Slurm's allocation, or nodes that
-    are simulated on this machine."""
+    """File that names the hosts of the nodes, one a line (host, host:2 or host slots=2), this machine first; empty:
+    Slurm's allocation, or nodes that are simulated on this machine."""
+    network: str = ""
+    """Network of the nodes, if they do not find one by themselves: 10.1.0.0/24, or an interface that all have, eth1."""
     parameter_sharing: ParameterSharing = "type"
     """One network per agent (the paper), or per type of agents."""
     device: Device = "auto"
@@ -93,6 +96,7 @@ class Config:
         check_bounds(self)
         self.learner.check()
         self.metrics_token()
+        check_network(self.network)
         if self.learner.start == "cloned" and not self.demonstrations:
             raise InputError("--learner.start cloned needs what it clones: name a file by --demonstrations")
         if (kind.imitates or kind.clones) and not self.demonstrations:

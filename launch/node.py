@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
@@ -22,14 +23,19 @@ from protocol.errors import InputError
 def main() -> int:
     """Meet the other nodes and run this one's part; the first node leads and writes down how the run ended."""
     bind_to_parent(os.getppid())
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--network", default="")
+    parser.add_argument("hosts", nargs="*")
+    given = parser.parse_args()
+    rendezvous.report("started", rendezvous.number_of(rendezvous.RANK))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     stopped = StopRequests()
     with stopped.heard(), tempfile.TemporaryDirectory(prefix="bm3il-") as private:  # only its owner may enter it
         try:
-            plan, node = rendezvous.meet(Path(private))
+            plan, node = rendezvous.meet(Path(private), given.network, given.hosts)
             return _run(plan, node, stopped)
         except InputError as error:
-            print(error, file=sys.stderr)
+            rendezvous.report("failed", str(error))
             return 2
 
 

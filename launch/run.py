@@ -13,7 +13,7 @@ import threading
 import traceback
 from pathlib import Path
 
-from launch import rendezvous, run_folder
+from launch import ranks, run_folder
 from launch.config import Config
 from launch.director import direct
 from launch.events import EventLog
@@ -111,7 +111,7 @@ def _run(config: Config, spec: EnvironmentSpec, folder: Path, needed: Needs) -> 
             if config.mode == "serial":
                 outcome = _run_serial(config, spec, folder, progress, stopped)
             elif config.nodes > 1:
-                outcome = rendezvous.run_nodes(config, spec, folder, stopped)
+                outcome = ranks.run_nodes(config, spec, folder, stopped)
             else:
                 outcome = _run_node(config, spec, folder, progress, stopped)
         finally:

@@ -5,15 +5,14 @@ import shutil
 import socket
 import urllib.request
 from collections import Counter
-from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from launch.backends import rank_command
-from launch.config import load_preset
-from launch.rendezvous import PORTS, _free_ports, _plan, common_addresses
+from launch.backends import MPI_SETTINGS, backend
+from launch.config import Config, load_preset
+from launch.rendezvous import _check_size, _plan
 from launch.topology import Node, Plan, Process, ipc_addresses, place, processes_of, tcp_addresses
 from protocol.errors import InputError
 from protocol.registry import make_environment
@@ -89,45 +88,87 @@ def test_a_long_temporary_folder_is_refused() -> None:
         ipc_addresses(Path("/tmp", "x" * 100), [])
 
 
-def test_ports_are_free_and_not_for_outgoing_connections() -> None:
-    with ExitStack() as held:
-        ports = _free_ports("127.0.0.1", 4, held)
-        assert len(set(ports)) == 4
-        with socket.socket() as other, pytest.raises(OSError, match="in use"):
-            other.bind(("127.0.0.1", ports[0]))
-    assert set(ports) <= set(PORTS)
-
-
 def test_a_world_of_the_wrong_size_is_refused() -> None:
-    config = replace(load_preset("rover_tower_8"), nodes=2)
-    order = {"config_yaml": config.to_yaml(), "spec_json": "", "run_folder": "r", "run_id": "i", "processes": []}
-    facts = [{"host": host, "address": "127.0.0.1", "ports": [1, 2, 3, 4]} for host in ("a", "b")]
+    order = {"config_yaml": replace(load_preset("rover_tower_8"), nodes=2).to_yaml()}
     with pytest.raises(InputError, match="a world of 1"):
-        _plan(order, facts[:1], 1)
-    assert [node.host for node in _plan(order, facts, 2).nodes] == ["a", "b"]
+        _check_size(order, 1)
+    _check_size(order, 2)
 
 
-def test_nodes_are_reached_in_a_network_that_all_are_in() -> None:
-    one = ("a", ["10.0.0.1/24", "192.168.1.1/24"])
-    assert common_addresses([one, one]) == ["127.0.0.1", "127.0.0.1"]
-    assert common_addresses([one, ("b", ["192.168.1.9/24"])]) == ["192.168.1.1", "192.168.1.9"]
-    assert common_addresses([one, ("b", ["192.168.2.9/24"])]) is None
+def test_a_first_node_without_free_ports_is_refused() -> None:
+    config = replace(load_preset("rover_tower_8"), nodes=2)
+    processes = [asdict(process) for process in processes_of(config)]
+    order = {"config_yaml": config.to_yaml(), "spec_json": "", "run_folder": "r", "run_id": "i", "processes": processes}
+    facts = [{"host": host, "address": "10.1.0.7", "ports": [1, 2, 3, 4]} for host in ("a", "b")]
+    assert [node.host for node in _plan(order, facts).nodes] == ["a", "b"]
+    with pytest.raises(InputError, match=r"expected 4 free ports in 20000\.\.31999 on 10\.1\.0\.7, found 1"):
+        _plan(order, [facts[0] | {"ports": [1]}, facts[1]])
 
 
-def test_a_backend_for_hosts_slurm_and_one_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def hosts_of(config: Config, folder: Path, text: str) -> list[str]:
+    (folder / "hosts").write_text(text)
+    command = backend(replace(config, hostfile=str(folder / "hosts")), {}).program
+    return command[command.index("-hosts") + 1].split(",")
+
+
+def test_a_backend_for_hosts_slurm_and_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: f"/cluster/{name}")
     config = replace(load_preset("rover_tower_8"), nodes=2)
-    assert rank_command(config, {})[1:3] == ["-n", "2"]
-    slurm = rank_command(config, {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"})
-    assert slurm[:2] == ["/cluster/srun", "--mpi=pmi2"]
-    assert not any(option.startswith("--cpus-per-task") for option in slurm)
+    assert backend(config, {}).command("")[1:3] == ["-n", "2"]
+    slurm = backend(config, {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"})
+    assert slurm.queues
+    assert slurm.program[:2] == ("/cluster/srun", "--mpi=pmi2")
+    assert not any(option.startswith("--cpus-per-task") for option in slurm.program)
     asked = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "16"}
-    assert "--cpus-per-task=16" in rank_command(config, asked)
-    (tmp_path / "hosts").write_text("# ours\nsub0\n")
+    assert "--cpus-per-task=16" in backend(config, asked).program
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(InputError, match="if the allocation is over, unset SLURM_JOB_ID"):
+        backend(config, asked)
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("# ours\n\nsub0\n  sub1  # the new one\nsub2\n", ["sub0:1", "sub1:1"]),
+        ("sub0 slots=16\nsub1 slots=16\n", ["sub0:1", "sub1:1"]),
+        ("sub0:16\nsub1:16\n", ["sub0:1", "sub1:1"]),
+        ("sub0 slots = 2\n", ["sub0:2"]),
+        ("sub0\nsub0\n", ["sub0:2"]),
+    ],
+)
+def test_a_host_file_is_of_mpich_or_of_open_mpi(tmp_path: Path, text: str, hosts: list[str]) -> None:
+    assert hosts_of(replace(load_preset("rover_tower_8"), nodes=2), tmp_path, text) == hosts
+
+
+def test_hosts_with_more_slots_take_what_is_left(tmp_path: Path) -> None:
+    config = replace(load_preset("rover_tower_8"), nodes=5)
+    assert hosts_of(config, tmp_path, "sub0\nsub1 slots=2\nsub2:9\n") == ["sub0:1", "sub1:2", "sub2:2"]
+
+
+@pytest.mark.parametrize("line", ["sub0 slots=0", "sub0:x", "sub0 max_slots=4", "sub0 sub1", "-oProxyCommand=x", ":2"])
+def test_a_line_that_names_no_host_is_refused(tmp_path: Path, line: str) -> None:
+    with pytest.raises(InputError, match="hosts, line 2: expected 'host', 'host:2' or 'host slots=2', got") as error:
+        hosts_of(load_preset("rover_tower_8"), tmp_path, f"sub0\n{line}\n")
+    assert "\n" not in str(error.value)
+
+
+def test_too_few_hosts_are_refused(tmp_path: Path) -> None:
+    config = replace(load_preset("rover_tower_8"), nodes=2)
     with pytest.raises(InputError, match="asked for 2 nodes, but there are 1 hosts"):
-        rank_command(replace(config, hostfile=str(tmp_path / "hosts")), {})
+        hosts_of(config, tmp_path, "# ours\nsub0\n")
     with pytest.raises(InputError, match="write one host a line"):
-        rank_command(replace(config, hostfile=str(tmp_path / "none")), {})
+        backend(replace(config, hostfile=str(tmp_path / "none")), {})
+
+
+def test_what_another_mpi_has_left_in_the_environment_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: f"/cluster/{name}")
+    config = replace(load_preset("rover_tower_8"), nodes=2)
+    left = {"PMI_FD": "7", "PMIX_RANK": "0", "OMPI_COMM_WORLD_SIZE": "3", "FI_PROVIDER": "psm9"}
+    job = {"SLURM_JOB_ID": "7", "SLURM_NODELIST": "gone[1-4]"}
+    kept = {"HOME": "/root", "HYDRA_LAUNCHER": "ssh", "SLURM_CONF": "slurm.conf"}
+    assert backend(config, left | job | kept).environment == kept | MPI_SETTINGS
+    job |= {"SLURM_JOB_NUM_NODES": "2"}
+    assert backend(config, left | job | kept).environment == kept | job | MPI_SETTINGS
 
 
 def plan_of(metrics_port: int, metrics_address: str = "") -> Plan:
