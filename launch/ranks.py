@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from launch import lifeline, run_folder
@@ -93,10 +94,11 @@ class _Ranks:
             start_new_session=True,
             env=starts.environment,
         )
-        pipes = ((self._program.stdout, False), (self._program.stderr, True))
-        self._readers = [threading.Thread(target=self._listen, args=each, name="ranks", daemon=True) for each in pipes]
-        for reader in self._readers:
-            reader.start()
+        self._lines: SimpleQueue[str | None] = SimpleQueue()
+        work = ((self._write,), (self._listen, self._program.stdout, False), (self._listen, self._program.stderr, True))
+        self._threads = [threading.Thread(target=run, args=args, name="ranks", daemon=True) for run, *args in work]
+        for thread in self._threads:
+            thread.start()
 
     def __enter__(self) -> _Ranks:
         return self
@@ -105,16 +107,14 @@ class _Ranks:
         self._send(signal.SIGKILL)
         self._program.wait()
         self.met = self.met or (self._folder / MET).exists()
-        for reader in self._readers:
-            reader.join(KILL_AFTER_SECONDS)  # somebody may have inherited the other end
+        self._lines.put(None)
+        for thread in self._threads:
+            thread.join(KILL_AFTER_SECONDS)  # somebody may have inherited the other end
         self._tell_people()
 
     def tell(self, line: str) -> None:
-        """Write a line for the first rank."""
-        assert self._program.stdin is not None
-        with suppress(BrokenPipeError):
-            self._program.stdin.write(line.encode() + b"\n")
-            self._program.stdin.flush()
+        """A line for the first rank."""
+        self._lines.put(line)
 
     def wait(self) -> Outcome | None:
         """Until the program has ended. Returns how the run ended if that is known: it was stopped, or given up, before
@@ -203,6 +203,14 @@ class _Ranks:
         """To the program and what it started here: an ssh that waits for a host would go on waiting."""
         if self._program.poll() is None:
             os.killpg(self._program.pid, number)
+
+    def _write(self) -> None:
+        """In a thread: a program that does not get to read would hold up whoever waits for it."""
+        assert self._program.stdin is not None
+        with suppress(OSError), self._program.stdin as pipe:
+            while (line := self._lines.get()) is not None:
+                pipe.write(line.encode() + b"\n")
+                pipe.flush()
 
     def _listen(self, pipe: Iterable[bytes], is_error: bool) -> None:
         for line in pipe:

@@ -36,13 +36,18 @@ class Played:
         monkeypatch.setattr(ranks, "TELL_SECONDS", 0.3)
 
     def run(
-        self, script: str, start_seconds: float = 60.0, meet_seconds: float = 60.0, queues: bool = False
+        self,
+        script: str,
+        start_seconds: float = 60.0,
+        meet_seconds: float = 60.0,
+        queues: bool = False,
+        order_bytes: int = 0,
     ) -> Outcome:
         starts = backends.Backend(("/bin/sh", "-c", script, "sh"), dict(os.environ), HOSTS, queues)
         self._monkeypatch.setattr(ranks, "backend", lambda config: starts)
         self._monkeypatch.setattr(ranks, "START_SECONDS", start_seconds)
         self._monkeypatch.setattr(ranks, "MEET_SECONDS", meet_seconds)
-        config: Config = replace(load_preset("rover_tower_8"), nodes=3)
+        config: Config = replace(load_preset("rover_tower_8"), nodes=3, run="x" * order_bytes)
         return ranks.run_nodes(config, make_environment(config.environment, 1).spec, self.folder, self.stopped)
 
     def stop_after(self, seconds: float) -> None:
@@ -80,6 +85,11 @@ def test_the_first_wish_to_stop_ends_a_start(played: Played, ignores: str) -> No
     asked = time.monotonic()
     assert played.run(f"{ignores}sleep 4217; sleep 4217").code == INTERRUPTED
     assert time.monotonic() - asked < 30  # and not START_SECONDS
+    assert not children()
+
+
+def test_a_program_that_does_not_read_its_orders_is_given_up(played: Played) -> None:
+    assert played.run("sleep 4217", start_seconds=1.0, order_bytes=2**20).code == DEADLINE
     assert not children()
 
 
