@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import math
+import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
 from actors import rollout
+from actors.policy import UniformPolicy
 from actors.rollout import Acts
 from actors.settings import EvaluationSettings
 from actors.simulator import Simulator
 from protocol.demonstrations import Demonstrations, resolve
 from protocol.environment import Starts
 from protocol.errors import InputError
+from protocol.files import write_whole
 from protocol.job import Job
 from protocol.seeds import derive_seed
 from protocol.specs import EnvironmentSpec
@@ -21,6 +30,12 @@ from protocol.specs import EnvironmentSpec
 EPISODES_AT_ONCE = 250
 NUMBERS_AT_ONCE = 1 << 27
 """Of one moment's observations: half a gigabyte. Fewer episodes are played at once where they are more."""
+GROWTH, MEASURED_STEPS = 8, 5
+"""Of the copies of an environment, from one measurement of its pace to the next; how many steps of them one takes."""
+BASELINE = "baseline.json"
+"""In the run's folder: what the uniform policy's return is, and of how many episodes."""
+
+AtWork = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -29,6 +44,7 @@ class ReturnEstimate:
 
     mean: float
     stderr: float
+    episodes: int
 
     @classmethod
     def of(cls, returns: np.ndarray, groups: np.ndarray | None = None) -> ReturnEstimate:
@@ -40,7 +56,7 @@ class ReturnEstimate:
         residuals = np.bincount(index, weights=values - values.mean())
         count = len(residuals)
         variance = (residuals**2).sum() * count / max(count - 1, 1)
-        return cls(float(values.mean()), float(np.sqrt(variance) / len(values)))
+        return cls(float(values.mean()), float(np.sqrt(variance) / len(values)), len(values))
 
 
 class Evaluator:
@@ -52,10 +68,11 @@ class Evaluator:
     expert_return: mean true return of all the demonstrations, also if the run learns from few of them; None if unknown.
     """
 
-    def __init__(self, job: Job, settings: EvaluationSettings) -> None:
-        self._job, self._greedy = job, settings.greedy
+    def __init__(self, job: Job, settings: EvaluationSettings, at_work: AtWork = lambda *_: None) -> None:
+        self._job, self._settings, self._at_work = job, settings, at_work
         self._starts: Starts | None = None
         self._groups: np.ndarray | None = None
+        self._pace: Pace | None = None
         self.expert_return: float | None = None
         if not job.demonstrations:
             return
@@ -67,32 +84,90 @@ class Evaluator:
             self._starts, self._groups = demonstrations.starts, demonstrations.groups
 
     def returns(self, policy: Acts, episodes: int) -> np.ndarray:
-        """True returns [episodes, N]; from given start states, as many episodes as there are of these."""
-        if self._groups is not None:
-            episodes = len(self._groups)
-        return evaluate(self._job.environment, policy, episodes, self._job.seed, self._greedy, self._starts)
+        """True returns [episodes, N]; from given start states, as many episodes as there are of these.
+
+        If these take longer than `settings.seconds`, the first of them: whoever is compared is so on the same ones.
+        Raises SimulatorError if the environment fails.
+        """
+        job, settings = self._job, self._settings
+        if self._pace is None:
+            most = max(settings.episodes, settings.final_episodes) if self._groups is None else len(self._groups)
+            at_once = min(episodes_at_once(job.spec), most)
+            first = _affordable(job.environment, at_once, settings.seconds, partial(self._at_work, 0, episodes))
+            self._pace = Pace(settings.seconds, first, at_once)
+        episodes = episodes if self._groups is None else len(self._groups)
+        return evaluate(
+            job.environment, policy, episodes, job.seed, settings.greedy, self._starts, self._pace, self._at_work
+        )
 
     def estimate(self, returns: np.ndarray) -> ReturnEstimate:
         """Mean and standard error of what `returns` gave."""
-        return ReturnEstimate.of(returns, self._groups)
+        return ReturnEstimate.of(returns, None if self._groups is None else self._groups[: len(returns)])
+
+    def random_return(self) -> float:
+        """Mean true return of the uniform policy, to compare with: played once in a run, and kept in its folder.
+
+        Raises SimulatorError if the environment fails, OSError if the folder cannot be written.
+        """
+        if (known := remembered_random_return(self._job.run_folder)) is not None:
+            return known
+        returns = self.returns(UniformPolicy(self._job.spec), self._settings.final_episodes)
+        mean = float(returns.mean())
+        text = json.dumps({"random_return": mean, "episodes": len(returns)})
+        write_whole(self._job.run_folder / BASELINE, text + "\n")
+        return mean
+
+
+def remembered_random_return(run_folder: Path) -> float | None:
+    """The uniform policy's return, if an evaluator of this run has played it."""
+    try:
+        value = json.loads((run_folder / BASELINE).read_text())["random_return"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return value if isinstance(value, float) else None
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long an evaluation may take, how many episodes are played at once at first, and later at most."""
+
+    seconds: float
+    first: int
+    most: int
 
 
 def evaluate(
-    environment: str, policy: Acts, episodes: int, seed: int, greedy: bool = False, starts: Starts | None = None
+    environment: str,
+    policy: Acts,
+    episodes: int,
+    seed: int,
+    greedy: bool = False,
+    starts: Starts | None = None,
+    pace: Pace | None = None,
+    at_work: AtWork = lambda *_: None,
 ) -> np.ndarray:
     """True returns [episodes, N] of the policy, the same start states for every policy.
 
-    starts: start states [episodes, …] by name instead of seeded ones.   Raises SimulatorError if the environment fails.
+    starts: start states [episodes, …] by name instead of seeded ones.
+    pace: if all would take longer, fewer episodes are played, the first ones; None: as long as it takes.
+    at_work: called after each step with the episodes that are played, and those that are asked for.
+    Raises SimulatorError if the environment fails.
     """
-    returns = []
-    with closing(Simulator(environment, 1)) as one:
-        at_once = episodes_at_once(one.spec)
-    for first in range(0, episodes, at_once):
-        count = min(at_once, episodes - first)
+    if pace is None:
+        at_once = episodes_at_once(_spec(environment))
+        pace = Pace(math.inf, at_once, at_once)
+    returns: list[np.ndarray] = []
+    first, size, began = 0, pace.first, time.monotonic()
+    while first < episodes and size:
+        count, start = min(size, episodes - first), time.monotonic()
         part = None if starts is None else {name: array[first : first + count] for name, array in starts.items()}
         batch_seed = derive_seed(seed, "evaluation", first)
-        with closing(Simulator(environment, count)) as played:
+        with closing(Simulator(environment, count, partial(at_work, first, episodes))) as played:
             returns.append(rollout.returns(played, policy, batch_seed, greedy, part))
+        first += count
+        now = time.monotonic()
+        left, each = max(0.0, pace.seconds - (now - began)), max(now - start, 1e-9) / count
+        size = int(min(pace.most, left / each))
     return np.concatenate(returns)
 
 
@@ -100,3 +175,36 @@ def episodes_at_once(spec: EnvironmentSpec) -> int:
     """How many are played together, at most: as many as have observations of one moment that memory holds easily."""
     seen = sum(t.count * t.observation_dim for t in spec.types)
     return min(EPISODES_AT_ONCE, max(1, NUMBERS_AT_ONCE // seen))
+
+
+def _affordable(environment: str, most: int, seconds: float, after_step: Callable[[], None]) -> int:
+    """How many episodes, at most, are played at once in that time, as far as a few steps can tell; at least one.
+
+    Found with ever more copies: a slow simulator's step shall not be hundreds of slow steps, nor its start hundreds of
+    starts, before anybody knows that it is slow.
+    """
+    count = 1
+    while True:
+        took = _expected_seconds(environment, count, after_step)
+        if count == most or GROWTH * took > seconds:
+            return max(1, int(min(most, count * seconds / took)))
+        count = min(GROWTH * count, most)
+
+
+def _expected_seconds(environment: str, count: int, after_step: Callable[[], None]) -> float:
+    """How long it takes to start so many copies, and to play an episode in each."""
+    began = time.monotonic()
+    with closing(Simulator(environment, count, after_step)) as played:
+        _, moments = rollout.play(played, UniformPolicy(played.spec), 0)
+        started = last = time.monotonic()
+        steps: list[float] = []
+        for _ in islice(moments, MEASURED_STEPS):
+            now = time.monotonic()
+            steps.append(now - last)
+            last = now
+        return started - began + min(steps) * played.spec.episode_length
+
+
+def _spec(environment: str) -> EnvironmentSpec:
+    with closing(Simulator(environment, 1)) as one:
+        return one.spec

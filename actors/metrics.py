@@ -48,7 +48,9 @@ class EvaluatorMetrics:
     """`bm3il_evaluator_*`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._episodes = Counter("bm3il_evaluator_episodes", "Whole episodes played", registry=registry)
+        self._episodes = Counter(
+            "bm3il_evaluator_episodes", "Whole episodes played with policies of the run", registry=registry
+        )
         self._episode_return = Gauge(
             "bm3il_evaluator_episode_return",
             "True return per agent and episode, mean of one evaluation",
@@ -56,6 +58,12 @@ class EvaluatorMetrics:
         )
         self._policy_version = Gauge(
             "bm3il_evaluator_policy_version", "Iterations of the policy evaluated last", registry=registry
+        )
+
+        self.skipped = Counter(
+            "bm3il_evaluator_skipped_policies",
+            "Policies that were to be evaluated, and waited too long for their turn",
+            registry=registry,
         )
 
     def count(self, returns: np.ndarray, version: int) -> None:

@@ -20,7 +20,18 @@ from protocol.device import use_threads
 from protocol.errors import InputError
 from protocol.job import Job
 from protocol.layout import Layout
-from protocol.messages import Chunk, Done, Evaluation, Refusal, Weights, Working, frame_limit, table_bytes
+from protocol.messages import (
+    Chunk,
+    Done,
+    Evaluating,
+    Evaluation,
+    Message,
+    Refusal,
+    Weights,
+    Working,
+    frame_limit,
+    table_bytes,
+)
 from protocol.seeds import derive_seed
 from protocol.specs import ArrayTable
 from protocol.telemetry import IDLE, Telemetry
@@ -31,11 +42,13 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.2
 """Longest deafness to the wish to stop."""
 WORKING_SECONDS = 5.0
-"""After which an actor says that it is still at work on its chunk: so the learner waits for slow simulators, and not
-for those that are gone."""
+"""After which an actor says that it is still at work on its chunk, and an evaluator on its episodes: so the learner
+waits for slow simulators, and not for those that are gone."""
 CREDITS, CREDIT_BYTES = 2, 1 << 28
 """Chunks of one actor that the learner has not taken yet; with so many, a streaming actor pauses. One is there while
 the other is played or on its way. Both sides hold what is not taken: of 32 actors the learner holds 8 GB, at most."""
+MAX_WAITING = 64
+"""Policies that wait to be evaluated, with their weights in memory."""
 
 
 def credits_of(job: Job, settings: ActorSettings) -> int:
@@ -147,35 +160,89 @@ class _Actor:
 def run_evaluator(
     job: Job, actor_settings: ActorSettings, evaluation_settings: EvaluationSettings, telemetry: Telemetry
 ) -> None:
-    """Report the true return of every policy version that is marked for evaluation, in their order."""
+    """Report the true return of every policy version that is marked for evaluation, in their order, beside that of the
+    uniform policy, which is played first. Ends when told to stop."""
     use_threads(actor_settings.threads)
     end_if_hung(actor_settings.step_seconds)
-    policy = build_policy(job, actor_settings)
-    weights, learner = _connect(job, policy, telemetry)
-    metrics = EvaluatorMetrics(telemetry.registry)
-    evaluator = Evaluator(job, evaluation_settings)
-    done: tuple[str, int] | None = None
-    evaluated, stage = 0, "wait_for_weights"
+    evaluating = _Evaluating(job, actor_settings, evaluation_settings, telemetry)
+    evaluating.play_baseline()
     while not telemetry.stop.is_set():
-        with telemetry.stage(stage):
-            message = weights.next(POLL_SECONDS)
-            _pump(learner)
-        if message is not None:  # from now on it has played all that was to be played
-            stage = IDLE
-        if message is None or not message.body.evaluate_episodes:
-            continue
-        if (message.body.session, message.body.version) == done:
-            continue
-        policy.load_arrays(message.arrays)
-        start = time.perf_counter()
-        with telemetry.stage("evaluate"):
-            returns = evaluator.returns(policy, message.body.evaluate_episodes)
-        log.info("iteration %d: return %.3f", message.body.version, returns.mean())
-        metrics.count(returns, message.body.version)
-        done = (message.body.session, message.body.version)
-        learner.tell(Evaluation(*done, len(returns), time.perf_counter() - start), {"returns": returns})
-        evaluated += 1
-        telemetry.done(evaluated)
+        evaluating.follow()
+
+
+class _Evaluating:
+    def __init__(
+        self, job: Job, actor_settings: ActorSettings, settings: EvaluationSettings, telemetry: Telemetry
+    ) -> None:
+        self._telemetry, self._seconds = telemetry, settings.seconds
+        self._policy = build_policy(job, actor_settings)
+        self._weights, self._learner = _connect(job, self._policy, telemetry)
+        self._metrics = EvaluatorMetrics(telemetry.registry)
+        self._evaluator = Evaluator(job, settings, self._say_so)
+        self._waiting: list[Message] = []
+        self._newest = ("", -1)
+        self._evaluated, self._took, self._said = 0, 0.0, -math.inf
+        self._stage = "wait_for_weights"
+
+    def play_baseline(self) -> None:
+        """The uniform policy, unless the run's folder knows its return; policies are queued meanwhile."""
+        with self._telemetry.stage("baseline"):
+            self._random_return = self._evaluator.random_return()
+
+    def follow(self) -> None:
+        """Wait a while for policies to evaluate, and evaluate the one whose turn it is."""
+        with self._telemetry.stage(self._stage):
+            message = self._weights.next(0.0 if self._waiting else POLL_SECONDS)
+            while message is not None:
+                self._queue(message)
+                message = self._weights.next(0.0)
+            _pump(self._learner)
+        self._skip()
+        if self._waiting:
+            self._evaluate(self._waiting.pop(0))
+
+    def _queue(self, message: Message) -> None:
+        body = message.body
+        if body.session != self._newest[0]:
+            self._waiting.clear()  # the learner went back to a checkpoint: those versions come again
+        elif body.version <= self._newest[1]:  # broadcasts are repeated
+            return
+        self._newest = (body.session, body.version)
+        self._stage = IDLE  # from now on, whenever it waits, it has played all that was to be played
+        if body.evaluate_episodes:
+            self._waiting.append(message)
+
+    def _skip(self) -> None:
+        """Let those go that would keep the newest waiting for longer than one evaluation may take. The first policy of
+        a run is always evaluated: it may be the clone that the run is held against."""
+        room = max(1, min(MAX_WAITING, int(self._seconds / max(self._took, 1e-9))))
+        older, newer = self._waiting[:-room], self._waiting[-room:]
+        if skipped := [message.body.version for message in older if message.body.version]:
+            log.warning("behind the learner: versions %s are not evaluated", skipped)
+            self._metrics.skipped.inc(len(skipped))
+        self._waiting = [message for message in older if not message.body.version] + newer
+
+    def _evaluate(self, message: Message) -> None:
+        body, start = message.body, time.monotonic()
+        self._policy.load_arrays(message.arrays)
+        with self._telemetry.stage("evaluate"):
+            returns = self._evaluator.returns(self._policy, body.evaluate_episodes)
+        self._took = time.monotonic() - start
+        log.info("iteration %d: return %.3f", body.version, returns.mean())
+        self._metrics.count(returns, body.version)
+        evaluation = Evaluation(body.session, body.version, len(returns), self._random_return)
+        self._learner.tell(evaluation, {"returns": returns})
+        self._evaluated += 1
+        self._telemetry.done(self._evaluated)
+
+    def _say_so(self, episodes: int, of: int) -> None:
+        """Tell the learner, now and then, that the work goes on."""
+        if time.monotonic() - self._said < WORKING_SECONDS:
+            return
+        self._said = time.monotonic()
+        _pump(self._learner)
+        if not self._learner.pending_of(Evaluating):
+            self._learner.tell(Evaluating(episodes, of))
 
 
 def _pump(learner: Client) -> None:

@@ -37,7 +37,11 @@ class EvaluationSettings:
     episodes: Natural = 200
     """Episodes of one evaluation (the same start states each time)."""
     final_episodes: Count = 1_000
-    """Episodes of the evaluation of the final policy."""
+    """Episodes of the evaluation of the final policy, and of the uniform one that it is held against."""
+    seconds: Positive = 30.0
+    """Longest time that one evaluation should take: of a simulator that is slow, fewer episodes are played, the first
+    ones, and at least one; `curve.csv` and `result.json` say how many they were. Policies that wait for their turn for
+    longer are skipped, but not the first and the newest."""
     starts: Literal["fresh", "demonstrations"] = "fresh"
     """Seeded start states, or those of the demonstrations (all of them), from which the expert's return is known."""
     greedy: bool = False

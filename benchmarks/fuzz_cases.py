@@ -22,6 +22,7 @@ from protocol.messages import (
     Arrays,
     Begin,
     Chunk,
+    Evaluating,
     Evaluation,
     Event,
     GetState,
@@ -155,6 +156,7 @@ def corpus(run: str = "run") -> dict[str, list[list[bytes]]]:
         "experience": [
             chunk(),
             (Working(0), {}),
+            (Evaluating(1, 2), {}),
             (Evaluation("s", 0, 2, 0.1), {"returns": np.zeros((2, SPEC.num_agents), np.float32)}),
         ],
         "rewards": [*of_rows(LAYOUT), (GetState("s"), {})],

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from launch import lifeline
 from launch.topology import Process
-from protocol.telemetry import DONE_FD
+from protocol.telemetry import DONE_FD, TRAINED
 
 TAIL_BYTES, TAIL_LINES = 16_384, 80
 """Of its log, to show how a process ended: a traceback through torch has so many lines."""
@@ -35,6 +35,7 @@ class Child:
 
     crashes: the times (monotonic seconds) of crashes that still count.   start_at: when it shall be started again.
     done: the largest number that it has told as done.   fruitless_starts: those since it last told a new one.
+    trained: whether it has told that the policy of the run is final.
     """
 
     def __init__(self, process: Process, command: list[str], stdin: str, log: Path, env: Mapping[str, str]) -> None:
@@ -42,7 +43,7 @@ class Child:
         self.crashes: deque[float] = deque()
         self.start_at: float | None = None
         self._command, self._stdin, self._env = command, stdin, env
-        self.done, self.fruitless_starts = 0, 0
+        self.done, self.fruitless_starts, self.trained = 0, 0, False
         self._log_start = 0
         self._done_pipe: int | None = None
         self._popen: subprocess.Popen[bytes] | None = None
@@ -78,6 +79,7 @@ class Child:
                 # A learner that went back to a checkpoint tells old numbers again; others begin anew at each start.
                 numbers = [int(line) for line in told.split() if line.isdigit()]
                 newest = max(numbers, default=0)
+                self.trained |= TRAINED in told.split()
                 if newest > self.done or (newest and self.process.role != "learner"):
                     self.done, self.fruitless_starts = newest, 0
 

@@ -78,6 +78,8 @@ class Progress:
         self.note(result["status"] if seconds is None else f"{result['status']} after {duration(seconds)}")
         if returns:
             self.note("return per agent and episode: " + ", ".join(returns))
+        if result["status"] == "finished" and result.get("return_mean") is None:
+            self.note(f"the final policy was not evaluated; `bm3il evaluate {folder}` does it")
         for name in ("curve.png", "result.json"):
             if (folder / name).exists():
                 self.note(str(folder / name))
@@ -105,6 +107,9 @@ def _rows(learner: Status | None) -> list[tuple[str, str]]:
         rows = [("cloning", f"{values['cloning_iteration']:.0f}/{values['cloning_iterations']:.0f}")]
         still = values["cloning_left_seconds"]
         return [*rows, ("left", duration(still))] if math.isfinite(still) else rows
+    if learner.stage in ("final_evaluation", "wait_for_evaluation") and "evaluated_episodes" in values:
+        played, wanted = values["evaluated_episodes"], values.get("episodes_to_evaluate", 0.0)
+        return [("final evaluation", f"{played:,.0f}/{wanted:,.0f} episodes")]
     if "iteration" not in values:
         return [("stage", f"{learner.stage} ({values.get('stage_seconds', 0.0):.0f} s)")]
     rows = [("iteration", f"{values['iteration']:.0f}/{values.get('iterations', 0):.0f}")]

@@ -129,7 +129,7 @@ class Supervisor:
             if child.start_at is not None and time.monotonic() >= child.start_at:
                 child.spawn()
             elif (code := child.exit_code) is not None and (outcome := self._ended(child, code)):
-                return outcome
+                return self._without_evaluation(outcome) if child.process.role == "evaluator" else outcome
         self._metrics.processes.set(sum(child.alive for child in self._children))
         return None
 
@@ -185,6 +185,12 @@ class Supervisor:
         self._metrics.restarts.labels(name).inc()
         child.restart_after(RESTART_DELAY_SECONDS)
         return None
+
+    def _without_evaluation(self, outcome: Outcome) -> Outcome:
+        """How the run ends whose evaluator is lost for good: a training that is complete has not failed by that."""
+        for child in self._children:
+            child.listen()
+        return Outcome(FINISHED, outcome.text) if any(child.trained for child in self._children) else outcome
 
     @staticmethod
     def _end(

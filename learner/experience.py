@@ -19,7 +19,7 @@ from learner.settings import Settings
 from protocol.channels import Broadcaster, Request, Server
 from protocol.errors import DeadlineError, ProtocolError
 from protocol.job import Job
-from protocol.messages import Chunk, Done, Evaluation, Weights, Working, frame_limit
+from protocol.messages import Chunk, Done, Evaluating, Evaluation, Weights, Working, frame_limit
 from protocol.specs import ArrayTable
 from protocol.telemetry import Telemetry
 from protocol.trajectories import Trajectories
@@ -34,10 +34,14 @@ MAX_EVALUATED = 1_000_000
 
 @dataclass(frozen=True)
 class Evaluated:
-    """True returns [episodes, N] of the policy after `version` iterations."""
+    """True returns [episodes, N] of the policy after `version` iterations.
+
+    random_return: the mean true return of the uniform policy.
+    """
 
     version: int
     returns: np.ndarray
+    random_return: float
 
 
 class Experience(Protocol):
@@ -58,6 +62,10 @@ class Experience(Protocol):
         """Evaluations that have come since the last call, waiting up to `wait_seconds` for the first."""
         ...
 
+    def evaluator_silent_seconds(self) -> float:
+        """For how long nothing was heard of the evaluator, at most since the last weights were handed out."""
+        ...
+
 
 class LocalExperience:
     """All actors and the evaluator in this process, one after the other: the same bits as processes give."""
@@ -72,7 +80,9 @@ class LocalExperience:
         self._policy.load_arrays(policy.to_arrays())  # the learner's may be on a GPU
         self._version = version
         if evaluate_episodes:
-            self._evaluated.append(Evaluated(version, self._evaluator.returns(self._policy, evaluate_episodes)))
+            random_return = self._evaluator.random_return()
+            returns = self._evaluator.returns(self._policy, evaluate_episodes)
+            self._evaluated.append(Evaluated(version, returns, random_return))
 
     def collect(self, abort: Callable[[], None]) -> list[Trajectories]:
         return [collector.collect(self._policy, self._version) for collector in self._collectors]
@@ -80,6 +90,9 @@ class LocalExperience:
     def evaluations(self, wait_seconds: float = 0.0) -> list[Evaluated]:
         evaluated, self._evaluated = self._evaluated, []
         return evaluated
+
+    def evaluator_silent_seconds(self) -> float:
+        return 0.0
 
 
 class RemoteExperience:
@@ -100,12 +113,13 @@ class RemoteExperience:
         self._evaluated: list[Evaluated] = []
         self._heard: dict[int, float] = {}
         """When each actor last said something, in monotonic seconds."""
+        self._evaluator_heard = self._published = time.monotonic()
         self._current = ("", -1)
-        self._count_drop = telemetry.count_drop
+        self._count_drop, self._numbers = telemetry.count_drop, telemetry.numbers
 
     def publish(self, session: str, version: int, policy: Policy, evaluate_episodes: int) -> None:
         self._chunks.clear()
-        self._current = (session, version)
+        self._current, self._published = (session, version), time.monotonic()
         self._weights.publish(Weights(session, version, evaluate_episodes), policy.to_arrays())
 
     def collect(self, abort: Callable[[], None]) -> list[Trajectories]:
@@ -132,6 +146,9 @@ class RemoteExperience:
         evaluated, self._evaluated = self._evaluated, []
         return evaluated
 
+    def evaluator_silent_seconds(self) -> float:
+        return time.monotonic() - max(self._published, self._evaluator_heard)
+
     def close(self) -> None:
         self._server.close()
         self._weights.close()
@@ -148,13 +165,17 @@ class RemoteExperience:
         body, arrays = request.message.body, request.message.arrays
         if isinstance(body, Chunk | Working):
             self._heard[body.actor] = time.monotonic()
-        if isinstance(body, Working):
+        if isinstance(body, Evaluating | Evaluation):
+            self._evaluator_heard = time.monotonic()
+        if isinstance(body, Evaluating):
+            self._numbers |= {"evaluated_episodes": body.episodes, "episodes_to_evaluate": body.of}
+        if isinstance(body, Working | Evaluating):
             return ""
         if (body.session, body.version) != self._current and isinstance(body, Chunk):
             return "stale"
         if isinstance(body, Evaluation):
             if body.session == self._current[0]:
-                self._evaluated.append(Evaluated(body.version, arrays["returns"]))
+                self._evaluated.append(Evaluated(body.version, arrays["returns"], body.random_return))
             return "taken"
         try:
             self._chunks.setdefault(body.actor, (body.version, Trajectories.from_arrays(arrays, self._spec)))
@@ -171,7 +192,7 @@ class RemoteExperience:
             if (body.steps, body.episodes) != expected or not 0 <= body.actor < self._actors:
                 raise ProtocolError("body", f"a chunk here has (steps, episodes) {expected}, actors < {self._actors}")
             return Trajectories.array_table(self._spec, *expected)
-        if isinstance(body, Working) and 0 <= body.actor < self._actors:
+        if isinstance(body, Evaluating) or (isinstance(body, Working) and 0 <= body.actor < self._actors):
             return {}
         if isinstance(body, Evaluation) and 1 <= body.episodes <= MAX_EVALUATED:
             return self._returns_table(body.episodes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from actors.process import build_policy
-from actors.simulator import end_if_hung
 from learner.algorithms import algorithm
 from learner.cloning import BehaviourCloning
 from learner.experience import Experience, LocalExperience, RemoteExperience
@@ -35,7 +34,6 @@ KINDS: dict[tuple[bool, bool], type[Imitation]] = {
 def run_learner(job: Job, settings: Settings, config_yaml: str, telemetry: Telemetry) -> str:
     """Train with actors and a reward server in other processes; returns the status, as `Training.run` does."""
     use_threads(settings.learner.threads)
-    end_if_hung(settings.actor.step_seconds)  # it plays what others are compared with
     streams = job.mode == "async" and not algorithm(job.algorithm).clones
     # Of a run that clones, evaluations alone come this way.
     experience = (StreamedExperience if streams else RemoteExperience)(job, settings, telemetry)

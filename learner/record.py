@@ -6,18 +6,18 @@ import csv
 import io
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from actors.evaluation import ReturnEstimate
 from learner.figures import merged
 from learner.picture import draw_curve
+from protocol.files import naming, write_whole
 
-COLUMNS = ("iteration", "env_steps", "wall_seconds", "return_mean", "return_stderr", "normalized_return")
+COLUMNS = ("iteration", "env_steps", "wall_seconds", "return_mean", "return_stderr", "normalized_return", "episodes")
 
 
 class RunRecord:
@@ -45,34 +45,33 @@ class RunRecord:
         iteration: int,
         env_steps: int,
         wall_seconds: float,
-        return_mean: float,
-        return_stderr: float,
+        estimate: ReturnEstimate,
         normalized_return: float | None,
         figures: Mapping[str, float],
     ) -> None:
         """Append a row to `curve.csv`; the first row's `figures` name the columns after the fixed ones."""
-        row: dict[str, Any] = dict(
-            zip(COLUMNS, (iteration, env_steps, round(wall_seconds, 3), return_mean, return_stderr), strict=False)
-        )
-        row |= {"normalized_return": "" if normalized_return is None else normalized_return, **figures}
+        normalized = "" if normalized_return is None else normalized_return
+        fixed = (iteration, env_steps, round(wall_seconds, 3), estimate.mean, estimate.stderr, normalized)
+        row: dict[str, Any] = dict(zip(COLUMNS, (*fixed, estimate.episodes), strict=True)) | dict(figures)
         rows = self._rows()
         names = list(rows[0]) if rows else list(row)
         if set(row) <= set(names):
             _append(self._curve, _csv(names, [row], header=not rows))
         else:
             names += [name for name in row if name not in names]
-            _replace(self._curve, _csv(names, [*rows, row], header=True))
-        self._add_scalars("evaluation", iteration, {"return_mean": return_mean, "return_stderr": return_stderr})
+            write_whole(self._curve, _csv(names, [*rows, row], header=True))
+        means = {"return_mean": estimate.mean, "return_stderr": estimate.stderr}
+        self._add_scalars("evaluation", iteration, means)
 
     def go_on_from(self, iteration: int) -> None:
         """Forget what comes again after `iteration` was restored: its evaluation, and everything of later ones."""
         rows = self._rows()
         if rows:
             kept = [row for row in rows if int(row["iteration"]) < iteration]
-            _replace(self._curve, _csv(list(rows[0]), kept, header=bool(kept)))
+            write_whole(self._curve, _csv(list(rows[0]), kept, header=bool(kept)))
         if self._log.exists():
             lines = [line for line in self._log.read_text().splitlines() if _iteration(line) <= iteration]
-            _replace(self._log, "".join(f"{line}\n" for line in lines))
+            write_whole(self._log, "".join(f"{line}\n" for line in lines))
         if self._events is not None:
             self._events.close()
         self._events, self._purge_step = None, iteration + 1
@@ -80,7 +79,7 @@ class RunRecord:
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write `result.json`, whole or not at all."""
         plain = {name: _plain(value) for name, value in result.items()}
-        _replace(self._folder / "result.json", json.dumps(plain, indent=1) + "\n")
+        write_whole(self._folder / "result.json", json.dumps(plain, indent=1) + "\n")
 
     def draw(self) -> Path:
         """Draw `curve.png` from `curve.csv` and `result.json`; returns its path."""
@@ -126,25 +125,6 @@ def _csv(names: list[str], rows: list[dict[str, Any]], header: bool) -> str:
     return text.getvalue()
 
 
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Errors of a full disk come without the name of the file."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
 def _append(path: Path, text: str) -> None:
-    with _naming(path), path.open("a", newline="") as file:
+    with naming(path), path.open("a", newline="") as file:
         file.write(text)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with _naming(path):
-        with temporary.open("w", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)

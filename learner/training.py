@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from actors.evaluation import Evaluator, ReturnEstimate
-from actors.policy import Policy, UniformPolicy
+from actors.evaluation import Evaluator, ReturnEstimate, remembered_random_return
+from actors.policy import Policy
 from learner.checkpoint import Checkpoint, CheckpointFolder
 from learner.experience import Evaluated, Experience
 from learner.figures import merged
@@ -25,15 +25,13 @@ from learner.metrics import LearnerMetrics
 from learner.record import RunRecord
 from learner.settings import Settings
 from protocol.channels import Refused, Unanswered
-from protocol.errors import DeadlineError, InputError, NumericalError
+from protocol.errors import InputError, NumericalError, SimulatorError
 from protocol.job import Job
 from protocol.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
 Arrays = dict[str, np.ndarray]
-FINAL_EVALUATION_SECONDS = 600.0
-"""A thousand episodes take seconds to minutes; an evaluator that says nothing for so long is not there."""
 CHECKPOINT_EVENT_SECONDS = 60.0
 """Between two events that tell of a checkpoint; the last one before an end is told in any case."""
 CURABLE = ("no_session", "deadline", "answer_gone")
@@ -107,9 +105,7 @@ class Training:
         self._final_estimate: ReturnEstimate | None = None
         self._figures: dict[int, dict[str, float]] = {}
         self._evaluator = Evaluator(job, self._evaluation)
-        with telemetry.stage("baseline"):
-            random_returns = self._evaluator.returns(UniformPolicy(job.spec), self._evaluation.final_episodes)
-        self._random_return = float(random_returns.mean())
+        self._random_return = remembered_random_return(job.run_folder)
         self._expert_return = self._evaluator.expert_return
 
     def run(self) -> str:
@@ -121,10 +117,11 @@ class Training:
         """
         while True:
             try:
-                self._session()
-                return self._finish()
+                self._finish(self._session())
+                return "finished"
             except Interrupted:
-                self._checkpoint_if_possible()
+                if self._facts.iteration < self._iterations:
+                    self._checkpoint_if_possible()
                 self._write_result("interrupted", None)
                 return "interrupted"
             except Refused as error:
@@ -134,10 +131,12 @@ class Training:
                 iteration = self._facts.iteration
                 self._telemetry.event("rewind", f"from iteration {iteration} to the last checkpoint: {error}")
 
-    def _session(self) -> None:
+    def _session(self) -> str:
+        """All iterations that are left; returns the session, whose last policy is not handed out yet."""
         session = secrets.token_hex(8)
         self._restore(session)
-        self._publish(session)
+        if self._facts.iteration < self._iterations:
+            self._publish(session)
         while self._facts.iteration < self._iterations:
             self._abort()
             began = time.monotonic()
@@ -150,15 +149,16 @@ class Training:
             self._facts.env_steps += fresh_steps
             self._count_seconds()
             self._metrics.count_iteration(self._facts.iteration, self._facts.env_steps, figures)
-            if self._facts.iteration == self._iterations:
-                self._algorithm.finish()
-            self._publish(session)
-            self._note(figures)
             is_last = self._facts.iteration == self._iterations
+            if is_last:
+                self._algorithm.finish()
+            else:  # at once: actors play with it while it is written down
+                self._publish(session)
+            self._note(figures)
             if is_last or self._facts.iteration % self._settings.checkpoint_interval == 0:
                 self._checkpoint()
-            for evaluated in self._experience.evaluations():
-                self._record_evaluation(evaluated)
+            self._take_evaluations()
+        return session
 
     def _count_rewind(self, error: Refused) -> None:
         self._metrics.rewinds.inc()
@@ -250,17 +250,24 @@ class Training:
             "iterations": self._iterations,
             "env_steps": facts.env_steps,
             "steps": facts.env_steps / facts.iteration * self._iterations,
-            "random_return": self._random_return,
             "steps_per_second": facts.env_steps / max(facts.wall_seconds, 1e-9),
         }
-        for name, value in (("expert_return", self._expert_return), ("clone_return", facts.clone_return)):
-            if value is not None:
-                self._telemetry.numbers[name] = value
+        known = {
+            "random_return": self._random_return,
+            "expert_return": self._expert_return,
+            "clone_return": facts.clone_return,
+        }
+        self._telemetry.numbers |= {name: value for name, value in known.items() if value is not None}
         self._telemetry.done(facts.iteration)
         self._record.log_iteration(facts.iteration, self._figures[facts.iteration])
 
     def _position(self) -> dict[str, float]:
         return {"env_steps": self._facts.env_steps, "wall_seconds": self._facts.wall_seconds}
+
+    def _take_evaluations(self, wait_seconds: float = 0.0) -> None:
+        for evaluated in self._experience.evaluations(wait_seconds):
+            self._random_return = evaluated.random_return
+            self._record_evaluation(evaluated)
 
     def _record_evaluation(self, evaluated: Evaluated) -> None:
         figures = self._figures.pop(evaluated.version, None)
@@ -271,8 +278,7 @@ class Training:
             evaluated.version,
             int(figures.pop("env_steps")),
             figures.pop("wall_seconds"),
-            estimate.mean,
-            estimate.stderr,
+            estimate,
             self._normalized(estimate.mean),
             figures,
         )
@@ -292,25 +298,36 @@ class Training:
 
     def _normalized(self, mean: float) -> float | None:
         """0 = random, 1 = expert."""
-        if self._expert_return is None:
+        if self._expert_return is None or self._random_return is None:
             return None
         return (mean - self._random_return) / (self._expert_return - self._random_return)
 
-    def _finish(self) -> str:
-        """Wait for the final policy's evaluation and write the result."""
-        deadline = time.monotonic() + FINAL_EVALUATION_SECONDS
-        with self._telemetry.stage("final_evaluation"), self._telemetry.stage("wait_for_evaluation"):
-            while self._final_estimate is None:
-                for evaluated in self._experience.evaluations(wait_seconds=0.2):
-                    self._record_evaluation(evaluated)
-                self._abort()
-                if time.monotonic() > deadline:
-                    raise DeadlineError(f"no evaluation of the final policy within {FINAL_EVALUATION_SECONDS:.0f} s")
+    def _finish(self, session: str) -> None:
+        """Have the final policy evaluated, and write the result: also without it, since the training is complete."""
+        self._telemetry.trained()
+        self._telemetry.numbers.pop("evaluated_episodes", None)
+        with self._telemetry.stage("final_evaluation"):
+            try:
+                self._publish(session)
+                with self._telemetry.stage("wait_for_evaluation"):
+                    self._wait_for_final_estimate()
+            except SimulatorError as error:  # of serial mode, where the learner is the evaluator
+                log.warning("the final policy is not evaluated: %s", error)
         self._write_result("finished", self._final_estimate)
-        return "finished"
+
+    def _wait_for_final_estimate(self) -> None:
+        """As long as the evaluator is heard to be at work."""
+        while self._final_estimate is None:
+            self._take_evaluations(wait_seconds=0.2)
+            self._abort()
+            if (silent := self._experience.evaluator_silent_seconds()) > self._settings.deadline_seconds:
+                log.warning("the final policy is not evaluated: the evaluator was not heard for %.0f s", silent)
+                return
 
     def _write_result(self, status: str, estimate: ReturnEstimate | None) -> None:
         self._count_seconds()
+        if self._random_return is None:  # no evaluation has come yet, but the baseline may be played
+            self._random_return = remembered_random_return(self._job.run_folder)
         result: dict[str, Any] = {
             "environment": self._job.environment,
             "algorithm": self._job.algorithm,
@@ -320,6 +337,7 @@ class Training:
             "wall_seconds": self._facts.wall_seconds,
             "return_mean": estimate and estimate.mean,
             "return_stderr": estimate and estimate.stderr,
+            "return_episodes": estimate and estimate.episodes,
             "random_return": self._random_return,
             "changes": self._job.spec.changes,
             "expert_return": self._expert_return,

@@ -46,7 +46,8 @@ Arrays = dict[str, np.ndarray]
 class Weights:
     """Learner → actors and evaluators: the policy after `version` iterations. Arrays: its parameters.
 
-    evaluate_episodes: episodes that the evaluator shall play with it; 0 for a version that is not evaluated.
+    evaluate_episodes: episodes that the evaluator shall play with it, if it has the time; 0 for a version that is not
+    evaluated.
     """
 
     kind: ClassVar[str] = "weights"
@@ -81,14 +82,27 @@ class Working:
 
 
 @dataclass(frozen=True)
+class Evaluating:
+    """Evaluator → learner: it is at work, and has played so many of the episodes that it shall play."""
+
+    kind: ClassVar[str] = "evaluating"
+    episodes: int
+    of: int
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """Evaluator → learner: true returns of policy `version`. Arrays: `returns` [episodes, N] float32."""
+    """Evaluator → learner: true returns of policy `version`. Arrays: `returns` [episodes, N] float32; these may be
+    fewer episodes than were asked for.
+
+    random_return: what they are held against, the mean true return of the uniform policy.
+    """
 
     kind: ClassVar[str] = "evaluation"
     session: str
     version: int
     episodes: int
-    seconds: float
+    random_return: float
 
 
 @dataclass(frozen=True)
@@ -255,6 +269,7 @@ Body = Union[  # noqa: UP007  (a runtime value on Python 3.10 too)
     Weights,
     Chunk,
     Working,
+    Evaluating,
     Evaluation,
     Begin,
     Hold,

@@ -33,7 +33,7 @@ STAGE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0
 PORT_SECONDS = 5.0
 """How long a port that was asked for may be taken by another process."""
 STOP = "stop"
-DONE_FD = "BM3IL_DONE_FD"
+DONE_FD, TRAINED = "BM3IL_DONE_FD", b"trained"
 """The environment variable with the pipe to the supervisor that started this process."""
 START, BETWEEN = "start", "between"
 """Where a process is before its first stage, and since its last one ended."""
@@ -142,9 +142,16 @@ class Telemetry:
 
         Who does not for too many starts is not started again.
         """
+        self._tell_supervisor(b"%d" % number)
+
+    def trained(self) -> None:
+        """Tell the supervisor that nothing but the evaluation of the final policy is left to do in this run."""
+        self._tell_supervisor(TRAINED)
+
+    def _tell_supervisor(self, word: bytes) -> None:
         if self._done_fd is not None:
             with suppress(OSError):  # a supervisor that does not read has other worries
-                os.write(self._done_fd, b"%d\n" % number)
+                os.write(self._done_fd, word + b"\n")
 
     def event(self, what: str, text: str, process: str = "") -> None:
         """Tell the operator, in `events.jsonl` and in this process's log, that something happened to it or to another.

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
 import numpy as np
 import pytest
 
-from actors import evaluation
-from actors.evaluation import ReturnEstimate, evaluate
+from actors import evaluation, rollout, simulator
+from actors.environments.rover_tower import RoverTower
+from actors.evaluation import Evaluator, ReturnEstimate, evaluate
 from actors.policy import UniformPolicy
-from protocol.environment import Environment
+from actors.settings import EvaluationSettings
+from protocol.demonstrations import Demonstrations, resolve
+from protocol.environment import Environment, TimeStep
+from protocol.job import Endpoints, Job
 from protocol.registry import make_environment
 
 
@@ -52,3 +61,125 @@ def test_what_would_not_fit_the_memory_is_played_in_turns(monkeypatch: pytest.Mo
     monkeypatch.setattr(evaluation, "NUMBERS_AT_ONCE", 3 * seen + 1)
     assert evaluate("rover_tower?pairs=2", UniformPolicy(spec), 10, 3).shape == (10, 4)
     assert played == [3, 3, 3, 1]
+
+
+class Clock:
+    """Time that passes only where a simulator takes it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Slow(RoverTower):
+    """Steps that take a while for each copy, and remember what was played."""
+
+    def __init__(self, num_envs: int, clock: Clock, seconds: float) -> None:
+        super().__init__(num_envs, pairs=2)
+        self._clock, self._seconds = clock, seconds
+
+    def step(self, actions: Sequence[np.ndarray]) -> TimeStep:
+        self._clock.now += self._seconds * self.num_envs
+        return super().step(actions)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    name = "rover_tower?pairs=2"
+    spec, none = make_environment(name, 1).spec, Endpoints("", "", "", "")
+    return Job("run", tmp_path, name, spec, "rover_tower_4", 0, "maac", "lockstep", 0, 1000, 1, "type", False, none)
+
+
+def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> tuple[Clock, list[int]]:
+    """Makes simulators slow, by the step and copy; the clock, and how many copies each had."""
+    clock, copies = Clock(), list[int]()
+
+    def made(_: str, num_envs: int) -> Slow:
+        copies.append(num_envs)
+        return Slow(num_envs, clock, seconds)
+
+    monkeypatch.setattr(simulator, "make_environment", made)
+    monkeypatch.setattr(evaluation, "time", clock)
+    return clock, copies
+
+
+@pytest.mark.parametrize("starts", ["fresh", "demonstrations"])
+@pytest.mark.parametrize("seconds", [0.001, 0.004, 0.01, 0.1])
+def test_an_evaluation_takes_no_longer_than_it_may(
+    job: Job, monkeypatch: pytest.MonkeyPatch, seconds: float, starts: Literal["fresh", "demonstrations"]
+) -> None:
+    """And is of as many episodes as that allows."""
+    evaluator = Evaluator(job, EvaluationSettings(starts=starts, seconds=10.0))
+    clock, copies = slow(monkeypatch, seconds)
+    uniform = UniformPolicy(job.spec)
+    evaluator.returns(uniform, 1000)
+    began, _ = clock.now, copies.clear()
+    returns = evaluator.returns(uniform, 1000)
+    episode, wanted = 25 * seconds, 1000 if starts == "fresh" else 100
+    assert clock.now - began <= 10 + episode
+    assert len(returns) == sum(copies)
+    assert min(wanted, 10 / episode - 2) <= len(returns) <= min(wanted, 10 / episode + 1)
+    estimate = evaluator.estimate(returns)
+    assert estimate.episodes == len(returns)
+    assert np.isfinite(estimate.stderr)
+
+
+def test_a_simulator_slower_than_the_budget_plays_one_episode(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator = Evaluator(job, EvaluationSettings(seconds=10.0))
+    _, copies = slow(monkeypatch, 3.0)
+    assert len(evaluator.returns(UniformPolicy(job.spec), 1000)) == 1
+    assert copies == [1, 1]
+
+
+def test_a_slow_simulator_is_not_started_hundreds_of_times_to_find_that_out(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluator = Evaluator(job, EvaluationSettings(seconds=10.0))
+    clock, copies = slow(monkeypatch, 0.1)
+    evaluator.returns(UniformPolicy(job.spec), 1000)
+    assert max(copies) <= 4
+    assert clock.now <= 10 + 2.5 + 5 * 0.1  # the measurement is of a few steps
+
+
+def test_time_that_is_not_needed_changes_nothing(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow a simulator is: figures are those of the seed."""
+    uniform = UniformPolicy(job.spec)
+    wanted = evaluate(job.environment, uniform, 600, job.seed)
+    slow(monkeypatch, 0.001)
+    evaluator = Evaluator(job, EvaluationSettings(final_episodes=600, seconds=16.0))
+    assert np.array_equal(evaluator.returns(uniform, 600), wanted)
+
+
+def test_part_of_the_start_states_are_the_first_ones(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator = Evaluator(job, EvaluationSettings(starts="demonstrations", seconds=10.0))
+    slow(monkeypatch, 0.01)
+    played: list[np.ndarray] = []
+    returns = rollout.returns
+
+    def noting(*args: Any) -> np.ndarray:
+        played.append(args[4]["rover_positions"])
+        return returns(*args)
+
+    monkeypatch.setattr(rollout, "returns", noting)
+    count = len(evaluator.returns(UniformPolicy(job.spec), 1))
+    demonstrated = Demonstrations.load(resolve("rover_tower_4")).starts["rover_positions"]
+    assert 30 < count < len(demonstrated)
+    assert np.array_equal(np.concatenate(played), demonstrated[:count])
+
+
+def test_the_uniform_policy_is_played_once_and_remembered(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = EvaluationSettings(final_episodes=30)
+    first = Evaluator(job, settings).random_return()
+    assert first == float(evaluate(job.environment, UniformPolicy(job.spec), 30, job.seed).mean())
+    monkeypatch.setattr(evaluation, "evaluate", None)
+    assert Evaluator(job, settings).random_return() == first
+    assert json.loads((job.run_folder / "baseline.json").read_text()) == {"random_return": first, "episodes": 30}
+
+
+def test_an_evaluator_says_how_far_it_is(job: Job) -> None:
+    said: list[tuple[int, int]] = []
+    settings = EvaluationSettings(final_episodes=300)
+    Evaluator(job, settings, lambda *told: said.append(told)).returns(UniformPolicy(job.spec), 300)
+    assert said[-50:] == 25 * [(0, 300)] + 25 * [(250, 300)]

@@ -1,7 +1,7 @@
 """An environment that fails as it is told to: `faulty?faults=FOLDER`, for runs of real processes.
 
 A file `STEP.KIND` in the folder is a fault: the first actor that comes to that step, counted from its start, takes the
-file away and fails in that way. `always.KIND` stays.
+file away and fails in that way. `always.KIND` stays. `evaluator.KIND` stays, too, and is the evaluator's alone.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ class Faulty:
     def step(self, actions: Sequence[np.ndarray]) -> TimeStep:
         now = self._inner.step(actions)
         self._steps += 1
-        if "actor" in sys.argv:
-            for kind in self._due():
-                self._fail(kind, now)
+        kinds = self._due() if "actor" in sys.argv else []
+        if "evaluator" in sys.argv:
+            kinds = [path.suffix[1:] for path in self._faults.glob("evaluator.*")]
+        for kind in kinds:
+            self._fail(kind, now)
         return now
 
     def close(self) -> None:
@@ -71,7 +73,7 @@ def installed(folder: Path) -> dict[str, str]:
     """Environment variables with which processes find `faulty`, as if its package were installed."""
     package = folder / "site"
     info = package / "faulty-1.dist-info"
-    info.mkdir(parents=True)
+    info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[bm3il.environments]\nfaulty = faulty:Faulty\n")
     path = os.pathsep.join((str(package), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))

@@ -16,6 +16,7 @@ from protocol.messages import Status
     [
         ({"status": "finished", "wall_seconds": 61.0}, "finished after 1:01\n"),
         ({"status": "failed"}, "failed\n"),
+        ({"status": "finished", "wall_seconds": 1.0}, "finished after 0:01\nthe final policy was not evaluated"),
         ({"status": "finished", "wall_seconds": 1.0, "return_mean": 2.5}, "finished after 0:01\nreturn per agent and "),
     ],
 )
@@ -23,6 +24,13 @@ def test_the_summary_says_what_is_known(tmp_path: Path, result: dict[str, object
     text = io.StringIO()
     Progress(Console(file=text)).summary(tmp_path, result)
     assert text.getvalue().startswith(expected)
+
+
+def test_the_last_evaluation_shows_how_far_it_is() -> None:
+    text = io.StringIO()
+    values = {"iteration": 9.0, "iterations": 9.0, "evaluated_episodes": 250.0, "episodes_to_evaluate": 1000.0}
+    Progress(Console(file=text, soft_wrap=True)).show(Status("learner", 0, 0, 1, "final_evaluation", "", values))
+    assert text.getvalue() == "final evaluation 250/1,000 episodes\n"
 
 
 @pytest.mark.parametrize(

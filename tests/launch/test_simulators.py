@@ -67,6 +67,35 @@ def test_a_run_whose_simulator_always_fails_ends_with_its_name(tmp_path: Path) -
     assert result_of(tmp_path, "run")["status"] == "failed"
 
 
+@pytest.mark.timeout(300)
+def test_a_training_outlives_an_evaluator_whose_simulator_always_fails(tmp_path: Path) -> None:
+    """Once it is complete: the result has no return, and says what to do."""
+    faults = tmp_path / "faults"
+    faults.mkdir()
+    assert played(tmp_path, "--steps", "300").returncode == 0
+    wanted = result_of(tmp_path, "run")["policy_sha256"]
+    (faults / "evaluator.timeout").touch()
+    resume = [sys.executable, "-m", "launch.cli", "resume", "runs/run"]
+    ended = subprocess.run(
+        resume, cwd=tmp_path, env=installed(tmp_path), capture_output=True, text=True, check=False, timeout=200
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    result = result_of(tmp_path, "run")
+    assert (result["status"], result["policy_sha256"], result["return_mean"]) == ("finished", wanted, None)
+    assert f"`bm3il evaluate {tmp_path / 'runs' / 'run'}` does it" in ended.stdout
+    assert f"environment 'faulty?faults={faults}' raised TimeoutError" in ended.stderr
+
+
+def test_a_run_whose_evaluator_always_fails_ends_with_the_name_of_its_simulator(tmp_path: Path) -> None:
+    """As long as it trains."""
+    (tmp_path / "faults").mkdir()
+    (tmp_path / "faults" / "evaluator.timeout").touch()
+    ended = played(tmp_path, "--steps", "100000000")
+    assert ended.returncode == 1
+    assert f"environment 'faulty?faults={tmp_path / 'faults'}' raised TimeoutError" in ended.stderr
+    assert result_of(tmp_path, "run")["status"] == "failed"
+
+
 def sleepers() -> list[str]:
     """Children that simulators have started."""
     return subprocess.run(["pgrep", "-f", "^sleep 3600$"], capture_output=True, text=True, check=False).stdout.split()

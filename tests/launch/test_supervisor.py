@@ -93,6 +93,37 @@ def test_a_process_that_keeps_crashing_ends_the_run_with_its_traceback(
     assert restarts == 5
 
 
+TRAINS = """
+import os, sys, time
+told = b"3\\n" if sys.argv[1] == "still" else b"3\\ntrained\\n"
+os.write(int(os.environ["BM3IL_DONE_FD"]), told)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("training", "code"), [("still", 1), ("done", 0)])
+@pytest.mark.parametrize(("end_code", "end_code_of_run"), [(1, 1), (2, 2)])
+def test_a_training_that_is_complete_does_not_fail_with_its_evaluator(
+    tmp_path: Path,
+    telemetry: Telemetry,
+    monkeypatch: pytest.MonkeyPatch,
+    training: str,
+    code: int,
+    end_code: int,
+    end_code_of_run: int,
+) -> None:
+    """Be it that it keeps crashing, or that it ends for good; and what it says is told."""
+    monkeypatch.setattr(module, "RESTART_DELAY_SECONDS", 0.0)
+    crash = f"import sys, time; time.sleep(0.5); print('no simulator', file=sys.stderr); sys.exit({end_code})"
+    supervisor = start(tmp_path, telemetry, {"learner": [TRAINS, training], "evaluator": [crash]})
+    outcome = watch(supervisor)
+    end(supervisor)
+    assert outcome is not None
+    assert outcome.code == code * end_code_of_run
+    assert "evaluator-0" in outcome.text
+    assert "no simulator" in outcome.text
+
+
 DOES = """
 import os, sys
 from pathlib import Path

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from actors.evaluation import ReturnEstimate
 from learner.record import RunRecord
 
 
@@ -17,7 +18,8 @@ def write(record: RunRecord, iterations: list[int]) -> None:
         figures = {"critic_loss": 1.0 / iteration} if iteration else {}
         if iteration:
             record.log_iteration(iteration, figures)
-        record.add_evaluation(iteration, 100 * iteration, 0.5 * iteration, 2.0 * iteration, 0.1, None, figures)
+        estimate = ReturnEstimate(2.0 * iteration, 0.1, 20)
+        record.add_evaluation(iteration, 100 * iteration, 0.5 * iteration, estimate, None, figures)
 
 
 def curve(folder: Path) -> list[dict[str, str]]:
@@ -31,6 +33,7 @@ def test_columns_that_come_later_are_added(tmp_path: Path) -> None:
     assert list(rows[0])[:5] == ["iteration", "env_steps", "wall_seconds", "return_mean", "return_stderr"]
     assert [row["critic_loss"] for row in rows] == ["", "1.0", "0.5"]
     assert [row["normalized_return"] for row in rows] == ["", "", ""]
+    assert [row["episodes"] for row in rows] == ["20", "20", "20"]
 
 
 def test_a_resumed_run_leaves_the_same_record(tmp_path: Path) -> None:
@@ -43,7 +46,7 @@ def test_a_resumed_run_leaves_the_same_record(tmp_path: Path) -> None:
         file.write('{"iteration": 4, "cut sho')
     again = RunRecord(resumed)
     again.go_on_from(2)
-    again.add_evaluation(2, 200, 1.0, 4.0, 0.1, None, {"critic_loss": 0.5})
+    again.add_evaluation(2, 200, 1.0, ReturnEstimate(4.0, 0.1, 20), None, {"critic_loss": 0.5})
     write(again, [3, 4])
     for name in ("curve.csv", "log.jsonl"):
         assert (resumed / name).read_text() == (whole / name).read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,18 +15,20 @@ import torch
 
 import actors.collector
 import actors.evaluation
+from actors.policy import Policy, UniformPolicy
+from actors.rollout import Acts
 from actors.settings import ActorSettings, EvaluationSettings
 from actors.simulator import Simulator
 from learner import training
 from learner.algorithms import ALGORITHMS, algorithm
 from learner.cloning import BehaviourCloning
-from learner.experience import LocalExperience
+from learner.experience import Evaluated, LocalExperience
 from learner.process import run_serial
 from learner.settings import CloningSettings, LearnerSettings, Settings
 from learner.training import Training
 from protocol.channels import Refused
 from protocol.environment import TimeStep
-from protocol.errors import InputError, NumericalError
+from protocol.errors import InputError, NumericalError, SimulatorError
 from protocol.job import Endpoints, Job
 from protocol.layout import JointRows
 from protocol.messages import Refusal, Sender
@@ -175,7 +178,7 @@ def test_stop_and_resume_ends_with_the_same_policy(tmp_path: Path, name: str) ->
 
 def test_the_best_of_the_checkpoints_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     returns = iter([0.0, 1.0, 9.0, 3.0, 2.0])  # of the random policy, and after 0, 2, 4 and 6 iterations
-    monkeypatch.setattr(actors.evaluation, "evaluate", lambda *_: np.full((20, 4), next(returns)))
+    monkeypatch.setattr(actors.evaluation, "evaluate", lambda *_: np.full((20, 4), next(returns), np.float32))
     run(tmp_path / "run", checkpoint_interval=4)
     assert (tmp_path / "run" / "checkpoints" / "best").read_text() == "00000004\n"
 
@@ -261,3 +264,93 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_pat
     with pytest.raises(NumericalError, match=r"critic_loss is .* in iteration 1"):
         run(tmp_path / "run", reward_offset=float("nan"))
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["00000000"]
+
+
+class Played:
+    """What evaluations play: the kind of each policy."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.policies: list[type] = []
+        play = actors.evaluation.evaluate
+
+        def played(environment: str, policy: Acts, *args: object) -> np.ndarray:
+            self.policies.append(type(policy))
+            return play(environment, policy, *args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(actors.evaluation, "evaluate", played)
+
+
+def test_a_learner_plays_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own process evaluates nothing: whatever there is to play is played by the experience."""
+    monkeypatch.setattr(LocalExperience, "publish", lambda *_: None)
+    monkeypatch.setattr(LocalExperience, "evaluator_silent_seconds", lambda _: math.inf, raising=False)
+    played = Played(monkeypatch)
+    result = run(tmp_path / "run", "bc")
+    assert played.policies == []
+    assert (result["status"], result["random_return"]) == ("finished", None)
+
+
+@pytest.mark.parametrize("name", ["maac", "bc"])
+def test_the_uniform_policy_is_played_once_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """And a resume knows its return."""
+    played, stop = Played(monkeypatch), threading.Event()
+    monkeypatch.setattr(Training, "_note", lambda *_: stop.set())
+    stopped = run(tmp_path / "run", name, stop=stop)
+    monkeypatch.undo()
+    played_again = Played(monkeypatch)
+    resumed = run(tmp_path / "run", name)
+    assert played.policies == [UniformPolicy, Policy]
+    assert set(played_again.policies) == {Policy}
+    assert stopped["random_return"] == resumed["random_return"]
+    rows = (tmp_path / "run" / "curve.csv").read_text().splitlines()
+    assert all(math.isfinite(float(row.split(",")[5])) for row in rows[1:])
+
+
+def test_a_broken_baseline_is_played_again(tmp_path: Path) -> None:
+    known = run(tmp_path / "run", "bc")["random_return"]
+    for text in ("", "[]", '{"random_return": "much"}', '{"episodes": 3}'):
+        (tmp_path / "run" / "baseline.json").write_text(text)
+        assert run(tmp_path / "run", "bc")["random_return"] == known
+
+
+def test_who_is_not_evaluated_has_finished_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluator that is gone takes nothing from a training; a resume of it evaluates alone."""
+    monkeypatch.setattr(LocalExperience, "evaluations", lambda *_, **__: [])
+    monkeypatch.setattr(LocalExperience, "evaluator_silent_seconds", lambda _: 120.1)
+    lost = run(tmp_path / "run")
+    assert (lost["status"], lost["return_mean"], lost["iterations"]) == ("finished", None, ITERATIONS)
+    monkeypatch.undo()
+    played = Played(monkeypatch)
+    resumed = run(tmp_path / "run")
+    assert played.policies == [Policy]
+    assert resumed["policy_sha256"] == lost["policy_sha256"]
+    assert resumed["return_episodes"] == 20
+
+
+def test_an_evaluator_that_is_heard_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, evaluations = [], LocalExperience.evaluations
+
+    def late(experience: LocalExperience, wait_seconds: float = 0.0) -> list[Evaluated]:
+        asked.append(wait_seconds)
+        return evaluations(experience) if asked.count(0.2) == 50 else []
+
+    monkeypatch.setattr(LocalExperience, "evaluations", late)
+    monkeypatch.setattr(LocalExperience, "evaluator_silent_seconds", lambda _: 119.9)
+    assert run(tmp_path / "run", "bc")["return_episodes"] == 20
+
+
+def test_a_simulator_that_fails_at_the_end_takes_nothing_from_a_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = actors.evaluation.evaluate
+    played = iter(range(100))
+
+    def fails(*args: object) -> np.ndarray:
+        if next(played) >= 1 + ITERATIONS // 2:  # the uniform policy, and those before the last
+            raise SimulatorError("environment 'mine' raised ValueError: no")
+        return evaluate(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(actors.evaluation, "evaluate", fails)
+    result = run(tmp_path / "run")
+    assert (result["status"], result["return_mean"]) == ("finished", None)
+    assert (tmp_path / "run" / "checkpoints" / f"{ITERATIONS:08d}").is_dir()

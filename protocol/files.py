@@ -1,0 +1,28 @@
+"""Small files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Put the text where there may be an older one. Raises OSError, naming the file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with naming(path):
+        with temporary.open("w", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of a full disk come without the name of the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
