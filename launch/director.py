@@ -86,16 +86,21 @@ class Director:
         name = sender.name
         if name not in self._names and name not in self.statuses:
             self.events.add("joined", f"joined from {status.metrics_address.rpartition(':')[0]}", name)
+        starts = self._starts.setdefault(name, set())
+        if starts and sender.incarnation not in starts:
+            self.events.add(
+                "back", f"works again, {time.monotonic() - self._heard[name]:.0f} s after its last sign", name
+            )
+        starts.add(sender.incarnation)
         numbers = {key: value for key, value in status.values.items() if math.isfinite(value)}
         self.statuses[name], self._heard[name] = replace(status, values=numbers), time.monotonic()
-        self._starts.setdefault(name, set()).add(sender.incarnation)
 
     def _look(self, now: float) -> None:
         """At all processes, once a second: what `bm3il status`, Prometheus and the events show of them."""
         for name in [name for name in self.statuses if name not in self._names]:
             if (silent := now - self._heard[name]) > LOST_NODE_SECONDS:
                 self.events.add("left", f"not heard for {silent:.0f} s; it had joined", name)
-                del self.statuses[name], self._heard[name]
+                del self.statuses[name], self._heard[name], self._starts[name]
         states = self.states()
         self._metrics.show(states)
         self._write_processes(states)

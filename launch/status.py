@@ -41,10 +41,8 @@ def print_status(folder: Path, as_json: bool = False) -> int:
     console = Console(highlight=False)
     line = f"{told['run']}: {told['algorithm']} on {told['environment']}, seed {told['seed']}, {told['mode']}"
     console.print(line, markup=False)
-    console.print(f"{told['state']}: {', '.join(_progress(told)) or 'before the first iteration'}", markup=False)
-    if told["evaluation"]:
-        shown = [f"{name} {value:g}" for name, value in told["evaluation"].items() if value is not None]
-        console.print(f"last evaluation: {', '.join(shown[:6])}", markup=False)
+    for line in (*_progress(told), *_evaluated(told["evaluation"])):
+        console.print(line, markup=False)
     if checkpoint := told["checkpoint"]:
         age = duration(checkpoint["age_seconds"])
         console.print(f"last checkpoint: iteration {checkpoint['iteration']}, {age} ago", markup=False)
@@ -217,17 +215,22 @@ def _processes(processes: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def _progress(told: Mapping[str, Any]) -> list[str]:
-    parts = []
-    if told["iterations"]:
-        parts.append(f"iteration {_of(told, 'iteration', 'iterations')}")
+def _progress(told: Mapping[str, Any]) -> Iterator[str]:
+    """The state and how far it is, and in a second line the steps."""
+    left = "" if told["seconds_left"] is None else f", {duration(told['seconds_left'])} left"
+    reached = _of(told, "iteration", "iterations")
+    yield f"{told['state']}: " + (f"iteration {reached}{left}" if reached else "before the first iteration")
     if told["env_steps"] and told["steps"]:
-        parts.append(f"{told['env_steps']:,} of {told['steps']:,} steps")
-    if told.get("steps_per_second"):
-        parts.append(f"{told['steps_per_second']:,.0f} steps/s")
-    if told["seconds_left"] is not None:
-        parts.append(f"{duration(told['seconds_left'])} left")
-    return parts
+        speed = told["steps_per_second"]
+        yield f"{told['env_steps']:,} of {told['steps']:,} steps" + (f", {speed:,.0f} steps/s" if speed else "")
+
+
+def _evaluated(row: Mapping[str, float | None]) -> Iterator[str]:
+    if row.get("return_mean") is not None:
+        parts = [f"iteration {row['iteration']:.0f}, return {row['return_mean']:.2f}"]
+        parts += [f"± {row['return_stderr']:.2f}"] if row.get("return_stderr") is not None else []
+        parts += [f"(normalised {row['normalized_return']:.3f})"] if row.get("normalized_return") is not None else []
+        yield f"last evaluation: {' '.join(parts)}"
 
 
 def _of(told: Mapping[str, Any], done: str, wanted: str) -> str:

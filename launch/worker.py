@@ -41,7 +41,7 @@ def main(role: str, index: int) -> int:
     finally:
         telemetry.close()
     if not outcome.text:
-        log.info("ends: %s", outcome.status)
+        log.info("ends")
     with contextlib.suppress(OSError):  # on a full disk the log takes no more; the exit code still tells
         os.write(sys.stderr.fileno(), f"{outcome.text}\n".encode() if outcome.text else b"")
     return outcome.code

@@ -97,7 +97,8 @@ class Imitation(ABC):
         """
         if learner is not None:
             self._load_state(learner)
-        self._rewards.begin(session, rewards, self._kept())
+        with self._waiting_for("particles"):
+            self._rewards.begin(session, rewards, self._kept())
         if learner is None and self.starts_cloned:
             if self._demonstrations is None:
                 raise InputError("learner.start cloned needs demonstrations; name a file with --demonstrations")
@@ -114,7 +115,9 @@ class Imitation(ABC):
 
     def state(self) -> tuple[Arrays, Arrays]:
         """Everything that a resume needs: of the learner, of the reward server."""
-        return self._learner.state(), self._rewards.state()
+        with self._waiting_for("particles"):
+            particles = self._rewards.state()
+        return self._learner.state(), particles
 
     def finish(self) -> None:  # noqa: B027
         """Nothing: the policy of the last iteration is the result."""

@@ -129,7 +129,7 @@ class Training:
                     raise InputError(f"the reward server refuses what the learner asks for: {error}") from error
                 self._count_rewind(error)
                 iteration = self._facts.iteration
-                self._telemetry.event("rewind", f"from iteration {iteration} to the last checkpoint: {error}")
+                self._telemetry.event("rewind", f"goes back from iteration {iteration} to the last checkpoint: {error}")
 
     def _session(self) -> str:
         """All iterations that are left; returns the session, whose last policy is not handed out yet."""
@@ -222,7 +222,9 @@ class Training:
         is_last = facts.iteration == self._iterations or self._telemetry.stop.is_set()
         if is_last or time.monotonic() - self._told_checkpoint > CHECKPOINT_EVENT_SECONDS:
             self._told_checkpoint = time.monotonic()
-            self._telemetry.event("checkpoint", f"of iteration {facts.iteration}, after {facts.env_steps} steps")
+            self._telemetry.event(
+                "checkpoint", f"checkpoint of iteration {facts.iteration}, after {facts.env_steps} steps"
+            )
 
     def _checkpoint_if_possible(self) -> None:
         """Before an interrupt; a reward server that was just restarted has nothing to save, the one before counts.
@@ -290,10 +292,12 @@ class Training:
         # A better policy without a checkpoint must not keep the best one that has a checkpoint from being marked.
         if estimate.mean > self._facts.best_return and self._checkpoints.mark_best(evaluated.version):
             self._facts.best_return = estimate.mean
-            self._telemetry.event("best", f"return {estimate.mean:.2f} of the policy of iteration {evaluated.version}")
+            self._telemetry.event(
+                "best", f"best so far: return {estimate.mean:.2f} after iteration {evaluated.version}"
+            )
         if evaluated.version == self._iterations:
             self._final_estimate = estimate
-            what = f"return {estimate.mean:.2f} ± {estimate.stderr:.2f} of the final policy"
+            what = f"final policy: return {estimate.mean:.2f} ± {estimate.stderr:.2f}"
             self._telemetry.event("evaluated", what)
 
     def _normalized(self, mean: float) -> float | None:

@@ -122,3 +122,11 @@ def test_an_actor_that_joined_and_left_is_told_and_forgotten(tmp_path: Path, mon
     finally:
         director.close()
         telemetry.close()
+
+
+def test_a_process_that_is_heard_again_is_back(director: Director, tmp_path: Path) -> None:
+    for _ in range(2):  # each with another incarnation
+        tell(director, tmp_path, "learner-0", Status("learner", 0, 0, 1, "collect", "", {}))
+    (back,) = [e for e in read_events(tmp_path, 9) if e["event"] == "back"]
+    assert back["process"] == "learner-0"
+    assert back["text"].startswith("works again, 0 s after its last sign")

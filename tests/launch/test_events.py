@@ -89,4 +89,4 @@ def test_a_serial_run_tells_its_events_too(tmp_path: Path) -> None:
         "end",
     ]
     assert str(events[0]["command"]).startswith("bm3il train --run run")
-    assert any(str(event["text"]).startswith("of iteration 3") for event in events)
+    assert any(str(event["text"]).startswith("checkpoint of iteration 3") for event in events)

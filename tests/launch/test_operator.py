@@ -17,7 +17,7 @@ from tests.launch.test_faults import DEADLINE_SECONDS, REPLAYED, alive, descenda
 
 FOR_EVER = ["--mode", "async", "--actors", "2", "--steps", "100000000", *REPLAYED]
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 
 
 def workers(process: subprocess.Popen[str], role: str) -> list[psutil.Process]:
@@ -78,9 +78,11 @@ def test_the_night_can_be_read_from_its_events(tmp_path: Path) -> None:
 
     workers(process, "actor")[0].kill()
     night = [("start", "supervisor-0", "bm3il"), ("processes", "supervisor-0", "started learner-0, evaluator-0, ")]
-    night += [("checkpoint", "learner-0", "of iteration 0")]
+    night += [("checkpoint", "learner-0", "checkpoint of iteration 0")]
     restarts = [("restart", name, "was killed by SIGKILL") for name in ("actor-0", "actor-1")]
     wait_for(lambda: any(told(*night, restart) for restart in restarts), process)
+    night += [("back", restart[1], "works again, ") for restart in restarts if told(restart)]
+    wait_for(lambda: told(*night), process)
     (server,) = workers(process, "reward-server")
     server.send_signal(signal.SIGSTOP)
     night += [("state", "learner-0", "starved: has been in 'wait_for_")]
@@ -97,7 +99,10 @@ def test_the_night_can_be_read_from_its_events(tmp_path: Path) -> None:
     wait_for(lambda: told(*night), process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=DEADLINE_SECONDS)
-    night += [("stop", "supervisor-0", "SIGTERM asks for the end"), ("checkpoint", "learner-0", "of iteration ")]
+    night += [
+        ("stop", "supervisor-0", "SIGTERM asks for the end"),
+        ("checkpoint", "learner-0", "checkpoint of iteration "),
+    ]
     night += [("end", "supervisor-0", "interrupted")]
     assert told(*night), read_events(folder, 1000)
     assert len(read_events(folder, 1000)) < 100

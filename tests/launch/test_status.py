@@ -114,8 +114,8 @@ def test_every_process_is_shown_within_eighty_columns(folder: Path, capsys: pyte
 def test_a_status_says_how_far_the_run_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert print_status(folder) == 0
     text = capsys.readouterr().out
-    assert "running: iteration 120 of 250, 96,000 of 200,000 steps, 1,600 steps/s, 1:05 left" in " ".join(text.split())
-    assert "return_mean 97.25" in text
+    assert "running: iteration 120 of 250, 1:05 left\n96,000 of 200,000 steps, 1,600 steps/s\n" in text
+    assert "last evaluation: iteration 118, return 97.25\n" in text
     assert "last checkpoint: iteration 100, 0:0" in text
     assert [f"{number} was killed" in text for number in range(7)] == [False, False, *[True] * 5]
 
