@@ -14,7 +14,7 @@ FLAGS = $(call flag,PRESET,preset) $(call flag,NODES,nodes) $(call flag,ALGORITH
 OF_LAUNCH := NODES PRESET ALGORITHM ENVIRONMENT DEMONSTRATIONS RUN SEED STEPS ACTORS MODE HOSTFILE ARGS
 
 # A misspelt variable would be ignored, and another run trained than was asked for.
-KNOWN := $(OF_LAUNCH) SECONDS PYTHON VENV
+KNOWN := $(OF_LAUNCH) SECONDS KIND PYTHON VENV
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 NEAREST = import sys; from protocol.errors import unknown_name; print(unknown_name("variable", sys.argv[1], sys.argv[2:]))
 UNKNOWN := $(firstword $(filter-out $(KNOWN),$(GIVEN)))
@@ -41,7 +41,7 @@ lint: $(VENV)/.installed-dev  ## check style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-NO_BENCHMARKS := floors backpressure random_data imitation ranking closures worlds chaos hosts slurm_cluster fuzz fuzz_cases fuzz_live fuzz_sockets
+NO_BENCHMARKS := floors backpressure random_data imitation ranking closures worlds chaos chaos_of_simulators unsteady hosts slurm_cluster fuzz fuzz_cases fuzz_live fuzz_sockets
 bench: $(VENV)/.installed-dev  ## measure against the floors of this machine
 	@failed=0; for file in $(filter-out $(NO_BENCHMARKS:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file $(ARGS) || failed=1; done; exit $$failed
 
@@ -49,8 +49,8 @@ submit: $(VENV)/.installed  ## submit a run to Slurm, with the variables of laun
 	@$(BIN)/bm3il submit $(FLAGS)
 
 SECONDS ?= 600
-chaos: $(VENV)/.installed-dev  ## kill and stop processes of runs at random: SECONDS=600 SEED=1 MODE=lockstep
-	@$(BIN)/python benchmarks/chaos.py --seconds $(SECONDS) $(call flag,SEED,seed) $(call flag,MODE,mode) $(ARGS)
+chaos: $(VENV)/.installed-dev  ## hurt processes of runs at random: SECONDS=600 SEED=1 MODE=lockstep; or simulators: KIND=simulator
+	@$(BIN)/python benchmarks/chaos.py --seconds $(SECONDS) $(call flag,SEED,seed) $(call flag,MODE,mode)$(if $(KIND), --kind '$(KIND)') $(ARGS)
 
 fuzz: $(VENV)/.installed-dev  ## hostile bytes against everything that reads some (ARGS="--cases 1000000")
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py $(ARGS)

@@ -11,6 +11,8 @@ the time is over, each with its own order of faults:
 A lockstep run must end with the `policy_sha256` of an undisturbed one. An async run must have trained on exactly its
 steps, every iteration once, end nearer to the expert than to random, and not need more memory at its end than in its
 middle. No process may be left on any host. Prints the faults, and the time from the end of each to new iterations.
+
+With `KIND=simulator` it is the environments that are hurt: see `chaos_of_simulators`.
 """
 
 from __future__ import annotations
@@ -237,33 +239,29 @@ class Storm:
 
 
 def check(storm: Storm, result: dict[str, Any], wanted: str) -> None:
-    """What was promised of a run."""
-    assert (result["status"], result["env_steps"]) == ("finished", STEPS[storm.mode]), result
-    if wanted:
-        assert result["policy_sha256"] == wanted, f"{storm.name}: {result['policy_sha256']} is not {wanted}"
-    lines = [json.loads(line) for line in (storm.folder / storm.name / "log.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == list(range(1, result["iterations"] + 1)), "iterations do not add up"
-    share = result["env_steps"] // result["iterations"]
-    assert all(line["env_steps"] == line["iteration"] * share for line in lines), "steps do not add up"
-    assert float(result["normalized_return"]) > 0.5, result
+    """What was promised of a run, its memory included."""
+    check_run(storm.folder / storm.name, result, STEPS[storm.mode], wanted)
     third = len(storm.memory) // 3
     middle, last = (max(size for _, size in part) for part in (storm.memory[third : 2 * third], storm.memory[-third:]))
     assert last <= MEMORY_GROWTH * middle, f"{storm.name} grew from {middle} to {last} bytes"
 
 
-def undisturbed(folder: Path) -> str:
+def check_run(run: Path, result: dict[str, Any], steps: int, wanted: str) -> None:
+    """What was promised of a run in this folder; wanted: its `policy_sha256`, if that is known."""
+    assert (result["status"], result["env_steps"]) == ("finished", steps), result
+    if wanted:
+        assert result["policy_sha256"] == wanted, f"{run.name}: {result['policy_sha256']} is not {wanted}"
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(1, result["iterations"] + 1)), "iterations do not add up"
+    share = result["env_steps"] // result["iterations"]
+    assert all(line["env_steps"] == line["iteration"] * share for line in lines), "steps do not add up"
+    assert float(result["normalized_return"]) > 0.5, result
+
+
+def undisturbed(folder: Path, steps: int, options: list[str]) -> str:
     """The `policy_sha256` of the lockstep run in one process."""
-    options = [
-        "--mode",
-        "serial",
-        "--steps",
-        str(STEPS["lockstep"]),
-        "--run",
-        "undisturbed",
-        "--runs-folder",
-        str(folder),
-    ]
-    subprocess.run([sys.executable, "-m", "launch.cli", "train", *options, *OPTIONS], check=True, capture_output=True)
+    where = ["--mode", "serial", "--steps", str(steps), "--run", "undisturbed", "--runs-folder", str(folder)]
+    subprocess.run([sys.executable, "-m", "launch.cli", "train", *where, *options], check=True, capture_output=True)
     return str(json.loads((folder / "undisturbed" / "result.json").read_text())["policy_sha256"])
 
 
@@ -273,11 +271,16 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--mode", choices=("lockstep", "async"), default="lockstep")
+    parser.add_argument("--kind", choices=("process", "simulator"), default="process")
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the hosts shall be taken away
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was made shall be taken away
+    if given.kind == "simulator":
+        from chaos_of_simulators import main as chaos_of_simulators
+
+        return chaos_of_simulators(given)
     storms: list[Storm] = []
     with tempfile.TemporaryDirectory(prefix="bm3il-chaos-") as name, Hosts(HOSTS) as hosts:
-        wanted = undisturbed(Path(name)) if given.mode == "lockstep" else ""
+        wanted = undisturbed(Path(name), STEPS["lockstep"], OPTIONS) if given.mode == "lockstep" else ""
         start = time.monotonic()
         while not storms or time.monotonic() - start < given.seconds:
             seed = given.seed + len(storms)

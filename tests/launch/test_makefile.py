@@ -84,3 +84,5 @@ def test_every_variable_of_launch_is_passed_on() -> None:
 def test_what_other_targets_take_is_known() -> None:
     for arguments in (["chaos", "SECONDS=5", "SEED=1", "MODE=async"], ["test", "ARGS=-x"], ["lint", "PYTHON=python3"]):
         assert make(*arguments).returncode == 0
+    assert "chaos.py --seconds 5" in (said := make("chaos", "SECONDS=5", "KIND=simulator").stdout)
+    assert "--kind 'simulator'" in said
