@@ -231,8 +231,10 @@ class Storm:
             for pid in self.hosts.processes(host):
                 try:
                     command = (process := psutil.Process(pid)).cmdline()
-                    if command[1:3] == ["-m", module] and process.status() != psutil.STATUS_ZOMBIE:
-                        found.append((command[3] if module == WORKER else "supervisor", process))
+                    ours = command[0] == sys.executable and "launch.lifeline" not in command
+                    if ours and module in command and process.status() != psutil.STATUS_ZOMBIE:
+                        role = command[command.index(module) + 1] if module == WORKER else "supervisor"
+                        found.append((role, process))
                 except (psutil.Error, IndexError):
                     continue
         return sorted(found, key=lambda pair: pair[0])

@@ -15,6 +15,7 @@ from itertools import count, islice
 from pathlib import Path
 
 from launch.config import Config
+from launch.surroundings import module_command
 from protocol.errors import InputError
 
 MPI_SETTINGS = {
@@ -52,7 +53,7 @@ class Backend:
 
     def command(self, network: str) -> list[str]:
         """That runs `launch.node` once per node, the first with our standard input."""
-        return [*self.program, sys.executable, "-m", "launch.node", f"--network={network}", *self.hosts[:2]]
+        return [*self.program, *module_command("launch.node", f"--network={network}", *self.hosts[:2])]
 
 
 def backend(config: Config, environment: Mapping[str, str] = os.environ) -> Backend:
@@ -119,7 +120,7 @@ def _slurm_hosts() -> tuple[str, ...]:
 def _hosts(path: str, nodes: int) -> list[str]:
     """The host of each node: one after the other in the order of the file, and again while they have slots left."""
     try:
-        lines = [line.partition("#")[0].strip() for line in Path(path).read_text().splitlines()]
+        lines = [line.partition("#")[0].strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the hosts in {path}: {error}; write one host a line") from error
     slots: Counter[str] = Counter()

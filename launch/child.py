@@ -6,15 +6,16 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from launch import lifeline
+from launch.surroundings import module_command
 from launch.topology import Process
 from protocol.telemetry import DONE_FD, TRAINED
 
@@ -27,7 +28,14 @@ GUARD_SECONDS = 2.0
 
 def worker_command(process: Process) -> list[str]:
     """The program of a process."""
-    return [sys.executable, "-m", "launch.worker", process.role, str(process.index)]
+    return module_command("launch.worker", process.role, str(process.index))
+
+
+def _nameless_file() -> IO[bytes]:
+    """In memory where the system can: the temporary folder may be full."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("stdin"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 class Child:
@@ -51,7 +59,7 @@ class Child:
     def spawn(self) -> None:
         """Start it, bound to this process: call from the main thread (see `lifeline`)."""
         self.start_at = None
-        with self.log.open("ab") as output, tempfile.TemporaryFile() as stdin:
+        with self.log.open("ab") as output, _nameless_file() as stdin:
             self._log_start = output.tell()
             stdin.write(self._stdin.encode())
             stdin.seek(0)

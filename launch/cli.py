@@ -7,9 +7,12 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from launch.outcome import DISK_ERRORS
+from launch.surroundings import settle, silence
 from protocol.errors import InputError, unknown_name
 
 COMMAND = "BM3IL_COMMAND"
@@ -24,22 +27,40 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns its exit code. Errors of input are one line, and 2."""
+    """Run a subcommand; returns its exit code. Errors of input, and full disks, are one line, and 2."""
+    settle()
     args = list(sys.argv[1:] if args is None else args)
     try:
-        if not args or args[0] in ("-h", "--help"):
-            print(_usage())
-            return 0
-        if args[0] not in COMMANDS:
-            raise unknown_name("command", args[0], COMMANDS)
-        os.environ[COMMAND] = shlex.join(["bm3il", *args])
-        return COMMANDS[args[0]](args[1:])
+        code = _run(args)
+        sys.stdout.flush()
+        return code
     except InputError as error:
-        print(f"bm3il: {error}", file=sys.stderr)
-        return 2
+        return _say(str(error))
     except BrokenPipeError:  # whoever read the output has seen enough, as in `bm3il train --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
         return 0
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        if error.filename is None:
+            silence(sys.stdout)
+        return _say(f"cannot write {error.filename or 'the output'}: {error.strerror}")
+
+
+def _run(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if args[0] not in COMMANDS:
+        raise unknown_name("command", args[0], COMMANDS)
+    os.environ[COMMAND] = shlex.join(["bm3il", *args])
+    return COMMANDS[args[0]](args[1:])
+
+
+def _say(error: str) -> int:
+    with suppress(OSError):  # nobody reads it
+        print(f"bm3il: {error}", file=sys.stderr, flush=True)
+    return 2
 
 
 def train(args: list[str]) -> int:
@@ -82,10 +103,11 @@ def resume(args: list[str]) -> int:
     """go on with a run from its newest checkpoint"""
     parser = _parser("resume")
     parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("--steps", type=int, help="another budget, e.g. to prolong a run that is finished")
     options = parser.parse_args(args)
     from launch import run
 
-    return run.resume(options.run)
+    return run.resume(options.run, steps=options.steps)
 
 
 def evaluate(args: list[str]) -> int:

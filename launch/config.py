@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import dacite
+import tyro
 import yaml
 
 from actors.settings import ActorSettings, EvaluationSettings
@@ -39,6 +40,8 @@ class Config:
     """Environment and its options."""
     demonstrations: str = ""
     """Expert trajectories: a file, or the name of one that comes with bm3il."""
+    files: Annotated[dict[str, str], tyro.conf.Suppress, tyro.conf.Fixed] = field(default_factory=dict)
+    """SHA-256 of each file that the run began with; see `launch.files`."""
     demonstration_episodes: Natural = 0
     """How many episodes of them are used; 0 takes all."""
     algorithm: str = "bm3il"
@@ -49,7 +52,7 @@ class Config:
     seed: Natural = 0
     """In lockstep it determines everything."""
     steps: Count = 200_000
-    """Budget of joint environment steps."""
+    """Budget of joint environment steps: the run ends with the first iteration by which so many were played."""
     run: str = ""
     """Name of the run's folder; empty: made of preset, algorithm, seed and time."""
     runs_folder: str = "runs"
@@ -83,7 +86,7 @@ class Config:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
 
     def checked(self) -> Config:
-        """Itself, with what the algorithm forces and what roles have in common filled in.
+        """Itself, with what algorithm and mode force and what roles have in common filled in.
 
         Raises InputError for unknown names and for values that no run could use.
         """
@@ -103,13 +106,17 @@ class Config:
             raise InputError(
                 f"algorithm '{self.algorithm}' learns from demonstrations: name a file by --demonstrations"
             )
-        return replace(
-            self,
-            actors=self.actors or self.nodes,
-            learner=self._of_role(self.learner),
-            actor=replace(self.actor, threads=self.actor.threads or self.threads),
-            reward=self._of_role(kind.reward_settings(self.reward)),
-        )
+        learner = self._of_role(kind.learner_settings(self.learner))
+        reward = self._of_role(kind.reward_settings(self.reward))
+        # A learner shall not give an actor up before its simulator is.
+        step_seconds = min(self.actor.step_seconds, learner.deadline_seconds / 2)
+        actor = replace(self.actor, threads=self.actor.threads or self.threads, step_seconds=step_seconds)
+        if self.mode == "serial":  # one process has one number of threads
+            actor, reward = replace(actor, threads=learner.threads), replace(reward, threads=learner.threads)
+        # Nobody plays for cloning, so there is nothing to stream.
+        mode = "lockstep" if kind.clones and self.mode == "async" else self.mode
+        actors = self.actors or self.nodes
+        return replace(self, mode=mode, actors=actors, learner=learner, actor=actor, reward=reward)
 
     def _of_role(self, settings: Computing) -> Computing:
         """The settings of a role that computes, with its device and its threads."""
@@ -170,12 +177,12 @@ def load_preset(name: str) -> Config:
     """A preset by name, or a YAML file of the same shape. Raises InputError."""
     if name.endswith((".yaml", ".yml")):
         try:
-            return replace(Config.from_yaml(Path(name).read_text(), name), preset=name)
-        except OSError as error:
-            raise InputError(f"cannot read the preset {name}: {error.strerror}") from error
+            return replace(Config.from_yaml(Path(name).read_text(encoding="utf-8"), name), preset=name)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the preset {name}: {error}") from error
     if name not in preset_names():
         raise unknown_name("preset", name, preset_names())
-    text = resources.files("launch").joinpath("presets").joinpath(f"{name}.yaml").read_text()
+    text = resources.files("launch").joinpath("presets").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     return replace(Config.from_yaml(text, f"preset {name}"), preset=name)
 
 
@@ -185,8 +192,6 @@ def parse_config(args: Sequence[str], default: Config | None = None) -> Config:
     Raises InputError, one line, for whatever cannot be understood.
     """
     _check_flags(args)
-    import tyro
-
     if default is None:
         default = load_preset(_preset_of(args))
     messages = io.StringIO()
@@ -220,6 +225,8 @@ def _check_flags(args: Sequence[str]) -> None:
 def _flags(kind: type, prefix: str = "--") -> list[str]:
     names = []
     for name, hint in get_type_hints(kind).items():
+        if name == "files":  # written down, not asked for
+            continue
         if is_dataclass(hint):
             names += _flags(hint, f"{prefix}{flag(name)}.")  # type: ignore[arg-type]
         else:

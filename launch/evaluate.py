@@ -18,15 +18,16 @@ from actors.experts.scripted import expert_for
 from actors.policy import Policy, UniformPolicy
 from actors.rollout import Acts
 from launch.config import Config
+from launch.files import load_demonstrations
 from launch.run_folder import write_atomically
+from launch.surroundings import lasting_output
 from launch.trained import Trained, load_trained
 from learner.imitation import build_critic
 from learner.optimisation import part
-from protocol.demonstrations import Demonstrations, resolve
 from protocol.environment import Starts
 from protocol.errors import InputError
 from protocol.perturbation import unperturbed
-from protocol.registry import make_environment
+from protocol.registry import make_environment, with_absolute_files
 from protocol.specs import EnvironmentSpec
 
 FRESH_SEED = 1_000_003
@@ -73,7 +74,7 @@ def main(
     if episodes < 1:
         raise InputError(f"--episodes must be at least 1, got {episodes}")
     trained = load_trained(run, best)
-    name = environment or trained.config.environment
+    name = with_absolute_files(environment)[0] if environment else trained.config.environment
     world = make_environment(name, 1).spec
     policy = trained.policy_in(world)
     compared = {"fresh": Episodes(name, episodes)}
@@ -82,10 +83,11 @@ def main(
     expert = _scripted_expert(world) if environment else None
     rows = [row for starts, them in compared.items() for row in _rows(starts, them, policy, expert)]
     iteration = trained.checkpoint.iteration
-    _print(f"{run}, iteration {iteration}, in {world.name}", rows)
-    if pictures:
-        _draw(trained, name, policy, run / "pictures", hour)
     write_atomically(run / "evaluation.json", json.dumps({"iteration": iteration, "rows": rows}, indent=1))
+    with lasting_output():
+        _print(f"{run}, iteration {iteration}, in {world.name}", rows)
+        if pictures:
+            _draw(trained, name, policy, run / "pictures", hour)
     return 0
 
 
@@ -131,7 +133,7 @@ def _demonstrated(config: Config, name: str) -> Episodes:
     """
     if not config.demonstrations:
         raise InputError("paired evaluation needs the run's demonstrations, and it had none")
-    demonstrations = Demonstrations.load(resolve(config.demonstrations))
+    demonstrations = load_demonstrations(config)
     if not demonstrations.starts:
         raise InputError("the demonstrations hold no start states; evaluate without --paired")
     count, starts = demonstrations.num_episodes, demonstrations.starts
@@ -155,7 +157,7 @@ def _draw(trained: Trained, name: str, policy: Policy, folder: Path, hour: float
     elif not config.demonstrations:
         raise InputError("pictures show the demonstrations beside the policy, and this run had none")
     else:
-        demonstrations = Demonstrations.load(resolve(config.demonstrations)).for_crowd(policy.layout.spec)
+        demonstrations = load_demonstrations(config).for_crowd(policy.layout.spec)
         for path in draw_pictures(name, policy, demonstrations, folder, hour):
             print(path)
 

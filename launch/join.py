@@ -7,7 +7,6 @@ import os
 import random
 import socket
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +17,7 @@ import dacite
 
 from launch.director import follow
 from launch.supervisor import StopRequests
+from launch.surroundings import lasting_output, private_folder
 from launch.topology import LOOPBACK, Node, Plan, Process
 from protocol.errors import InputError
 from protocol.keys import Keys
@@ -38,7 +38,7 @@ def ticket(plan: Plan) -> Iterator[None]:
     keys = Keys.load(Path(plan.keys_file)).of_client().to_text() if plan.keys_file else ""
     try:
         path.unlink(missing_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             json.dump({"plan": json.loads(plan.to_json()), "keys": keys}, file)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
@@ -53,7 +53,7 @@ def read_ticket(path: Path) -> tuple[Plan, Keys | None]:
     try:
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
             raise InputError(f"{path} can be read by others: chmod 600 {path}")
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
         plan = Plan.from_json(json.dumps(value["plan"]))
         keys = Keys.from_text(value["keys"]) if value["keys"] else None
     except OSError as error:
@@ -80,7 +80,7 @@ def join(path: Path, actors: int) -> int:
     node = len(plan.nodes)
     address = _address_towards(plan.control)
     indices = random.SystemRandom().sample(JOINED_INDICES, actors)
-    with tempfile.TemporaryDirectory(prefix="bm3il-") as private:
+    with lasting_output(), private_folder() as private:
         if keys is not None:
             keys.save(Path(private, "keys.json"))
         plan = replace(

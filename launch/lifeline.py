@@ -10,6 +10,8 @@ import signal
 import sys
 from pathlib import Path
 
+from launch.surroundings import module_command
+
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 END = signal.SIGUSR1
 """What a guard hears when all shall end at once: from its parent, or from the kernel when that has ended."""
@@ -34,7 +36,7 @@ def command(program: list[str], guarded: bool = False) -> list[str]:
 
     guarded: it runs below a small process that waits for it, and then ends whatever it has left behind.
     """
-    return [sys.executable, "-m", "launch.lifeline", "guard" if guarded else "bind", str(os.getpid()), *program]
+    return module_command("launch.lifeline", "guard" if guarded else "bind", str(os.getpid()), *program)
 
 
 def guard(parent: int, program: list[str]) -> None:
@@ -86,7 +88,7 @@ def _end_children() -> None:
     """Kill the children that are left, and theirs, which become ours as soon as their parents are gone."""
     own = os.getpid()
     children = Path(f"/proc/{own}/task/{own}/children")
-    while children.exists() and (left := children.read_text().split()):
+    while children.exists() and (left := children.read_text(encoding="utf-8").split()):
         for process in map(int, left):
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)

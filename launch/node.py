@@ -6,8 +6,8 @@ import argparse
 import logging
 import os
 import sys
-import tempfile
 import threading
+import time
 from pathlib import Path
 
 from launch import backends, rendezvous, run_folder
@@ -16,12 +16,14 @@ from launch.join import ticket
 from launch.lifeline import bind_to_parent
 from launch.progress import Progress
 from launch.supervisor import StopRequests
+from launch.surroundings import lasting_output, private_folder, settle
 from launch.topology import Plan
 from protocol.errors import InputError
 
 
 def main() -> int:
     """Meet the other nodes and run this one's part; the first node leads and writes down how the run ended."""
+    settle()
     bind_to_parent(os.getppid())
     parser = argparse.ArgumentParser()
     parser.add_argument("--network", default="")
@@ -30,10 +32,11 @@ def main() -> int:
     rendezvous.report("started", rendezvous.number_of(rendezvous.RANK))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     stopped = StopRequests()
-    with stopped.heard(), tempfile.TemporaryDirectory(prefix="bm3il-") as private:  # only its owner may enter it
+    with stopped.heard(), lasting_output():
         try:
-            plan, node = rendezvous.meet(Path(private), given.network, given.hosts)
-            return _run(plan, node, stopped)
+            with private_folder() as private:
+                plan, node = rendezvous.meet(private, given.network, given.hosts)
+                return _run(plan, node, stopped)
         except InputError as error:
             rendezvous.report("failed", str(error))
             return 2
@@ -45,11 +48,11 @@ def _run(plan: Plan, node: int, stopped: StopRequests) -> int:
             backends.start_again()
         return 0
     threading.Thread(target=rendezvous.listen_for_stop, args=(stopped,), daemon=True).start()
-    progress = Progress()
+    progress, start = Progress(), run_folder.Start(plan.run_id, time.time())
     progress.plan(plan)
     with ticket(plan):
         outcome = direct(plan, progress, stopped)
-    run_folder.conclude(Path(plan.run_folder), plan.config, outcome)
+    run_folder.conclude(Path(plan.run_folder), plan.config, outcome, start)
     return 0
 
 

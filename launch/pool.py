@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from launch.child import Child
 from launch.run_folder import curve, last_logged, read_result
 from launch.supervisor import THREAD_VARIABLES, StopRequests
+from launch.surroundings import module_command
 from launch.topology import Process
 
 POLL_SECONDS = 0.5
@@ -68,7 +68,7 @@ def run_all(folders: Sequence[Path], jobs: int, stopped: StopRequests, watch: Ca
 
 
 def _start(folder: Path) -> Child:
-    command = [sys.executable, "-m", "launch.cli", "resume", str(folder)]
+    command = module_command("launch.cli", "resume", str(folder))
     env = os.environ | dict.fromkeys(THREAD_VARIABLES, "1")  # there are as many processes as cores
     child = Child(Process("run", 0, 0), command, "", folder / LOG, env)
     child.spawn()

@@ -74,8 +74,14 @@ class Progress:
         ]
         if result.get("normalized_return") is not None:
             returns.append(f"normalised {result['normalized_return']:.3f}")
-        seconds = result.get("wall_seconds")  # unknown if the learner had no time to write it down
-        self.note(result["status"] if seconds is None else f"{result['status']} after {duration(seconds)}")
+        words, seconds = [result["status"]], result.get("wall_seconds")  # unknown if the learner had no time to tell it
+        if seconds is not None:
+            words.append(f"after {duration(seconds)}")
+        if result.get("iterations") is not None:
+            words.append(f"at iteration {result['iterations']:,}")
+        if result.get("env_steps") and result.get("steps"):
+            words.append(f"with {result['env_steps']:,} steps played, of {result['steps']:,}")
+        self.note(" ".join(words))
         if returns:
             self.note("return per agent and episode: " + ", ".join(returns))
         if result["status"] == "finished" and result.get("return_mean") is None:
@@ -83,6 +89,8 @@ class Progress:
         for name in ("curve.png", "result.json"):
             if (folder / name).exists():
                 self.note(str(folder / name))
+        if result.get("resume"):
+            self.note(f"go on with: {result['resume']}")
 
 
 def _table(learner: Status | None, worries: Sequence[str]) -> Table:

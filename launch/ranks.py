@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -46,7 +45,7 @@ NAMED = 5
 """How many nodes are named one by one."""
 
 
-def run_nodes(config: Config, spec: EnvironmentSpec, folder: Path, stopped: StopRequests) -> Outcome:
+def run_nodes(config: Config, spec: EnvironmentSpec, folder: Path, run_id: str, stopped: StopRequests) -> Outcome:
     """Run on `config.nodes` nodes; returns how the run ended, as its first node wrote it down.
 
     Raises InputError if the nodes cannot be started as the configuration asks.
@@ -56,12 +55,11 @@ def run_nodes(config: Config, spec: EnvironmentSpec, folder: Path, stopped: Stop
     order |= {"spec_json": json.dumps(spec.to_json()), "processes": [asdict(each) for each in processes_of(config)]}
     for attempt in range(1, MEETINGS + 1):
         begin = time.monotonic()
-        with _Ranks(starts, config, folder, stopped) as ranks:
-            ranks.tell(json.dumps(order | {"run_id": secrets.token_hex(8), "keys": Keys.create().to_text()}))
+        with _Ranks(starts, config, folder, run_id, stopped) as ranks:
+            ranks.tell(json.dumps(order | {"run_id": run_id, "keys": Keys.create().to_text()}))
             gave_up = ranks.wait()
         # What mpiexec or srun return says little (it may be 0 after a lost rank): the first node's word counts.
-        result = run_folder.read_result(folder)
-        if "exit_code" in result:
+        if result := run_folder.concluded(folder, run_id):
             return Outcome(result["exit_code"], result.get("error", ""))
         if gave_up is not None:
             return gave_up
@@ -75,8 +73,9 @@ class _Ranks:
     """The program that starts the ranks, at work. What it and they say is held back until they have met; if they do
     not, it tells why."""
 
-    def __init__(self, starts: Backend, config: Config, folder: Path, stopped: StopRequests) -> None:
-        self._starts, self._nodes, self._folder, self._stopped = starts, config.nodes, folder, stopped
+    def __init__(self, starts: Backend, config: Config, folder: Path, run_id: str, stopped: StopRequests) -> None:
+        self._starts, self._nodes, self._stopped = starts, config.nodes, stopped
+        self._folder, self._run_id = folder, run_id
         self._started: set[int] = set()
         self._failure = ""
         self._kept: deque[tuple[bool, str]] = deque(maxlen=KEPT_LINES)  # whether of standard error, and a line
@@ -125,7 +124,7 @@ class _Ranks:
                 self._pass_on_stop()
             if self.met:
                 self._tell_people()
-                if self._kill_at == float("inf") and "exit_code" in run_folder.read_result(self._folder):
+                if self._kill_at == float("inf") and run_folder.concluded(self._folder, self._run_id):
                     self._kill_after(LAST_RANK_SECONDS)
             elif self._end is None:
                 self._look()

@@ -8,22 +8,27 @@ import os
 import secrets
 import socket
 import sys
-import tempfile
 import threading
+import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 from launch import ranks, run_folder
 from launch.config import Config
 from launch.director import direct
 from launch.events import EventLog
+from launch.files import check_files, load_demonstrations, remembered
 from launch.join import ticket
 from launch.memory import Needs, available_memory, needs
 from launch.outcome import CRASHED, INTERRUPTED, Outcome, attempt
 from launch.progress import Progress
 from launch.supervisor import StopRequests
-from launch.topology import LOOPBACK, Node, Plan, ipc_addresses, make_job, processes_of
-from protocol.demonstrations import Demonstrations, resolve
+from launch.surroundings import lasting_output, private_folder
+from launch.topology import LOOPBACK, Node, Plan, ipc_addresses, listeners, make_job, processes_of
+from learner.algorithms import algorithm
+from learner.checkpoint import CheckpointFolder, configuration_differences
+from protocol.demonstrations import resolve
 from protocol.errors import InputError
 from protocol.job import Endpoints
 from protocol.messages import Sender
@@ -36,29 +41,61 @@ SERIAL_SHOW_SECONDS = 0.5
 
 
 def train(config: Config) -> int:
-    """Start a new run; returns the exit code. Raises InputError before anything is started or written."""
-    config, spec = check(config)
+    """Start a new run; returns the exit code. Raises InputError before anything is started; nothing is left then."""
+    config, spec = check(remembered(config))
     _check_devices(config)
     config, needed = run_folder.named(config), needs(config, spec)
     _check_room(config, needed)
     needed.check_disk(Path(config.runs_folder))
-    return _run(config, spec, run_folder.create(config), needed)
+    folder = run_folder.create(config)
+    try:
+        return _run(config, spec, folder, needed)
+    except InputError:
+        run_folder.discard(folder)
+        raise
 
 
-def resume(folder: Path, flags: Config | None = None) -> int:
+def resume(folder: Path, flags: Config | None = None, steps: int | None = None) -> int:
     """Go on with a run from its newest checkpoint; returns the exit code.
 
     flags: what the command line asks for; refused with the differences if it is not what the run was started with.
-    Raises InputError before anything is started.
+    steps: another budget, for instance of a run that is finished; schedules go on as those of a run of so many steps.
+    Raises InputError before anything is started; the run is as it was then.
     """
-    config = run_folder.open_existing(folder)
-    if flags is not None and flags != config:
-        raise InputError(f"{folder} was started with another configuration: {differences(config, flags)}")
-    config, spec = check(config)
+    folder = folder.resolve()
+    started = run_folder.open_existing(folder)
+    check_files(started)
+    if flags is not None and started not in (flags, remembered(flags)):
+        how = f"; `bm3il resume {folder} --steps {flags.steps}` gives it another budget"
+        only_steps = replace(flags, steps=started.steps) == started
+        raise InputError(
+            f"{folder} was started with another configuration: {differences(started, flags)}{how if only_steps else ''}"
+        )
+    asked = started if steps is None else replace(started, steps=steps)
+    config, spec = check(asked)
     _check_devices(config)
+    checkpoint = CheckpointFolder(folder / "checkpoints", 1).newest_header()
+    if checkpoint is not None:
+        # It holds what was forced when the run began, which may be less than what is written down today.
+        config = asked
+        if changed := configuration_differences(str(checkpoint["config"]), config.to_yaml()):
+            raise InputError(f"the configuration of {folder} was changed since its newest checkpoint: {changed}")
+    if steps is not None:
+        _check_budget(folder, config, 0 if checkpoint is None else int(checkpoint["facts"]["env_steps"]))
     needed = needs(config, spec)
     _check_room(config, needed)
-    return _run(config, spec, folder.resolve(), needed)
+    with run_folder.rewritten(folder, started, config):
+        return _run(config, spec, folder, needed)
+
+
+def _check_budget(folder: Path, config: Config, played: int) -> None:
+    """Raise InputError for a budget that leaves nothing to be played."""
+    if algorithm(config.algorithm).clones:
+        raise InputError(
+            f"{folder} is of '{config.algorithm}', which plays no steps: begin a new run with more iterations"
+        )
+    if config.steps <= played:
+        raise InputError(f"--steps must be above the {played} that {folder} has played, got {config.steps}")
 
 
 def check(config: Config) -> tuple[Config, EnvironmentSpec]:
@@ -69,14 +106,16 @@ def check(config: Config) -> tuple[Config, EnvironmentSpec]:
     config = config.checked()
     if config.mode == "serial" and config.nodes > 1:
         raise InputError("--mode serial runs in one process: leave out --nodes")
+    check_files(config)
     spec = make_environment(config.environment, 1).spec
+    if not all(kind.discrete for kind in spec.types):
+        config = replace(config, learner=replace(config.learner, query="state_action"))
     if config.reward.source == "learned":
         columns_seen(spec, config.reward.sees)
         check_imagined(spec, config.reward.imagined)
     if config.demonstrations:
-        recorded = Demonstrations.load(
-            resolve(config.demonstrations, spec.changes or config.environment, config.demonstration_episodes)
-        )
+        resolve(config.demonstrations, spec.changes or config.environment, config.demonstration_episodes)
+        recorded = load_demonstrations(config)
         recorded.check_against(spec)
         if config.tells_agents_apart and (difference := spec.difference(recorded.spec)):
             raise InputError(
@@ -103,48 +142,48 @@ def _check_room(config: Config, needed: Needs) -> None:
 
 
 def _run(config: Config, spec: EnvironmentSpec, folder: Path, needed: Needs) -> int:
-    progress, stopped = Progress(), StopRequests()
+    progress, stopped, start = Progress(), StopRequests(), run_folder.Start(secrets.token_hex(8), time.time())
     progress.note(needed.line())
-    with run_folder.locked(folder), stopped.heard():
-        (folder / "result.json").unlink(missing_ok=True)
+    with run_folder.locked(folder), stopped.heard(), lasting_output():
+        before = run_folder.read_result(folder)
         try:
             if config.mode == "serial":
-                outcome = _run_serial(config, spec, folder, progress, stopped)
+                outcome = _run_serial(config, spec, folder, start.run_id, progress, stopped)
             elif config.nodes > 1:
-                outcome = ranks.run_nodes(config, spec, folder, stopped)
+                outcome = ranks.run_nodes(config, spec, folder, start.run_id, stopped)
             else:
-                outcome = _run_node(config, spec, folder, progress, stopped)
+                outcome = _run_node(config, spec, folder, start.run_id, progress, stopped)
         finally:
             progress.close()
         if outcome.text:
             print(f"bm3il: {outcome.text}", file=sys.stderr)
-        result = run_folder.conclude(folder, config, outcome)
-    progress.summary(folder, result)
+        result = run_folder.conclude(folder, config, outcome, start, before)
+        progress.summary(folder, result)
     return outcome.code
 
 
 def _run_node(
-    config: Config, spec: EnvironmentSpec, folder: Path, progress: Progress, stopped: StopRequests
+    config: Config, spec: EnvironmentSpec, folder: Path, run_id: str, progress: Progress, stopped: StopRequests
 ) -> Outcome:
-    with tempfile.TemporaryDirectory(prefix="bm3il-") as sockets:  # only its owner may enter it
-        processes, here = processes_of(config), Node(socket.gethostname())
-        addresses = ipc_addresses(Path(sockets), processes)
+    processes, here = processes_of(config), Node(socket.gethostname())
+    with private_folder(files=len(listeners(processes))) as sockets:
+        addresses = ipc_addresses(sockets, processes)
         description = json.dumps(spec.to_json())
-        plan = Plan(secrets.token_hex(8), str(folder), config.to_yaml(), description, (here,), processes, addresses)
+        plan = Plan(run_id, str(folder), config.to_yaml(), description, (here,), processes, addresses)
         progress.plan(plan)
         with ticket(plan):
             return direct(plan, progress, stopped)
 
 
 def _run_serial(
-    config: Config, spec: EnvironmentSpec, folder: Path, progress: Progress, stopped: StopRequests
+    config: Config, spec: EnvironmentSpec, folder: Path, run_id: str, progress: Progress, stopped: StopRequests
 ) -> Outcome:
     from learner.process import run_serial
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    sender, host = Sender(secrets.token_hex(8), "learner-0"), config.metrics_address or LOOPBACK
+    sender, host = Sender(run_id, "learner-0"), config.metrics_address or LOOPBACK
     telemetry = Telemetry("learner", 0, sender, host=host, token=config.metrics_token(), port=config.metrics_port)
-    job = make_job(config, spec, telemetry.sender.run, folder, Endpoints("", "", "", ""))
+    job = make_job(config, spec, run_id, folder, Endpoints("", "", "", ""))
     ended, events = threading.Event(), EventLog(folder, "learner-0")
     events.start(config, resumed=(folder / "checkpoints").exists())
 

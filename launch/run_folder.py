@@ -7,23 +7,40 @@ import csv
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from launch.config import Config
-from launch.outcome import FINISHED, Outcome
+from launch.outcome import FINISHED, INTERRUPTED, Outcome
+from launch.provenance import provenance
 from protocol.errors import InputError
 
 TAIL_BYTES = 1 << 20
 """Of a log, in which its last line lies."""
+ANNOUNCED = ".targets"
 MIN_FREE_BYTES = 64 << 20
 """Room for two checkpoints of the Berlin preset: with less, the first iterations would be lost work."""
+BEGUN = {
+    *("config.yaml", ".lock", "result.json", "logs", "targets.json", "processes.json", "events.jsonl"),
+    *("checkpoints", "tensorboard", "curve.csv", "curve.png", "log.jsonl", "join.json", "run.log"),
+}
+"""All that a run may leave that ended at its start."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a run, which may be one of several: a resume is another. time: seconds since the epoch."""
+
+    run_id: str
+    time: float
 
 
 def named(config: Config) -> Config:
@@ -33,17 +50,18 @@ def named(config: Config) -> Config:
         name = f"{Path(config.preset).stem}-{config.algorithm}-seed{config.seed}-{stamp}"
         names = chain([name], (f"{name}-{number}" for number in count(2)))  # several may start in one second
         return replace(config, run=next(name for name in names if not Path(config.runs_folder, name).exists()))
-    if config.run.startswith(".") or "/" in config.run or "\0" in config.run:
-        raise InputError(f"--run must be a plain folder name, got '{config.run}'; --runs-folder says where it lies")
+    if config.run.startswith(".") or "/" in config.run or not config.run.isprintable():
+        raise InputError(f"--run must be a plain folder name, got {config.run!r}; --runs-folder says where it lies")
     return config
 
 
 def create(config: Config) -> Path:
-    """Make the folder with its `config.yaml`.
+    """Make the folder with its `config.yaml`; anew if the run before ended at its start.
 
     Raises InputError if it exists, cannot be written or has no space; nothing is left behind then.
     """
     folder = Path(config.runs_folder, config.run)
+    discard(folder)
     try:
         folder.mkdir(parents=True)
     except FileExistsError as error:
@@ -60,10 +78,28 @@ def create(config: Config) -> Path:
     return folder.resolve()
 
 
+def discard(folder: Path) -> None:
+    """Remove a run that ended before it did anything worth keeping: it logged no iteration. Any other stays."""
+    if not (folder / "config.yaml").is_file():
+        return
+    with contextlib.suppress(OSError, InputError), locked(folder):
+        if _barren(folder):
+            shutil.rmtree(folder)
+            (folder.parent / ANNOUNCED / f"{folder.name}.json").unlink(missing_ok=True)
+            (folder.parent / ANNOUNCED).rmdir()  # if it was the first run
+
+
+def _barren(folder: Path) -> bool:
+    log, checkpoints = folder / "log.jsonl", folder / "checkpoints"
+    if {path.name for path in folder.iterdir()} - BEGUN or (log.exists() and log.stat().st_size):
+        return False
+    return not any(int(path.name) for path in checkpoints.glob("[0-9]*") if path.name.isdigit())
+
+
 def _announce(folder: Path) -> None:
     """Link to the run's `targets.json` from a folder that holds those of all runs: Prometheus takes a wildcard in the
     name of a file only. Without it the run goes on."""
-    link = folder.parent / ".targets" / f"{folder.name}.json"
+    link = folder.parent / ANNOUNCED / f"{folder.name}.json"
     with contextlib.suppress(OSError):
         link.parent.mkdir(exist_ok=True)
         link.unlink(missing_ok=True)
@@ -73,11 +109,30 @@ def _announce(folder: Path) -> None:
 def open_existing(folder: Path) -> Config:
     """The configuration of a run that exists. Raises InputError if it is none, or cannot be written."""
     try:
-        text = (folder / "config.yaml").read_text()
+        text = (folder / "config.yaml").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{folder} is not the folder of a run: its config.yaml cannot be read") from error
     check_space(folder)
     return Config.from_yaml(text, str(folder / "config.yaml"))
+
+
+@contextmanager
+def rewritten(folder: Path, before: Config, after: Config) -> Iterator[None]:
+    """The run's `config.yaml` with another budget of steps, if it is another; the one before is kept beside it.
+
+    What is refused meanwhile, by an InputError, has changed nothing.
+    """
+    if before.steps == after.steps:
+        yield
+        return
+    kept = folder / f"config-{before.steps}-steps.yaml"
+    write_atomically(kept, before.to_yaml())
+    write_atomically(folder / "config.yaml", after.to_yaml())
+    try:
+        yield
+    except InputError:
+        kept.rename(folder / "config.yaml")
+        raise
 
 
 def check_space(folder: Path) -> None:
@@ -94,7 +149,7 @@ def check_space(folder: Path) -> None:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the run for this launcher. Raises InputError if another one holds it."""
-    with (folder / ".lock").open("w") as file:
+    with (folder / ".lock").open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -114,14 +169,26 @@ def is_running(folder: Path) -> bool:
 def read_result(folder: Path) -> dict[str, Any]:
     """`result.json`, or {} if there is none that can be read."""
     try:
-        result = json.loads((folder / "result.json").read_text())
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return result if isinstance(result, dict) else {}
 
 
-def conclude(folder: Path, config: Config, outcome: Outcome) -> dict[str, Any]:
-    """Complete `result.json` with how the run ended, also if the learner had no time to write one."""
+def concluded(folder: Path, run_id: str) -> dict[str, Any]:
+    """`result.json` if this start of the run has written it to its end, else {}."""
+    result = read_result(folder)
+    return result if "exit_code" in result and result.get("run_id") == run_id else {}
+
+
+def conclude(
+    folder: Path, config: Config, outcome: Outcome, start: Start, before: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write `result.json`: what the learner of this start told in it, if it had the time to, and how the run ended.
+
+    before: what it held at the start. A finished run's result stays if nothing was played since.   Returns the result
+    of this start.
+    """
     facts = {
         "environment": config.environment,
         "algorithm": config.algorithm,
@@ -129,13 +196,32 @@ def conclude(folder: Path, config: Config, outcome: Outcome) -> dict[str, Any]:
         "mode": config.mode,
         "nodes": config.nodes,
         "actors": config.actors,
+        "steps": config.steps,
     }
-    result = facts | (read_result(folder) or reached(folder)) | {"status": outcome.status, "exit_code": outcome.code}
-    result.pop("error", None)
+    told, log = read_result(folder), reached(folder)
+    if told.get("run_id") != start.run_id:
+        told = {}
+    # A run that was interrupted tells the return of its last evaluation, as one does whose learner was killed.
+    result = facts | log | {key: value for key, value in told.items() if value is not None or key not in log}
+    result |= {"run_id": start.run_id, "started": _utc(start.time), "ended": _utc(time.time()), **provenance()}
+    result |= {"status": outcome.status, "exit_code": outcome.code}
+    for key in ("error", "resume"):  # of a first node that has concluded before
+        result.pop(key, None)
     if outcome.code != FINISHED and outcome.text:
         result["error"] = outcome.text
-    write_atomically(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    if outcome.code == INTERRUPTED or (outcome.code != FINISHED and result.get("iterations")):
+        result["resume"] = f"bm3il resume {shlex.quote(str(folder))}"
+    stays = (
+        before is not None
+        and before.get("status") == "finished" != result["status"]
+        and result.get("iterations", 0) <= before.get("iterations", 0)
+    )
+    write_atomically(folder / "result.json", json.dumps(before if stays else result, indent=1) + "\n")
     return result
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")
 
 
 def reached(folder: Path) -> dict[str, Any]:
@@ -173,7 +259,7 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 def curve(folder: Path) -> list[dict[str, str]]:
     """The rows of `curve.csv`, or [] if it cannot be read."""
     try:
-        with (folder / "curve.csv").open(newline="") as file:
+        with (folder / "curve.csv").open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
     except (OSError, ValueError):
         return []
@@ -183,7 +269,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a small file whole or not at all. Raises InputError naming the file and the cause."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("w") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

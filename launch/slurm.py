@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from launch.backends import BATCH_JOB
 from launch.config import Config, parse_config
 from launch.run_folder import write_atomically
 from launch.supervisor import NOTICE
+from launch.surroundings import module_command
 from protocol.errors import InputError
 
 NOTICE_SECONDS, INACCURACY_SECONDS = 120, 60
@@ -21,8 +21,8 @@ NOTICE_SECONDS, INACCURACY_SECONDS = 120, 60
 
 SCRIPT = """\
 #!/bin/bash
-# {name}: written by `bm3il submit`. It begins the run, or goes on with it from its newest checkpoint.
-#SBATCH --job-name=bm3il-{name}
+# Written by `bm3il submit`. It begins the run, or goes on with it from its newest checkpoint.
+#SBATCH --job-name={name}
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node=1
 #SBATCH --time={time}
@@ -40,9 +40,9 @@ over=
 trap 'told=1 over=1; kill -TERM "$run"' USR1
 trap 'told=1; kill -TERM "$run"' TERM
 if [ -e {folder}/config.yaml ]; then
-    {python} -m launch.cli resume {folder} &
+    {program} resume {folder} &
 else
-    {python} -m launch.cli train {options} &
+    {program} train {options} &
 fi
 run=$!
 told=1
@@ -83,7 +83,7 @@ def submit(args: Sequence[str], time: str, options: Sequence[str], dry_run: bool
     except OSError as error:
         raise InputError(f"cannot create {folder}: {error.strerror}") from error
     write_atomically(path, text)
-    done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         path.unlink()
         raise InputError(f"sbatch refuses the job: {done.stderr.strip()}")
@@ -92,13 +92,18 @@ def submit(args: Sequence[str], time: str, options: Sequence[str], dry_run: bool
 
 
 def script(config: Config, args: Sequence[str], time: str, options: Sequence[str]) -> str:
-    """The batch script of a run with a name."""
+    """The batch script of a run with a name. Raises InputError for what no line of it can hold."""
+    for text in (time, *options, str(_log(config))):
+        if not text.isprintable():
+            raise InputError(f"a batch script cannot hold {text!r}: it has letters that cannot be printed")
+    if "\\" in str(_log(config)):  # to Slurm it means: take what follows % as it is
+        raise InputError(f"Slurm cannot write to {_log(config)}, which has a backslash; take another --runs-folder")
     given = [*args] if "--run" in args else [*args, "--run", config.run]
     return SCRIPT.format(
-        name=config.run,
+        name=_quoted(f"bm3il-{config.run}"),
         nodes=config.nodes,
         time=time,
-        log=_log(config),
+        log=_quoted(str(_log(config)).replace("%", "%%")),
         notice=NOTICE_SECONDS,
         notice_variable=NOTICE,
         sure=NOTICE_SECONDS - INACCURACY_SECONDS,
@@ -106,9 +111,14 @@ def script(config: Config, args: Sequence[str], time: str, options: Sequence[str
         batch_job=BATCH_JOB,
         cwd=shlex.quote(str(Path.cwd())),
         folder=shlex.quote(str(Path(config.runs_folder).resolve() / config.run)),
-        python=shlex.quote(sys.executable),
+        program=shlex.join(module_command("launch.cli")),
         options=shlex.join(given),
     )
+
+
+def _quoted(text: str) -> str:
+    """For a line of options, as Slurm reads these: a backslash counts inside of quotes, too."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _log(config: Config) -> Path:

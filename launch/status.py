@@ -182,8 +182,8 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
 def _told_of_processes(folder: Path) -> dict[str, dict[str, Any]]:
     """Every process as the director heard of it last, with the address of its metrics."""
     try:
-        processes = dict(json.loads((folder / PROCESSES).read_text()))
-        entries = json.loads((folder / "targets.json").read_text())
+        processes = dict(json.loads((folder / PROCESSES).read_text(encoding="utf-8")))
+        entries = json.loads((folder / "targets.json").read_text(encoding="utf-8"))
         addresses = {entry["labels"]["process"]: f"http://{entry['targets'][0]}/metrics" for entry in entries}
     except (OSError, ValueError, LookupError, TypeError):  # the run has just begun
         return {}

@@ -57,8 +57,14 @@ class StopRequests:
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """Take over Ctrl-C and SIGTERM, and give them back."""
-        before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Take over Ctrl-C, SIGTERM and SIGHUP (a terminal that was closed), and give them back.
+
+        SIGHUP stays ignored if it is: nohup wants that.
+        """
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._hear) for number in numbers}
         try:
             yield
         finally:

@@ -11,6 +11,7 @@ import torch
 from actors.policy import Policy
 from actors.process import build_policy
 from launch.config import Config
+from launch.files import check_scenario
 from launch.topology import make_job
 from learner.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
 from learner.optimisation import part
@@ -53,25 +54,31 @@ def policy_of(config: Config, arrays: dict[str, np.ndarray], spec: EnvironmentSp
 def load_trained(run: Path, best: bool = False) -> Trained:
     """The newest checkpoint of a run's folder, or the one with the highest evaluation return.
 
-    Raises InputError if this is no run, or it has no checkpoint.
+    Raises InputError if this is no run, it has no such checkpoint, or its environment's files are others by now.
     """
     config = Config.from_yaml(_read(run / "config.yaml"), str(run / "config.yaml"))
+    check_scenario(config)
     use_threads(config.threads)
     spec = make_environment(config.environment, 1).spec
     job = make_job(config, spec, "", run, Endpoints("", "", "", ""))
     policy = build_policy(job, config.actor)
     folder = run / "checkpoints"
     checkpoint = CheckpointFolder(folder, 1).newest()
-    if best and (folder / "best").exists():
-        checkpoint = read_checkpoint(folder / (folder / "best").read_text().strip())
     if checkpoint is None:
         raise InputError(f"{run} has no checkpoint yet: let it run until the first is written (`bm3il status {run}`)")
+    if best:
+        if not (folder / "best").exists():
+            raise InputError(
+                f"{run} has no best checkpoint: no iteration of it was both evaluated and kept in a checkpoint "
+                "(--evaluation.interval, --learner.checkpoint-interval); leave out --best for the newest"
+            )
+        checkpoint = read_checkpoint(folder / (folder / "best").read_text(encoding="utf-8").strip())
     policy.load_arrays(part(checkpoint.learner, "policy"))
     return Trained(config, job, policy, checkpoint)
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
-    except OSError as error:
-        raise InputError(f"{path.parent} is not the folder of a run: {error.strerror}: {path.name}") from error
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path.parent} is not the folder of a run: {path.name}: {error}") from error

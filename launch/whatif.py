@@ -35,10 +35,12 @@ from actors.policy import Policy, UniformPolicy
 from actors.rollout import Acts
 from launch import run_folder
 from launch.config import Config
+from launch.files import check_files, remembered
 from launch.outcome import CRASHED, FINISHED, INTERRUPTED
 from launch.pool import LOG, Board, finished, run_all
 from launch.run import check, differences
 from launch.supervisor import StopRequests
+from launch.surroundings import lasting_output
 from launch.topology import make_job
 from launch.trained import load_trained, policy_of
 from launch.whatif_figures import OF_SEEDS, Figures, Sample, figures_of, loads_of, play
@@ -49,7 +51,7 @@ from learner.optimisation import part
 from protocol.errors import InputError
 from protocol.job import Endpoints
 from protocol.perturbation import unperturbed
-from protocol.registry import make_environment
+from protocol.registry import make_environment, with_absolute_files
 from protocol.specs import EnvironmentSpec
 from reward_server.sees import PURPOSE
 from reward_server.settings import RewardSettings
@@ -136,6 +138,8 @@ class Question:
         """Raises InputError for a run that imitates nobody or has learned nothing, and for what is no change of it."""
         trained = load_trained(run)
         config = trained.config
+        check_files(config)
+        environment, _ = with_absolute_files(environment)
         if not config.demonstrations:
             raise InputError(f"{run} had no demonstrations, so there is nobody to imitate in another world")
         before = trained.policy.layout.spec.changes or config.environment
@@ -195,13 +199,13 @@ def main(run: Path, environment: str, seeds: int, steps: int, jobs: int, episode
         if value < 1:
             raise InputError(f"--{option} must be at least 1, got {value}")
     question = Question.of(run, environment)
-    config, _ = check(changed_world(question.config, environment, 1, steps))
+    config, _ = check(remembered(changed_world(question.config, question.after, 1, steps)))
     places = [f"seed-{seed}" for seed in range(1, seeds + 1)]
     configs = [
         replace(config, seed=seed, run=name, runs_folder=str(question.folder)) for seed, name in enumerate(places, 1)
     ]
     console, stopped = Console(highlight=False, soft_wrap=True), StopRequests()
-    with _held(question.folder), stopped.heard():
+    with _held(question.folder), stopped.heard(), lasting_output():
         folders = _opened(configs)
         console.print(f"{question.folder}: {seeds} runs of {steps:,} steps in {question.after_spec.name}", markup=False)
         with Board(folders, _iterations(question, config), console) as board:

@@ -1,4 +1,4 @@
-"""One process of a run: `python -m launch.worker ROLE INDEX`, with the plan on its standard input.
+"""One process of a run: `launch.worker ROLE INDEX`, with the plan on its standard input.
 
 The exit codes are those of `launch.outcome`.
 """
@@ -14,6 +14,7 @@ import sys
 from dataclasses import replace
 
 from launch.outcome import INPUT_ERROR, attempt
+from launch.surroundings import settle
 from launch.topology import Plan
 from protocol.errors import InputError
 from protocol.telemetry import Telemetry
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 def main(role: str, index: int) -> int:
     """Run one process until it is done or told to stop; returns its exit code."""
+    settle()
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     plan = Plan.from_json(sys.stdin.read())
@@ -52,19 +54,22 @@ def run_role(role: str, index: int, plan: Plan, telemetry: Telemetry) -> str | N
 
     Returns the status of the learner.
     """
+    from launch.files import check_files, check_scenario
+
     job, config = plan.job(index), plan.config
-    # A learner shall not give an actor up before its simulator is.
-    step_seconds = min(config.actor.step_seconds, config.learner.deadline_seconds / 2)
-    actor = replace(config.actor, step_seconds=step_seconds)
+    if role == "actor":  # its node need not have the demonstrations
+        check_scenario(config)
+    else:
+        check_files(config)
     match role:
         case "actor":
             from actors.process import run_actor
 
-            run_actor(job, actor, index, telemetry)
+            run_actor(job, config.actor, index, telemetry)
         case "evaluator":
             from actors.process import run_evaluator
 
-            run_evaluator(job, actor, config.evaluation, telemetry)
+            run_evaluator(job, config.actor, config.evaluation, telemetry)
         case "reward-server":
             from reward_server.process import run_reward_server
 

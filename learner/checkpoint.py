@@ -13,12 +13,14 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -114,6 +116,15 @@ class CheckpointFolder:
             raise InputError(f"no checkpoint in {self._folder} can be used; start the run anew")
         return None
 
+    def newest_header(self) -> dict[str, Any] | None:
+        """The `checkpoint.json` of the newest checkpoint that has a readable one; None without any."""
+        for name in reversed(self._names()):
+            with suppress(OSError, ValueError):
+                header = json.loads((self._folder / name / "checkpoint.json").read_bytes())
+                if isinstance(header, dict) and {"config", "facts"} <= set(header):
+                    return header
+        return None
+
     def _names(self) -> list[str]:
         if not self._folder.is_dir():
             return []
@@ -121,10 +132,30 @@ class CheckpointFolder:
 
     def _prune(self) -> None:
         best = self._folder / "best"
-        keep = {best.read_text().strip()} if best.exists() else set()
+        keep = {best.read_text(encoding="utf-8").strip()} if best.exists() else set()
         for name in self._names()[: -self._kept]:
             if name not in keep:
                 shutil.rmtree(self._folder / name)
+
+
+def configuration_differences(checkpoint: str, run: str) -> str:
+    """The first settings, in words, in which the texts of two configurations differ; empty if none that matters does.
+
+    A budget of steps may be another. A setting that only one of them knows is one of another release, whose default
+    is what was done before there was the setting.
+    """
+    theirs, ours = (dict(_settings(yaml.safe_load(text))) for text in (checkpoint, run))
+    changed = [key for key, value in theirs.items() if key in ours and ours[key] != value and key != "steps"]
+    return "; ".join(f"{key}: {theirs[key]} then, {ours[key]} now" for key in changed[:3])
+
+
+def _settings(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of nested settings."""
+    if not isinstance(value, dict):
+        yield path, value
+        return
+    for key, item in value.items():
+        yield from _settings(item, f"{path}.{key}" if path else str(key))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

@@ -63,7 +63,7 @@ class Imitation(ABC):
     """A policy that learns from what actors play and the reward server thinks of it.
 
     Subclasses say what an iteration learns from. starts_cloned: whether its first policy is the clone.
-    iterations: of the whole run.
+    iterations: none are counted, the budget of steps is what ends a run.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Imitation(ABC):
         kind = algorithm(job.algorithm)
         self.policy = policy
         self.starts_cloned = settings.learner.start == "cloned"
-        self.iterations = iterations_for(settings.actor, job)
+        self.iterations = None
         device = choose_device(settings.learner.device)
         self._job = job
         precision = choose_precision(settings.learner.precision, device)
@@ -319,7 +319,7 @@ def _built(critic: type[AnyCritic], job: Job, settings: LearnerSettings, layout:
 
 
 def iterations_for(settings: ActorSettings, job: Job) -> int:
-    """How many lockstep iterations the job's budget of environment steps allows, rounded up."""
+    """How many iterations the job's budget of environment steps takes, if no episode ends early."""
     return math.ceil(job.steps / steps_per_iteration(settings, job))
 
 

@@ -63,18 +63,24 @@ class RunRecord:
         means = {"return_mean": estimate.mean, "return_stderr": estimate.stderr}
         self._add_scalars("evaluation", iteration, means)
 
-    def go_on_from(self, iteration: int) -> None:
-        """Forget what comes again after `iteration` was restored: its evaluation, and everything of later ones."""
+    def go_on_from(self, iteration: int) -> bool:
+        """Forget what comes again after `iteration` was restored: its evaluation, and everything of later ones.
+
+        Returns whether it had been evaluated.
+        """
         rows = self._rows()
+        evaluated = any(int(row["iteration"]) == iteration for row in rows)
         if rows:
             kept = [row for row in rows if int(row["iteration"]) < iteration]
             write_whole(self._curve, _csv(list(rows[0]), kept, header=bool(kept)))
         if self._log.exists():
-            lines = [line for line in self._log.read_text().splitlines() if _iteration(line) <= iteration]
+            logged = self._log.read_text(encoding="utf-8").splitlines()
+            lines = [line for line in logged if _iteration(line) <= iteration]
             write_whole(self._log, "".join(f"{line}\n" for line in lines))
         if self._events is not None:
             self._events.close()
         self._events, self._purge_step = None, iteration + 1
+        return evaluated
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write `result.json`, whole or not at all."""
@@ -84,7 +90,7 @@ class RunRecord:
     def draw(self) -> Path:
         """Draw `curve.png` from `curve.csv` and `result.json`; returns its path."""
         path = self._folder / "curve.png"
-        result = json.loads((self._folder / "result.json").read_text())
+        result = json.loads((self._folder / "result.json").read_text(encoding="utf-8"))
         draw_curve(self._rows(), result, path)
         if self._events is not None:
             self._events.flush()
@@ -93,7 +99,7 @@ class RunRecord:
     def _rows(self) -> list[dict[str, str]]:
         if not self._curve.exists():
             return []
-        with self._curve.open(newline="") as file:
+        with self._curve.open(newline="", encoding="utf-8") as file:
             # A row cut short by a crash has no value in its last columns.
             return [row for row in csv.DictReader(file) if None not in row.values() and None not in row]
 
@@ -126,5 +132,5 @@ def _csv(names: list[str], rows: list[dict[str, Any]], header: bool) -> str:
 
 
 def _append(path: Path, text: str) -> None:
-    with naming(path), path.open("a", newline="") as file:
+    with naming(path), path.open("a", newline="", encoding="utf-8") as file:
         file.write(text)

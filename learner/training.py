@@ -18,7 +18,7 @@ import numpy as np
 
 from actors.evaluation import Evaluator, ReturnEstimate, remembered_random_return
 from actors.policy import Policy
-from learner.checkpoint import Checkpoint, CheckpointFolder
+from learner.checkpoint import Checkpoint, CheckpointFolder, configuration_differences
 from learner.experience import Evaluated, Experience
 from learner.figures import merged
 from learner.metrics import LearnerMetrics
@@ -46,14 +46,17 @@ class Interrupted(Exception):
 
 
 class Iterated(Protocol):
-    """What is iterated, `iterations` times.
+    """What is iterated.
 
+    iterations: how often; None until the job's budget of steps is played.
     starts_cloned: whether the policy before the first iteration is the demonstrations' clone.
     """
 
     policy: Policy
-    iterations: int
     starts_cloned: bool
+
+    @property
+    def iterations(self) -> int | None: ...
 
     def begin(
         self, session: str, learner: Arrays | None, rewards: Arrays | None, abort: Callable[[], None]
@@ -92,7 +95,7 @@ class Training:
         telemetry: Telemetry,
     ) -> None:
         self._job, self._settings, self._evaluation = job, settings.learner, settings.evaluation
-        self._iterations, self._algorithm, self._experience = algorithm.iterations, algorithm, experience
+        self._algorithm, self._experience = algorithm, experience
         self._record, self._config, self._telemetry = RunRecord(job.run_folder), config_yaml, telemetry
         self._checkpoints = CheckpointFolder(job.run_folder / "checkpoints", self._settings.checkpoints_kept)
         self._metrics = LearnerMetrics(telemetry.registry)
@@ -100,6 +103,7 @@ class Training:
         self._farthest, self._rewinds = -1, 0
         """The farthest iteration before a rewind, and how many rewinds there were from there or before."""
         self._begun = False
+        self._evaluate_again: int | None = None
         self._counted_until = time.monotonic()
         self._told_checkpoint = -math.inf
         self._final_estimate: ReturnEstimate | None = None
@@ -120,7 +124,7 @@ class Training:
                 self._finish(self._session())
                 return "finished"
             except Interrupted:
-                if self._facts.iteration < self._iterations:
+                if self._progress < 1:
                     self._checkpoint_if_possible()
                 self._write_result("interrupted", None)
                 return "interrupted"
@@ -135,13 +139,13 @@ class Training:
         """All iterations that are left; returns the session, whose last policy is not handed out yet."""
         session = secrets.token_hex(8)
         self._restore(session)
-        if self._facts.iteration < self._iterations:
+        if self._progress < 1:
             self._publish(session)
-        while self._facts.iteration < self._iterations:
+        while self._progress < 1:
             self._abort()
             began = time.monotonic()
             try:
-                fresh_steps, figures = self._algorithm.iterate(self._facts.iteration / self._iterations, self._abort)
+                fresh_steps, figures = self._algorithm.iterate(self._progress, self._abort)
             except NumericalError as error:
                 raise NumericalError(f"{error} in iteration {self._facts.iteration + 1}") from error
             self._telemetry.numbers["seconds_iteration"] = time.monotonic() - began
@@ -149,7 +153,7 @@ class Training:
             self._facts.env_steps += fresh_steps
             self._count_seconds()
             self._metrics.count_iteration(self._facts.iteration, self._facts.env_steps, figures)
-            is_last = self._facts.iteration == self._iterations
+            is_last = self._progress == 1
             if is_last:
                 self._algorithm.finish()
             else:  # at once: actors play with it while it is written down
@@ -171,6 +175,13 @@ class Training:
                 f"iteration {self._farthest}; the last time: {error} ({error.cause}). Its log tells more"
             ) from error
 
+    @property
+    def _progress(self) -> float:
+        """The part of the run that is done."""
+        if self._algorithm.iterations is not None:
+            return self._facts.iteration / self._algorithm.iterations
+        return min(1.0, self._facts.env_steps / self._job.steps)
+
     def _abort(self) -> None:
         if self._telemetry.stop.is_set():
             raise Interrupted
@@ -185,31 +196,27 @@ class Training:
                 self._figures = {0: self._position()}
                 self._checkpoint()
                 return
-            if checkpoint.config != self._config:
-                raise InputError(f"the checkpoint was written by another configuration: {self._difference(checkpoint)}")
+            if changed := configuration_differences(checkpoint.config, self._config):
+                raise InputError(f"the checkpoint was written by another configuration: {changed}")
             self._algorithm.begin(session, checkpoint.learner, checkpoint.rewards, self._abort)
             self._begun = True
             lost_seconds = max(0.0, self._facts.wall_seconds - checkpoint.facts["wall_seconds"])
             self._facts = Facts(**checkpoint.facts)
             self._facts.wall_seconds += lost_seconds
-            self._record.go_on_from(checkpoint.iteration)
+            evaluated = self._record.go_on_from(checkpoint.iteration)
+            self._evaluate_again = checkpoint.iteration if evaluated else None
             self._figures = {checkpoint.iteration: self._position()}
             self._telemetry.event("restored", f"goes on from the checkpoint of iteration {checkpoint.iteration}")
-
-    def _difference(self, checkpoint: Checkpoint) -> str:
-        theirs, ours = checkpoint.config.splitlines(), self._config.splitlines()
-        lines = [f"{old.strip()} then, {new.strip()} now" for old, new in zip(theirs, ours, strict=False) if old != new]
-        return "; ".join(lines[:3]) or "one has more keys than the other"
 
     def _publish(self, session: str) -> None:
         iteration = self._facts.iteration
         episodes = 0
-        if iteration == self._iterations:
+        if self._progress == 1:
             episodes = self._evaluation.final_episodes
         elif iteration == 0 and self._algorithm.starts_cloned:
             # What the run will be held against is measured as well as its end.
             episodes = self._evaluation.final_episodes
-        elif iteration % self._evaluation.interval == 0:
+        elif iteration % self._evaluation.interval == 0 or iteration == self._evaluate_again:
             episodes = self._evaluation.episodes
         with self._telemetry.stage("publish"):
             self._experience.publish(session, iteration, self._algorithm.policy, episodes)
@@ -219,7 +226,7 @@ class Training:
             learner, rewards = self._algorithm.state()
             facts = self._facts
             self._checkpoints.write(Checkpoint(facts.iteration, self._config, asdict(facts), learner, rewards))
-        is_last = facts.iteration == self._iterations or self._telemetry.stop.is_set()
+        is_last = self._progress == 1 or self._telemetry.stop.is_set()
         if is_last or time.monotonic() - self._told_checkpoint > CHECKPOINT_EVENT_SECONDS:
             self._told_checkpoint = time.monotonic()
             self._telemetry.event(
@@ -249,9 +256,9 @@ class Training:
         self._figures[facts.iteration] = merged(figures, self._position())
         self._telemetry.numbers |= {
             "iteration": facts.iteration,
-            "iterations": self._iterations,
+            "iterations": self._algorithm.iterations or -(-facts.iteration * self._job.steps // facts.env_steps),
             "env_steps": facts.env_steps,
-            "steps": facts.env_steps / facts.iteration * self._iterations,
+            "steps": self._job.steps if facts.env_steps else 0,
             "steps_per_second": facts.env_steps / max(facts.wall_seconds, 1e-9),
         }
         known = {
@@ -295,7 +302,7 @@ class Training:
             self._telemetry.event(
                 "best", f"best so far: return {estimate.mean:.2f} after iteration {evaluated.version}"
             )
-        if evaluated.version == self._iterations:
+        if self._progress == 1 and evaluated.version == self._facts.iteration:
             self._final_estimate = estimate
             what = f"final policy: return {estimate.mean:.2f} ± {estimate.stderr:.2f}"
             self._telemetry.event("evaluated", what)
@@ -333,6 +340,7 @@ class Training:
         if self._random_return is None:  # no evaluation has come yet, but the baseline may be played
             self._random_return = remembered_random_return(self._job.run_folder)
         result: dict[str, Any] = {
+            "run_id": self._job.run_id,
             "environment": self._job.environment,
             "algorithm": self._job.algorithm,
             "seed": self._job.seed,

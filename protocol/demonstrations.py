@@ -316,15 +316,21 @@ class Demonstrations:
         )
 
 
+def shipped_demonstrations() -> list[str]:
+    """The names of those that come with the package."""
+    files = resources.files(SHIPPED_IN).iterdir()
+    return sorted(file.name.removesuffix(SUFFIX) for file in files if file.name.endswith(SUFFIX))
+
+
 def resolve(name_or_path: str | Path, world: str = "", episodes: int = 0) -> Path:
     """The file that is meant: a path, or the name of demonstrations that ship with the package.
 
+    A name as `shipped_demonstrations` has it means that one, whatever files there are.
     Raises InputError if there is neither, with the command that makes the file if `world` is known.
     """
-    if Path(name_or_path).is_file():
+    shipped = shipped_demonstrations()
+    if Path(name_or_path).is_file() and str(name_or_path) not in shipped:
         return Path(name_or_path)
-    folder = resources.files(SHIPPED_IN)
-    shipped = sorted(entry.name.removesuffix(SUFFIX) for entry in folder.iterdir() if entry.name.endswith(SUFFIX))
     name = str(name_or_path).removesuffix(SUFFIX)
     if name not in shipped:
         how = f' "{world}" --output {name}{SUFFIX}' if world else ""
@@ -333,7 +339,7 @@ def resolve(name_or_path: str | Path, world: str = "", episodes: int = 0) -> Pat
             f"no demonstrations '{name_or_path}': neither a file nor one of those that ship ({', '.join(shipped)}); "
             f"record some: bm3il demonstrations record{how}"
         )
-    return Path(str(folder / (name + SUFFIX)))
+    return Path(str(resources.files(SHIPPED_IN) / (name + SUFFIX)))
 
 
 def load_demonstrations(job: Job) -> Demonstrations | None:

@@ -76,7 +76,7 @@ def _has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     try:  # avx512_bf16 or amx_bf16 of x86, bf16 of Arm
-        return "bf16" in CPU_FEATURES.read_text()
+        return "bf16" in CPU_FEATURES.read_text(encoding="utf-8")
     except OSError:  # not Linux: nobody says
         return False
 

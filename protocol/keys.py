@@ -79,7 +79,7 @@ class Keys:
         """Write a file that only its owner can read. Raises InputError."""
         try:
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(file, "w") as opened:
+            with os.fdopen(file, "w", encoding="utf-8") as opened:
                 os.fchmod(opened.fileno(), 0o600)
                 opened.write(self.to_text())
         except OSError as error:
@@ -108,7 +108,7 @@ def _read_private(path: Path, what: str, hint: str) -> str:
         mode = stat.S_IMODE(path.stat().st_mode)
         if mode & 0o077:
             raise InputError(f"{path} can be read by others (mode {mode:o}): chmod 600 {path}")
-        with path.open() as file:
+        with path.open(encoding="utf-8") as file:
             return file.read(4096)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {what} {path}: {error}; {hint}") from error

@@ -6,13 +6,16 @@ A name is an entry point of the group `bm3il.environments`, so a user's package 
     my_town = "my_package.town:Town"        # called as Town(num_envs=E, **options)
 
 What follows `:` is passed as the option `target`; options follow `?`, joined by `&`, and are converted to the types
-that the factory's signature names. Every environment also takes `slip` and `noise` (`protocol.perturbation`), unless
+that the factory's signature names. A factory whose options name files says so by a function
+`with_files(option, value, change)`: the value with `change` applied to the part of it that is the path of a file; then
+runs know these files again. Every environment also takes `slip` and `noise` (`protocol.perturbation`), unless
 its factory has an option of that name itself.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, get_type_hints
@@ -36,13 +39,7 @@ def make_environment(name: str, num_envs: int) -> Environment:
     """
     path, _, query = name.partition("?")
     key, _, target = path.partition(":")
-    points = {point.name: point for point in entry_points(group=GROUP)}
-    if key not in points:
-        raise unknown_name("environment", key, points)
-    try:
-        factory = points[key].load()
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"environment '{key}' is {points[key].value}, which cannot be imported: {error}") from error
+    factory = _factory(key)
     own = _options_of(factory)
     ours = {name: float for name in OPTIONS if name not in own}
     options = dict(_parse_option(key, part, own | ours) for part in query.split("&") if part)
@@ -53,6 +50,39 @@ def make_environment(name: str, num_envs: int) -> Environment:
     if not isinstance(environment, Environment):
         raise InputError(f"environment '{key}': {factory!r} does not follow protocol.environment.Environment")
     return perturbed(environment, **perturbation)
+
+
+def with_absolute_files(name: str) -> tuple[str, list[str]]:
+    """The name of an environment with the files in its options by absolute path, and these files.
+
+    Raises InputError for an unknown name, and for a path that such a name cannot hold.
+    """
+    path, _, query = name.partition("?")
+    factory = _factory(path.partition(":")[0])
+    found: list[str] = []
+
+    def absolute(file: str) -> str:
+        if not os.path.isfile(file):
+            return file
+        if "&" in (whole := os.path.abspath(file)):
+            raise InputError(f"'&' parts the options of an environment: move {whole} to a path without it")
+        found.append(whole)
+        return whole
+
+    options = [part.partition("=") for part in query.split("&")]
+    if hasattr(factory, "with_files"):
+        options = [(option, equals, factory.with_files(option, value, absolute)) for option, equals, value in options]
+    return (f"{path}?" + "&".join("".join(option) for option in options) if query else name), found
+
+
+def _factory(key: str) -> Callable[..., Any]:
+    points = {point.name: point for point in entry_points(group=GROUP)}
+    if key not in points:
+        raise unknown_name("environment", key, points)
+    try:
+        return points[key].load()
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"environment '{key}' is {points[key].value}, which cannot be imported: {error}") from error
 
 
 def _options_of(factory: Callable[..., Any]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 from dataclasses import is_dataclass, replace
+from functools import reduce
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -10,6 +11,8 @@ from launch.config import Config, load_preset, parse_config, preset_names
 from launch.run import check
 from launch.whatif import changed_world
 from protocol.errors import InputError
+
+CONTINUOUS = "pettingzoo:mpe2.simple_spread_v3?arguments=continuous_actions:true,max_cycles:25"
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -108,6 +111,28 @@ def test_a_missing_gpu_is_not_held_against_a_login_node(monkeypatch: pytest.Monk
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     config, _ = check(parse_config(["--reward.device", "cuda", "--nodes", "2"]))
     assert config.reward.device == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("change", "option", "written"),
+    [
+        ({"algorithm": "bm3il-released"}, "learner.attend_own_type", False),
+        ({"algorithm": "bm3il-released"}, "reward.kernel_scope", "tensor"),
+        ({"algorithm": "expert"}, "learner.reward_offset", 0.0),
+        ({"algorithm": "bc", "mode": "async"}, "mode", "lockstep"),
+        ({"mode": "serial"}, "actor.threads", 3),
+        ({"mode": "serial"}, "reward.threads", 3),
+        ({}, "actor.step_seconds", 2.5),
+        ({"environment": CONTINUOUS, "algorithm": "maac", "demonstrations": ""}, "learner.query", "state_action"),
+    ],
+)
+def test_what_is_written_down_is_what_runs(change: dict[str, Any], option: str, written: object) -> None:
+    learner = replace(load_preset("rover_tower_8").learner, reward_offset=0.7, threads=3, deadline_seconds=5.0)
+    asked = replace(load_preset("rover_tower_8"), **({"learner": learner} | change))
+    config, _ = check(asked)
+    found = reduce(getattr, option.split("."), config)
+    assert found == written != reduce(getattr, option.split("."), asked)
+    assert check(config)[0] == config
 
 
 def test_every_number_has_its_bounds() -> None:

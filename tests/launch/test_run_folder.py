@@ -1,17 +1,24 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
+import socket
+import subprocess
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from launch import run, run_folder
+from launch import provenance, run, run_folder
 from launch.config import Config, load_preset
 from launch.outcome import Outcome, attempt
 from protocol.errors import DeadlineError, InputError, NumericalError
+
+START = run_folder.Start("r", 0.0)
 
 
 @pytest.fixture
@@ -41,6 +48,88 @@ def test_no_space_leaves_nothing(config: Config, monkeypatch: pytest.MonkeyPatch
     assert not Path(config.runs_folder, "mine").exists()
 
 
+def test_a_run_that_ended_at_its_start_does_not_keep_its_name(config: Config) -> None:
+    folder = run_folder.create(config)
+    (folder / "logs").mkdir()
+    (folder / "checkpoints" / "00000000").mkdir(parents=True)
+    run_folder.conclude(folder, config, Outcome(2, "no such thing"), START)
+    assert run_folder.open_existing(run_folder.create(replace(config, seed=5))).seed == 5
+    assert not (folder / "result.json").exists()
+    assert not (folder / "logs").exists()
+
+
+@pytest.mark.parametrize("worth", ["log.jsonl", "checkpoints/00000010/checkpoint.json", "notes.txt"])
+def test_what_is_worth_keeping_stays(config: Config, worth: str) -> None:
+    folder = run_folder.create(config)
+    (folder / worth).parent.mkdir(parents=True, exist_ok=True)
+    (folder / worth).write_text("something")
+    with pytest.raises(InputError, match="exists; take another --run, or `bm3il resume"):
+        run_folder.create(config)
+    assert (folder / worth).exists()
+
+
+def test_a_run_that_has_just_begun_stays(config: Config) -> None:
+    folder = run_folder.create(config)
+    with run_folder.locked(folder), pytest.raises(InputError, match="exists"):
+        run_folder.create(config)
+    assert run_folder.open_existing(folder) == config
+
+
+def test_a_result_says_by_what_it_was_made(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run_folder.create(config)
+    result = run_folder.conclude(folder, config, Outcome(0), START)
+    assert (result["version"], result["torch"]) == (metadata.version("bm3il"), torch.__version__)
+    assert (result["python"], result["host"]) == (platform.python_version(), socket.gethostname())
+    assert result["started"] == "1970-01-01T00:00:00+00:00" < result["ended"]
+    source, git = provenance.SOURCE, ["git", "-C", str(tmp_path)]
+    if (source / ".git").exists():
+        show = ["git", "-C", str(source), "rev-parse", "HEAD"]
+        head = subprocess.run(show, capture_output=True, text=True, check=True)
+        assert result["commit"].removesuffix("-dirty") == head.stdout.strip()
+    assert provenance.commit(tmp_path) is None
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert provenance.commit(tmp_path) is None  # it has no commit yet
+    (tmp_path / "a").write_text("a")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, *who, "add", "a"], check=True)
+    subprocess.run([*git, *who, "commit", "-q", "-m", "a"], check=True)
+    clean = provenance.commit(tmp_path)
+    assert clean is not None
+    assert len(clean) == 40
+    (tmp_path / "a").write_text("b")
+    assert provenance.commit(tmp_path) == f"{clean}-dirty"
+    (tmp_path / "within").mkdir()
+    assert provenance.commit(tmp_path / "within") is None  # of something else
+    monkeypatch.setenv("PATH", "")
+    assert provenance.commit(tmp_path) is None
+
+
+def test_a_finished_result_stays_until_there_is_another(config: Config) -> None:
+    folder = run_folder.create(config)
+    (folder / "result.json").write_text(json.dumps({"run_id": "r", "iterations": 2, "return_mean": 5}))
+    before = run_folder.conclude(folder, config, Outcome(0), START)
+    (folder / "log.jsonl").write_text('{"iteration": 2, "env_steps": 200, "wall_seconds": 1}\n')
+    again = run_folder.Start("again", 1.0)
+    failed = run_folder.conclude(folder, config, Outcome(2, "refused"), again, before)
+    assert (failed["status"], failed["error"]) == ("failed", "refused")
+    assert run_folder.read_result(folder) == before
+    assert not run_folder.concluded(folder, "again")
+    (folder / "log.jsonl").write_text('{"iteration": 3, "env_steps": 300, "wall_seconds": 1}\n')
+    run_folder.conclude(folder, config, Outcome(130), again, before)
+    result = run_folder.concluded(folder, "again")
+    assert (result["status"], result["iterations"]) == ("interrupted", 3)
+    assert "return_mean" not in result  # it was the finished run's
+
+
+def test_an_interrupted_run_tells_how_to_go_on(config: Config) -> None:
+    config = replace(config, run="my run")
+    folder = run_folder.create(config)
+    result = run_folder.conclude(folder, config, Outcome(130), START)
+    assert result["resume"] == f"bm3il resume '{folder}'"
+    assert "resume" not in run_folder.conclude(folder, config, Outcome(2, "bad"), START)
+    assert "resume" not in run_folder.conclude(folder, config, Outcome(0), START)
+
+
 def test_two_launchers_cannot_have_one_run(config: Config) -> None:
     folder = run_folder.create(config)
     assert not run_folder.is_running(folder)
@@ -51,6 +140,13 @@ def test_two_launchers_cannot_have_one_run(config: Config) -> None:
     assert not run_folder.is_running(folder)
 
 
+@pytest.mark.parametrize("name", [".a", "a/b", "a\0", "a\n#SBATCH --account=b", "a\tb", "a\x1b[31m"])
+def test_a_name_is_one_plain_word_of_a_path(config: Config, name: str) -> None:
+    with pytest.raises(InputError, match="plain folder name") as error:
+        run_folder.named(replace(config, run=name))
+    assert str(error.value).isprintable()
+
+
 def test_names_tell_the_runs_apart(config: Config) -> None:
     assert run_folder.named(config).run == "mine"
     assert run_folder.named(replace(config, run="", seed=3)).run.startswith("rover_tower_8-bm3il-seed3-2")
@@ -58,12 +154,12 @@ def test_names_tell_the_runs_apart(config: Config) -> None:
 
 def test_the_conclusion_completes_the_result(config: Config) -> None:
     folder = run_folder.create(config)
-    (folder / "result.json").write_text(json.dumps({"env_steps": 5, "status": "interrupted"}))
-    run_folder.conclude(folder, config, Outcome(1, "actor-0 died"))
+    (folder / "result.json").write_text(json.dumps({"run_id": "r", "env_steps": 5, "status": "interrupted"}))
+    run_folder.conclude(folder, config, Outcome(1, "actor-0 died"), START)
     result = json.loads((folder / "result.json").read_text())
     assert (result["status"], result["exit_code"], result["error"]) == ("failed", 1, "actor-0 died")
     assert (result["env_steps"], result["mode"], result["algorithm"]) == (5, "lockstep", "bm3il")
-    run_folder.conclude(folder, config, Outcome(0))
+    run_folder.conclude(folder, config, Outcome(0), START)
     result = json.loads((folder / "result.json").read_text())
     assert result["status"] == "finished"
     assert "error" not in result
@@ -86,7 +182,7 @@ def test_a_run_whose_learner_was_killed_tells_how_far_it_had_come(config: Config
     log = "".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 3, "env_'  # it was killed while it wrote
     (folder / "log.jsonl").write_text(log)
     (folder / "curve.csv").write_text("iteration,return_mean,return_stderr,normalized_return\n1,5.5,0.5,\n")
-    result = run_folder.conclude(folder, config, Outcome(130))
+    result = run_folder.conclude(folder, config, Outcome(130), START)
     assert result["status"] == "interrupted"
     assert (result["iterations"], result["env_steps"], result["wall_seconds"]) == (2, 200, 5.0)
     assert (result["return_mean"], result["return_stderr"]) == (5.5, 0.5)
@@ -97,7 +193,7 @@ def test_a_run_whose_learner_was_killed_tells_how_far_it_had_come(config: Config
 def test_a_run_that_did_not_come_far_tells_nothing_of_it(config: Config, text: str) -> None:
     folder = run_folder.create(config)
     (folder / "log.jsonl").write_text(text)
-    assert "iterations" not in run_folder.conclude(folder, config, Outcome(1, "died"))
+    assert "iterations" not in run_folder.conclude(folder, config, Outcome(1, "died"), START)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ import pytest
 from launch.cli import main
 from launch.config import parse_config
 from launch.slurm import script
+from launch.surroundings import module_command
 
+PROGRAM = " ".join(module_command("launch.cli")[1:])
 ARGS = ["--preset", "rover_tower_4", "--nodes", "2", "--run", "night"]
 
 
@@ -46,10 +48,10 @@ STOPPABLE = 'trap "exit 130" TERM; touch "$(dirname "$0")/up"; while :; do /bin/
 
 def test_it_begins_and_then_goes_on(tmp_path: Path) -> None:
     code, calls = played(tmp_path, "exit 0")
-    assert (code, calls) == (0, ["python -m launch.cli train --preset rover_tower_4 --nodes 2 --run night"])
+    assert (code, calls) == (0, [f"python {PROGRAM} train --preset rover_tower_4 --nodes 2 --run night"])
     (tmp_path / "night").mkdir()
     (tmp_path / "night" / "config.yaml").touch()
-    assert played(tmp_path, "exit 4")[1][1] == f"python -m launch.cli resume {tmp_path}/night"
+    assert played(tmp_path, "exit 4")[1][1] == f"python {PROGRAM} resume {tmp_path}/night"
     assert played(tmp_path, "exit 4")[0] == 4
 
 
@@ -68,6 +70,24 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["submit", "--dry-run", *ARGS, *place]) == 0
     assert "#SBATCH --partition=gpu" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
+
+
+def test_names_and_paths_stay_what_they_are(tmp_path: Path) -> None:
+    folder, name = tmp_path / "my 100% work", 'a "b" c%j'
+    given = [*ARGS[:-1], name, "--runs-folder", str(folder)]
+    text = script(parse_config(given), given, "1:00:00", [])
+    assert '#SBATCH --job-name="bm3il-a \\"b\\" c%j"\n' in text
+    log = f'{tmp_path}/my 100%% work/a \\"b\\" c%%j.slurm.log'
+    assert f'#SBATCH --output="{log}"\n' in text
+
+
+@pytest.mark.parametrize("flag", ["--run", "--time", "--sbatch", "--runs-folder"])
+def test_no_value_adds_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    given = dict(zip(ARGS[::2], ARGS[1::2], strict=True)) | {"--runs-folder": str(tmp_path)}
+    given[flag] = given.get(flag, "") + "\n#SBATCH --account=other"
+    assert main(["submit", "--dry-run", *(word for pair in given.items() for word in pair)]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
 
 
 def test_without_slurm_it_says_so(

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from learner import training
 from learner.algorithms import ALGORITHMS, algorithm
 from learner.cloning import BehaviourCloning
 from learner.experience import Evaluated, LocalExperience
+from learner.imitation import OffPolicyImitation
 from learner.process import run_serial
 from learner.settings import CloningSettings, LearnerSettings, Settings
 from learner.training import Training
@@ -176,6 +177,22 @@ def test_stop_and_resume_ends_with_the_same_policy(tmp_path: Path, name: str) ->
     assert logged == list(range(1, ITERATIONS + 1))
 
 
+def test_a_budget_counts_steps_that_were_played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Episodes may end early; the schedules follow what was played, and the last policy is the one that is judged."""
+    iterate, told = OffPolicyImitation.iterate, []
+
+    def iterated(imitation: OffPolicyImitation, progress: float, abort: Callable[[], None]) -> object:
+        told.append(progress)
+        return 70, iterate(imitation, progress, abort)[1]
+
+    monkeypatch.setattr(OffPolicyImitation, "iterate", iterated)
+    result = run(tmp_path / "run")
+    budget = ITERATIONS * STEPS_PER_ITERATION
+    assert told == [steps / budget for steps in range(0, budget, 70)]
+    assert (result["iterations"], result["env_steps"]) == (9, 630)
+    assert (tmp_path / "run" / "curve.csv").read_text().splitlines()[-1].startswith("9,630,")
+
+
 def test_the_best_of_the_checkpoints_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     returns = iter([0.0, 1.0, 9.0, 3.0, 2.0])  # of the random policy, and after 0, 2, 4 and 6 iterations
     monkeypatch.setattr(actors.evaluation, "evaluate", lambda *_: np.full((20, 4), next(returns), np.float32))
@@ -255,9 +272,9 @@ def test_a_stop_is_heard_while_the_clone_is_made(tmp_path: Path, monkeypatch: py
 
 
 def test_another_configuration_is_not_resumed(tmp_path: Path) -> None:
-    run(tmp_path / "run", config="steps: 1\nseed: 2")
-    with pytest.raises(InputError, match="steps: 1 then, steps: 3 now"):
-        run(tmp_path / "run", config="steps: 3\nseed: 2")
+    run(tmp_path / "run", config="learner: {hidden: 1}\nseed: 2\nsteps: 5")
+    with pytest.raises(InputError, match=r"configuration: learner.hidden: 1 then, 3 now$"):
+        run(tmp_path / "run", config="learner: {hidden: 3}\nseed: 2\nsteps: 9\nfiles: {}")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path: Path) -> None:

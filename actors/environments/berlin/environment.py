@@ -7,13 +7,13 @@ number of vehicles, and has a type: where it lives and where it works.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from actors.environments.berlin.changes import Changes, plain_text
 from actors.environments.berlin.scenario import Scenario
-from actors.environments.berlin.scenario_file import load_scenario
+from actors.environments.berlin.scenario_file import SUFFIX, load_scenario
 from actors.environments.berlin.variants import split_variant
 from protocol.environment import Environment, Starts, TimeStep, compact_step
 from protocol.errors import InputError, unknown_name
@@ -96,6 +96,13 @@ class Berlin:
             self.scenario, self.load_agents, self.variant.incident_load_factor, len(self.home), agents
         )
         self._allocate()
+
+    @staticmethod
+    def with_files(option: str, value: str, change: Callable[[str], str]) -> str:
+        """See `protocol.registry`."""
+        scenario = split_variant(value)[0]
+        is_file = option == "scenario" and scenario.endswith(SUFFIX)
+        return change(scenario) + value.removeprefix(scenario) if is_file else value
 
     @property
     def locations(self) -> np.ndarray:
