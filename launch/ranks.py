@@ -86,7 +86,7 @@ class _Ranks:
         (folder / MET).unlink(missing_ok=True)
         # A session of its own: Ctrl-C reaches only this process, which then asks the first node for an orderly end.
         self._program = subprocess.Popen(
-            lifeline.command(starts.command(config.network)),
+            lifeline.command(starts.command(config.network), guarded=True),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -103,7 +103,7 @@ class _Ranks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._send(signal.SIGKILL)
+        self._kill()
         self._program.wait()
         self.met = self.met or (self._folder / MET).exists()
         self._lines.put(None)
@@ -129,7 +129,7 @@ class _Ranks:
             elif self._end is None:
                 self._look()
             if time.monotonic() > self._kill_at:
-                self._send(signal.SIGKILL)
+                self._kill()
             time.sleep(0.1)
         return self._end or (Outcome(INPUT_ERROR, self._failure) if self._failure else None)
 
@@ -173,7 +173,8 @@ class _Ranks:
 
     def _give_up(self, end: Outcome) -> None:
         self._end = end
-        self._send(signal.SIGTERM)
+        if self._program.poll() is None:
+            os.killpg(self._program.pid, signal.SIGTERM)  # its guard does not heed it
         self._kill_after(KILL_AFTER_SECONDS)
 
     def _kill_after(self, seconds: float) -> None:
@@ -198,10 +199,10 @@ class _Ranks:
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         return ", ".join(names[:NAMED]) + more
 
-    def _send(self, number: signal.Signals) -> None:
-        """To the program and what it started here: an ssh that waits for a host would go on waiting."""
+    def _kill(self) -> None:
+        """With all that it started here: an ssh that waits for a host would go on waiting."""
         if self._program.poll() is None:
-            os.killpg(self._program.pid, number)
+            os.kill(self._program.pid, lifeline.END)
 
     def _write(self) -> None:
         """In a thread: a program that does not get to read would hold up whoever waits for it."""
