@@ -121,7 +121,7 @@ class Evaluator:
 def remembered_random_return(run_folder: Path) -> float | None:
     """The uniform policy's return, if an evaluator of this run has played it."""
     try:
-        value = json.loads((run_folder / BASELINE).read_text())["random_return"]
+        value = json.loads((run_folder / BASELINE).read_text(encoding="utf-8"))["random_return"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return value if isinstance(value, float) else None

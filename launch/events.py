@@ -67,7 +67,7 @@ class EventLog:
             "text": text,
         }
         try:
-            with self._path.open("a") as file:
+            with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line | facts) + "\n")
         except OSError as error:
             if not self._warned:

@@ -280,7 +280,7 @@ def _rows(config: Config) -> int:
 def _limits() -> Iterator[int]:
     """What the control groups of this process, which containers and schedulers make, leave it."""
     try:
-        lines = OWN_CGROUPS.read_text().splitlines()
+        lines = OWN_CGROUPS.read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
         return
     for line in lines:
@@ -293,6 +293,6 @@ def _limits() -> Iterator[int]:
             if not folder.is_relative_to(root):
                 break
             try:
-                yield int((folder / limit).read_text())
+                yield int((folder / limit).read_text(encoding="utf-8"))
             except (OSError, ValueError):  # "max" is none
                 continue

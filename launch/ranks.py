@@ -143,7 +143,7 @@ class _Ranks:
         log = self._folder / "logs" / "mpi.log"
         with suppress(OSError):
             log.parent.mkdir(exist_ok=True)
-            log.write_text("".join(line for _, line in self._kept), errors="replace")
+            log.write_text("".join(line for _, line in self._kept), encoding="utf-8", errors="replace")
         return f"{code}: {said[0].strip()[:300]}; more: {log}"
 
     def _pass_on_stop(self) -> None:

@@ -143,8 +143,8 @@ def _check_room(config: Config, needed: Needs) -> None:
 
 def _run(config: Config, spec: EnvironmentSpec, folder: Path, needed: Needs) -> int:
     progress, stopped, start = Progress(), StopRequests(), run_folder.Start(secrets.token_hex(8), time.time())
-    progress.note(needed.line())
     with run_folder.locked(folder), stopped.heard(), lasting_output():
+        progress.note(needed.line())
         before = run_folder.read_result(folder)
         try:
             if config.mode == "serial":

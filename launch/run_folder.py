@@ -29,7 +29,7 @@ ANNOUNCED = ".targets"
 MIN_FREE_BYTES = 64 << 20
 """Room for two checkpoints of the Berlin preset: with less, the first iterations would be lost work."""
 BEGUN = {
-    *("config.yaml", ".lock", "result.json", "logs", "targets.json", "processes.json", "events.jsonl"),
+    *("config.yaml", ".lock", "result.json", "logs", "targets.json", "processes.json", "events.jsonl", "baseline.json"),
     *("checkpoints", "tensorboard", "curve.csv", "curve.png", "log.jsonl", "join.json", "run.log"),
 }
 """All that a run may leave that ended at its start."""

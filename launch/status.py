@@ -145,7 +145,7 @@ def _rows(runs: Path) -> Iterator[dict[str, Any]]:
 
 def _config(folder: Path) -> Config:
     try:
-        text = (folder / "config.yaml").read_text()
+        text = (folder / "config.yaml").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{folder} is not the folder of a run: its config.yaml cannot be read") from error
     return Config.from_yaml(text, str(folder / "config.yaml"))

@@ -48,7 +48,8 @@ class Played:
         self._monkeypatch.setattr(ranks, "START_SECONDS", start_seconds)
         self._monkeypatch.setattr(ranks, "MEET_SECONDS", meet_seconds)
         config: Config = replace(load_preset("rover_tower_8"), nodes=3, run="x" * order_bytes)
-        return ranks.run_nodes(config, make_environment(config.environment, 1).spec, self.folder, self.stopped)
+        spec = make_environment(config.environment, 1).spec
+        return ranks.run_nodes(config, spec, self.folder, "run", self.stopped)
 
     def stop_after(self, seconds: float) -> None:
         threading.Timer(seconds, self.stopped.add).start()
