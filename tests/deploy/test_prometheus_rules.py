@@ -116,6 +116,7 @@ def asked(address: str, expression: str) -> list[Any]:
         return list(json.load(answer)["data"]["result"])
 
 
+@pytest.mark.processes
 def test_every_expression_of_the_dashboard_finds_something_in_a_run(prometheus: str, tmp_path: Path) -> None:
     options = ["--preset", "rover_tower_4", "--steps", "400000", "--run", "seen", "--evaluation.interval", "2"]
     options += ["--evaluation.starts", "fresh", "--evaluation.episodes", "5", "--mode", "async"]

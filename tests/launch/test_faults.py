@@ -155,20 +155,21 @@ def test_an_interrupted_run_resumes_to_the_same_policy(
 
 
 @pytest.mark.processes
+@pytest.mark.timeout(600)  # three runs, of half a minute each where nothing else is at work
 def test_a_run_of_long_iterations_is_interrupted_after_one(tmp_path: Path) -> None:
     """Longer than the least patience: a learner is waited for as long as its iterations take."""
     long = [*REPLAYED, "--learner.updates", "1300", "--steps", "300"]
-    wanted = finished(tmp_path, "undisturbed", "--mode", "serial", *long)
+    wanted = finished(tmp_path, "undisturbed", "--mode", "serial", *long, deadline_seconds=200)
     process = start(tmp_path, "run", *long)
     wait_for(lambda: iterations(tmp_path, "run") >= 1, process)
     time.sleep(0.7)  # the next one has begun
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    output, _ = process.communicate(timeout=200)
     assert process.returncode == 130, output
     assert result_of(tmp_path, "run")["iterations"] == 2
     assert (tmp_path / "runs" / "run" / "curve.png").exists()
     resume = [sys.executable, "-m", "launch.cli", "resume", "runs/run"]
-    assert subprocess.run(resume, cwd=tmp_path, timeout=DEADLINE_SECONDS, check=False).returncode == 0
+    assert subprocess.run(resume, cwd=tmp_path, timeout=200, check=False).returncode == 0
     assert result_of(tmp_path, "run")["policy_sha256"] == wanted["policy_sha256"]
     seconds = [json.loads(line)["wall_seconds"] for line in (tmp_path / "runs/run/log.jsonl").read_text().splitlines()]
     assert seconds[1] - seconds[0] > 7, "the iterations were too short to show anything"

@@ -131,6 +131,7 @@ def test_a_closed_road_from_clone_to_map(berlin_run: Path, capsys: pytest.Captur
         assert "One seed" in text
 
 
+@pytest.mark.processes
 def test_stopped_runs_go_on_and_one_that_fails_keeps_no_other(
     tower_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
