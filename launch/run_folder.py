@@ -201,8 +201,9 @@ def conclude(
     told, log = read_result(folder), reached(folder)
     if told.get("run_id") != start.run_id:
         told = {}
-    # A run that was interrupted tells the return of its last evaluation, as one does whose learner was killed.
-    result = facts | log | {key: value for key, value in told.items() if value is not None or key not in log}
+    if outcome.code != FINISHED:  # it tells the return of its last evaluation, as one does whose learner was killed
+        told = {key: value for key, value in told.items() if value is not None or key not in log}
+    result = facts | log | told
     result |= {"run_id": start.run_id, "started": _utc(start.time), "ended": _utc(time.time()), **provenance()}
     result |= {"status": outcome.status, "exit_code": outcome.code}
     for key in ("error", "resume"):  # of a first node that has concluded before
