@@ -5,8 +5,10 @@ from __future__ import annotations
 import platform
 import socket
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from pathlib import Path
+
+from protocol.version import version
 
 GIT_SECONDS = 5.0
 SOURCE = Path(__file__).resolve().parents[1]
@@ -16,9 +18,9 @@ def provenance() -> dict[str, str | None]:
     """Facts for a result: `version` of bm3il, `commit` of its source tree (with `-dirty` if files were changed since;
     None if it is not a git checkout), `torch`, `python`, `host`. Never fails."""
     return {
-        "version": _version("bm3il"),
+        "version": version(),
         "commit": commit(SOURCE),
-        "torch": _version("torch"),
+        "torch": metadata.version("torch"),
         "python": platform.python_version(),
         "host": socket.gethostname(),
     }
@@ -34,10 +36,3 @@ def commit(source: Path) -> str | None:
     except (OSError, ValueError, subprocess.SubprocessError):  # no git, another owner, a broken checkout, a slow disk
         return None
     return done.stdout.strip() or None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -22,6 +22,7 @@ from launch.config import Config
 from launch.outcome import FINISHED, INTERRUPTED, Outcome
 from launch.provenance import provenance
 from protocol.errors import InputError
+from protocol.files import write_whole
 
 TAIL_BYTES = 1 << 20
 """Of a log, in which its last line lies."""
@@ -268,13 +269,7 @@ def curve(folder: Path) -> list[dict[str, str]]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a small file whole or not at all. Raises InputError naming the file and the cause."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        write_whole(path, text)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}") from error

@@ -12,11 +12,15 @@ def write_whole(path: Path, text: str) -> None:
     """Put the text where there may be an older one. Raises OSError, naming the file."""
     temporary = path.with_name(f".{path.name}.tmp")
     with naming(path):
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        try:
+            with temporary.open("w", newline="", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
