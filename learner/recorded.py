@@ -5,7 +5,9 @@ What small networks take on a GPU is the time in which Python launches their ker
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -53,6 +55,21 @@ class Recorded:
         self._inputs = [tensor.clone() for tensor in inputs]
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with _nothing_is_collected(), torch.cuda.graph(graph):
             self._answer = self._work(self._inputs)
         return graph
+
+
+@contextmanager
+def _nothing_is_collected() -> Iterator[None]:
+    """While a graph is recorded, no other one may be given back: that spoils the recording, and Python's collector does
+    it whenever it finds one in a cycle of what is no longer used (the graph of a learner before this one, say).
+    """
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

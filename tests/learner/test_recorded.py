@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -54,3 +56,29 @@ def test_a_part_of_another_size_does_not_spoil_the_recording(monkeypatch: pytest
     recorded.forget()
     recorded([torch.zeros(5).as_subclass(_OnGpu)])
     assert told[-1] == "call"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_other_recording_is_given_back_in_the_middle_of_one(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    collects: list[bool] = []
+
+    def work(inputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        collects.append(gc.isenabled())
+        if fails and len(collects) == 2:
+            raise RuntimeError("out of memory")
+        return {}
+
+    class Graph:
+        def replay(self) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *_: None)
+    recorded = Recorded(work)
+    recorded([torch.zeros(2).as_subclass(_OnGpu)])
+    with pytest.raises(RuntimeError, match="out of memory") if fails else nullcontext():
+        recorded([torch.zeros(2).as_subclass(_OnGpu)])
+    assert collects == [True, False]
+    assert gc.isenabled()
