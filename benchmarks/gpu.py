@@ -113,29 +113,31 @@ def equality() -> Iterator[tuple[str, float, float]]:
     for context in CONTEXTS:
         shape = SMALL if context in ("types", "agents") else dataclasses.replace(SMALL, parameter_sharing="agent")
         for kind in ("actor", "boltzmann", "clipped"):
-            yield f"{kind}, context {context}", *_apart(kind, shape, context)
+            yield f"{kind}, context {context}", *_apart(partial(_learned, kind, shape, context, "float32"))
     continuous = dataclasses.replace(SMALL, discrete=False)
     for kind in ("actor", "clipped"):
-        yield f"{kind}, continuous actions", *_apart(kind, continuous, "types")
+        yield f"{kind}, continuous actions", *_apart(partial(_learned, kind, continuous, "types", "float32"))
     # Beside float32 on the CPU: products of 8 bits of mantissa, and steps of Adam that follow their signs.
     for kind in ("actor", "clipped"):
         states = [_learned(kind, SMALL, "types", "float32", CPU), _learned(kind, SMALL, "types", "bfloat16", GPU)]
         yield f"{kind}, bfloat16 on the GPU alone", _distance(*states), 0.1
     scopes: tuple[KernelScope, ...] = ("function", "tensor", "network", "none")
     for scope in scopes:
-        states = [_particles_after(SMALL, scope, device) for device in (CPU, GPU)]
-        yield f"particles, kernel on {scope}", _distance(*states), LARGEST_DISTANCE
+        yield f"particles, kernel on {scope}", *_apart(partial(_particles_after, SMALL, scope))
 
 
-def _apart(kind: str, shape: Shape, context: Context) -> tuple[float, float]:
+def _apart(after: Callable[[torch.device, int], list[torch.Tensor]]) -> tuple[float, float]:
     """The distance, and how far it may be: twice what the last bits of the observations do on the CPU alone, if that is
     more. A unit that is just at its ReLU's corner goes one way or the other, and Adam's first steps make much of it.
+
+    Args:
+        after: The parameters after the updates on a device, and the seed of the last bits (0: as they are).
     """
-    reference = _learned(kind, shape, context, "float32", CPU)
-    distance = _distance(reference, _learned(kind, shape, context, "float32", GPU))
+    reference = after(CPU, 0)
+    distance = _distance(reference, after(GPU, 0))
     if distance <= LARGEST_DISTANCE:
         return distance, LARGEST_DISTANCE
-    other = (_learned(kind, shape, context, "float32", CPU, last_bits=seed) for seed in range(1, 9))
+    other = (after(CPU, seed) for seed in range(1, 9))
     return distance, max(LARGEST_DISTANCE, *(2 * _distance(reference, parameters) for parameters in other))
 
 
@@ -149,8 +151,8 @@ def _learned(
     return [p.detach().cpu() for network in (learner.policy, learner.critic) for p in network.parameters()]
 
 
-def _particles_after(shape: Shape, scope: KernelScope, device: torch.device) -> list[torch.Tensor]:
-    model = make_model(shape, scope, device)
+def _particles_after(shape: Shape, scope: KernelScope, device: torch.device, last_bits: int = 0) -> list[torch.Tensor]:
+    model = make_model(shape, scope, device, last_bits=last_bits)
     for _ in range(UPDATES):
         model.update(0.0)
     rewards, _ = model.query(some_rows(shape.layout, shape.rows, 7))
@@ -191,7 +193,9 @@ def make_learner(
     return learner, lambda: learner.update(batch, batch.rewards, 0.0)
 
 
-def make_model(shape: Shape, scope: KernelScope, device: torch.device, precision: Precision = "float32") -> RewardModel:
+def make_model(
+    shape: Shape, scope: KernelScope, device: torch.device, precision: Precision = "float32", last_bits: int = 0
+) -> RewardModel:
     settings = RewardSettings(
         precision=precision,
         hidden=(shape.hidden, shape.hidden // 2),
@@ -200,8 +204,10 @@ def make_model(shape: Shape, scope: KernelScope, device: torch.device, precision
         batch_size=shape.rows,
         window_steps=2 * shape.rows,
     )
-    model = RewardModel(shape.layout, some_rows(shape.layout, 2 * shape.rows, 1), settings, 0, device.type)
-    model.observe(some_rows(shape.layout, 2 * shape.rows, 2))
+    experts, agents = (some_rows(shape.layout, 2 * shape.rows, seed) for seed in (1, 2))
+    experts.observations = shaken(experts.observations, last_bits)
+    model = RewardModel(shape.layout, experts, settings, 0, device.type)
+    model.observe(agents)
     return model
 
 
