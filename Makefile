@@ -23,7 +23,7 @@ $(error $(or $(shell $(PYTHON) -c '$(NEAREST)' '$(UNKNOWN)' $(KNOWN)),unknown va
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help launch submit test lint bench chaos fuzz
+.PHONY: help launch submit test lint bench chaos soak fuzz
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,14 +34,14 @@ launch: $(VENV)/.installed  ## train, by default from the demonstrations that co
 
 # Modules stay whole, since what a module's tests share is made once a process; ARGS="-n 0" runs them one by one.
 test: $(VENV)/.installed-dev  ## run the tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadscope $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## check style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-NO_BENCHMARKS := floors backpressure random_data imitation ranking closures worlds chaos chaos_of_simulators unsteady hosts slurm_cluster fuzz fuzz_cases fuzz_live fuzz_sockets
+NO_BENCHMARKS := floors backpressure soak resident_memory random_data imitation ranking closures worlds chaos chaos_of_simulators unsteady hosts slurm_cluster fuzz fuzz_cases fuzz_live fuzz_sockets
 bench: $(VENV)/.installed-dev  ## measure against the floors of this machine
 	@failed=0; for file in $(filter-out $(NO_BENCHMARKS:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file $(ARGS) || failed=1; done; exit $$failed
 
@@ -51,6 +51,9 @@ submit: $(VENV)/.installed  ## submit a run to Slurm, with the variables of laun
 SECONDS ?= 600
 chaos: $(VENV)/.installed-dev  ## hurt processes of runs at random: SECONDS=600 SEED=1 MODE=lockstep; or simulators: KIND=simulator
 	@$(BIN)/python benchmarks/chaos.py --seconds $(SECONDS) $(call flag,SEED,seed) $(call flag,MODE,mode)$(if $(KIND), --kind '$(KIND)') $(ARGS)
+
+soak: $(VENV)/.installed-dev  ## a long run at full speed: does memory stay flat, do counters add up (SECONDS=3600)
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py --seconds $(SECONDS) $(ARGS)
 
 fuzz: $(VENV)/.installed-dev  ## hostile bytes against everything that reads some (ARGS="--cases 1000000")
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py $(ARGS)

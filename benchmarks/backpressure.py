@@ -28,8 +28,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-import psutil
 import torch
+from resident_memory import Memory
 
 from actors.policy import Policy
 from actors.process import run_actor
@@ -49,7 +49,7 @@ WIDTH = 1000
 """Numbers that an agent observes: an episode has a tenth of a megabyte."""
 WARM_UP = 5
 """Iterations by which the actors' speed is measured."""
-BYTES_AT_ONCE, SAMPLE_SECONDS = 1 << 20, 0.5
+BYTES_AT_ONCE = 1 << 20
 WANTED_WIRE, WANTED_PEAKS = 1.02, 1.1
 WORLD = f"""
 import numpy as np
@@ -77,38 +77,6 @@ class Wide:
         ended = np.full(self.num_envs, self._step >= {STEPS})
         return TimeStep([self._seen], [self._masks], [self._active], [rewards], never, ended)
 """
-
-
-class Memory:
-    """Resident bytes of processes, sampled by a thread."""
-
-    def __init__(self, processes: dict[str, int]) -> None:
-        self._processes = {name: psutil.Process(pid) for name, pid in processes.items()}
-        self._samples: list[tuple[float, list[int]]] = []
-        threading.Thread(target=self._sample, daemon=True).start()
-
-    def _sample(self) -> None:
-        while True:
-            with suppress(psutil.Error):
-                self._samples.append(
-                    (time.monotonic(), [process.memory_info().rss for process in self._processes.values()])
-                )
-            time.sleep(SAMPLE_SECONDS)
-
-    def grown(self) -> list[str]:
-        """Which processes grew; prints all."""
-        times = np.array([moment for moment, _ in self._samples])
-        resident = np.array([sizes for _, sizes in self._samples]) / 1e6
-        second = times >= times[0] + (times[-1] - times[0]) / 2
-        last = times >= times[0] + (times[-1] - times[0]) * 3 / 4
-        slopes = np.polyfit(times[second] / 60, resident[second], 1)[0]
-        peaks = resident[second & ~last].max(0), resident[last].max(0)
-        grown = []
-        for name, slope, before, after in zip(self._processes, slopes, *peaks, strict=True):
-            print(f"{name}: {slope:+.1f} MB a minute; peaks of the last two quarters: {before:.0f} and {after:.0f} MB")
-            if after > WANTED_PEAKS * before:
-                grown.append(f"{name} grew from {before:.0f} to {after:.0f} MB")
-        return grown
 
 
 def install_world(folder: Path) -> None:
@@ -221,7 +189,7 @@ def measure(folder: Path, seconds: float, chunk_megabytes: float) -> tuple[float
         iterations, on_wire, taken = learning.go_slow(
             seconds, max(SLOWER * share_seconds, SHORTEST_PAUSE_SECONDS), wire
         )
-        grown = memory.grown()
+        grown = memory.grown(WANTED_PEAKS)
     finally:
         for process in processes:
             process.terminate()

@@ -99,7 +99,7 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=["replayed", pytest.param("clipped", marks=pytest.mark.processes)])
 def family(request: pytest.FixtureRequest) -> list[str]:
     """Options of a kind of run. Those of one kind follow each other, so that each undisturbed run is played once."""
     return FAMILIES[request.param]

@@ -18,8 +18,9 @@ TINY = [
 ]
 MARK = "BM3IL_TEST_RUN"
 RUNS = [(name, mode) for mode in ("lockstep", "async") for name in ALGORITHMS]
-ALWAYS = {("bc", "lockstep"), ("bc", "async"), ("maac", "lockstep"), ("bm3il", "async")}
+KINDS = {("bc", "lockstep"), ("bc", "async"), ("maac", "lockstep"), ("bm3il", "async")}
 """The kinds of plan: who clones has no reward server, and who imitates a learned reward."""
+ALWAYS = {("bm3il", "async")}
 
 
 def marked(value: str) -> list[psutil.Process]:
@@ -34,9 +35,13 @@ def marked(value: str) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("name", "mode"), [pytest.param(*run, marks=[] if run in ALWAYS else pytest.mark.slow) for run in RUNS]
-)
+def marks(run: tuple[str, str]) -> list[pytest.MarkDecorator]:
+    if run in ALWAYS:
+        return []
+    return [pytest.mark.processes if run in KINDS else pytest.mark.slow]
+
+
+@pytest.mark.parametrize(("name", "mode"), [pytest.param(*run, marks=marks(run)) for run in RUNS])
 def test_every_algorithm_trains_in_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, mode: str
 ) -> None:

@@ -57,6 +57,13 @@ COMPACT = EnvironmentSpec(
 )
 SPECS = {"discrete": UNEVEN, "mixed": MIXED, "compact": COMPACT}
 CONTEXTS: tuple[Context, ...] = ("types", "uniform_types", "agents", "none")
+NETWORKS: list[tuple[Context, ParameterSharing]] = [
+    ("types", "type"),
+    ("uniform_types", "agent"),
+    ("agents", "type"),
+    ("none", "agent"),
+]
+"""Each context, and both ways of sharing parameters: where the one lies does not depend on the other."""
 
 
 class _Real(TorchFunctionMode):
@@ -132,8 +139,7 @@ def demonstrations_of(spec: EnvironmentSpec) -> Demonstrations:
     return Demonstrations.from_trajectories(episodes, spec, "nothing")
 
 
-@pytest.mark.parametrize("sharing", ["agent", "type"])
-@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize(("context", "sharing"), NETWORKS)
 @pytest.mark.parametrize(
     ("name", "kinds", "options"),
     [
@@ -163,8 +169,7 @@ def test_an_update_runs_where_the_networks_are(
     assert {"policy", "critic", "policy_adam", "critic_adam"} <= {name.partition("/")[0] for name in learner.state()}
 
 
-@pytest.mark.parametrize("sharing", ["agent", "type"])
-@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize(("context", "sharing"), NETWORKS)
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("lagging", [False, True])
 def test_a_clipped_update_runs_where_the_networks_are(
