@@ -129,7 +129,7 @@ def evaluate(args: list[str]) -> int:
 
 def whatif(args: list[str]) -> int:
     """what the people whom a run imitated will do in a world that changed"""
-    from launch.pool import cores
+    from launch.surroundings import cores
 
     parser = _parser("whatif")
     parser.add_argument("run", type=Path, help="the run's folder; cloning (bc) is enough")

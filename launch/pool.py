@@ -27,11 +27,6 @@ LOG = "run.log"
 """In the folder of a run: what its process wrote."""
 
 
-def cores() -> int:
-    """How many this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def finished(folder: Path) -> bool:
     """Whether the run came to its end."""
     return read_result(folder).get("status") == "finished"

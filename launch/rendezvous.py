@@ -26,6 +26,7 @@ import psutil
 from launch import reach
 from launch.config import Config
 from launch.supervisor import StopRequests
+from launch.surroundings import cores
 from launch.topology import Node, Plan, Process, listeners, place, tcp_addresses
 from protocol.errors import InputError
 from protocol.keys import Keys
@@ -149,7 +150,7 @@ def _this_node(address: str, ports: int, held: ExitStack) -> Node:
         host=socket.gethostname(),
         address=address,
         ports=tuple(int(each.getsockname()[1]) for each in reach.free_sockets(address, ports, held)),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=cores(),
         memory_bytes=psutil.virtual_memory().total,
         gpus=len(list(gpus.iterdir())) if gpus.is_dir() else 0,
     )

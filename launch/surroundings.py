@@ -28,6 +28,11 @@ def module_command(module: str, *args: str) -> list[str]:
     return [sys.executable, *MODULE_FLAGS, module, *args]
 
 
+def cores() -> int:
+    """How many this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def settle() -> None:
     """Make the best of this process's surroundings; the first thing that each of our programs does.
 

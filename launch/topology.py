@@ -10,6 +10,7 @@ from pathlib import Path
 import dacite
 
 from launch.config import Config
+from launch.surroundings import cores
 from protocol.errors import InputError
 from protocol.job import Endpoints, Job
 from protocol.keys import Keys
@@ -143,10 +144,24 @@ class Plan:
             lines.append(f"node {number} ({node.description}): {' '.join(names)}")
             for name in names:
                 lines += [f"    {endpoint:<10} {url}" for endpoint, url in self.addresses.get(name, {}).items()]
+        lines += [warning for number in range(len(self.nodes)) if (warning := self._crowding(number))]
         better = next((number for number, node in enumerate(self.nodes) if node.gpus > self.nodes[0].gpus), None)
         if better is not None and not self.nodes[0].gpus:
             lines.append(f"the learner runs on node 0, which has no GPU; start with the host of node {better} first")
         return lines
+
+    def _crowding(self, node: int) -> str:
+        """A sentence if the threads of a node's processes are more than its cores: those that wait for the others of
+        their process do so busily, and take the core from them. One thread each waits for nobody.
+        """
+        threads = [self.config.threads_of(process.role) for process in self.on(node)]
+        has = self.nodes[node].cores or cores()
+        if max(threads, default=1) == 1 or sum(threads) <= has:
+            return ""
+        return (
+            f"the processes of node {node} compute in {sum(threads)} threads on {has} cores, which slows all of them "
+            "down: ask for fewer with --threads, or of a role with --learner.threads, --actor.threads, --reward.threads"
+        )
 
     def to_json(self) -> str:
         """For the standard input of a process that this one starts."""

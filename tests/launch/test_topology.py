@@ -82,6 +82,22 @@ def test_a_plan_round_trips_and_can_be_read(tmp_path: Path) -> None:
     assert "node 1 (b): supervisor-1 actor-0 actor-1" in plan.lines()
 
 
+def test_more_threads_than_cores_are_told() -> None:
+    config = replace(load_preset("rover_tower_8"), actors=2)
+    processes = processes_of(config)
+
+    def warned(changed: Config, cores: int) -> list[str]:
+        plan = Plan("id", "", changed.to_yaml(), "", (Node("a", cores=cores),), processes, {})
+        return [line for line in plan.lines() if "threads" in line]
+
+    assert warned(config, 1) == []  # the default, on a laptop
+    assert warned(replace(config, threads=2), 10) == []
+    assert "compute in 10 threads on 9 cores" in warned(replace(config, threads=2), 9)[0]
+    own = replace(config, learner=replace(config.learner, threads=8))
+    assert warned(own, 12) == []
+    assert "12 threads on 11 cores" in warned(own, 11)[0]
+
+
 def test_a_long_temporary_folder_is_refused() -> None:
     ipc_addresses(Path("/tmp/bm3il-x"), [])
     with pytest.raises(InputError, match="set TMPDIR"):
