@@ -16,7 +16,7 @@ OF_LAUNCH := NODES PRESET ALGORITHM ENVIRONMENT DEMONSTRATIONS RUN SEED STEPS AC
 # A misspelt variable would be ignored, and another run trained than was asked for.
 KNOWN := $(OF_LAUNCH) SECONDS KIND PYTHON VENV
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
-NEAREST = import sys; from protocol.errors import unknown_name; print(unknown_name("variable", sys.argv[1], sys.argv[2:]))
+NEAREST = import sys; from bm3il.protocol.errors import unknown_name; print(unknown_name("variable", sys.argv[1], sys.argv[2:]))
 UNKNOWN := $(firstword $(filter-out $(KNOWN),$(GIVEN)))
 ifneq ($(UNKNOWN),)
 $(error $(or $(shell $(PYTHON) -c '$(NEAREST)' '$(UNKNOWN)' $(KNOWN)),unknown variable '$(UNKNOWN)'; known: $(KNOWN)))

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from actors.policy import Policy
-from protocol.environment import TimeStep
-from protocol.layout import Layout
-from protocol.networks.stacked import StackedMLP
-from protocol.seeds import derive_seed
+from bm3il.actors.policy import Policy
+from bm3il.protocol.environment import TimeStep
+from bm3il.protocol.layout import Layout
+from bm3il.protocol.networks.stacked import StackedMLP
+from bm3il.protocol.seeds import derive_seed
 
 NETWORKS = 16
 LARGEST_FACTOR = 100.0

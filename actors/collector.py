@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from actors.babbling import Babble
-from actors.policy import Policy
-from actors.rollout import Acts, rollout
-from actors.settings import ActorSettings
-from actors.simulator import Simulator
-from protocol.errors import InputError
-from protocol.job import Job
-from protocol.seeds import derive_seed
-from protocol.trajectories import Trajectories
+from bm3il.actors.babbling import Babble
+from bm3il.actors.policy import Policy
+from bm3il.actors.rollout import Acts, rollout
+from bm3il.actors.settings import ActorSettings
+from bm3il.actors.simulator import Simulator
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.job import Job
+from bm3il.protocol.seeds import derive_seed
+from bm3il.protocol.trajectories import Trajectories
 
 
 class Collector:

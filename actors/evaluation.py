@@ -14,18 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
-from actors import rollout
-from actors.policy import UniformPolicy
-from actors.rollout import Acts
-from actors.settings import EvaluationSettings
-from actors.simulator import Simulator
-from protocol.demonstrations import Demonstrations, resolve
-from protocol.environment import Starts
-from protocol.errors import InputError
-from protocol.files import write_whole
-from protocol.job import Job
-from protocol.seeds import derive_seed
-from protocol.specs import EnvironmentSpec
+from bm3il.actors import rollout
+from bm3il.actors.policy import UniformPolicy
+from bm3il.actors.rollout import Acts
+from bm3il.actors.settings import EvaluationSettings
+from bm3il.actors.simulator import Simulator
+from bm3il.protocol.demonstrations import Demonstrations, resolve
+from bm3il.protocol.environment import Starts
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.files import write_whole
+from bm3il.protocol.job import Job
+from bm3il.protocol.seeds import derive_seed
+from bm3il.protocol.specs import EnvironmentSpec
 
 EPISODES_AT_ONCE = 250
 NUMBERS_AT_ONCE = 1 << 27

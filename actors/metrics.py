@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from protocol.trajectories import Trajectories
+from bm3il.protocol.trajectories import Trajectories
 
 
 class ActorMetrics:

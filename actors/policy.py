@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from actors import gaussian
-from protocol.environment import TimeStep
-from protocol.layout import Layout
-from protocol.networks.grid import ObservationGrid
-from protocol.networks.options import FORBIDDEN_LOGIT, Options, log_softmax
-from protocol.networks.stacked import StackedMLP
-from protocol.observations import Observations
-from protocol.specs import ArrayTable, EnvironmentSpec
+from bm3il.actors import gaussian
+from bm3il.protocol.environment import TimeStep
+from bm3il.protocol.layout import Layout
+from bm3il.protocol.networks.grid import ObservationGrid
+from bm3il.protocol.networks.options import FORBIDDEN_LOGIT, Options, log_softmax
+from bm3il.protocol.networks.stacked import StackedMLP
+from bm3il.protocol.observations import Observations
+from bm3il.protocol.specs import ArrayTable, EnvironmentSpec
 
 
 class Policy(nn.Module):

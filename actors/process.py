@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from actors.collector import Collector, episodes_per_chunk
-from actors.evaluation import Evaluator
-from actors.metrics import ActorMetrics, EvaluatorMetrics
-from actors.policy import Policy
-from actors.settings import ActorSettings, EvaluationSettings
-from actors.simulator import end_if_hung
-from protocol.channels import Client, CountBytes, Listener, Refused
-from protocol.device import use_threads
-from protocol.errors import InputError
-from protocol.job import Job
-from protocol.layout import Layout
-from protocol.messages import (
+from bm3il.actors.collector import Collector, episodes_per_chunk
+from bm3il.actors.evaluation import Evaluator
+from bm3il.actors.metrics import ActorMetrics, EvaluatorMetrics
+from bm3il.actors.policy import Policy
+from bm3il.actors.settings import ActorSettings, EvaluationSettings
+from bm3il.actors.simulator import end_if_hung
+from bm3il.protocol.channels import Client, CountBytes, Listener, Refused
+from bm3il.protocol.device import use_threads
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.job import Job
+from bm3il.protocol.layout import Layout
+from bm3il.protocol.messages import (
     Chunk,
     Done,
     Evaluating,
@@ -32,10 +32,10 @@ from protocol.messages import (
     frame_limit,
     table_bytes,
 )
-from protocol.seeds import derive_seed
-from protocol.specs import ArrayTable
-from protocol.telemetry import IDLE, Telemetry
-from protocol.trajectories import Trajectories
+from bm3il.protocol.seeds import derive_seed
+from bm3il.protocol.specs import ArrayTable
+from bm3il.protocol.telemetry import IDLE, Telemetry
+from bm3il.protocol.trajectories import Trajectories
 
 log = logging.getLogger(__name__)
 

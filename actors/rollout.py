@@ -9,8 +9,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from protocol.environment import Environment, Starts, TimeStep
-from protocol.trajectories import Trajectories, columns_of
+from bm3il.protocol.environment import Environment, Starts, TimeStep
+from bm3il.protocol.trajectories import Trajectories, columns_of
 
 
 class Acts(Protocol):

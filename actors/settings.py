@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from protocol.settings import Count, Natural, Positive
+from bm3il.protocol.settings import Count, Natural, Positive
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 
-from protocol.environment import Environment, Starts, TimeStep
-from protocol.errors import InputError, ProtocolError, SimulatorError
-from protocol.registry import make_environment
-from protocol.trajectories import Trajectories
+from bm3il.protocol.environment import Environment, Starts, TimeStep
+from bm3il.protocol.errors import InputError, ProtocolError, SimulatorError
+from bm3il.protocol.registry import make_environment
+from bm3il.protocol.trajectories import Trajectories
 
 LOOK_SECONDS = 1.0
 """Between looks at the clock."""

@@ -31,17 +31,17 @@ import numpy as np
 import torch
 from resident_memory import Memory
 
-from actors.policy import Policy
-from actors.process import run_actor
-from actors.settings import ActorSettings
-from learner.settings import LearnerSettings, Settings
-from learner.streaming import StreamedExperience
-from protocol.job import Endpoints, Job
-from protocol.layout import Layout
-from protocol.messages import Sender
-from protocol.registry import make_environment
-from protocol.telemetry import Telemetry
-from protocol.trajectories import Trajectories
+from bm3il.actors.policy import Policy
+from bm3il.actors.process import run_actor
+from bm3il.actors.settings import ActorSettings
+from bm3il.learner.settings import LearnerSettings, Settings
+from bm3il.learner.streaming import StreamedExperience
+from bm3il.protocol.job import Endpoints, Job
+from bm3il.protocol.layout import Layout
+from bm3il.protocol.messages import Sender
+from bm3il.protocol.registry import make_environment
+from bm3il.protocol.telemetry import Telemetry
+from bm3il.protocol.trajectories import Trajectories
 
 ACTORS, STEPS = 4, 25
 SLOWER, SHORTEST_PAUSE_SECONDS = 10, 5.0
@@ -53,8 +53,8 @@ BYTES_AT_ONCE = 1 << 20
 WANTED_WIRE, WANTED_PEAKS = 1.02, 1.1
 WORLD = f"""
 import numpy as np
-from protocol.environment import TimeStep
-from protocol.specs import EnvironmentSpec, TypeSpec
+from bm3il.protocol.environment import TimeStep
+from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
 
 class Wide:
     spec = EnvironmentSpec("wide", (TypeSpec("a", 1, {WIDTH}, 2),), {STEPS})

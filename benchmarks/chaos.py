@@ -46,7 +46,7 @@ OPTIONS = [
     *("--learner.updates", "10", "--learner.batch-size", "64", "--learner.checkpoint-interval", "10"),
     *("--evaluation.starts", "fresh", "--evaluation.final-episodes", "200"),
 ]
-WORKER, SUPERVISOR = "launch.worker", "launch.node"
+WORKER, SUPERVISOR = "bm3il.launch.worker", "bm3il.launch.node"
 
 
 @dataclass
@@ -195,7 +195,7 @@ class Storm:
         return bool(self.faults["other host without power"] + self.faults["supervisor killed"])
 
     def _launch(self, *arguments: str) -> None:
-        program = self.hosts.command(0, [sys.executable, "-m", "launch.cli", *arguments])
+        program = self.hosts.command(0, [sys.executable, "-m", "bm3il.launch.cli", *arguments])
         with (self.folder / f"{self.name}.log").open("a") as log:
             env = os.environ | self.hosts.mpiexec_environment(self.folder)
             self._process = subprocess.Popen(program, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env)
@@ -231,7 +231,7 @@ class Storm:
             for pid in self.hosts.processes(host):
                 try:
                     command = (process := psutil.Process(pid)).cmdline()
-                    ours = command[0] == sys.executable and "launch.lifeline" not in command
+                    ours = command[0] == sys.executable and "bm3il.launch.lifeline" not in command
                     if ours and module in command and process.status() != psutil.STATUS_ZOMBIE:
                         role = command[command.index(module) + 1] if module == WORKER else "supervisor"
                         found.append((role, process))
@@ -263,7 +263,8 @@ def check_run(run: Path, result: dict[str, Any], steps: int, wanted: str) -> Non
 def undisturbed(folder: Path, steps: int, options: list[str]) -> str:
     """The `policy_sha256` of the lockstep run in one process."""
     where = ["--mode", "serial", "--steps", str(steps), "--run", "undisturbed", "--runs-folder", str(folder)]
-    subprocess.run([sys.executable, "-m", "launch.cli", "train", *where, *options], check=True, capture_output=True)
+    command = [sys.executable, "-m", "bm3il.launch.cli", "train", *where, *options]
+    subprocess.run(command, check=True, capture_output=True)
     return str(json.loads((folder / "undisturbed" / "result.json").read_text())["policy_sha256"])
 
 

@@ -49,7 +49,7 @@ def storm(folder: Path, name: str, mode: str, wanted: str) -> tuple[Counter[str]
     faults = folder / f"{name}-faults"
     faults.mkdir()
     mark = {MARK: str(faults)}
-    command = [sys.executable, "-m", "launch.cli", "train", "--run", name, "--runs-folder", str(folder)]
+    command = [sys.executable, "-m", "bm3il.launch.cli", "train", "--run", name, "--runs-folder", str(folder)]
     command += ["--mode", mode, "--steps", str(STEPS[mode]), "--environment", f"unsteady?faults={faults}", *OPTIONS]
     env = installed(folder) | mark
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=DEADLINE_SECONDS, check=False)

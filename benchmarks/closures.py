@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from launch.config import Config
-from launch.whatif import slug
-from protocol.registry import make_environment
+from bm3il.launch.config import Config
+from bm3il.launch.whatif import slug
+from bm3il.protocol.registry import make_environment
 
 CLOSURES = ("8,9", "14,15", "16,17", "20,21", "24,25", "26,27", "38,39", "40,41", "42,43", "44,45")
 WHO = ("clone", "imitator")
@@ -37,7 +37,7 @@ def ask(run: Path, world: str, closure: str, seeds: int, steps: int, days: int, 
     environment = f"{world}{'&' if '?' in world else '?'}closed={closure}"
     size = {"--seeds": seeds, "--steps": steps, "--days": days, "--jobs": jobs}
     words = [word for option, value in size.items() for word in (option, str(value))]
-    command = [sys.executable, "-m", "launch.cli", "whatif", str(run), "--environment", environment, *words]
+    command = [sys.executable, "-m", "bm3il.launch.cli", "whatif", str(run), "--environment", environment, *words]
     subprocess.run(command, check=True)
     return json.loads(path.read_text())
 

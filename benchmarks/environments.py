@@ -16,8 +16,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
-from protocol.environment import Environment
-from protocol.registry import make_environment
+from bm3il.protocol.environment import Environment
+from bm3il.protocol.registry import make_environment
 
 ORIGINAL_STEPS_PER_SECOND = 12_040
 WANTED_RATIO = 100

@@ -11,14 +11,14 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from actors.environments.berlin.scenario_file import parse_scenario
-from actors.experts.recording import record
-from actors.policy import UniformPolicy
-from learner.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
-from protocol.demonstrations import Demonstrations
-from protocol.errors import InputError, ProtocolError
-from protocol.layout import JointRows, Layout
-from protocol.messages import (
+from bm3il.actors.environments.berlin.scenario_file import parse_scenario
+from bm3il.actors.experts.recording import record
+from bm3il.actors.policy import UniformPolicy
+from bm3il.learner.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
+from bm3il.protocol.demonstrations import Demonstrations
+from bm3il.protocol.errors import InputError, ProtocolError
+from bm3il.protocol.layout import JointRows, Layout
+from bm3il.protocol.messages import (
     Arrays,
     Begin,
     Chunk,
@@ -36,12 +36,12 @@ from protocol.messages import (
     decode,
     encode,
 )
-from protocol.registry import make_environment
-from protocol.specs import ArrayTable, EnvironmentSpec
-from protocol.trajectories import Trajectories
-from reward_server.particles import state_table
-from reward_server.process import request_schema
-from reward_server.settings import RewardSettings
+from bm3il.protocol.registry import make_environment
+from bm3il.protocol.specs import ArrayTable, EnvironmentSpec
+from bm3il.protocol.trajectories import Trajectories
+from bm3il.reward_server.particles import state_table
+from bm3il.reward_server.process import request_schema
+from bm3il.reward_server.settings import RewardSettings
 
 ENVIRONMENT = "rover_tower?pairs=2"
 TOWN = "berlin?types=2&agents=4&sight=near"
@@ -236,7 +236,7 @@ def file_cases(folder: Path, dice: random.Random) -> Iterator[tuple[str, Callabl
     arrays = {"a": np.zeros((2, 3), np.float32)}
     CheckpointFolder(folder, 1).write(Checkpoint(1, "c", {"iteration": 1}, arrays, arrays))
     checkpoint = {file.name: file.read_bytes() for file in (folder / "00000001").iterdir()}
-    text = resources.files("actors.environments.berlin.scenarios").joinpath("berlin46.json").read_bytes()
+    text = resources.files("bm3il.actors.environments.berlin.scenarios").joinpath("berlin46.json").read_bytes()
 
     def read(reader: Callable[[], Any]) -> str:
         try:

@@ -71,7 +71,7 @@ class Live:
     def _start(self, name: str, *options: str) -> subprocess.Popen[bytes]:
         temporary = self._folder / "tmp"
         temporary.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "launch.cli", "train", "--run", name, *self._options, *options]
+        command = [sys.executable, "-m", "bm3il.launch.cli", "train", "--run", name, *self._options, *options]
         log = (self._folder / f"{name}.log").open("wb")
         environment = os.environ | {"TMPDIR": str(temporary)}
         return subprocess.Popen(command, cwd=self._folder, env=environment, stdout=log, stderr=log)
@@ -140,7 +140,7 @@ class Live:
             for child in psutil.Process(run.pid).children(recursive=True):
                 with suppress(psutil.Error):
                     command = child.cmdline()
-                    if command[-3:] == ["launch.worker", "actor", "0"] and "launch.lifeline" not in command:
+                    if command[-3:] == ["bm3il.launch.worker", "actor", "0"] and "bm3il.launch.lifeline" not in command:
                         found.append(child)
             return bool(found)
 
@@ -177,7 +177,7 @@ class Live:
 
     def _weigh(self, process: psutil.Process) -> None:
         command, resident = process.cmdline(), process.memory_info().rss
-        if "launch.worker" in command and "launch.lifeline" not in command:
+        if "bm3il.launch.worker" in command and "bm3il.launch.lifeline" not in command:
             self._workers.setdefault(" ".join(command[-2:]), set()).add(process.pid)
         if time.time() - process.create_time() < 10:  # it is still importing
             return

@@ -22,21 +22,21 @@ import zmq
 from fuzz_cases import ENVIRONMENT, LAYOUT, SETTINGS, SPEC, STEPS, chunk, corpus, filled, mutated, mutated_frames
 from rich.console import Console
 
-from actors.policy import Policy
-from actors.process import _connect
-from actors.settings import ActorSettings
-from launch.config import load_preset
-from launch.director import Director
-from launch.progress import Progress
-from launch.topology import Node, Plan, Process
-from learner.settings import LearnerSettings, Settings
-from learner.streaming import StreamedExperience
-from protocol.channels import Client, Refused, Server
-from protocol.errors import NumericalError
-from protocol.job import Endpoints, Job
-from protocol.keys import Keys
-from protocol.layout import JointRows
-from protocol.messages import (
+from bm3il.actors.policy import Policy
+from bm3il.actors.process import _connect
+from bm3il.actors.settings import ActorSettings
+from bm3il.launch.config import load_preset
+from bm3il.launch.director import Director
+from bm3il.launch.progress import Progress
+from bm3il.launch.topology import Node, Plan, Process
+from bm3il.learner.settings import LearnerSettings, Settings
+from bm3il.learner.streaming import StreamedExperience
+from bm3il.protocol.channels import Client, Refused, Server
+from bm3il.protocol.errors import NumericalError
+from bm3il.protocol.job import Endpoints, Job
+from bm3il.protocol.keys import Keys
+from bm3il.protocol.layout import JointRows
+from bm3il.protocol.messages import (
     Done,
     Evaluation,
     GetState,
@@ -52,10 +52,10 @@ from protocol.messages import (
     Weights,
     encode,
 )
-from protocol.telemetry import Telemetry
-from reward_server.client import STATE, RemoteRewards, rewards_table
-from reward_server.particles import RewardModel, state_table
-from reward_server.process import RewardServer, listen
+from bm3il.protocol.telemetry import Telemetry
+from bm3il.reward_server.client import STATE, RemoteRewards, rewards_table
+from bm3il.reward_server.particles import RewardModel, state_table
+from bm3il.reward_server.process import RewardServer, listen
 
 BATCH, CONNECTIONS = 32, 4
 PATIENCE_SECONDS = 4.0

@@ -29,25 +29,25 @@ import torch
 from random_data import EPISODE, shaken, some_batch, some_rows, some_segments
 from torch.profiler import ProfilerActivity, profile
 
-from actors.policy import Policy
-from learner.action_critic import ActionActorCritic, ActionCritic
-from learner.actor_critic import ActorCritic
-from learner.algorithms import ALGORITHMS
-from learner.clipped import ClippedActorCritic
-from learner.critics import Context, Critic, ValueCritic
-from learner.settings import ClippedSettings, LearnerSettings
-from protocol.layout import Layout, ParameterSharing
-from protocol.settings import Precision
-from protocol.specs import EnvironmentSpec, TypeSpec
-from reward_server.particles import RewardModel
-from reward_server.settings import KernelScope, RewardSettings
+from bm3il.actors.policy import Policy
+from bm3il.learner.action_critic import ActionActorCritic, ActionCritic
+from bm3il.learner.actor_critic import ActorCritic
+from bm3il.learner.algorithms import ALGORITHMS
+from bm3il.learner.clipped import ClippedActorCritic
+from bm3il.learner.critics import Context, Critic, ValueCritic
+from bm3il.learner.settings import ClippedSettings, LearnerSettings
+from bm3il.protocol.layout import Layout, ParameterSharing
+from bm3il.protocol.settings import Precision
+from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
+from bm3il.reward_server.particles import RewardModel
+from bm3il.reward_server.settings import KernelScope, RewardSettings
 
 UPDATES = 20
 LARGEST_DISTANCE = 1e-4
 """Between the parameters of both devices after `UPDATES` updates in float32, as a part of their norm."""
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CONTEXTS: tuple[Context, ...] = ("types", "uniform_types", "agents", "none")
-CLI = (sys.executable, "-m", "launch.cli")
+CLI = (sys.executable, "-m", "bm3il.launch.cli")
 
 
 @dataclass(frozen=True)

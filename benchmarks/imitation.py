@@ -61,7 +61,7 @@ def run(trial: Trial, folder: Path, episodes: int) -> dict[str, Any]:
         ]
         for command in (train, ["evaluate", str(place), "--episodes", str(episodes)]):
             done = subprocess.run(
-                [sys.executable, "-m", "launch.cli", *command],
+                [sys.executable, "-m", "bm3il.launch.cli", *command],
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
                 capture_output=True,
                 text=True,

@@ -25,14 +25,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import psutil
 import torch
 
-from actors.policy import Policy
-from learner.actor_critic import ActorCritic
-from learner.critics import Context, Critic
-from learner.replay import Batch
-from learner.settings import LearnerSettings
-from protocol.layout import JointRows, Layout, ParameterSharing
-from protocol.observations import Observations, Run
-from protocol.specs import EnvironmentSpec, Part, TypeSpec
+from bm3il.actors.policy import Policy
+from bm3il.learner.actor_critic import ActorCritic
+from bm3il.learner.critics import Context, Critic
+from bm3il.learner.replay import Batch
+from bm3il.learner.settings import LearnerSettings
+from bm3il.protocol.layout import JointRows, Layout, ParameterSharing
+from bm3il.protocol.observations import Observations, Run
+from bm3il.protocol.specs import EnvironmentSpec, Part, TypeSpec
 
 LARGEST_RATIO = 1.5
 LARGEST_MEGABYTES = 700

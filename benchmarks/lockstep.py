@@ -24,7 +24,7 @@ ITERATION_STAGES = ("collect", "observe", "query", "update", "publish", "checkpo
 def waiting_for_rewards() -> tuple[float, dict[str, float]]:
     """The part of an iteration that the learner waits for rewards in a lockstep run, and seconds by stage."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "launch.cli", "train", "--run", "run", "--steps", "48000"]
+        command = [sys.executable, "-m", "bm3il.launch.cli", "train", "--run", "run", "--steps", "48000"]
         process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         stages: dict[str, float] = {}
         while process.poll() is None:

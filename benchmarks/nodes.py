@@ -27,19 +27,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from actors.policy import Policy, UniformPolicy
-from actors.rollout import rollout
-from launch.config import parse_config
-from launch.run import check
-from launch.topology import make_job
-from learner.process import run_serial
-from protocol.job import Endpoints
-from protocol.layout import Layout
-from protocol.messages import Chunk, Sender, decode, encode
-from protocol.registry import make_environment
-from protocol.specs import EnvironmentSpec
-from protocol.telemetry import Telemetry
-from protocol.trajectories import Trajectories
+from bm3il.actors.policy import Policy, UniformPolicy
+from bm3il.actors.rollout import rollout
+from bm3il.launch.config import parse_config
+from bm3il.launch.run import check
+from bm3il.launch.topology import make_job
+from bm3il.learner.process import run_serial
+from bm3il.protocol.job import Endpoints
+from bm3il.protocol.layout import Layout
+from bm3il.protocol.messages import Chunk, Sender, decode, encode
+from bm3il.protocol.registry import make_environment
+from bm3il.protocol.specs import EnvironmentSpec
+from bm3il.protocol.telemetry import Telemetry
+from bm3il.protocol.trajectories import Trajectories
 
 PRESETS, ITERATIONS = ("berlin", "berlin_closed"), 6
 NODES, SIMULATORS = (1, 8, 64, 1_000), (0.0, 10.0, 100.0)

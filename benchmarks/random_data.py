@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from learner.replay import Batch
-from learner.segments import Segments
-from protocol.layout import JointRows, Layout
-from protocol.observations import Observations
+from bm3il.learner.replay import Batch
+from bm3il.learner.segments import Segments
+from bm3il.protocol.layout import JointRows, Layout
+from bm3il.protocol.observations import Observations
 
 EPISODE = 100
 """Steps of an episode."""

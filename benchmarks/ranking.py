@@ -18,19 +18,19 @@ from pathlib import Path
 import torch
 from scipy.stats import spearmanr
 
-from actors.environments.berlin.environment import berlin_of
-from actors.experts.commuters import FreeFlow, StayHome
-from actors.experts.scripted import expert_for
-from actors.policy import Policy, UniformPolicy
-from actors.process import build_policy
-from actors.rollout import Acts, rollout
-from launch.trained import load_trained
-from learner.optimisation import part
-from learner.segments import Segments
-from protocol.layout import Layout
-from protocol.registry import make_environment
-from reward_server.particles import RewardModel
-from reward_server.process import build_model
+from bm3il.actors.environments.berlin.environment import berlin_of
+from bm3il.actors.experts.commuters import FreeFlow, StayHome
+from bm3il.actors.experts.scripted import expert_for
+from bm3il.actors.policy import Policy, UniformPolicy
+from bm3il.actors.process import build_policy
+from bm3il.actors.rollout import Acts, rollout
+from bm3il.launch.trained import load_trained
+from bm3il.learner.optimisation import part
+from bm3il.learner.segments import Segments
+from bm3il.protocol.layout import Layout
+from bm3il.protocol.registry import make_environment
+from bm3il.reward_server.particles import RewardModel
+from bm3il.reward_server.process import build_model
 
 SEED, LEAST = 77, 0.8
 

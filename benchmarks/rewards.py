@@ -24,14 +24,14 @@ import torch
 from floors import matmul_rate, median_seconds
 from learning import berlin, problem, random_batch
 
-from protocol.layout import JointRows
-from protocol.messages import Sender
-from protocol.telemetry import Telemetry
-from reward_server.client import Kept, RemoteRewards
-from reward_server.discriminator import Workspace, forward
-from reward_server.particles import RewardModel, state_table
-from reward_server.process import RewardServer, listen
-from reward_server.settings import RewardSettings
+from bm3il.protocol.layout import JointRows
+from bm3il.protocol.messages import Sender
+from bm3il.protocol.telemetry import Telemetry
+from bm3il.reward_server.client import Kept, RemoteRewards
+from bm3il.reward_server.discriminator import Workspace, forward
+from bm3il.reward_server.particles import RewardModel, state_table
+from bm3il.reward_server.process import RewardServer, listen
+from bm3il.reward_server.settings import RewardSettings
 
 AGENTS, OBSERVATIONS, ACTIONS, PARTICLES, BATCH = 50, 103, 46, 4, 1_000
 HIDDEN = (128, 64)

@@ -44,9 +44,9 @@ def main() -> int:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bm3il-soak-") as name:
         folder, run = Path(name), Path(name) / "soak"
-        command = [sys.executable, "-m", "launch.cli", "train", "--run", run.name, "--runs-folder", name, *OPTIONS]
+        command = [sys.executable, "-m", "bm3il.launch.cli", "train", "--run", run.name, "--runs-folder", name]
         with (folder / "screen").open("w") as screen:
-            process = subprocess.Popen(command, stdout=screen, stderr=screen, stdin=subprocess.DEVNULL)
+            process = subprocess.Popen([*command, *OPTIONS], stdout=screen, stderr=screen, stdin=subprocess.DEVNULL)
         try:
             wait_for_iterations(run, process)
             time.sleep(WARM_UP_SECONDS)
@@ -76,8 +76,8 @@ def pids_of(launcher: int) -> dict[str, int]:
     pids = {"launcher": launcher}
     for child in psutil.Process(launcher).children(recursive=True):
         command = child.cmdline()
-        if "launch.worker" in command and "launch.lifeline" not in command:
-            pids[command[command.index("launch.worker") + 1]] = child.pid
+        if "bm3il.launch.worker" in command and "bm3il.launch.lifeline" not in command:
+            pids[command[command.index("bm3il.launch.worker") + 1]] = child.pid
     return pids
 
 

@@ -36,18 +36,18 @@ import zmq
 from scipy.integrate import trapezoid
 from scipy.stats import bootstrap
 
-from actors.policy import Policy
-from actors.settings import ActorSettings
-from learner.replay import Replay
-from learner.settings import LearnerSettings, Settings
-from learner.streaming import StreamedExperience
-from protocol.channels import Client
-from protocol.job import Endpoints, Job
-from protocol.layout import Layout
-from protocol.messages import Chunk, Sender
-from protocol.registry import make_environment
-from protocol.telemetry import Telemetry
-from protocol.trajectories import Trajectories
+from bm3il.actors.policy import Policy
+from bm3il.actors.settings import ActorSettings
+from bm3il.learner.replay import Replay
+from bm3il.learner.settings import LearnerSettings, Settings
+from bm3il.learner.streaming import StreamedExperience
+from bm3il.protocol.channels import Client
+from bm3il.protocol.job import Endpoints, Job
+from bm3il.protocol.layout import Layout
+from bm3il.protocol.messages import Chunk, Sender
+from bm3il.protocol.registry import make_environment
+from bm3il.protocol.telemetry import Telemetry
+from bm3il.protocol.trajectories import Trajectories
 
 ENVIRONMENT, EPISODES = "berlin?scenario=berlin46&types=10&agents=50", 4
 CHUNKS, WARM_UP, ROUNDS = 100, 8, 5
@@ -56,7 +56,7 @@ SEEDS, EFFICIENCY_STEPS, LEVEL = (1, 2, 3, 4, 5), 120_000, 0.8
 WAITING = ("collect", "query", "wait_for_particles")
 LATENCY = """
 import time
-from actors.environments.rover_tower import RoverTower
+from bm3il.actors.environments.rover_tower import RoverTower
 
 class Slow(RoverTower):
     def step(self, actions):
@@ -211,7 +211,7 @@ def efficiency(folder: Path) -> dict[str, Any]:
             steps = ["--steps", str(EFFICIENCY_STEPS), "--evaluation.interval", "5", "--actors", "2"]
             command = ["train", "--preset", "rover_tower_8", "--mode", mode, "--seed", str(seed), "--run", name, *steps]
             with (folder / f"{name}.log").open("w") as log:
-                start = [sys.executable, "-m", "launch.cli", *command, "--runs-folder", str(folder)]
+                start = [sys.executable, "-m", "bm3il.launch.cli", *command, "--runs-folder", str(folder)]
                 subprocess.run(start, stdout=log, stderr=log, check=True)
             curves[mode, seed] = _curve(folder / name)
             print(name, f"steps to {LEVEL}: {_steps_to(curves[mode, seed]):.0f}", file=sys.stderr, flush=True)
@@ -263,7 +263,7 @@ class Scraped:
 
 @contextmanager
 def _run(folder: Path, name: str, *options: str) -> Iterator[Path]:
-    command = [sys.executable, "-m", "launch.cli", "train", "--mode", "async", "--run", name]
+    command = [sys.executable, "-m", "bm3il.launch.cli", "train", "--mode", "async", "--run", name]
     with (folder / f"{name}.log").open("w") as log:
         process = subprocess.Popen([*command, "--runs-folder", str(folder), *options], stdout=log, stderr=log)
         try:

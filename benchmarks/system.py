@@ -20,16 +20,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from learning import processor_seconds, product
 
-from actors.policy import Policy
-from actors.rollout import rollout
-from learner.actor_critic import ActorCritic
-from learner.algorithms import algorithm
-from learner.critics import Critic
-from learner.imitation import REPLAY_STEPS
-from learner.replay import Replay
-from learner.settings import LearnerSettings
-from protocol.layout import Layout
-from protocol.registry import make_environment
+from bm3il.actors.policy import Policy
+from bm3il.actors.rollout import rollout
+from bm3il.learner.actor_critic import ActorCritic
+from bm3il.learner.algorithms import algorithm
+from bm3il.learner.critics import Critic
+from bm3il.learner.imitation import REPLAY_STEPS
+from bm3il.learner.replay import Replay
+from bm3il.learner.settings import LearnerSettings
+from bm3il.protocol.layout import Layout
+from bm3il.protocol.registry import make_environment
 
 MAAC_STEPS_PER_SECOND, MAAC_GFLOP_PER_SECOND = 111, 100
 WANTED_RATIO = 4.4

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from actors.environments.rover_tower import RoverTower
-from protocol.environment import Starts, TimeStep
+from bm3il.actors.environments.rover_tower import RoverTower
+from bm3il.protocol.environment import Starts, TimeStep
 
 KINDS = ("raise", "nan", "hang", "exit", "leak", "slow")
 FIRST_SECONDS, PAUSE_SECONDS = (2.0, 12.0), (26.0, 36.0)

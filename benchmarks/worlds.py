@@ -26,9 +26,9 @@ from typing import Any
 
 from scipy import stats
 
-from actors.evaluation import evaluate
-from actors.experts.scripted import expert_for
-from protocol.registry import make_environment
+from bm3il.actors.evaluation import evaluate
+from bm3il.actors.experts.scripted import expert_for
+from bm3il.protocol.registry import make_environment
 
 TOWN = "berlin?scenario=berlin46&types=10&agents=50&sight=near"
 TOWER = "rover_tower?pairs=4"
@@ -88,7 +88,7 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
         shutil.rmtree(place, ignore_errors=True)
         environment = WORLDS[trial.world]
         command = [
-            *(sys.executable, "-m", "launch.cli", "train", "--preset", "berlin_closed", "--mode", "serial"),
+            *(sys.executable, "-m", "bm3il.launch.cli", "train", "--preset", "berlin_closed", "--mode", "serial"),
             *("--environment", environment, "--seed", str(trial.seed), "--runs-folder", str(folder)),
             *("--run", trial.name, "--evaluation.interval", "1000", "--learner.checkpoint-interval", "1000"),
             *(OF_TOWER if environment.startswith(TOWER) else ()),

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 
-from launch.config import Config
-from launch.surroundings import module_command
-from protocol.errors import InputError
+from bm3il.launch.config import Config
+from bm3il.launch.surroundings import module_command
+from bm3il.protocol.errors import InputError
 
 MPI_SETTINGS = {
     "MPIR_CVAR_CH4_NETMOD": "ofi",
@@ -53,7 +53,7 @@ class Backend:
 
     def command(self, network: str) -> list[str]:
         """That runs `launch.node` once per node, the first with our standard input."""
-        return [*self.program, *module_command("launch.node", f"--network={network}", *self.hosts[:2])]
+        return [*self.program, *module_command("bm3il.launch.node", f"--network={network}", *self.hosts[:2])]
 
 
 def backend(config: Config, environment: Mapping[str, str] = os.environ) -> Backend:

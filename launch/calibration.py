@@ -7,13 +7,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from actors.environments.berlin.environment import berlin_of
-from actors.evaluation import ReturnEstimate, evaluate
-from actors.experts.commuters import CongestionAware, FreeFlow, StayHome
-from actors.policy import UniformPolicy
-from actors.rollout import Acts
-from protocol.errors import InputError
-from protocol.registry import make_environment
+from bm3il.actors.environments.berlin.environment import berlin_of
+from bm3il.actors.evaluation import ReturnEstimate, evaluate
+from bm3il.actors.experts.commuters import CongestionAware, FreeFlow, StayHome
+from bm3il.actors.policy import UniformPolicy
+from bm3il.actors.rollout import Acts
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.registry import make_environment
 
 INTERVAL_95 = 1.96
 

@@ -14,10 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from launch import lifeline
-from launch.surroundings import module_command
-from launch.topology import Process
-from protocol.telemetry import DONE_FD, TRAINED
+from bm3il.launch import lifeline
+from bm3il.launch.surroundings import module_command
+from bm3il.launch.topology import Process
+from bm3il.protocol.telemetry import DONE_FD, TRAINED
 
 TAIL_BYTES, TAIL_LINES = 16_384, 80
 """Of its log, to show how a process ended: a traceback through torch has so many lines."""
@@ -28,7 +28,7 @@ GUARD_SECONDS = 2.0
 
 def worker_command(process: Process) -> list[str]:
     """The program of a process."""
-    return module_command("launch.worker", process.role, str(process.index))
+    return module_command("bm3il.launch.worker", process.role, str(process.index))
 
 
 def _nameless_file() -> IO[bytes]:

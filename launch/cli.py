@@ -11,9 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from launch.outcome import DISK_ERRORS
-from launch.surroundings import settle, silence
-from protocol.errors import InputError, unknown_name
+from bm3il.launch.outcome import DISK_ERRORS
+from bm3il.launch.surroundings import settle, silence
+from bm3il.protocol.errors import InputError, unknown_name
 
 COMMAND = "BM3IL_COMMAND"
 """The environment variable with the command line, for the record of a run."""
@@ -65,9 +65,9 @@ def _say(error: str) -> int:
 
 def train(args: list[str]) -> int:
     """train a new run (--preset, --algorithm, …; --help lists all options)"""
-    from launch import run
-    from launch.config import parse_config
-    from launch.run_folder import open_existing
+    from bm3il.launch import run
+    from bm3il.launch.config import parse_config
+    from bm3il.launch.run_folder import open_existing
 
     if (folder := _take(args, "--resume")) is not None:
         started = open_existing(Path(folder))
@@ -83,7 +83,7 @@ def submit(args: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the batch script instead")
     parser.epilog = "All other options are those of `bm3il train`."
     options, train_options = parser.parse_known_args(args)
-    from launch import slurm
+    from bm3il.launch import slurm
 
     return slurm.submit(train_options, options.time, options.sbatch, options.dry_run)
 
@@ -94,7 +94,7 @@ def join(args: list[str]) -> int:
     parser.add_argument("ticket", type=Path, help="the join.json of the run's folder, or a copy of it (mode 600)")
     parser.add_argument("--actors", type=int, default=1)
     options = parser.parse_args(args)
-    from launch.join import join
+    from bm3il.launch.join import join
 
     return join(options.ticket, options.actors)
 
@@ -105,7 +105,7 @@ def resume(args: list[str]) -> int:
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--steps", type=int, help="another budget, e.g. to prolong a run that is finished")
     options = parser.parse_args(args)
-    from launch import run
+    from bm3il.launch import run
 
     return run.resume(options.run, steps=options.steps)
 
@@ -121,7 +121,7 @@ def evaluate(args: list[str]) -> int:
     parser.add_argument("--pictures", action="store_true", help="maps and loads beside the demonstrations'")
     parser.add_argument("--hour", type=float, default=-1.0, help="of the map, e.g. 8.5; default: the busiest")
     options = parser.parse_args(args)
-    from launch import evaluate
+    from bm3il.launch import evaluate
 
     shown = options.pictures, options.hour, options.environment
     return evaluate.main(options.run, options.episodes, options.paired, options.best, *shown)
@@ -129,7 +129,7 @@ def evaluate(args: list[str]) -> int:
 
 def whatif(args: list[str]) -> int:
     """what the people whom a run imitated will do in a world that changed"""
-    from launch.surroundings import cores
+    from bm3il.launch.surroundings import cores
 
     parser = _parser("whatif")
     parser.add_argument("run", type=Path, help="the run's folder; cloning (bc) is enough")
@@ -141,7 +141,7 @@ def whatif(args: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=cores(), help="how many at once; default: one per core")
     parser.add_argument("--episodes", "--days", type=int, default=200, help="fresh ones, of each policy compared")
     options = parser.parse_args(args)
-    from launch import whatif
+    from bm3il.launch import whatif
 
     size = options.seeds, options.steps, options.jobs, options.episodes
     return whatif.main(options.run, options.environment, *size)
@@ -153,7 +153,7 @@ def status(args: list[str]) -> int:
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--json", action="store_true", help="all that is known, for programs")
     options = parser.parse_args(args)
-    from launch.status import print_status
+    from bm3il.launch.status import print_status
 
     return print_status(options.run, options.json)
 
@@ -164,7 +164,7 @@ def list_runs(args: list[str]) -> int:
     parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"), help="the folder of runs; default: runs")
     parser.add_argument("--json", action="store_true", help="for programs")
     options = parser.parse_args(args)
-    from launch.status import print_list
+    from bm3il.launch.status import print_list
 
     return print_list(options.runs, options.json)
 
@@ -193,7 +193,7 @@ def demonstrations(args: list[str]) -> int:
     inspect = actions.add_parser("inspect", help="say what a file holds")
     inspect.add_argument("file", help="a file, or the name of one that comes with bm3il")
     options = parser.parse_args(args)
-    from launch import demonstrations
+    from bm3il.launch import demonstrations
 
     if options.action == "inspect":
         return demonstrations.inspect(options.file)
@@ -214,7 +214,7 @@ def check_environment(args: list[str]) -> int:
     parser = _parser("check-environment")
     parser.add_argument("environment")
     options = parser.parse_args(args)
-    from launch.environment_check import check_environment
+    from bm3il.launch.environment_check import check_environment
 
     return check_environment(options.environment)
 
@@ -226,7 +226,7 @@ def calibrate(args: list[str]) -> int:
     parser.add_argument("--days", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(args)
-    from launch.calibration import calibrate
+    from bm3il.launch.calibration import calibrate
 
     return calibrate(options.environment, options.days, options.seed)
 
@@ -253,8 +253,8 @@ def scenario(args: list[str]) -> int:
     inspect.add_argument("scenario", help="a .json file, or the name of one that comes with bm3il")
     inspect.add_argument("--picture", type=Path, help="draw the map into this file")
     options = parser.parse_args(args)
-    from actors.environments.berlin.aggregation import Hours
-    from launch import scenario
+    from bm3il.actors.environments.berlin.aggregation import Hours
+    from bm3il.launch import scenario
 
     if options.action == "inspect":
         return scenario.inspect(options.scenario, options.picture)

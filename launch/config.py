@@ -14,16 +14,16 @@ import dacite
 import tyro
 import yaml
 
-from actors.settings import ActorSettings, EvaluationSettings
-from launch.reach import check_network
-from learner.settings import CloningSettings, LearnerSettings, Settings
-from protocol.errors import InputError, unknown_name
-from protocol.job import Mode
-from protocol.keys import read_token
-from protocol.registry import known_environments
-from protocol.settings import Count, Device, Natural, Port, check_bounds, flag
-from protocol.specs import ParameterSharing
-from reward_server.settings import RewardSettings
+from bm3il.actors.settings import ActorSettings, EvaluationSettings
+from bm3il.launch.reach import check_network
+from bm3il.learner.settings import CloningSettings, LearnerSettings, Settings
+from bm3il.protocol.errors import InputError, unknown_name
+from bm3il.protocol.job import Mode
+from bm3il.protocol.keys import read_token
+from bm3il.protocol.registry import known_environments
+from bm3il.protocol.settings import Count, Device, Natural, Port, check_bounds, flag
+from bm3il.protocol.specs import ParameterSharing
+from bm3il.reward_server.settings import RewardSettings
 
 Computing = TypeVar("Computing", LearnerSettings, RewardSettings)
 
@@ -90,7 +90,7 @@ class Config:
 
         Raises InputError for unknown names and for values that no run could use.
         """
-        from learner.algorithms import algorithm  # supervisors read configurations, and do without torch
+        from bm3il.learner.algorithms import algorithm  # supervisors read configurations, and do without torch
 
         kind = algorithm(self.algorithm)
         name = self.environment.partition("?")[0].partition(":")[0]
@@ -169,7 +169,7 @@ class Config:
 
 def preset_names() -> list[str]:
     """The presets that come with bm3il."""
-    files = resources.files("launch").joinpath("presets").iterdir()
+    files = resources.files("bm3il.launch").joinpath("presets").iterdir()
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
@@ -182,7 +182,7 @@ def load_preset(name: str) -> Config:
             raise InputError(f"cannot read the preset {name}: {error}") from error
     if name not in preset_names():
         raise unknown_name("preset", name, preset_names())
-    text = resources.files("launch").joinpath("presets").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    text = resources.files("bm3il.launch").joinpath("presets").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     return replace(Config.from_yaml(text, f"preset {name}"), preset=name)
 
 

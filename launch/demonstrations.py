@@ -8,13 +8,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from actors.experts import recording
-from actors.experts.importers import import_day, import_rover_tower
-from actors.experts.scripted import expert_for
-from launch.trained import load_trained
-from protocol.demonstrations import Demonstrations, resolve
-from protocol.errors import InputError
-from protocol.registry import make_environment
+from bm3il.actors.experts import recording
+from bm3il.actors.experts.importers import import_day, import_rover_tower
+from bm3il.actors.experts.scripted import expert_for
+from bm3il.launch.trained import load_trained
+from bm3il.protocol.demonstrations import Demonstrations, resolve
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.registry import make_environment
 
 ENVIRONMENTS_AT_ONCE = 100
 

@@ -12,19 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.events import EventLog
-from launch.metrics import RunMetrics
-from launch.outcome import CRASHED, Outcome
-from launch.progress import Progress
-from launch.run_folder import write_atomically
-from launch.states import SILENT_SECONDS, State, judge
-from launch.supervisor import LEARNER_GRACE_SECONDS, StopRequests, Supervisor, patience
-from launch.topology import Plan
-from protocol.channels import Server
-from protocol.errors import InputError
-from protocol.messages import Done, Event, Sender, Status
-from protocol.specs import ArrayTable
-from protocol.telemetry import STOP, Telemetry
+from bm3il.launch.events import EventLog
+from bm3il.launch.metrics import RunMetrics
+from bm3il.launch.outcome import CRASHED, Outcome
+from bm3il.launch.progress import Progress
+from bm3il.launch.run_folder import write_atomically
+from bm3il.launch.states import SILENT_SECONDS, State, judge
+from bm3il.launch.supervisor import LEARNER_GRACE_SECONDS, StopRequests, Supervisor, patience
+from bm3il.launch.topology import Plan
+from bm3il.protocol.channels import Server
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.messages import Done, Event, Sender, Status
+from bm3il.protocol.specs import ArrayTable
+from bm3il.protocol.telemetry import STOP, Telemetry
 
 log = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from protocol.environment import Environment, TimeStep
-from protocol.errors import InputError, ProtocolError
-from protocol.observations import forms
-from protocol.registry import make_environment
-from protocol.specs import EnvironmentSpec
+from bm3il.protocol.environment import Environment, TimeStep
+from bm3il.protocol.errors import InputError, ProtocolError
+from bm3il.protocol.observations import forms
+from bm3il.protocol.registry import make_environment
+from bm3il.protocol.specs import EnvironmentSpec
 
 COPIES = 3
 SEED = 7

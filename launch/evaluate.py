@@ -12,23 +12,23 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from actors.environments.berlin.environment import Berlin
-from actors.evaluation import ReturnEstimate, evaluate
-from actors.experts.scripted import expert_for
-from actors.policy import Policy, UniformPolicy
-from actors.rollout import Acts
-from launch.config import Config
-from launch.files import load_demonstrations
-from launch.run_folder import write_atomically
-from launch.surroundings import lasting_output
-from launch.trained import Trained, load_trained
-from learner.imitation import build_critic
-from learner.optimisation import part
-from protocol.environment import Starts
-from protocol.errors import InputError
-from protocol.perturbation import unperturbed
-from protocol.registry import make_environment, with_absolute_files
-from protocol.specs import EnvironmentSpec
+from bm3il.actors.environments.berlin.environment import Berlin
+from bm3il.actors.evaluation import ReturnEstimate, evaluate
+from bm3il.actors.experts.scripted import expert_for
+from bm3il.actors.policy import Policy, UniformPolicy
+from bm3il.actors.rollout import Acts
+from bm3il.launch.config import Config
+from bm3il.launch.files import load_demonstrations
+from bm3il.launch.run_folder import write_atomically
+from bm3il.launch.surroundings import lasting_output
+from bm3il.launch.trained import Trained, load_trained
+from bm3il.learner.imitation import build_critic
+from bm3il.learner.optimisation import part
+from bm3il.protocol.environment import Starts
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.perturbation import unperturbed
+from bm3il.protocol.registry import make_environment, with_absolute_files
+from bm3il.protocol.specs import EnvironmentSpec
 
 FRESH_SEED = 1_000_003
 """Start states that no training run of a small seed evaluates on."""
@@ -143,7 +143,7 @@ def _demonstrated(config: Config, name: str) -> Episodes:
 
 
 def _draw(trained: Trained, name: str, policy: Policy, folder: Path, hour: float) -> None:
-    from launch.pictures import draw_attention, draw_pictures
+    from bm3il.launch.pictures import draw_attention, draw_pictures
 
     folder.mkdir(exist_ok=True)
     config = trained.config

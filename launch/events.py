@@ -13,12 +13,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from launch.cli import COMMAND
-from launch.config import Config
-from launch.outcome import Outcome
-from protocol.messages import Event
-from protocol.telemetry import EVENT_TEXT
-from protocol.version import version
+from bm3il.launch.cli import COMMAND
+from bm3il.launch.config import Config
+from bm3il.launch.outcome import Outcome
+from bm3il.protocol.messages import Event
+from bm3il.protocol.telemetry import EVENT_TEXT
+from bm3il.protocol.version import version
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ import os
 from collections.abc import Iterable
 from dataclasses import replace
 
-from launch.config import Config
-from protocol.demonstrations import SUFFIX, Demonstrations, resolve, shipped_demonstrations
-from protocol.errors import InputError
-from protocol.registry import with_absolute_files
+from bm3il.launch.config import Config
+from bm3il.protocol.demonstrations import SUFFIX, Demonstrations, resolve, shipped_demonstrations
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.registry import with_absolute_files
 
 CHUNK_BYTES = 1 << 22
 SHOWN = 12

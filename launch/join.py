@@ -15,12 +15,12 @@ from urllib.parse import urlsplit
 
 import dacite
 
-from launch.director import follow
-from launch.supervisor import StopRequests
-from launch.surroundings import lasting_output, private_folder
-from launch.topology import LOOPBACK, Node, Plan, Process
-from protocol.errors import InputError
-from protocol.keys import Keys
+from bm3il.launch.director import follow
+from bm3il.launch.supervisor import StopRequests
+from bm3il.launch.surroundings import lasting_output, private_folder
+from bm3il.launch.topology import LOOPBACK, Node, Plan, Process
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.keys import Keys
 
 TICKET = "join.json"
 JOINED_INDICES = range(1_000, 60_000)

@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from launch.surroundings import module_command
+from bm3il.launch.surroundings import module_command
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 END = signal.SIGUSR1
@@ -36,7 +36,7 @@ def command(program: list[str], guarded: bool = False) -> list[str]:
 
     guarded: it runs below a small process that waits for it, and then ends whatever it has left behind.
     """
-    return module_command("launch.lifeline", "guard" if guarded else "bind", str(os.getpid()), *program)
+    return module_command("bm3il.launch.lifeline", "guard" if guarded else "bind", str(os.getpid()), *program)
 
 
 def guard(parent: int, program: list[str]) -> None:

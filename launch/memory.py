@@ -15,26 +15,26 @@ from pathlib import Path
 
 import psutil
 
-from actors.collector import episodes_per_chunk
-from actors.evaluation import episodes_at_once
-from actors.process import credits_of
-from launch.config import Config
-from launch.topology import make_job, processes_of
-from learner.algorithms import algorithm
-from learner.imitation import PREFETCHED_BATCHES, REPLAY_STEPS
-from learner.replay import Replay
-from protocol.demonstration_file import count_rows
-from protocol.demonstrations import resolve
-from protocol.device import choose_device
-from protocol.errors import InputError
-from protocol.job import Endpoints
-from protocol.layout import JointRows, Layout
-from protocol.messages import table_bytes
-from protocol.observations import forms
-from protocol.specs import EnvironmentSpec
-from protocol.trajectories import Trajectories
-from reward_server.memory import Memory
-from reward_server.particles import QUERY_ROWS, TILE_ACTIVATIONS, architectures
+from bm3il.actors.collector import episodes_per_chunk
+from bm3il.actors.evaluation import episodes_at_once
+from bm3il.actors.process import credits_of
+from bm3il.launch.config import Config
+from bm3il.launch.topology import make_job, processes_of
+from bm3il.learner.algorithms import algorithm
+from bm3il.learner.imitation import PREFETCHED_BATCHES, REPLAY_STEPS
+from bm3il.learner.replay import Replay
+from bm3il.protocol.demonstration_file import count_rows
+from bm3il.protocol.demonstrations import resolve
+from bm3il.protocol.device import choose_device
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.job import Endpoints
+from bm3il.protocol.layout import JointRows, Layout
+from bm3il.protocol.messages import table_bytes
+from bm3il.protocol.observations import forms
+from bm3il.protocol.specs import EnvironmentSpec
+from bm3il.protocol.trajectories import Trajectories
+from bm3il.reward_server.memory import Memory
+from bm3il.reward_server.particles import QUERY_ROWS, TILE_ACTIVATIONS, architectures
 
 PROCESS_BYTES = 200 << 20
 """Of a process that has loaded Python and PyTorch and has done nothing yet, without what it shares with others."""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from launch import states
-from launch.config import Config
-from protocol.version import version
+from bm3il.launch import states
+from bm3il.launch.config import Config
+from bm3il.protocol.version import version
 
 
 class SupervisorMetrics:

@@ -10,15 +10,15 @@ import threading
 import time
 from pathlib import Path
 
-from launch import backends, rendezvous, run_folder
-from launch.director import direct, follow
-from launch.join import ticket
-from launch.lifeline import bind_to_parent
-from launch.progress import Progress
-from launch.supervisor import StopRequests
-from launch.surroundings import lasting_output, private_folder, settle
-from launch.topology import Plan
-from protocol.errors import InputError
+from bm3il.launch import backends, rendezvous, run_folder
+from bm3il.launch.director import direct, follow
+from bm3il.launch.join import ticket
+from bm3il.launch.lifeline import bind_to_parent
+from bm3il.launch.progress import Progress
+from bm3il.launch.supervisor import StopRequests
+from bm3il.launch.surroundings import lasting_output, private_folder, settle
+from bm3il.launch.topology import Plan
+from bm3il.protocol.errors import InputError
 
 
 def main() -> int:

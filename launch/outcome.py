@@ -6,7 +6,7 @@ import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from protocol.errors import DeadlineError, InputError, NumericalError
+from bm3il.protocol.errors import DeadlineError, InputError, NumericalError
 
 FINISHED = 0
 CRASHED = 1

@@ -20,15 +20,15 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.figure import Figure
 from rich.progress import track
 
-from actors.environments.berlin.environment import Berlin, berlin_of
-from actors.environments.berlin.map import COLOURS, HOME_COLOUR, WORK_COLOUR, draw_map
-from actors.rollout import Acts, rollout
-from learner.attention import attention_by_type
-from learner.critics import Critic
-from learner.replay import Replay
-from protocol.demonstrations import Demonstrations
-from protocol.errors import InputError
-from protocol.registry import make_environment
+from bm3il.actors.environments.berlin.environment import Berlin, berlin_of
+from bm3il.actors.environments.berlin.map import COLOURS, HOME_COLOUR, WORK_COLOUR, draw_map
+from bm3il.actors.rollout import Acts, rollout
+from bm3il.learner.attention import attention_by_type
+from bm3il.learner.critics import Critic
+from bm3il.learner.replay import Replay
+from bm3il.protocol.demonstrations import Demonstrations
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.registry import make_environment
 
 LOAD_LABEL = "agents on the road / agents that it holds at free speed"
 DAYS = 50

@@ -15,11 +15,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from launch.child import Child
-from launch.run_folder import curve, last_logged, read_result
-from launch.supervisor import THREAD_VARIABLES, StopRequests
-from launch.surroundings import module_command
-from launch.topology import Process
+from bm3il.launch.child import Child
+from bm3il.launch.run_folder import curve, last_logged, read_result
+from bm3il.launch.supervisor import THREAD_VARIABLES, StopRequests
+from bm3il.launch.surroundings import module_command
+from bm3il.launch.topology import Process
 
 POLL_SECONDS = 0.5
 PLAIN_LINE_SECONDS = 10.0
@@ -63,7 +63,7 @@ def run_all(folders: Sequence[Path], jobs: int, stopped: StopRequests, watch: Ca
 
 
 def _start(folder: Path) -> Child:
-    command = module_command("launch.cli", "resume", str(folder))
+    command = module_command("bm3il.launch.cli", "resume", str(folder))
     env = os.environ | dict.fromkeys(THREAD_VARIABLES, "1")  # there are as many processes as cores
     child = Child(Process("run", 0, 0), command, "", folder / LOG, env)
     child.spawn()

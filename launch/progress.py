@@ -13,8 +13,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from launch.topology import Plan
-from protocol.messages import Status
+from bm3il.launch.topology import Plan
+from bm3il.protocol.messages import Status
 
 PLAIN_LINE_SECONDS = 5.0
 LIVE_UPDATES_PER_SECOND = 4.0

@@ -8,7 +8,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-from protocol.version import version
+from bm3il.protocol.version import version
 
 GIT_SECONDS = 5.0
 SOURCE = Path(__file__).resolve().parents[1]

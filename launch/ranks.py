@@ -20,15 +20,15 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from launch import lifeline, run_folder
-from launch.backends import Backend, backend
-from launch.config import Config
-from launch.outcome import CRASHED, DEADLINE, INPUT_ERROR, INTERRUPTED, Outcome
-from launch.rendezvous import MEET_SECONDS, REPORT, START_SECONDS, STOP_LINE
-from launch.supervisor import StopRequests
-from launch.topology import processes_of
-from protocol.keys import Keys
-from protocol.specs import EnvironmentSpec
+from bm3il.launch import lifeline, run_folder
+from bm3il.launch.backends import Backend, backend
+from bm3il.launch.config import Config
+from bm3il.launch.outcome import CRASHED, DEADLINE, INPUT_ERROR, INTERRUPTED, Outcome
+from bm3il.launch.rendezvous import MEET_SECONDS, REPORT, START_SECONDS, STOP_LINE
+from bm3il.launch.supervisor import StopRequests
+from bm3il.launch.topology import processes_of
+from bm3il.protocol.keys import Keys
+from bm3il.protocol.specs import EnvironmentSpec
 
 MEETINGS = 3
 """How often the nodes are started if they do not find each other."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from protocol.errors import InputError
+from bm3il.protocol.errors import InputError
 
 PORTS = range(20_000, 32_000)
 """Below 32,768, where Linux begins to give ports to outgoing connections."""

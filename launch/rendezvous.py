@@ -23,13 +23,13 @@ from typing import Any
 import msgpack
 import psutil
 
-from launch import reach
-from launch.config import Config
-from launch.supervisor import StopRequests
-from launch.surroundings import cores
-from launch.topology import Node, Plan, Process, listeners, place, tcp_addresses
-from protocol.errors import InputError
-from protocol.keys import Keys
+from bm3il.launch import reach
+from bm3il.launch.config import Config
+from bm3il.launch.supervisor import StopRequests
+from bm3il.launch.surroundings import cores
+from bm3il.launch.topology import Node, Plan, Process, listeners, place, tcp_addresses
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.keys import Keys
 
 START_SECONDS = 300.0
 """For all nodes to have started: a host may not answer ssh for minutes, and importing Python and its packages may take

@@ -14,28 +14,28 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from launch import ranks, run_folder
-from launch.config import Config
-from launch.director import direct
-from launch.events import EventLog
-from launch.files import check_files, load_demonstrations, remembered
-from launch.join import ticket
-from launch.memory import Needs, available_memory, needs
-from launch.outcome import CRASHED, INTERRUPTED, Outcome, attempt
-from launch.progress import Progress
-from launch.supervisor import StopRequests
-from launch.surroundings import lasting_output, private_folder
-from launch.topology import LOOPBACK, Node, Plan, ipc_addresses, listeners, make_job, processes_of
-from learner.algorithms import algorithm
-from learner.checkpoint import CheckpointFolder, configuration_differences
-from protocol.demonstrations import resolve
-from protocol.errors import InputError
-from protocol.job import Endpoints
-from protocol.messages import Sender
-from protocol.registry import make_environment
-from protocol.specs import EnvironmentSpec
-from protocol.telemetry import Telemetry
-from reward_server.sees import check_imagined, columns_seen
+from bm3il.launch import ranks, run_folder
+from bm3il.launch.config import Config
+from bm3il.launch.director import direct
+from bm3il.launch.events import EventLog
+from bm3il.launch.files import check_files, load_demonstrations, remembered
+from bm3il.launch.join import ticket
+from bm3il.launch.memory import Needs, available_memory, needs
+from bm3il.launch.outcome import CRASHED, INTERRUPTED, Outcome, attempt
+from bm3il.launch.progress import Progress
+from bm3il.launch.supervisor import StopRequests
+from bm3il.launch.surroundings import lasting_output, private_folder
+from bm3il.launch.topology import LOOPBACK, Node, Plan, ipc_addresses, listeners, make_job, processes_of
+from bm3il.learner.algorithms import algorithm
+from bm3il.learner.checkpoint import CheckpointFolder, configuration_differences
+from bm3il.protocol.demonstrations import resolve
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.job import Endpoints
+from bm3il.protocol.messages import Sender
+from bm3il.protocol.registry import make_environment
+from bm3il.protocol.specs import EnvironmentSpec
+from bm3il.protocol.telemetry import Telemetry
+from bm3il.reward_server.sees import check_imagined, columns_seen
 
 SERIAL_SHOW_SECONDS = 0.5
 
@@ -128,7 +128,7 @@ def check(config: Config) -> tuple[Config, EnvironmentSpec]:
 
 def _check_devices(config: Config) -> None:
     """Raise InputError for a GPU that is not here, where the roles that want it are to run here too."""
-    from protocol.device import choose_device
+    from bm3il.protocol.device import choose_device
 
     if config.nodes == 1:
         choose_device(config.learner.device)
@@ -178,7 +178,7 @@ def _run_node(
 def _run_serial(
     config: Config, spec: EnvironmentSpec, folder: Path, run_id: str, progress: Progress, stopped: StopRequests
 ) -> Outcome:
-    from learner.process import run_serial
+    from bm3il.learner.process import run_serial
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     sender, host = Sender(run_id, "learner-0"), config.metrics_address or LOOPBACK

@@ -18,11 +18,11 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from launch.config import Config
-from launch.outcome import FINISHED, INTERRUPTED, Outcome
-from launch.provenance import provenance
-from protocol.errors import InputError
-from protocol.files import write_whole
+from bm3il.launch.config import Config
+from bm3il.launch.outcome import FINISHED, INTERRUPTED, Outcome
+from bm3il.launch.provenance import provenance
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.files import write_whole
 
 TAIL_BYTES = 1 << 20
 """Of a log, in which its last line lies."""

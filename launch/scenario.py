@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from actors.environments.berlin.aggregation import Hours, aggregate
-from actors.environments.berlin.matsim import read_matsim
-from actors.environments.berlin.raw_network import RawNetwork
-from actors.environments.berlin.scenario import Scenario
-from actors.environments.berlin.scenario_file import format_scenario, load_scenario
-from actors.environments.berlin.tntp import read_tntp
-from actors.environments.berlin.town import LOCATIONS, TRANSITIONS, read_town
-from launch.run_folder import write_atomically
-from protocol.errors import InputError
+from bm3il.actors.environments.berlin.aggregation import Hours, aggregate
+from bm3il.actors.environments.berlin.matsim import read_matsim
+from bm3il.actors.environments.berlin.raw_network import RawNetwork
+from bm3il.actors.environments.berlin.scenario import Scenario
+from bm3il.actors.environments.berlin.scenario_file import format_scenario, load_scenario
+from bm3il.actors.environments.berlin.tntp import read_tntp
+from bm3il.actors.environments.berlin.town import LOCATIONS, TRANSITIONS, read_town
+from bm3il.launch.run_folder import write_atomically
+from bm3il.protocol.errors import InputError
 
 
 def import_folder(
@@ -52,7 +52,7 @@ def inspect(name: str, picture: Path | None) -> int:
     scenario = load_scenario(name)
     _print(scenario)
     if picture is not None:
-        from actors.environments.berlin.map import save_map
+        from bm3il.actors.environments.berlin.map import save_map
 
         save_map(scenario, picture)
         print(picture)

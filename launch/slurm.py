@@ -8,13 +8,13 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch import run, run_folder
-from launch.backends import BATCH_JOB
-from launch.config import Config, parse_config
-from launch.run_folder import write_atomically
-from launch.supervisor import NOTICE
-from launch.surroundings import module_command
-from protocol.errors import InputError
+from bm3il.launch import run, run_folder
+from bm3il.launch.backends import BATCH_JOB
+from bm3il.launch.config import Config, parse_config
+from bm3il.launch.run_folder import write_atomically
+from bm3il.launch.supervisor import NOTICE
+from bm3il.launch.surroundings import module_command
+from bm3il.protocol.errors import InputError
 
 NOTICE_SECONDS, INACCURACY_SECONDS = 120, 60
 """How long before its time limit the job is told: Slurm is coarse, and up to a minute early or late."""
@@ -111,7 +111,7 @@ def script(config: Config, args: Sequence[str], time: str, options: Sequence[str
         batch_job=BATCH_JOB,
         cwd=shlex.quote(str(Path.cwd())),
         folder=shlex.quote(str(Path(config.runs_folder).resolve() / config.run)),
-        program=shlex.join(module_command("launch.cli")),
+        program=shlex.join(module_command("bm3il.launch.cli")),
         options=shlex.join(given),
     )
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from protocol.messages import Status
-from protocol.telemetry import IDLE, WAIT
+from bm3il.protocol.messages import Status
+from bm3il.protocol.telemetry import IDLE, WAIT
 
 SILENT_SECONDS = 10.0
 """Ten heartbeats: fewer could be a busy machine. A wait as long is named, too."""

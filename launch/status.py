@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.config import Config
-from launch.director import PROCESSES
-from launch.events import read_events
-from launch.progress import Progress, duration
-from launch.run_folder import curve, is_running, logged, read_result
-from protocol.errors import InputError
+from bm3il.launch.config import Config
+from bm3il.launch.director import PROCESSES
+from bm3il.launch.events import read_events
+from bm3il.launch.progress import Progress, duration
+from bm3il.launch.run_folder import curve, is_running, logged, read_result
+from bm3il.protocol.errors import InputError
 
 EVENTS_SHOWN, EVENTS_TOLD = 5, 50
 """To people, and to programs."""

@@ -10,12 +10,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from launch.child import Child, worker_command
-from launch.metrics import SupervisorMetrics
-from launch.outcome import CRASHED, FINAL_CODES, FINISHED, INTERRUPTED, Outcome
-from launch.topology import Plan, Process
-from protocol.messages import Status
-from protocol.telemetry import Telemetry
+from bm3il.launch.child import Child, worker_command
+from bm3il.launch.metrics import SupervisorMetrics
+from bm3il.launch.outcome import CRASHED, FINAL_CODES, FINISHED, INTERRUPTED, Outcome
+from bm3il.launch.topology import Plan, Process
+from bm3il.protocol.messages import Status
+from bm3il.protocol.telemetry import Telemetry
 
 MAX_RESTARTS, RESTART_WINDOW_SECONDS = 5, 120.0
 """A process that crashes more often within that time would crash for ever; one that crashes once a night may go on."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from protocol.errors import InputError
+from bm3il.protocol.errors import InputError
 
 Value = TypeVar("Value")
 

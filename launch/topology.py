@@ -9,14 +9,14 @@ from pathlib import Path
 
 import dacite
 
-from launch.config import Config
-from launch.surroundings import cores
-from protocol.errors import InputError
-from protocol.job import Endpoints, Job
-from protocol.keys import Keys
-from protocol.messages import Sender
-from protocol.specs import EnvironmentSpec
-from protocol.telemetry import Telemetry
+from bm3il.launch.config import Config
+from bm3il.launch.surroundings import cores
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.job import Endpoints, Job
+from bm3il.protocol.keys import Keys
+from bm3il.protocol.messages import Sender
+from bm3il.protocol.specs import EnvironmentSpec
+from bm3il.protocol.telemetry import Telemetry
 
 MAX_IPC_PATH_BYTES = 107
 LOOPBACK = "127.0.0.1"
@@ -175,7 +175,7 @@ class Plan:
 
 def processes_of(config: Config) -> tuple[Process, ...]:
     """Which processes a run has; all on the first node until they are placed."""
-    from learner.algorithms import algorithm  # supervisors read plans, and do without torch
+    from bm3il.learner.algorithms import algorithm  # supervisors read plans, and do without torch
 
     processes = [Process("learner", 0, 0), Process("evaluator", 0, 0)]
     if not algorithm(config.algorithm).clones:

@@ -8,19 +8,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from actors.policy import Policy
-from actors.process import build_policy
-from launch.config import Config
-from launch.files import check_scenario
-from launch.topology import make_job
-from learner.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
-from learner.optimisation import part
-from protocol.device import use_threads
-from protocol.errors import InputError
-from protocol.job import Endpoints, Job
-from protocol.layout import Layout
-from protocol.registry import make_environment
-from protocol.specs import EnvironmentSpec
+from bm3il.actors.policy import Policy
+from bm3il.actors.process import build_policy
+from bm3il.launch.config import Config
+from bm3il.launch.files import check_scenario
+from bm3il.launch.topology import make_job
+from bm3il.learner.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
+from bm3il.learner.optimisation import part
+from bm3il.protocol.device import use_threads
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.job import Endpoints, Job
+from bm3il.protocol.layout import Layout
+from bm3il.protocol.registry import make_environment
+from bm3il.protocol.specs import EnvironmentSpec
 
 
 @dataclass(frozen=True)

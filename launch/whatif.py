@@ -29,32 +29,32 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from actors.environments.berlin.environment import Berlin
-from actors.experts.scripted import expert_for
-from actors.policy import Policy, UniformPolicy
-from actors.rollout import Acts
-from launch import run_folder
-from launch.config import Config
-from launch.files import check_files, remembered
-from launch.outcome import CRASHED, FINISHED, INTERRUPTED
-from launch.pool import LOG, Board, finished, run_all
-from launch.run import check, differences
-from launch.supervisor import StopRequests
-from launch.surroundings import lasting_output
-from launch.topology import make_job
-from launch.trained import load_trained, policy_of
-from launch.whatif_figures import OF_SEEDS, Figures, Sample, figures_of, loads_of, play
-from launch.whatif_report import draw_changes, markdown, print_tables
-from learner.algorithms import algorithm
-from learner.imitation import iterations_for
-from learner.optimisation import part
-from protocol.errors import InputError
-from protocol.job import Endpoints
-from protocol.perturbation import unperturbed
-from protocol.registry import make_environment, with_absolute_files
-from protocol.specs import EnvironmentSpec
-from reward_server.sees import PURPOSE
-from reward_server.settings import RewardSettings
+from bm3il.actors.environments.berlin.environment import Berlin
+from bm3il.actors.experts.scripted import expert_for
+from bm3il.actors.policy import Policy, UniformPolicy
+from bm3il.actors.rollout import Acts
+from bm3il.launch import run_folder
+from bm3il.launch.config import Config
+from bm3il.launch.files import check_files, remembered
+from bm3il.launch.outcome import CRASHED, FINISHED, INTERRUPTED
+from bm3il.launch.pool import LOG, Board, finished, run_all
+from bm3il.launch.run import check, differences
+from bm3il.launch.supervisor import StopRequests
+from bm3il.launch.surroundings import lasting_output
+from bm3il.launch.topology import make_job
+from bm3il.launch.trained import load_trained, policy_of
+from bm3il.launch.whatif_figures import OF_SEEDS, Figures, Sample, figures_of, loads_of, play
+from bm3il.launch.whatif_report import draw_changes, markdown, print_tables
+from bm3il.learner.algorithms import algorithm
+from bm3il.learner.imitation import iterations_for
+from bm3il.learner.optimisation import part
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.job import Endpoints
+from bm3il.protocol.perturbation import unperturbed
+from bm3il.protocol.registry import make_environment, with_absolute_files
+from bm3il.protocol.specs import EnvironmentSpec
+from bm3il.reward_server.sees import PURPOSE
+from bm3il.reward_server.settings import RewardSettings
 
 LEAST_EPISODES = 10
 """Of an iteration: advantages from fewer are too noisy to refine a clone."""

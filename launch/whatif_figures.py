@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from scipy.stats import t as student
 
-from actors.environments.berlin.environment import Berlin
-from actors.evaluation import EPISODES_AT_ONCE
-from actors.rollout import Acts, rollout
-from launch.evaluate import FRESH_SEED
-from protocol.environment import TimeStep
-from protocol.perturbation import unperturbed
-from protocol.registry import make_environment
-from protocol.seeds import derive_seed
-from protocol.specs import EnvironmentSpec
+from bm3il.actors.environments.berlin.environment import Berlin
+from bm3il.actors.evaluation import EPISODES_AT_ONCE
+from bm3il.actors.rollout import Acts, rollout
+from bm3il.launch.evaluate import FRESH_SEED
+from bm3il.protocol.environment import TimeStep
+from bm3il.protocol.perturbation import unperturbed
+from bm3il.protocol.registry import make_environment
+from bm3il.protocol.seeds import derive_seed
+from bm3il.protocol.specs import EnvironmentSpec
 
 RETURN_LEVEL = 0.95
 LOAD_LEVEL = 0.9

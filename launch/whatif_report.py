@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from actors.environments.berlin.environment import Berlin
-from actors.environments.berlin.map import draw_map
-from actors.environments.berlin.scenario import Scenario
-from launch.whatif_figures import Figures
+from bm3il.actors.environments.berlin.environment import Berlin
+from bm3il.actors.environments.berlin.map import draw_map
+from bm3il.actors.environments.berlin.scenario import Scenario
+from bm3il.launch.whatif_figures import Figures
 
 NAMES = {
     "random": "random",

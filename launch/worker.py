@@ -13,12 +13,12 @@ import signal
 import sys
 from dataclasses import replace
 
-from launch.outcome import INPUT_ERROR, attempt
-from launch.surroundings import settle
-from launch.topology import Plan
-from protocol.errors import InputError
-from protocol.telemetry import Telemetry
-from protocol.version import version
+from bm3il.launch.outcome import INPUT_ERROR, attempt
+from bm3il.launch.surroundings import settle
+from bm3il.launch.topology import Plan
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.telemetry import Telemetry
+from bm3il.protocol.version import version
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def run_role(role: str, index: int, plan: Plan, telemetry: Telemetry) -> str | N
 
     Returns the status of the learner.
     """
-    from launch.files import check_files, check_scenario
+    from bm3il.launch.files import check_files, check_scenario
 
     job, config = plan.job(index), plan.config
     if role == "actor":  # its node need not have the demonstrations
@@ -63,21 +63,21 @@ def run_role(role: str, index: int, plan: Plan, telemetry: Telemetry) -> str | N
         check_files(config)
     match role:
         case "actor":
-            from actors.process import run_actor
+            from bm3il.actors.process import run_actor
 
             run_actor(job, config.actor, index, telemetry)
         case "evaluator":
-            from actors.process import run_evaluator
+            from bm3il.actors.process import run_evaluator
 
             run_evaluator(job, config.actor, config.evaluation, telemetry)
         case "reward-server":
-            from reward_server.process import run_reward_server
+            from bm3il.reward_server.process import run_reward_server
 
             # Who asks waits as long for the update before as for the answer.
             patience = max(config.reward.deadline_seconds, 2 * config.learner.deadline_seconds)
             run_reward_server(job, replace(config.reward, deadline_seconds=patience), telemetry)
         case "learner":
-            from learner.process import run_learner
+            from bm3il.learner.process import run_learner
 
             return run_learner(job, config.settings, plan.config_yaml, telemetry)
         case _:

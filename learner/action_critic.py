@@ -11,18 +11,18 @@ from collections.abc import Sequence
 
 import torch
 
-from actors import gaussian
-from actors.policy import draw
-from learner import losses
-from learner.actor_critic import ActorCritic, grid
-from learner.critics import Critic
-from learner.few_actions import FewActions
-from learner.mean_field import action_vectors
-from learner.mixture import Scene
-from learner.replay import Batch
-from protocol.layout import Block, JointRows
-from protocol.networks.grid import ObservationGrid
-from protocol.networks.options import log_softmax
+from bm3il.actors import gaussian
+from bm3il.actors.policy import draw
+from bm3il.learner import losses
+from bm3il.learner.actor_critic import ActorCritic, grid
+from bm3il.learner.critics import Critic
+from bm3il.learner.few_actions import FewActions
+from bm3il.learner.mean_field import action_vectors
+from bm3il.learner.mixture import Scene
+from bm3il.learner.replay import Batch
+from bm3il.protocol.layout import Block, JointRows
+from bm3il.protocol.networks.grid import ObservationGrid
+from bm3il.protocol.networks.options import log_softmax
 
 
 class ActionCritic(Critic):

@@ -15,21 +15,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from actors.policy import Policy, draw
-from learner import losses
-from learner.cloning import Cloning
-from learner.critics import Critic
-from learner.optimisation import NetworkClip, adam_arrays, load_adam_arrays, part, recordable_adam, set_rate
-from learner.recorded import Recorded
-from learner.replay import Batch
-from learner.settings import LearnerSettings
-from protocol.allocator import keep_freed_memory
-from protocol.device import moved, numbers_at_once, rounding
-from protocol.layout import Block, JointRows, Layout
-from protocol.networks.grid import ObservationGrid, Tile
-from protocol.networks.options import Options, log_softmax
-from protocol.networks.stacked import StackedMLP
-from protocol.observations import Observations
+from bm3il.actors.policy import Policy, draw
+from bm3il.learner import losses
+from bm3il.learner.cloning import Cloning
+from bm3il.learner.critics import Critic
+from bm3il.learner.optimisation import NetworkClip, adam_arrays, load_adam_arrays, part, recordable_adam, set_rate
+from bm3il.learner.recorded import Recorded
+from bm3il.learner.replay import Batch
+from bm3il.learner.settings import LearnerSettings
+from bm3il.protocol.allocator import keep_freed_memory
+from bm3il.protocol.device import moved, numbers_at_once, rounding
+from bm3il.protocol.layout import Block, JointRows, Layout
+from bm3il.protocol.networks.grid import ObservationGrid, Tile
+from bm3il.protocol.networks.options import Options, log_softmax
+from bm3il.protocol.networks.stacked import StackedMLP
+from bm3il.protocol.observations import Observations
 
 CHUNK_ROWS = 65_536
 """Rows of all agents in one forward and backward pass on a CPU."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from learner.critics import Context
-from learner.settings import LearnerSettings
-from protocol.errors import unknown_name
-from reward_server.settings import KernelScope, RewardSettings, Source
+from bm3il.learner.critics import Context
+from bm3il.learner.settings import LearnerSettings
+from bm3il.protocol.errors import unknown_name
+from bm3il.reward_server.settings import KernelScope, RewardSettings, Source
 
 
 @dataclass(frozen=True)

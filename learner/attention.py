@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from learner.critics import Critic
-from protocol.layout import JointRows
+from bm3il.learner.critics import Critic
+from bm3il.protocol.layout import JointRows
 
 
 def attention_by_type(critic: Critic, rows: JointRows) -> np.ndarray | None:

@@ -24,8 +24,8 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from protocol.errors import InputError
-from protocol.packing import packed, unpacked
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.packing import packed, unpacked
 
 log = logging.getLogger(__name__)
 

@@ -20,23 +20,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from actors import gaussian
-from actors.policy import Policy, draw
-from learner import losses
-from learner.actor_critic import Schedule, grid, rows_at_once
-from learner.advantages import advantages, normalised
-from learner.critics import ValueCritic
-from learner.figures import Figures
-from learner.optimisation import NetworkClip, adam_arrays, load_adam_arrays, part, recordable_adam, set_rate
-from learner.recorded import Recorded
-from learner.segments import Segments
-from learner.settings import LearnerSettings
-from protocol.allocator import keep_freed_memory
-from protocol.device import moved, rounding
-from protocol.layout import JointRows, Layout
-from protocol.networks.grid import ObservationGrid, Tile
-from protocol.networks.options import log_softmax
-from protocol.networks.stacked import StackedMLP
+from bm3il.actors import gaussian
+from bm3il.actors.policy import Policy, draw
+from bm3il.learner import losses
+from bm3il.learner.actor_critic import Schedule, grid, rows_at_once
+from bm3il.learner.advantages import advantages, normalised
+from bm3il.learner.critics import ValueCritic
+from bm3il.learner.figures import Figures
+from bm3il.learner.optimisation import NetworkClip, adam_arrays, load_adam_arrays, part, recordable_adam, set_rate
+from bm3il.learner.recorded import Recorded
+from bm3il.learner.segments import Segments
+from bm3il.learner.settings import LearnerSettings
+from bm3il.protocol.allocator import keep_freed_memory
+from bm3il.protocol.device import moved, rounding
+from bm3il.protocol.layout import JointRows, Layout
+from bm3il.protocol.networks.grid import ObservationGrid, Tile
+from bm3il.protocol.networks.options import log_softmax
+from bm3il.protocol.networks.stacked import StackedMLP
 
 FIGURES = ("critic_loss", "policy_loss", "policy_entropy", "value")
 

@@ -11,18 +11,18 @@ from operator import itemgetter
 import numpy as np
 import torch
 
-from actors import gaussian
-from actors.policy import Policy
-from learner import losses
-from learner.optimisation import adam_arrays, load_adam_arrays, part
-from learner.settings import CloningSettings
-from protocol.allocator import keep_freed_memory
-from protocol.demonstrations import Demonstrations
-from protocol.device import CPU
-from protocol.layout import JointRows, Layout
-from protocol.networks.options import log_softmax
-from protocol.seeds import derive_seed
-from protocol.telemetry import Telemetry
+from bm3il.actors import gaussian
+from bm3il.actors.policy import Policy
+from bm3il.learner import losses
+from bm3il.learner.optimisation import adam_arrays, load_adam_arrays, part
+from bm3il.learner.settings import CloningSettings
+from bm3il.protocol.allocator import keep_freed_memory
+from bm3il.protocol.demonstrations import Demonstrations
+from bm3il.protocol.device import CPU
+from bm3il.protocol.layout import JointRows, Layout
+from bm3il.protocol.networks.options import log_softmax
+from bm3il.protocol.seeds import derive_seed
+from bm3il.protocol.telemetry import Telemetry
 
 SHOWN = "cloning_iteration", "cloning_iterations", "cloning_left_seconds"
 """The numbers of a status while a run's first policy is made."""

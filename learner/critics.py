@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from learner.few_actions import FEW_ACTIONS, FewActions
-from learner.mean_field import MeanField, action_vectors, mean_actions, total_actions
-from learner.mixture import Projected, Scene
-from protocol.layout import Block, JointRows, Layout
-from protocol.networks.grid import ObservationGrid
-from protocol.networks.stacked import StackedMLP, uniform
+from bm3il.learner.few_actions import FEW_ACTIONS, FewActions
+from bm3il.learner.mean_field import MeanField, action_vectors, mean_actions, total_actions
+from bm3il.learner.mixture import Projected, Scene
+from bm3il.protocol.layout import Block, JointRows, Layout
+from bm3il.protocol.networks.grid import ObservationGrid
+from bm3il.protocol.networks.stacked import StackedMLP, uniform
 
 Context = Literal["types", "uniform_types", "agents", "none"]
 """Attention over types' mean fields (BM3IL); their unweighted mean (MTMFIL); attention over every other agent

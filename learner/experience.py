@@ -10,19 +10,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from actors.collector import Collector, episodes_per_chunk
-from actors.evaluation import Evaluator
-from actors.policy import Policy
-from actors.process import build_policy
-from learner.metrics import ChunkMetrics
-from learner.settings import Settings
-from protocol.channels import Broadcaster, Request, Server
-from protocol.errors import DeadlineError, ProtocolError
-from protocol.job import Job
-from protocol.messages import Chunk, Done, Evaluating, Evaluation, Weights, Working, frame_limit
-from protocol.specs import ArrayTable
-from protocol.telemetry import Telemetry
-from protocol.trajectories import Trajectories
+from bm3il.actors.collector import Collector, episodes_per_chunk
+from bm3il.actors.evaluation import Evaluator
+from bm3il.actors.policy import Policy
+from bm3il.actors.process import build_policy
+from bm3il.learner.metrics import ChunkMetrics
+from bm3il.learner.settings import Settings
+from bm3il.protocol.channels import Broadcaster, Request, Server
+from bm3il.protocol.errors import DeadlineError, ProtocolError
+from bm3il.protocol.job import Job
+from bm3il.protocol.messages import Chunk, Done, Evaluating, Evaluation, Weights, Working, frame_limit
+from bm3il.protocol.specs import ArrayTable
+from bm3il.protocol.telemetry import Telemetry
+from bm3il.protocol.trajectories import Trajectories
 
 log = logging.getLogger(__name__)
 

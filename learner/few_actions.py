@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from learner.mixture import FORBIDDEN_SCORE
+from bm3il.learner.mixture import FORBIDDEN_SCORE
 
 FEW_ACTIONS = 32
 """Of all types together: with 50 of them both ways take a CPU as long (queries of 128 numbers, float32)."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from protocol.errors import NumericalError
+from bm3il.protocol.errors import NumericalError
 
 MUST_BE_FINITE = ("critic_loss", "policy_loss", "cloning_loss")
 

@@ -13,31 +13,31 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 
-from actors.collector import steps_per_iteration
-from actors.policy import Policy
-from actors.settings import ActorSettings
-from learner.action_critic import ActionActorCritic, ActionCritic
-from learner.actor_critic import ActorCritic
-from learner.algorithms import algorithm
-from learner.clipped import ClippedActorCritic
-from learner.cloning import Cloning, clone
-from learner.critics import Critic, ValueCritic
-from learner.experience import Experience
-from learner.figures import Figures, merged
-from learner.metrics import RewardMetrics
-from learner.optimisation import part
-from learner.replay import Batch, Replay
-from learner.segments import Segments
-from learner.settings import LearnerSettings, Settings
-from protocol.demonstrations import Demonstrations
-from protocol.device import choose_device, choose_precision
-from protocol.errors import InputError
-from protocol.job import Job
-from protocol.layout import JointRows, Layout
-from protocol.seeds import derive_seed
-from protocol.telemetry import Telemetry
-from protocol.trajectories import Trajectories
-from reward_server.client import Kept, RewardService
+from bm3il.actors.collector import steps_per_iteration
+from bm3il.actors.policy import Policy
+from bm3il.actors.settings import ActorSettings
+from bm3il.learner.action_critic import ActionActorCritic, ActionCritic
+from bm3il.learner.actor_critic import ActorCritic
+from bm3il.learner.algorithms import algorithm
+from bm3il.learner.clipped import ClippedActorCritic
+from bm3il.learner.cloning import Cloning, clone
+from bm3il.learner.critics import Critic, ValueCritic
+from bm3il.learner.experience import Experience
+from bm3il.learner.figures import Figures, merged
+from bm3il.learner.metrics import RewardMetrics
+from bm3il.learner.optimisation import part
+from bm3il.learner.replay import Batch, Replay
+from bm3il.learner.segments import Segments
+from bm3il.learner.settings import LearnerSettings, Settings
+from bm3il.protocol.demonstrations import Demonstrations
+from bm3il.protocol.device import choose_device, choose_precision
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.job import Job
+from bm3il.protocol.layout import JointRows, Layout
+from bm3il.protocol.seeds import derive_seed
+from bm3il.protocol.telemetry import Telemetry
+from bm3il.protocol.trajectories import Trajectories
+from bm3il.reward_server.client import Kept, RewardService
 
 PREFETCHED_BATCHES = 2
 """One is computed by the server and one is on its way while the learner trains on a third."""

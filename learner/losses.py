@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from protocol.layout import Layout
-from protocol.networks.options import FORBIDDEN_LOGIT, log_softmax
+from bm3il.protocol.layout import Layout
+from bm3il.protocol.networks.options import FORBIDDEN_LOGIT, log_softmax
 
 
 def soft_value(q: torch.Tensor, logits: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:

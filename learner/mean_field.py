@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
-from protocol.layout import Block
+from bm3il.protocol.layout import Block
 
 MeanField = Literal["others", "all"]
 """Whose actions an agent sees the mean of, in its own type: the others', or everybody's, its own among them."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from protocol.networks.stacked import StackedMLP
+from bm3il.protocol.networks.stacked import StackedMLP
 
 
 class NetworkClip:

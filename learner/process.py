@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from actors.process import build_policy
-from learner.algorithms import algorithm
-from learner.cloning import BehaviourCloning
-from learner.experience import Experience, LocalExperience, RemoteExperience
-from learner.imitation import Imitation, OffPolicyImitation, OnPolicyImitation
-from learner.settings import Settings
-from learner.streaming import StreamedExperience, StreamedOffPolicy, StreamedOnPolicy
-from learner.training import Iterated, Training
-from protocol.demonstrations import load_demonstrations
-from protocol.device import choose_device, use_threads
-from protocol.errors import InputError
-from protocol.job import Job
-from protocol.layout import Layout
-from protocol.telemetry import Telemetry
-from reward_server.client import LocalRewards, RemoteRewards, RewardService
-from reward_server.particles import state_table
-from reward_server.process import build_model
+from bm3il.actors.process import build_policy
+from bm3il.learner.algorithms import algorithm
+from bm3il.learner.cloning import BehaviourCloning
+from bm3il.learner.experience import Experience, LocalExperience, RemoteExperience
+from bm3il.learner.imitation import Imitation, OffPolicyImitation, OnPolicyImitation
+from bm3il.learner.settings import Settings
+from bm3il.learner.streaming import StreamedExperience, StreamedOffPolicy, StreamedOnPolicy
+from bm3il.learner.training import Iterated, Training
+from bm3il.protocol.demonstrations import load_demonstrations
+from bm3il.protocol.device import choose_device, use_threads
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.job import Job
+from bm3il.protocol.layout import Layout
+from bm3il.protocol.telemetry import Telemetry
+from bm3il.reward_server.client import LocalRewards, RemoteRewards, RewardService
+from bm3il.reward_server.particles import state_table
+from bm3il.reward_server.process import build_model
 
 KINDS: dict[tuple[bool, bool], type[Imitation]] = {
     (False, False): OffPolicyImitation,

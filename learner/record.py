@@ -12,10 +12,10 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from actors.evaluation import ReturnEstimate
-from learner.figures import merged
-from learner.picture import draw_curve
-from protocol.files import naming, write_whole
+from bm3il.actors.evaluation import ReturnEstimate
+from bm3il.learner.figures import merged
+from bm3il.learner.picture import draw_curve
+from bm3il.protocol.files import naming, write_whole
 
 COLUMNS = ("iteration", "env_steps", "wall_seconds", "return_mean", "return_stderr", "normalized_return", "episodes")
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from protocol.device import CPU, check_room
-from protocol.errors import InputError
-from protocol.layout import JointRows, Layout, widened
-from protocol.observations import COLUMNS, Observations
-from protocol.specs import ArrayTable
-from protocol.trajectories import Trajectories
+from bm3il.protocol.device import CPU, check_room
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.layout import JointRows, Layout, widened
+from bm3il.protocol.observations import COLUMNS, Observations
+from bm3il.protocol.specs import ArrayTable
+from bm3il.protocol.trajectories import Trajectories
 
 
 @dataclass

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from protocol.device import moved
-from protocol.layout import JointRows, Layout, widened
-from protocol.observations import Observations
-from protocol.trajectories import Trajectories, columns_of
+from bm3il.protocol.device import moved
+from bm3il.protocol.layout import JointRows, Layout, widened
+from bm3il.protocol.observations import Observations
+from bm3il.protocol.trajectories import Trajectories, columns_of
 
 
 @dataclass

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from actors.settings import ActorSettings, EvaluationSettings
-from protocol.errors import InputError
-from protocol.settings import Count, Device, Fraction, Natural, NonNegative, Positive, Precision
-from reward_server.settings import RewardSettings
+from bm3il.actors.settings import ActorSettings, EvaluationSettings
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.settings import Count, Device, Fraction, Natural, NonNegative, Positive, Precision
+from bm3il.reward_server.settings import RewardSettings
 
 
 @dataclass(frozen=True)

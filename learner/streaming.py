@@ -9,20 +9,20 @@ from collections.abc import Callable
 
 import torch
 
-from actors.policy import Policy
-from actors.process import credits_of
-from learner.experience import REPEAT_SECONDS, RemoteExperience
-from learner.figures import Figures, merged
-from learner.imitation import Arrays, OffPolicyImitation, OnPolicyImitation
-from learner.segments import Segments
-from learner.settings import Settings
-from protocol.channels import Request
-from protocol.errors import DeadlineError, ProtocolError
-from protocol.job import Job
-from protocol.messages import Chunk, Done
-from protocol.telemetry import Telemetry
-from protocol.trajectories import Trajectories
-from reward_server.client import RemoteRewards
+from bm3il.actors.policy import Policy
+from bm3il.actors.process import credits_of
+from bm3il.learner.experience import REPEAT_SECONDS, RemoteExperience
+from bm3il.learner.figures import Figures, merged
+from bm3il.learner.imitation import Arrays, OffPolicyImitation, OnPolicyImitation
+from bm3il.learner.segments import Segments
+from bm3il.learner.settings import Settings
+from bm3il.protocol.channels import Request
+from bm3il.protocol.errors import DeadlineError, ProtocolError
+from bm3il.protocol.job import Job
+from bm3il.protocol.messages import Chunk, Done
+from bm3il.protocol.telemetry import Telemetry
+from bm3il.protocol.trajectories import Trajectories
+from bm3il.reward_server.client import RemoteRewards
 
 log = logging.getLogger(__name__)
 

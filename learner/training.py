@@ -16,18 +16,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from actors.evaluation import Evaluator, ReturnEstimate, remembered_random_return
-from actors.policy import Policy
-from learner.checkpoint import Checkpoint, CheckpointFolder, configuration_differences
-from learner.experience import Evaluated, Experience
-from learner.figures import merged
-from learner.metrics import LearnerMetrics
-from learner.record import RunRecord
-from learner.settings import Settings
-from protocol.channels import Refused, Unanswered
-from protocol.errors import InputError, NumericalError, SimulatorError
-from protocol.job import Job
-from protocol.telemetry import Telemetry
+from bm3il.actors.evaluation import Evaluator, ReturnEstimate, remembered_random_return
+from bm3il.actors.policy import Policy
+from bm3il.learner.checkpoint import Checkpoint, CheckpointFolder, configuration_differences
+from bm3il.learner.experience import Evaluated, Experience
+from bm3il.learner.figures import merged
+from bm3il.learner.metrics import LearnerMetrics
+from bm3il.learner.record import RunRecord
+from bm3il.learner.settings import Settings
+from bm3il.protocol.channels import Refused, Unanswered
+from bm3il.protocol.errors import InputError, NumericalError, SimulatorError
+from bm3il.protocol.job import Job
+from bm3il.protocol.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 import zmq
 
-from protocol.errors import DeadlineError, InputError, ProtocolError
-from protocol.keys import secure_client, secure_server
-from protocol.ledger import ANSWERED, CLIENTS_KEPT, UNKNOWN, Ledger
-from protocol.messages import (
+from bm3il.protocol.errors import DeadlineError, InputError, ProtocolError
+from bm3il.protocol.keys import secure_client, secure_server
+from bm3il.protocol.ledger import ANSWERED, CLIENTS_KEPT, UNKNOWN, Ledger
+from bm3il.protocol.messages import (
     MAX_ARRAYS,
     MAX_MESSAGE_BYTES,
     Inquiry,
@@ -40,7 +40,7 @@ from protocol.messages import (
     encode,
     frame_limit,
 )
-from protocol.specs import ArrayTable
+from bm3il.protocol.specs import ArrayTable
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from protocol.errors import InputError
-from protocol.observations import Form, Observations, forms
-from protocol.specs import ArrayTable, EnvironmentSpec, TypeSpec
-from protocol.trajectories import columns_of
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.observations import Form, Observations, forms
+from bm3il.protocol.specs import ArrayTable, EnvironmentSpec, TypeSpec
+from bm3il.protocol.trajectories import columns_of
 
 NUMBERS_AT_ONCE = 1 << 25
 """Observed numbers and action masks that are looked at together: those of a day of thousands of agents are billions."""

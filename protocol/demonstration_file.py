@@ -31,10 +31,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialise
 
-from protocol.errors import InputError
-from protocol.observations import forms
-from protocol.packing import MAX_UNPACKED_BYTES, PACKED, Tensors, packed
-from protocol.specs import ArrayTable, EnvironmentSpec
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.observations import forms
+from bm3il.protocol.packing import MAX_UNPACKED_BYTES, PACKED, Tensors, packed
+from bm3il.protocol.specs import ArrayTable, EnvironmentSpec
 
 FORMAT, VERSION, VERSIONS = "bm3il-demonstrations", "2", ("1", "2")
 START_NAME = re.compile(r"starts\.[a-z][a-z0-9_]{0,63}")

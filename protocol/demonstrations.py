@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
-from protocol import demonstration_file
-from protocol.demonstration_checks import check_block, check_episodes, without_forbidden
-from protocol.errors import InputError
-from protocol.job import Job
-from protocol.layout import JointRows, Layout
-from protocol.observations import Form, Observations, compacted, forms, integers, tensor_of
-from protocol.specs import ArrayTable, EnvironmentSpec, TypeSpec
-from protocol.trajectories import Trajectories, actions_entry, columns_of
+from bm3il.protocol import demonstration_file
+from bm3il.protocol.demonstration_checks import check_block, check_episodes, without_forbidden
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.job import Job
+from bm3il.protocol.layout import JointRows, Layout
+from bm3il.protocol.observations import Form, Observations, compacted, forms, integers, tensor_of
+from bm3il.protocol.specs import ArrayTable, EnvironmentSpec, TypeSpec
+from bm3il.protocol.trajectories import Trajectories, actions_entry, columns_of
 
 RETURNS_UNIT = "true return per agent and episode"
-SHIPPED_IN, SUFFIX = "actors.experts", ".safetensors"
+SHIPPED_IN, SUFFIX = "bm3il.actors.experts", ".safetensors"
 
 
 @dataclass(frozen=True)

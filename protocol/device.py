@@ -12,9 +12,9 @@ import numpy as np
 import psutil
 import torch
 
-from protocol.errors import InputError
-from protocol.settings import Device, Precision
-from protocol.specs import ArrayTable
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.settings import Device, Precision
+from bm3il.protocol.specs import ArrayTable
 
 CPU = torch.device("cpu")
 CPU_FEATURES = Path("/proc/cpuinfo")

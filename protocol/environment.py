@@ -9,9 +9,9 @@ from typing import Protocol, overload, runtime_checkable
 import numpy as np
 import torch
 
-from protocol.errors import InputError
-from protocol.observations import Observations, forms
-from protocol.specs import EnvironmentSpec
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.observations import Observations, forms
+from bm3il.protocol.specs import EnvironmentSpec
 
 Starts = Mapping[str, np.ndarray]
 

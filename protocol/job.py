@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from protocol.specs import EnvironmentSpec, ParameterSharing
+from bm3il.protocol.specs import EnvironmentSpec, ParameterSharing
 
 Mode = Literal["lockstep", "async", "serial"]
 Role = Literal["actor", "learner", "reward-server", "evaluator"]

@@ -23,7 +23,7 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
-from protocol.errors import InputError
+from bm3il.protocol.errors import InputError
 
 log = logging.getLogger(__name__)
 

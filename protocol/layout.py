@@ -20,11 +20,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from protocol.job import Job
-from protocol.networks.grid import ObservationGrid
-from protocol.observations import Form, Observations, forms, integers
-from protocol.specs import ArrayTable, EnvironmentSpec, ParameterSharing
-from protocol.trajectories import actions_entry, check_actions, columns_of
+from bm3il.protocol.job import Job
+from bm3il.protocol.networks.grid import ObservationGrid
+from bm3il.protocol.observations import Form, Observations, forms, integers
+from bm3il.protocol.specs import ArrayTable, EnvironmentSpec, ParameterSharing
+from bm3il.protocol.trajectories import actions_entry, check_actions, columns_of
 
 _Placing = Callable[[torch.Tensor], torch.Tensor]
 IndexName = Literal["agent_of_slot", "slot_of_agent", "type_of_agent"]

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
-from protocol.messages import Message, Sender
+from bm3il.protocol.messages import Message, Sender
 
 ANSWER_BYTES_KEPT = 1 << 28
 """Of all clients together, and always the newest answer. A client says with its next message which answers it has, and

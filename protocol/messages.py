@@ -26,9 +26,9 @@ from typing import Any, ClassVar, Union, get_type_hints
 import msgpack
 import numpy as np
 
-from protocol.errors import ProtocolError
-from protocol.keys import Keys
-from protocol.specs import ArrayTable
+from bm3il.protocol.errors import ProtocolError
+from bm3il.protocol.keys import Keys
+from bm3il.protocol.specs import ArrayTable
 
 PROTOCOL_VERSION = 7
 MAX_HEADER_BYTES, MAX_ARRAYS, MAX_RANK, MAX_TEXT = 1 << 20, 4096, 8, 8192

@@ -23,8 +23,8 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from protocol.errors import InputError, ProtocolError
-from protocol.specs import FREE, OWN_MASK, ArrayTable, EnvironmentSpec, Part, PartKind, TypeSpec
+from bm3il.protocol.errors import InputError, ProtocolError
+from bm3il.protocol.specs import FREE, OWN_MASK, ArrayTable, EnvironmentSpec, Part, PartKind, TypeSpec
 
 OWN_NUMBERS = {"own": "float32", "uint8": "uint8", "int16": "int16"}
 """Kinds of parts that are numbers of every agent, which are the names of their columns → dtype."""

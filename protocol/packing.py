@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from protocol.errors import InputError
+from bm3il.protocol.errors import InputError
 
 PACKED = ".xz"
 PACKED_FROM_BYTES, PACKED_RATIO = 1 << 20, 4

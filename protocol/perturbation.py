@@ -15,9 +15,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from protocol.environment import Environment, Starts, TimeStep
-from protocol.errors import InputError
-from protocol.seeds import derive_seed
+from bm3il.protocol.environment import Environment, Starts, TimeStep
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.seeds import derive_seed
 
 OPTIONS = ("slip", "noise")
 

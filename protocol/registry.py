@@ -20,9 +20,9 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, get_type_hints
 
-from protocol.environment import Environment
-from protocol.errors import InputError, unknown_name
-from protocol.perturbation import OPTIONS, perturbed
+from bm3il.protocol.environment import Environment
+from bm3il.protocol.errors import InputError, unknown_name
+from bm3il.protocol.perturbation import OPTIONS, perturbed
 
 GROUP = "bm3il.environments"
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from annotated_types import Ge, Gt, Interval
 
-from protocol.errors import InputError
+from bm3il.protocol.errors import InputError
 
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]

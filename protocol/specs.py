@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
-from protocol.errors import InputError, unknown_name
+from bm3il.protocol.errors import InputError, unknown_name
 
 ParameterSharing = Literal["agent", "type"]
 """Whether each agent has a network of its own (the paper), or the agents of a type share one."""

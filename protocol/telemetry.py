@@ -20,10 +20,10 @@ import prometheus_client
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from protocol.channels import Client, Refused, Unanswered
-from protocol.errors import InputError
-from protocol.messages import MAX_TEXT, Done, Event, Refusal, Sender, Status
-from protocol.specs import ArrayTable
+from bm3il.protocol.channels import Client, Refused, Unanswered
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.messages import MAX_TEXT, Done, Event, Refusal, Sender, Status
+from bm3il.protocol.specs import ArrayTable
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from protocol.errors import ProtocolError
-from protocol.observations import COLUMNS, Observations, forms, integers
-from protocol.specs import ArrayTable, EnvironmentSpec, TypeSpec
+from bm3il.protocol.errors import ProtocolError
+from bm3il.protocol.observations import COLUMNS, Observations, forms, integers
+from bm3il.protocol.specs import ArrayTable, EnvironmentSpec, TypeSpec
 
 
 @dataclass

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from protocol.layout import JointRows
-from protocol.messages import Refusal
+from bm3il.protocol.layout import JointRows
+from bm3il.protocol.messages import Refusal
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from protocol.channels import Client, CountDrop, Refused, Unanswered
-from protocol.errors import NumericalError, ProtocolError
-from protocol.layout import JointRows, Layout
-from protocol.messages import (
+from bm3il.protocol.channels import Client, CountDrop, Refused, Unanswered
+from bm3il.protocol.errors import NumericalError, ProtocolError
+from bm3il.protocol.layout import JointRows, Layout
+from bm3il.protocol.messages import (
     Arrays,
     Begin,
     Done,
@@ -28,8 +28,8 @@ from protocol.messages import (
     Update,
     frame_limit,
 )
-from protocol.specs import ArrayTable
-from reward_server.model import Model
+from bm3il.protocol.specs import ArrayTable
+from bm3il.reward_server.model import Model
 
 OVERLOAD_PAUSE_SECONDS = 0.05
 ROWS_AT_ONCE, AGENTS_AT_ONCE = 10_000, 500_000

@@ -18,9 +18,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from protocol.layout import Block
-from protocol.networks.grid import ObservationGrid
-from reward_server.sees import Seen
+from bm3il.protocol.layout import Block
+from bm3il.protocol.networks.grid import ObservationGrid
+from bm3il.reward_server.sees import Seen
 
 Activation = Literal["relu", "sigmoid"]
 

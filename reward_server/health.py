@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from reward_server.svgd import Forces, squared_distances
+from bm3il.reward_server.svgd import Forces, squared_distances
 
 
 class Health:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from protocol.device import check_room
-from protocol.errors import ProtocolError
-from protocol.layout import JointRows, Layout
+from bm3il.protocol.device import check_room
+from bm3il.protocol.errors import ProtocolError
+from bm3il.protocol.layout import JointRows, Layout
 
 
 class Held:

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import torch
 
-from protocol.networks.grid import ObservationGrid
-from protocol.networks.stacked import add_bias
-from protocol.observations import Form, Observations, Run
-from reward_server.discriminator import Architecture, Workspace, deeper
+from bm3il.protocol.networks.grid import ObservationGrid
+from bm3il.protocol.networks.stacked import add_bias
+from bm3il.protocol.observations import Form, Observations, Run
+from bm3il.reward_server.discriminator import Architecture, Workspace, deeper
 
 Columns = tuple[slice, slice]
 """Columns of the first layer's input, and where they come from."""

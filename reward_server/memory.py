@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from protocol.device import check_room
-from protocol.errors import ProtocolError
-from protocol.layout import JointRows, Layout
-from protocol.messages import Arrays
-from protocol.specs import ArrayTable
-from reward_server.settings import MemoryKind
+from bm3il.protocol.device import check_room
+from bm3il.protocol.errors import ProtocolError
+from bm3il.protocol.layout import JointRows, Layout
+from bm3il.protocol.messages import Arrays
+from bm3il.protocol.specs import ArrayTable
+from bm3il.reward_server.settings import MemoryKind
 
 MAX_OBSERVED = 2**60
 """Far from where the numbers of rows would overflow."""

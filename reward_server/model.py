@@ -8,9 +8,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from protocol.errors import NumericalError, ProtocolError
-from protocol.layout import JointRows
-from protocol.messages import Arrays
+from bm3il.protocol.errors import NumericalError, ProtocolError
+from bm3il.protocol.layout import JointRows
+from bm3il.protocol.messages import Arrays
 
 Answer = tuple[list[torch.Tensor], list[torch.Tensor] | None]
 """Rewards, and their standard deviations over the particles if asked for: [B, N_b] float32 per block."""

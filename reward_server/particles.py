@@ -12,22 +12,22 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from protocol.allocator import keep_freed_memory
-from protocol.device import choose_precision, numbers_at_once, rounding
-from protocol.errors import InputError, NumericalError, ProtocolError
-from protocol.layout import JointRows, Layout, widened
-from protocol.messages import Arrays
-from protocol.networks.tiles import together
-from protocol.seeds import derive_seed
-from protocol.specs import ArrayTable
-from reward_server.discriminator import Architecture, Source, Workspace, backward, forward
-from reward_server.health import Health
-from reward_server.inference import Inference
-from reward_server.memory import Memory
-from reward_server.model import Answer, check_rewards
-from reward_server.sees import check_imagined, columns_seen
-from reward_server.settings import RewardSettings
-from reward_server.svgd import svgd_forces, svgd_forces_of
+from bm3il.protocol.allocator import keep_freed_memory
+from bm3il.protocol.device import choose_precision, numbers_at_once, rounding
+from bm3il.protocol.errors import InputError, NumericalError, ProtocolError
+from bm3il.protocol.layout import JointRows, Layout, widened
+from bm3il.protocol.messages import Arrays
+from bm3il.protocol.networks.tiles import together
+from bm3il.protocol.seeds import derive_seed
+from bm3il.protocol.specs import ArrayTable
+from bm3il.reward_server.discriminator import Architecture, Source, Workspace, backward, forward
+from bm3il.reward_server.health import Health
+from bm3il.reward_server.inference import Inference
+from bm3il.reward_server.memory import Memory
+from bm3il.reward_server.model import Answer, check_rewards
+from bm3il.reward_server.sees import check_imagined, columns_seen
+from bm3il.reward_server.settings import RewardSettings
+from bm3il.reward_server.svgd import svgd_forces, svgd_forces_of
 
 TILE_ACTIVATIONS = 1_500_000
 """Hidden activations computed at a time on a CPU: what the cache next to a core holds, and what bounds the memory."""

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from protocol.channels import Request, Server
-from protocol.demonstrations import load_demonstrations
-from protocol.device import choose_device, use_threads
-from protocol.errors import InputError, NumericalError, ProtocolError
-from protocol.job import Job
-from protocol.layout import JointRows, Layout
-from protocol.messages import (
+from bm3il.protocol.channels import Request, Server
+from bm3il.protocol.demonstrations import load_demonstrations
+from bm3il.protocol.device import choose_device, use_threads
+from bm3il.protocol.errors import InputError, NumericalError, ProtocolError
+from bm3il.protocol.job import Job
+from bm3il.protocol.layout import JointRows, Layout
+from bm3il.protocol.messages import (
     Arrays,
     Begin,
     Done,
@@ -30,16 +30,16 @@ from protocol.messages import (
     Update,
     frame_limit,
 )
-from protocol.seeds import derive_seed
-from protocol.specs import ArrayTable
-from protocol.telemetry import IDLE, Telemetry
-from reward_server.batcher import QueryBatcher, Waiting
-from reward_server.client import STATE, rewards_table
-from reward_server.held import Held
-from reward_server.metrics import RewardServerMetrics
-from reward_server.model import Model, TrueRewards
-from reward_server.particles import RewardModel, state_table
-from reward_server.settings import RewardSettings
+from bm3il.protocol.seeds import derive_seed
+from bm3il.protocol.specs import ArrayTable
+from bm3il.protocol.telemetry import IDLE, Telemetry
+from bm3il.reward_server.batcher import QueryBatcher, Waiting
+from bm3il.reward_server.client import STATE, rewards_table
+from bm3il.reward_server.held import Held
+from bm3il.reward_server.metrics import RewardServerMetrics
+from bm3il.reward_server.model import Model, TrueRewards
+from bm3il.reward_server.particles import RewardModel, state_table
+from bm3il.reward_server.settings import RewardSettings
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from protocol.errors import InputError, unknown_name
-from protocol.specs import EnvironmentSpec, TypeSpec
+from bm3il.protocol.errors import InputError, unknown_name
+from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
 
 ALL, PURPOSE, ACTION = "all", "purpose", "action"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from protocol.settings import Count, Device, Fraction, Natural, NonNegative, Positive, Precision
+from bm3il.protocol.settings import Count, Device, Fraction, Natural, NonNegative, Positive, Precision
 
 Source = Literal["learned", "environment"]
 KernelScope = Literal["function", "tensor", "network", "none"]

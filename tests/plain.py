@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from protocol.environment import TimeStep
-from protocol.layout import Layout
-from protocol.observations import Form, Observations
+from bm3il.protocol.environment import TimeStep
+from bm3il.protocol.layout import Layout
+from bm3il.protocol.observations import Form, Observations
 
 
 def plain_layout(layout: Layout) -> Layout:

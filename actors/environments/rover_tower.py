@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from protocol.environment import Starts, TimeStep, compact_step
-from protocol.errors import InputError
-from protocol.observations import forms
-from protocol.specs import FREE, EnvironmentSpec, Part, TypeSpec
+from bm3il.protocol.environment import Starts, TimeStep, compact_step
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.observations import forms
+from bm3il.protocol.specs import FREE, EnvironmentSpec, Part, TypeSpec
 
 EPISODE_LENGTH = 25
 LANDMARKS = 6

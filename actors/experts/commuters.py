@@ -10,12 +10,12 @@ from functools import reduce
 import numpy as np
 import torch
 
-from actors.environments.berlin.environment import berlin_of
-from actors.policy import sample
-from protocol.environment import Environment, TimeStep
-from protocol.networks.options import FORBIDDEN_LOGIT
-from protocol.perturbation import Perturbed
-from protocol.registry import make_environment
+from bm3il.actors.environments.berlin.environment import berlin_of
+from bm3il.actors.policy import sample
+from bm3il.protocol.environment import Environment, TimeStep
+from bm3il.protocol.networks.options import FORBIDDEN_LOGIT
+from bm3il.protocol.perturbation import Perturbed
+from bm3il.protocol.registry import make_environment
 
 EQUILIBRIUM_DAYS = 20
 EQUILIBRIUM_AGENTS = 2_000

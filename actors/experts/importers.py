@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from actors.environments.berlin.environment import Berlin, berlin_of
-from actors.environments.rover_tower import RoverTower
-from protocol.demonstrations import Demonstrations
-from protocol.errors import InputError
-from protocol.registry import make_environment
-from protocol.trajectories import Trajectories, columns_of
+from bm3il.actors.environments.berlin.environment import Berlin, berlin_of
+from bm3il.actors.environments.rover_tower import RoverTower
+from bm3il.protocol.demonstrations import Demonstrations
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.registry import make_environment
+from bm3il.protocol.trajectories import Trajectories, columns_of
 
 MAX_UNPACKED_BYTES = 1 << 30
 

@@ -14,12 +14,12 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from actors.rollout import Acts, rollout
-from protocol.demonstrations import Demonstrations
-from protocol.environment import Environment
-from protocol.errors import InputError
-from protocol.seeds import derive_seed
-from protocol.trajectories import Trajectories
+from bm3il.actors.rollout import Acts, rollout
+from bm3il.protocol.demonstrations import Demonstrations
+from bm3il.protocol.environment import Environment
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.seeds import derive_seed
+from bm3il.protocol.trajectories import Trajectories
 
 
 @runtime_checkable

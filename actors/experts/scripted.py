@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from actors.experts.commuters import CongestionAware
-from actors.rollout import Acts
-from protocol.environment import TimeStep
-from protocol.errors import InputError
-from protocol.registry import make_environment
-from protocol.specs import EnvironmentSpec
+from bm3il.actors.experts.commuters import CongestionAware
+from bm3il.actors.rollout import Acts
+from bm3il.protocol.environment import TimeStep
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.registry import make_environment
+from bm3il.protocol.specs import EnvironmentSpec
 
 ARRIVED = 0.1
 

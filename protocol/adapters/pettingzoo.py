@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from protocol.environment import Starts, TimeStep, compact_step
-from protocol.errors import InputError
-from protocol.observations import OWN_NUMBERS, forms
-from protocol.seeds import derive_seed
-from protocol.specs import EnvironmentSpec, Part, PartKind, TypeSpec
+from bm3il.protocol.environment import Starts, TimeStep, compact_step
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.observations import OWN_NUMBERS, forms
+from bm3il.protocol.seeds import derive_seed
+from bm3il.protocol.specs import EnvironmentSpec, Part, PartKind, TypeSpec
 
 MAX_SEED = 2**31
 """Some environments hand seeds on to libraries that take signed 32-bit integers."""

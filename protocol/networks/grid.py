@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
-from protocol.networks.options import Options
-from protocol.networks.tiles import ALL, Tile, slots_and_steps
-from protocol.observations import OWN_NUMBERS, Observations, Run
+from bm3il.protocol.networks.options import Options
+from bm3il.protocol.networks.tiles import ALL, Tile, slots_and_steps
+from bm3il.protocol.observations import OWN_NUMBERS, Observations, Run
 
 Gathered = tuple[torch.Tensor, torch.Tensor | None]
 Plan = tuple[list[Run], list[list[Run]]]

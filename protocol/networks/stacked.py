@@ -17,8 +17,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from protocol.networks.grid import ObservationGrid
-from protocol.networks.tiles import ALL, Tile, slots_and_steps, tiles
+from bm3il.protocol.networks.grid import ObservationGrid
+from bm3il.protocol.networks.tiles import ALL, Tile, slots_and_steps, tiles
 
 TILE_NUMBERS = 1 << 19
 """Most activations of one layer in a tile: two megabytes, which stay in some cache from one layer to the next. Tiles of

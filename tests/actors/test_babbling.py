@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from actors.babbling import Babble
-from actors.collector import Collector
-from actors.process import build_policy
-from actors.rollout import rollout
-from launch.config import load_preset
-from launch.topology import make_job
-from protocol.job import Endpoints
-from protocol.layout import Layout
-from protocol.registry import make_environment
+from bm3il.actors.babbling import Babble
+from bm3il.actors.collector import Collector
+from bm3il.actors.process import build_policy
+from bm3il.actors.rollout import rollout
+from bm3il.launch.config import load_preset
+from bm3il.launch.topology import make_job
+from bm3il.protocol.job import Endpoints
+from bm3il.protocol.layout import Layout
+from bm3il.protocol.registry import make_environment
 from tests.plain import observed, to_rows
 
 TOWN = "berlin?scenario=berlin46&types=5&agents=10&sight=near"

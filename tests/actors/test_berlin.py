@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from actors.environments.berlin.environment import Berlin
-from actors.environments.berlin.variants import VARIANTS
-from launch.environment_check import check_environment
-from protocol.environment import TimeStep
-from protocol.errors import InputError
-from protocol.registry import make_environment
+from bm3il.actors.environments.berlin.environment import Berlin
+from bm3il.actors.environments.berlin.variants import VARIANTS
+from bm3il.launch.environment_check import check_environment
+from bm3il.protocol.environment import TimeStep
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.registry import make_environment
 
 
 def random_actions(now: TimeStep, random: np.random.Generator) -> list[np.ndarray]:

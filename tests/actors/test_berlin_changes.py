@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from actors.environments.berlin.environment import Berlin, berlin_of
-from actors.environments.berlin.scenario_file import load_scenario
-from actors.policy import UniformPolicy
-from actors.rollout import rollout
-from launch.environment_check import check_environment
-from protocol.errors import InputError
-from protocol.registry import make_environment
+from bm3il.actors.environments.berlin.environment import Berlin, berlin_of
+from bm3il.actors.environments.berlin.scenario_file import load_scenario
+from bm3il.actors.policy import UniformPolicy
+from bm3il.actors.rollout import rollout
+from bm3il.launch.environment_check import check_environment
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.registry import make_environment
 
 BASE = "berlin?scenario=berlin46&types=10&agents=50&sight=near"
 COUNTS = [8, 5, 5, 4, 2, 8, 7, 4, 4, 3]

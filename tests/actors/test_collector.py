@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from actors.collector import Collector, episodes_per_chunk, steps_per_iteration
-from launch.config import load_preset
-from launch.topology import make_job
-from protocol.errors import InputError
-from protocol.job import Endpoints, Job
-from protocol.registry import make_environment
+from bm3il.actors.collector import Collector, episodes_per_chunk, steps_per_iteration
+from bm3il.launch.config import load_preset
+from bm3il.launch.topology import make_job
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.job import Endpoints, Job
+from bm3il.protocol.registry import make_environment
 
 TOWER = "rover_tower?pairs=2"
 

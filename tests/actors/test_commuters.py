@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from actors.environments.berlin.environment import Berlin, berlin_of
-from actors.experts import commuters
-from actors.experts.commuters import CongestionAware, FreeFlow, StayHome
-from actors.experts.scripted import expert_for
-from actors.policy import UniformPolicy
-from actors.rollout import Acts, rollout
-from protocol.environment import Environment
-from protocol.registry import make_environment
+from bm3il.actors.environments.berlin.environment import Berlin, berlin_of
+from bm3il.actors.experts import commuters
+from bm3il.actors.experts.commuters import CongestionAware, FreeFlow, StayHome
+from bm3il.actors.experts.scripted import expert_for
+from bm3il.actors.policy import UniformPolicy
+from bm3il.actors.rollout import Acts, rollout
+from bm3il.protocol.environment import Environment
+from bm3il.protocol.registry import make_environment
 
 DAYS = 20
 BASE = "berlin?scenario=berlin46&types=10&agents=50&sight=near"

@@ -10,15 +10,15 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from actors import evaluation, rollout, simulator
-from actors.environments.rover_tower import RoverTower
-from actors.evaluation import Evaluator, ReturnEstimate, evaluate
-from actors.policy import UniformPolicy
-from actors.settings import EvaluationSettings
-from protocol.demonstrations import Demonstrations, resolve
-from protocol.environment import Environment, TimeStep
-from protocol.job import Endpoints, Job
-from protocol.registry import make_environment
+from bm3il.actors import evaluation, rollout, simulator
+from bm3il.actors.environments.rover_tower import RoverTower
+from bm3il.actors.evaluation import Evaluator, ReturnEstimate, evaluate
+from bm3il.actors.policy import UniformPolicy
+from bm3il.actors.settings import EvaluationSettings
+from bm3il.protocol.demonstrations import Demonstrations, resolve
+from bm3il.protocol.environment import Environment, TimeStep
+from bm3il.protocol.job import Endpoints, Job
+from bm3il.protocol.registry import make_environment
 
 
 def test_standard_error_over_independent_episodes() -> None:

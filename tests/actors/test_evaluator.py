@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors import evaluation, process
-from actors.policy import UniformPolicy
-from actors.process import _Evaluating, build_policy
-from actors.settings import ActorSettings, EvaluationSettings
-from learner.experience import Evaluated, RemoteExperience
-from learner.settings import Settings
-from protocol.job import Endpoints, Job
-from protocol.messages import Sender
-from protocol.registry import make_environment
-from protocol.telemetry import Telemetry
+from bm3il.actors import evaluation, process
+from bm3il.actors.policy import UniformPolicy
+from bm3il.actors.process import _Evaluating, build_policy
+from bm3il.actors.settings import ActorSettings, EvaluationSettings
+from bm3il.learner.experience import Evaluated, RemoteExperience
+from bm3il.learner.settings import Settings
+from bm3il.protocol.job import Endpoints, Job
+from bm3il.protocol.messages import Sender
+from bm3il.protocol.registry import make_environment
+from bm3il.protocol.telemetry import Telemetry
 
 ENVIRONMENT = "rover_tower?pairs=2"
 ACTOR = ActorSettings(steps_per_iteration=25, hidden=(4,))

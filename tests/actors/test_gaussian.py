@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from actors import gaussian
+from bm3il.actors import gaussian
 
 OUTPUT = torch.tensor([0.3, -0.8, -0.4, 0.1], dtype=torch.float64)
 

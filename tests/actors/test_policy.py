@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from actors import gaussian
-from actors.policy import Policy, UniformPolicy, sample
-from protocol.layout import Layout, ParameterSharing
-from protocol.specs import EnvironmentSpec, TypeSpec
+from bm3il.actors import gaussian
+from bm3il.actors.policy import Policy, UniformPolicy, sample
+from bm3il.protocol.layout import Layout, ParameterSharing
+from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
 from tests.plain import observed, shown, to_rows
 
 SPEC = EnvironmentSpec("toy", (TypeSpec("a", 3, 4, 3), TypeSpec("b", 2, 5, 2), TypeSpec("c", 1, 4, 3)), 5)

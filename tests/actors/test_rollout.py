@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from actors.policy import UniformPolicy
-from actors.rollout import returns, rollout
-from protocol.environment import Environment, Starts, TimeStep
-from protocol.registry import make_environment
-from protocol.specs import EnvironmentSpec, TypeSpec
+from bm3il.actors.policy import UniformPolicy
+from bm3il.actors.rollout import returns, rollout
+from bm3il.protocol.environment import Environment, Starts, TimeStep
+from bm3il.protocol.registry import make_environment
+from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
 
 ENDS = np.array([2, 4, 6, 3])
 TERMINATES = np.array([True, False, False, True])

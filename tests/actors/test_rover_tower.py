@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.environments.rover_tower import EPISODE_LENGTH, RoverTower
-from protocol.environment import Environment, TimeStep
-from protocol.errors import InputError
+from bm3il.actors.environments.rover_tower import EPISODE_LENGTH, RoverTower
+from bm3il.protocol.environment import Environment, TimeStep
+from bm3il.protocol.errors import InputError
 
 AGENTS = (8, 4)
 

@@ -12,9 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.environments.berlin.scenario import Scenario
-from actors.environments.berlin.scenario_file import format_scenario, load_scenario, parse_scenario, shipped_scenarios
-from protocol.errors import InputError
+from bm3il.actors.environments.berlin.scenario import Scenario
+from bm3il.actors.environments.berlin.scenario_file import (
+    format_scenario,
+    load_scenario,
+    parse_scenario,
+    shipped_scenarios,
+)
+from bm3il.protocol.errors import InputError
 
 BERLIN = load_scenario("berlin46")
 

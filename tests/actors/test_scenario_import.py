@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.environments.berlin.environment import Berlin
-from actors.environments.berlin.scenario import Scenario
-from actors.environments.berlin.scenario_file import load_scenario
-from launch.cli import main
-from protocol.errors import InputError
-from protocol.registry import make_environment
+from bm3il.actors.environments.berlin.environment import Berlin
+from bm3il.actors.environments.berlin.scenario import Scenario
+from bm3il.actors.environments.berlin.scenario_file import load_scenario
+from bm3il.launch.cli import main
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.registry import make_environment
 
 SIZE = 6
 
@@ -140,7 +140,7 @@ def test_broken_matsim_names_the_element(matsim: Path, old: str, new: str, messa
 
 
 def read(folder: Path) -> None:
-    from launch import scenario
+    from bm3il.launch import scenario
 
     scenario._read(folder, 1.0)
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from actors.environments.rover_tower import RoverTower
-from actors.experts.importers import import_rover_tower
-from actors.experts.recording import record
-from actors.experts.scripted import RoverTowerExpert, expert_for
-from actors.rollout import rollout
-from protocol.demonstrations import Demonstrations, resolve
-from protocol.environment import TimeStep
-from protocol.errors import InputError
-from protocol.specs import EnvironmentSpec, TypeSpec
+from bm3il.actors.environments.rover_tower import RoverTower
+from bm3il.actors.experts.importers import import_rover_tower
+from bm3il.actors.experts.recording import record
+from bm3il.actors.experts.scripted import RoverTowerExpert, expert_for
+from bm3il.actors.rollout import rollout
+from bm3il.protocol.demonstrations import Demonstrations, resolve
+from bm3il.protocol.environment import TimeStep
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
 from tests.plain import shown
 
 torch.set_num_threads(1)

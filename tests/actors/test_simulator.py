@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors import simulator
-from actors.environments.rover_tower import RoverTower
-from actors.policy import UniformPolicy
-from actors.rollout import rollout
-from actors.simulator import Simulator
-from protocol.environment import TimeStep
-from protocol.errors import DeadlineError, InputError, SimulatorError
+from bm3il.actors import simulator
+from bm3il.actors.environments.rover_tower import RoverTower
+from bm3il.actors.policy import UniformPolicy
+from bm3il.actors.rollout import rollout
+from bm3il.actors.simulator import Simulator
+from bm3il.protocol.environment import TimeStep
+from bm3il.protocol.errors import DeadlineError, InputError, SimulatorError
 
 NAME = "rover_tower?pairs=2"
 
@@ -89,8 +89,8 @@ def test_it_tells_of_each_step_and_is_closed_whatever_that_does(monkeypatch: pyt
 
 HANGING = """
 import sys, time, ctypes
-from actors import simulator
-from actors.environments.rover_tower import RoverTower
+from bm3il.actors import simulator
+from bm3il.actors.environments.rover_tower import RoverTower
 simulator.DEAF_SECONDS = 0.5
 RoverTower.reset = {how}
 simulator.end_if_hung(0.5)

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.environments.berlin.environment import Berlin
-from actors.environments.berlin.scenario_file import format_scenario
-from actors.environments.berlin.town import read_town
-from actors.experts.importers import import_day
-from protocol.errors import InputError
-from protocol.registry import make_environment
+from bm3il.actors.environments.berlin.environment import Berlin
+from bm3il.actors.environments.berlin.scenario_file import format_scenario
+from bm3il.actors.environments.berlin.town import read_town
+from bm3il.actors.experts.importers import import_day
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.registry import make_environment
 
 LOCATIONS = """index,name,kind,roadload_vehicles,free_flow_minutes
 0,h,facility,,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from launch.config import parse_config
-from launch.topology import processes_of
+from bm3il.launch.config import parse_config
+from bm3il.launch.topology import processes_of
 
 FILE = Path(__file__).resolve().parents[2] / "deploy" / "kubernetes" / "job.yaml"
 

@@ -121,7 +121,7 @@ def test_every_expression_of_the_dashboard_finds_something_in_a_run(prometheus: 
     options = ["--preset", "rover_tower_4", "--steps", "400000", "--run", "seen", "--evaluation.interval", "2"]
     options += ["--evaluation.starts", "fresh", "--evaluation.episodes", "5", "--mode", "async"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch.cli", "train", *options], cwd=tmp_path, stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "bm3il.launch.cli", "train", *options], cwd=tmp_path, stdout=subprocess.DEVNULL
     )
     try:
         missing = [e.replace("$run", "seen").replace("[1m]", "[10s]") for e in load_dashboard().expressions()]

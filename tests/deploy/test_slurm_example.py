@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import parse_config
-from launch.slurm import script
+from bm3il.launch.config import parse_config
+from bm3il.launch.slurm import script
 
 FILE = Path(__file__).resolve().parents[2] / "deploy" / "slurm" / "night.sbatch"
 PLACE = Path("/shared/bm3il")

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from actors.environments.rover_tower import RoverTower
-from protocol.environment import Starts, TimeStep
+from bm3il.actors.environments.rover_tower import RoverTower
+from bm3il.protocol.environment import Starts, TimeStep
 
 
 class Faulty:

@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 
-from actors.environments.rover_tower import RoverTower
-from actors.experts import commuters
-from actors.experts.recording import record
-from actors.policy import UniformPolicy
-from launch import evaluate, pictures
-from launch.cli import main
-from launch.config import parse_config
-from launch.run import check
-from launch.trained import load_trained
-from protocol import registry
-from protocol.demonstrations import Demonstrations, resolve
-from protocol.errors import InputError
-from protocol.registry import make_environment
+from bm3il.actors.environments.rover_tower import RoverTower
+from bm3il.actors.experts import commuters
+from bm3il.actors.experts.recording import record
+from bm3il.actors.policy import UniformPolicy
+from bm3il.launch import evaluate, pictures
+from bm3il.launch.cli import main
+from bm3il.launch.config import parse_config
+from bm3il.launch.run import check
+from bm3il.launch.trained import load_trained
+from bm3il.protocol import registry
+from bm3il.protocol.demonstrations import Demonstrations, resolve
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.registry import make_environment
 
 BERLIN = "berlin?scenario=berlin46&types=10&agents=50&sight=near"
 CROWD = f"{BERLIN}&demand=1.2"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.cli import main
+from bm3il.launch.cli import main
 
 
 def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
@@ -44,7 +44,7 @@ def test_a_gpu_that_is_not_there_is_refused(
 
 
 def test_help_may_be_cut_short() -> None:
-    command = f"set -o pipefail; {sys.executable} -m launch.cli train --help | head -n 1"
+    command = f"set -o pipefail; {sys.executable} -m bm3il.launch.cli train --help | head -n 1"
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
 

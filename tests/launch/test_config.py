@@ -7,10 +7,10 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from launch.config import Config, load_preset, parse_config, preset_names
-from launch.run import check
-from launch.whatif import changed_world
-from protocol.errors import InputError
+from bm3il.launch.config import Config, load_preset, parse_config, preset_names
+from bm3il.launch.run import check
+from bm3il.launch.whatif import changed_world
+from bm3il.protocol.errors import InputError
 
 CONTINUOUS = "pettingzoo:mpe2.simple_spread_v3?arguments=continuous_actions:true,max_cycles:25"
 

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch import status as status_command
-from launch.config import load_preset
-from launch.director import LOST_NODE_SECONDS, Director
-from launch.events import read_events
-from launch.progress import Progress
-from launch.topology import Node, Plan, Process, ipc_addresses
-from protocol.channels import Client
-from protocol.messages import Done, Event, Sender, Status
-from protocol.telemetry import Telemetry
+from bm3il.launch import status as status_command
+from bm3il.launch.config import load_preset
+from bm3il.launch.director import LOST_NODE_SECONDS, Director
+from bm3il.launch.events import read_events
+from bm3il.launch.progress import Progress
+from bm3il.launch.topology import Node, Plan, Process, ipc_addresses
+from bm3il.protocol.channels import Client
+from bm3il.protocol.messages import Done, Event, Sender, Status
+from bm3il.protocol.telemetry import Telemetry
 
 
 @pytest.fixture

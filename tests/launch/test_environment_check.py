@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from actors.environments.rover_tower import RoverTower
-from launch import environment_check
-from launch.environment_check import check_environment
-from protocol.environment import TimeStep
-from protocol.errors import InputError
+from bm3il.actors.environments.rover_tower import RoverTower
+from bm3il.launch import environment_check
+from bm3il.launch.environment_check import check_environment
+from bm3il.protocol.environment import TimeStep
+from bm3il.protocol.errors import InputError
 
 Change = Callable[[TimeStep], TimeStep]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import Config
-from launch.events import EVENTS, EventLog, read_events
-from launch.outcome import Outcome
-from protocol.messages import Event
+from bm3il.launch.config import Config
+from bm3il.launch.events import EVENTS, EventLog, read_events
+from bm3il.launch.outcome import Outcome
+from bm3il.protocol.messages import Event
 from tests.launch.test_faults import DEADLINE_SECONDS, SMALL
 
 
@@ -68,7 +68,7 @@ def test_a_serial_run_tells_its_events_too(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "launch.cli",
+        "bm3il.launch.cli",
         "train",
         "--run",
         "run",

@@ -44,7 +44,7 @@ FAMILIES = {"replayed": REPLAYED, "clipped": CLIPPED}
 
 
 def start(folder: Path, run: str, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "launch.cli", "train", "--run", run, *SMALL, *options]
+    command = [sys.executable, "-m", "bm3il.launch.cli", "train", "--run", run, *SMALL, *options]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -85,8 +85,8 @@ def worker(process: subprocess.Popen[str], role: str) -> psutil.Process | None:
             command = child.cmdline()
         except psutil.Error:
             continue
-        guards = "launch.lifeline" in command
-        if not guards and "launch.worker" in command and role in command and child.status() != psutil.STATUS_ZOMBIE:
+        works = "bm3il.launch.worker" in command and "bm3il.launch.lifeline" not in command
+        if works and role in command and child.status() != psutil.STATUS_ZOMBIE:
             return child
     return None
 
@@ -147,9 +147,8 @@ def test_an_interrupted_run_resumes_to_the_same_policy(
     assert time.monotonic() - asked < 10
     assert result_of(tmp_path, "run")["status"] == "interrupted"
     assert not alive(processes)
-    resumed = subprocess.run(
-        [sys.executable, "-m", "launch.cli", "resume", "runs/run"], cwd=tmp_path, timeout=DEADLINE_SECONDS, check=False
-    )
+    resume = [sys.executable, "-m", "bm3il.launch.cli", "resume", "runs/run"]
+    resumed = subprocess.run(resume, cwd=tmp_path, timeout=DEADLINE_SECONDS, check=False)
     assert resumed.returncode == 0
     assert result_of(tmp_path, "run")["policy_sha256"] == undisturbed["policy_sha256"]
 
@@ -168,7 +167,7 @@ def test_a_run_of_long_iterations_is_interrupted_after_one(tmp_path: Path) -> No
     assert process.returncode == 130, output
     assert result_of(tmp_path, "run")["iterations"] == 2
     assert (tmp_path / "runs" / "run" / "curve.png").exists()
-    resume = [sys.executable, "-m", "launch.cli", "resume", "runs/run"]
+    resume = [sys.executable, "-m", "bm3il.launch.cli", "resume", "runs/run"]
     assert subprocess.run(resume, cwd=tmp_path, timeout=200, check=False).returncode == 0
     assert result_of(tmp_path, "run")["policy_sha256"] == wanted["policy_sha256"]
     seconds = [json.loads(line)["wall_seconds"] for line in (tmp_path / "runs/run/log.jsonl").read_text().splitlines()]
@@ -188,9 +187,8 @@ def test_a_killed_supervisor_leaves_no_orphan_and_resume_gives_the_same_policy(
     while alive(processes):
         assert time.monotonic() < deadline, f"orphans: {alive(processes)}"
         time.sleep(0.1)
-    resumed = subprocess.run(
-        [sys.executable, "-m", "launch.cli", "resume", "runs/run"], cwd=tmp_path, timeout=DEADLINE_SECONDS, check=False
-    )
+    resume = [sys.executable, "-m", "bm3il.launch.cli", "resume", "runs/run"]
+    resumed = subprocess.run(resume, cwd=tmp_path, timeout=DEADLINE_SECONDS, check=False)
     assert resumed.returncode == 0
     assert result_of(tmp_path, "run")["policy_sha256"] == undisturbed["policy_sha256"]
 

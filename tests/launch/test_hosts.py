@@ -42,7 +42,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def start_on(hosts: Hosts, folder: Path, *command: str) -> subprocess.Popen[str]:
     """The command line, on the first host."""
-    program = hosts.command(0, [sys.executable, "-m", "launch.cli", *command])
+    program = hosts.command(0, [sys.executable, "-m", "bm3il.launch.cli", *command])
     env = os.environ | hosts.mpiexec_environment(folder)
     return subprocess.Popen(program, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -57,7 +57,7 @@ def on_host(hosts: Hosts, host: int, module: str) -> psutil.Process:
     for pid in hosts.processes(host):
         try:
             command = (process := psutil.Process(pid)).cmdline()
-            if module in command and "launch.lifeline" not in command and command[0] == sys.executable:
+            if module in command and "bm3il.launch.lifeline" not in command and command[0] == sys.executable:
                 return process
         except psutil.Error:
             continue
@@ -103,7 +103,7 @@ def test_the_processes_of_a_lost_node_go_on_at_the_first(
     if how == "power gone":
         hosts.power_off(3)
     else:
-        on_host(hosts, 3, "launch.node").send_signal(signal.SIGKILL)
+        on_host(hosts, 3, "bm3il.launch.node").send_signal(signal.SIGKILL)
     output = finish(process, tmp_path, alone)
     assert "node 3 is lost; its processes go on here" in output
     assert not hosts.processes(3)

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from test_faults import DEADLINE_SECONDS, alive, descendants, iterations, result_of, start, wait_for
 
-from launch.config import load_preset
-from launch.join import read_ticket, ticket
-from launch.topology import Node, Plan, ipc_addresses, processes_of
-from protocol.errors import InputError
-from protocol.keys import Keys
+from bm3il.launch.config import load_preset
+from bm3il.launch.join import read_ticket, ticket
+from bm3il.launch.topology import Node, Plan, ipc_addresses, processes_of
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.keys import Keys
 
 
 def plan_of(folder: Path, mode: str) -> Plan:
@@ -60,7 +60,7 @@ def test_actors_come_and_go_without_harm(tmp_path: Path) -> None:
     process = start(tmp_path, "run", "--mode", "async", "--actors", "1", "--steps", "12000")
     folder = tmp_path / "runs" / "run"
     wait_for(lambda: iterations(tmp_path, "run") >= 3, process)
-    command = [sys.executable, "-m", "launch.cli", "join", str(folder / "join.json"), "--actors", "2"]
+    command = [sys.executable, "-m", "bm3il.launch.cli", "join", str(folder / "join.json"), "--actors", "2"]
     joined = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     roles = lambda: [t["labels"]["role"] for t in json.loads((folder / "targets.json").read_text())]  # noqa: E731
     wait_for(lambda: roles().count("actor") == 3, process)

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch import lifeline
+from bm3il.launch import lifeline
 
 SIMULATOR = """
 import subprocess, sys, time
@@ -25,7 +25,7 @@ sys.exit(7)
 """
 GUARDING = """
 import subprocess, sys, time
-from launch import lifeline
+from bm3il.launch import lifeline
 subprocess.Popen(lifeline.command([sys.executable, "-c", *sys.argv[1:]], guarded=True), start_new_session=True)
 time.sleep(60)
 """

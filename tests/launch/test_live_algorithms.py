@@ -10,7 +10,7 @@ import psutil
 import pytest
 from test_faults import finished
 
-from learner.algorithms import ALGORITHMS
+from bm3il.learner.algorithms import ALGORITHMS
 
 TINY = [
     *("--steps", "200", "--learner.updates", "2", "--cloning.iterations", "2", "--cloning.updates", "2"),

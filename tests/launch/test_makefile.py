@@ -53,8 +53,8 @@ def test_a_misspelt_variable_is_refused_by_every_target_before_and_after_it(targ
 @pytest.mark.parametrize("python3", [True, False])
 def test_a_misspelt_variable_is_refused_on_a_fresh_machine(tmp_path: Path, python3: bool) -> None:
     """With no virtual environment, and no package beside Python's own."""
-    (tmp_path / "protocol").mkdir()
-    for name in ("Makefile", "protocol/__init__.py", "protocol/errors.py"):
+    (tmp_path / "bm3il" / "protocol").mkdir(parents=True)
+    for name in ("Makefile", "bm3il/__init__.py", "bm3il/protocol/__init__.py", "bm3il/protocol/errors.py"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     programs = tmp_path / "bin"
     programs.mkdir()

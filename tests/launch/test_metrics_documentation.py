@@ -7,13 +7,13 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from actors.metrics import ActorMetrics, EvaluatorMetrics
-from launch.config import Config
-from launch.metrics import RunMetrics, SupervisorMetrics
-from learner.metrics import ChunkMetrics, LearnerMetrics, RewardMetrics
-from protocol.messages import Sender
-from protocol.telemetry import Telemetry
-from reward_server.metrics import RewardServerMetrics
+from bm3il.actors.metrics import ActorMetrics, EvaluatorMetrics
+from bm3il.launch.config import Config
+from bm3il.launch.metrics import RunMetrics, SupervisorMetrics
+from bm3il.learner.metrics import ChunkMetrics, LearnerMetrics, RewardMetrics
+from bm3il.protocol.messages import Sender
+from bm3il.protocol.telemetry import Telemetry
+from bm3il.reward_server.metrics import RewardServerMetrics
 
 ROLES = {
     "actor": [ActorMetrics],

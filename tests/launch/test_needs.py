@@ -14,24 +14,24 @@ from torch import nn
 
 pytest.importorskip("gymnasium")
 
-from actors.experts.recording import record
-from actors.policy import Policy, UniformPolicy
-from launch import memory
-from launch.cli import main
-from launch.config import Config, parse_config
-from launch.memory import needs
-from launch.topology import make_job
-from learner.checkpoint import read_checkpoint
-from learner.imitation import build_critic, build_value_critic
-from learner.replay import Replay
-from protocol.demonstrations import Demonstrations
-from protocol.job import Endpoints
-from protocol.layout import Layout
-from protocol.registry import make_environment
-from protocol.specs import EnvironmentSpec
-from protocol.trajectories import Trajectories
-from reward_server.held import Held
-from reward_server.particles import RewardModel
+from bm3il.actors.experts.recording import record
+from bm3il.actors.policy import Policy, UniformPolicy
+from bm3il.launch import memory
+from bm3il.launch.cli import main
+from bm3il.launch.config import Config, parse_config
+from bm3il.launch.memory import needs
+from bm3il.launch.topology import make_job
+from bm3il.learner.checkpoint import read_checkpoint
+from bm3il.learner.imitation import build_critic, build_value_critic
+from bm3il.learner.replay import Replay
+from bm3il.protocol.demonstrations import Demonstrations
+from bm3il.protocol.job import Endpoints
+from bm3il.protocol.layout import Layout
+from bm3il.protocol.registry import make_environment
+from bm3il.protocol.specs import EnvironmentSpec
+from bm3il.protocol.trajectories import Trajectories
+from bm3il.reward_server.held import Held
+from bm3il.reward_server.particles import RewardModel
 
 ENVIRONMENT = "pettingzoo:picture_world?arguments=agents:3,side:12,max_cycles:6"
 SMALL = ["--learner.window-steps", "60", "--reward.window-steps", "40", "--actor.steps-per-iteration", "24"]
@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     where = ["--run", "run", "--runs-folder", str(tmp_path / "runs")]
     rewards = ["--algorithm", "maac", "--demonstrations", ""]
     train = ["train", "--environment", ENVIRONMENT, *SMALL, *rewards, *where]
-    monkeypatch.setattr("launch.run.available_memory", lambda: 1 << 30)
+    monkeypatch.setattr("bm3il.launch.run.available_memory", lambda: 1 << 30)
     assert main([*train, "--learner.window-steps", "3000000"]) == 2
     said = capsys.readouterr().err
     assert "this run does not fit this machine, which has 1.0 GiB of memory free" in said

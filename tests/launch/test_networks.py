@@ -41,7 +41,7 @@ def add_interface(hosts: Hosts, name: str, addresses: list[str]) -> None:
 def train_on(hosts: Hosts, folder: Path, *options: str, **environment: str) -> tuple[int, str]:
     """Exit code and output."""
     more = ["--nodes", str(HOSTS), "--hostfile", str(hosts.hostfile(folder)), *options]
-    program = [sys.executable, "-m", "launch.cli", "train", "--run", "run", *SMALL, *SIZE, *more]
+    program = [sys.executable, "-m", "bm3il.launch.cli", "train", "--run", "run", *SMALL, *SIZE, *more]
     environment = os.environ | hosts.mpiexec_environment(folder) | environment
     done = subprocess.run(
         hosts.command(0, program),

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.events import read_events
+from bm3il.launch.events import read_events
 from tests.launch.test_faults import DEADLINE_SECONDS, REPLAYED, alive, descendants, iterations, start, wait_for
 
 FOR_EVER = ["--mode", "async", "--actors", "2", "--steps", "100000000", *REPLAYED]
@@ -25,7 +25,7 @@ def workers(process: subprocess.Popen[str], role: str) -> list[psutil.Process]:
     found = []
     for child in alive(descendants(process)):
         command = child.cmdline()
-        if "launch.worker" in command and role in command and "launch.lifeline" not in command:
+        if "bm3il.launch.worker" in command and role in command and "bm3il.launch.lifeline" not in command:
             found.append(child)
     return found
 

@@ -8,14 +8,14 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from actors.environments.berlin.environment import Berlin
-from actors.experts.commuters import StayHome
-from actors.policy import UniformPolicy
-from launch import pictures
-from launch.pictures import Days, draw_pictures
-from protocol.demonstrations import Demonstrations, resolve
-from protocol.errors import InputError
-from protocol.registry import make_environment
+from bm3il.actors.environments.berlin.environment import Berlin
+from bm3il.actors.experts.commuters import StayHome
+from bm3il.actors.policy import UniformPolicy
+from bm3il.launch import pictures
+from bm3il.launch.pictures import Days, draw_pictures
+from bm3il.protocol.demonstrations import Demonstrations, resolve
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.registry import make_environment
 
 ENVIRONMENT = "berlin?types=10&agents=50&sight=near"
 

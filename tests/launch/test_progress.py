@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch.progress import Progress
-from protocol.messages import Status
+from bm3il.launch.progress import Progress
+from bm3il.protocol.messages import Status
 
 
 @pytest.mark.parametrize(

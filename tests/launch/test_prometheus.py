@@ -8,13 +8,13 @@ import urllib.request
 
 import pytest
 
-from actors.metrics import ActorMetrics, EvaluatorMetrics
-from launch.config import Config
-from launch.metrics import RunMetrics, SupervisorMetrics
-from learner.metrics import ChunkMetrics, LearnerMetrics
-from protocol.messages import Sender
-from protocol.telemetry import Telemetry
-from reward_server.metrics import RewardServerMetrics
+from bm3il.actors.metrics import ActorMetrics, EvaluatorMetrics
+from bm3il.launch.config import Config
+from bm3il.launch.metrics import RunMetrics, SupervisorMetrics
+from bm3il.learner.metrics import ChunkMetrics, LearnerMetrics
+from bm3il.protocol.messages import Sender
+from bm3il.protocol.telemetry import Telemetry
+from bm3il.reward_server.metrics import RewardServerMetrics
 
 PARTS = {
     "actor": [ActorMetrics],

@@ -16,13 +16,13 @@ import psutil
 import pytest
 from test_faults import DEADLINE_SECONDS, SMALL, result_of, start
 
-from launch import backends, ranks
-from launch.config import Config, load_preset
-from launch.outcome import CRASHED, DEADLINE, INPUT_ERROR, INTERRUPTED, Outcome
-from launch.rendezvous import REPORT, check_shared_memory
-from launch.supervisor import StopRequests
-from protocol.errors import InputError
-from protocol.registry import make_environment
+from bm3il.launch import backends, ranks
+from bm3il.launch.config import Config, load_preset
+from bm3il.launch.outcome import CRASHED, DEADLINE, INPUT_ERROR, INTERRUPTED, Outcome
+from bm3il.launch.rendezvous import REPORT, check_shared_memory
+from bm3il.launch.supervisor import StopRequests
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.registry import make_environment
 
 HOSTS = ("sub0", "sub1", "sub2")
 
@@ -165,7 +165,8 @@ def test_left_over_variables_and_a_small_shared_memory_do_no_harm(
 @pytest.mark.processes
 @pytest.mark.parametrize(("size", "code"), [("2m", 0), ("64k", 2)])
 def test_shared_memory_of_a_container(tmp_path: Path, size: str, code: int) -> None:
-    train = [sys.executable, "-m", "launch.cli", "train", "--run", "run", *SMALL, "--nodes", "4", "--steps", "400"]
+    options = ["--run", "run", *SMALL, "--nodes", "4", "--steps", "400"]
+    train = [sys.executable, "-m", "bm3il.launch.cli", "train", *options]
     mount = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
     if os.geteuid() or subprocess.run(["unshare", "--mount", "true"], check=False).returncode:
         pytest.skip("a /dev/shm of its own needs root and unshare")
@@ -188,7 +189,7 @@ def test_a_host_that_does_not_answer_is_left_in_order(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("198.51.100.1\n198.51.100.2\n")
     options = ["--run", "run", *SMALL, "--nodes", "2", "--hostfile", "hosts"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch.cli", "train", *options],
+        [sys.executable, "-m", "bm3il.launch.cli", "train", *options],
         cwd=tmp_path,
         env=os.environ | {"HYDRA_LAUNCHER": "ssh", "HYDRA_LAUNCHER_EXEC": str(agent)},
         stderr=subprocess.PIPE,

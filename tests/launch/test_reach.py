@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from launch.reach import (
+from bm3il.launch.reach import (
     ANOTHER,
     PORTS,
     answer,
@@ -21,7 +21,7 @@ from launch.reach import (
     interface_towards,
     interfaces,
 )
-from protocol.errors import InputError
+from bm3il.protocol.errors import InputError
 
 TOKEN = b"t" * 16
 FOUND = [("lo", "127.0.0.1/8"), ("eth0", "10.1.0.7/32"), ("docker0", "172.17.0.1/16")]
@@ -54,7 +54,7 @@ def test_a_stranger_is_not_taken_for_the_node(said: bytes) -> None:
 
 
 def test_who_accepts_and_says_nothing_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.reach.TRY_SECONDS", 0.2)
+    monkeypatch.setattr("bm3il.launch.reach.TRY_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         assert attempt([mute.getsockname()], TOKEN)["127.0.0.1"][1].startswith("no answer")
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from launch.cli import main
-from launch.run_folder import open_existing
+from bm3il.launch.cli import main
+from bm3il.launch.run_folder import open_existing
 
 SERIAL = [
     *("train", "--preset", "rover_tower_4", "--mode", "serial", "--actor.steps-per-iteration", "100"),

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from launch import provenance, run, run_folder
-from launch.config import Config, load_preset
-from launch.outcome import Outcome, attempt
-from protocol.errors import DeadlineError, InputError, NumericalError
+from bm3il.launch import provenance, run, run_folder
+from bm3il.launch.config import Config, load_preset
+from bm3il.launch.outcome import Outcome, attempt
+from bm3il.protocol.errors import DeadlineError, InputError, NumericalError
 
 START = run_folder.Start("r", 0.0)
 

@@ -25,7 +25,7 @@ FAULTS = {
 def played(folder: Path, *options: str, seconds: float = DEADLINE_SECONDS) -> subprocess.CompletedProcess[str]:
     faults = folder / "faults"
     environment = f"faulty?faults={faults}"
-    command = [sys.executable, "-m", "launch.cli", "train", "--run", "run", *SMALL, *REPLAYED]
+    command = [sys.executable, "-m", "bm3il.launch.cli", "train", "--run", "run", *SMALL, *REPLAYED]
     command += ["--environment", environment, "--actor.step-seconds", "3", *options]
     return subprocess.run(
         command, cwd=folder, env=installed(folder), capture_output=True, text=True, check=False, timeout=seconds
@@ -75,7 +75,7 @@ def test_a_training_outlives_an_evaluator_whose_simulator_always_fails(tmp_path:
     assert played(tmp_path, "--steps", "300").returncode == 0
     wanted = result_of(tmp_path, "run")["policy_sha256"]
     (faults / "evaluator.timeout").touch()
-    resume = [sys.executable, "-m", "launch.cli", "resume", "runs/run"]
+    resume = [sys.executable, "-m", "bm3il.launch.cli", "resume", "runs/run"]
     ended = subprocess.run(
         resume, cwd=tmp_path, env=installed(tmp_path), capture_output=True, text=True, check=False, timeout=200
     )

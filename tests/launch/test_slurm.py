@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import main
-from launch.config import parse_config
-from launch.slurm import script
-from launch.surroundings import module_command
+from bm3il.launch.cli import main
+from bm3il.launch.config import parse_config
+from bm3il.launch.slurm import script
+from bm3il.launch.surroundings import module_command
 
-PROGRAM = " ".join(module_command("launch.cli")[1:])
+PROGRAM = " ".join(module_command("bm3il.launch.cli")[1:])
 ARGS = ["--preset", "rover_tower_4", "--nodes", "2", "--run", "night"]
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.processes
 
 NODES = 4
 SIZE = ["--actors", "4", "--steps", "5000", "--learner.deadline-seconds", "60"]
-LAUNCHER = [sys.executable, "-m", "launch.cli"]
+LAUNCHER = [sys.executable, "-m", "bm3il.launch.cli"]
 ONLY_WHEN_STOPPED = ["--learner.checkpoint-interval", "1000"]
 LONG = [*REPLAYED, "--learner.updates", "1800", "--steps", "300"]
 """Three iterations of ten to twenty seconds."""

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from launch import status
-from launch.config import load_preset
-from launch.events import EventLog
-from launch.states import judge
-from launch.status import print_list, print_status
-from protocol.errors import InputError
-from protocol.messages import Status
+from bm3il.launch import status
+from bm3il.launch.config import load_preset
+from bm3il.launch.events import EventLog
+from bm3il.launch.states import judge
+from bm3il.launch.status import print_list, print_status
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.messages import Status
 
 
 def told(role: str, stage: str, seconds: float) -> Status:

@@ -12,13 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch import supervisor as module
-from launch.config import load_preset
-from launch.outcome import Outcome
-from launch.supervisor import StopRequests, Supervisor
-from launch.topology import Node, Plan, Process, ipc_addresses
-from protocol.messages import Sender, Status
-from protocol.telemetry import Telemetry
+from bm3il.launch import supervisor as module
+from bm3il.launch.config import load_preset
+from bm3il.launch.outcome import Outcome
+from bm3il.launch.supervisor import StopRequests, Supervisor
+from bm3il.launch.topology import Node, Plan, Process, ipc_addresses
+from bm3il.protocol.messages import Sender, Status
+from bm3il.protocol.telemetry import Telemetry
 
 SLEEP = "import time; time.sleep(60)"
 OBEY = """
@@ -280,10 +280,10 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from test_supervisor import SLEEP, plan_of
-from launch.supervisor import Supervisor
-from launch.topology import Process
-from protocol.messages import Sender
-from protocol.telemetry import Telemetry
+from bm3il.launch.supervisor import Supervisor
+from bm3il.launch.topology import Process
+from bm3il.protocol.messages import Sender
+from bm3il.protocol.telemetry import Telemetry
 processes = [Process("actor", index, 0) for index in range(3)]
 plan = plan_of(Path(sys.argv[1]), *processes)
 telemetry = Telemetry("supervisor", 0, Sender("run", "supervisor-0"))

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from launch.cli import main
-from launch.supervisor import StopRequests
+from bm3il.launch.cli import main
+from bm3il.launch.supervisor import StopRequests
 
-CONSOLE = "import sys; sys.path.pop(0); from launch.cli import main; sys.exit(main())"
+CONSOLE = "import sys; sys.path.pop(0); from bm3il.launch.cli import main; sys.exit(main())"
 """As the console script does it, whose folder is searched first."""
 TINY = [
     *("train", "--preset", "rover_tower_4", "--steps", "200", "--actor.steps-per-iteration", "100"),
@@ -46,10 +46,13 @@ def result_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.processes
-def test_files_of_everyday_names_in_the_working_folder_hide_nothing(tmp_path: Path) -> None:
-    for name in ("queue", "random", "launch", "runpy", "protocol"):
+def test_names_of_every_day_in_the_working_folder_and_beside_the_package_hide_nothing(tmp_path: Path) -> None:
+    """ROS 2, whose PYTHONPATH comes before what is installed, has a package `launch`."""
+    ros = tmp_path / "ros"
+    for name in ("queue", "random", "launch", "learner", "runpy", "protocol", "actors/__init__", "ros/launch/__init__"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the user')", encoding="utf-8")
-    code, _, errors = ended(bm3il(tmp_path, *TINY, "--run", "mine"))
+    code, _, errors = ended(bm3il(tmp_path, *TINY, "--run", "mine", env={"PYTHONPATH": str(ros)}))
     assert (code, errors) == (0, "")
     assert result_of(tmp_path / "runs" / "mine")["status"] == "finished"
 

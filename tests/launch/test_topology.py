@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from launch.backends import MPI_SETTINGS, backend
-from launch.config import Config, load_preset
-from launch.rendezvous import _check_size, _plan
-from launch.topology import Node, Plan, Process, ipc_addresses, place, processes_of, tcp_addresses
-from protocol.errors import InputError
-from protocol.registry import make_environment
+from bm3il.launch.backends import MPI_SETTINGS, backend
+from bm3il.launch.config import Config, load_preset
+from bm3il.launch.rendezvous import _check_size, _plan
+from bm3il.launch.topology import Node, Plan, Process, ipc_addresses, place, processes_of, tcp_addresses
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.registry import make_environment
 
 
 def test_actors_go_where_cores_are_left() -> None:
@@ -220,7 +220,7 @@ def test_metrics_listen_where_they_are_asked_to() -> None:
 
 
 def test_a_port_in_use_is_told_with_the_name_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("protocol.telemetry.PORT_SECONDS", 0.3)
+    monkeypatch.setattr("bm3il.protocol.telemetry.PORT_SECONDS", 0.3)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

@@ -17,18 +17,18 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from actors.environments.berlin.environment import Berlin
-from actors.evaluation import evaluate
-from actors.experts.commuters import FreeFlow
-from launch import pool
-from launch.cli import main
-from launch.config import Config, load_preset
-from launch.evaluate import FRESH_SEED
-from launch.run_folder import read_result
-from launch.whatif import changed_world, changes, slug
-from launch.whatif_figures import Sample, figures_of, hourly, hours_of, loads_of, play, student_t
-from protocol.demonstrations import Demonstrations, resolve
-from protocol.registry import make_environment
+from bm3il.actors.environments.berlin.environment import Berlin
+from bm3il.actors.evaluation import evaluate
+from bm3il.actors.experts.commuters import FreeFlow
+from bm3il.launch import pool
+from bm3il.launch.cli import main
+from bm3il.launch.config import Config, load_preset
+from bm3il.launch.evaluate import FRESH_SEED
+from bm3il.launch.run_folder import read_result
+from bm3il.launch.whatif import changed_world, changes, slug
+from bm3il.launch.whatif_figures import Sample, figures_of, hourly, hours_of, loads_of, play, student_t
+from bm3il.protocol.demonstrations import Demonstrations, resolve
+from bm3il.protocol.registry import make_environment
 
 BERLIN = "berlin?scenario=berlin46&types=10&agents=50&sight=near"
 CLOSED = f"{BERLIN}&closed=22,23"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from learner import critics
+from bm3il.learner import critics
 
 
 @pytest.fixture(params=[critics.FEW_ACTIONS, 0], ids=["few-actions", "many-actions"])

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
-from actors.policy import Policy
-from learner.critics import Critic
-from learner.mean_field import MeanField
-from learner.replay import Batch
-from protocol.layout import JointRows, Layout
-from protocol.networks.stacked import StackedMLP
-from protocol.observations import Observations
-from protocol.specs import EnvironmentSpec, TypeSpec
+from bm3il.actors.policy import Policy
+from bm3il.learner.critics import Critic
+from bm3il.learner.mean_field import MeanField
+from bm3il.learner.replay import Batch
+from bm3il.protocol.layout import JointRows, Layout
+from bm3il.protocol.networks.stacked import StackedMLP
+from bm3il.protocol.observations import Observations
+from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
 from tests.plain import observed, seen_by
 
 

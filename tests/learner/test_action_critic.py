@@ -9,15 +9,15 @@ import pytest
 import torch
 from slow_reference import agents_of, entities, mlp, observation, one_hot, random_rows, spec_of, weighed
 
-from actors.policy import Policy, UniformPolicy
-from actors.rollout import rollout
-from learner.action_critic import ActionActorCritic, ActionCritic
-from learner.critics import Context
-from learner.replay import Replay
-from learner.settings import LearnerSettings
-from protocol.environment import Starts, TimeStep
-from protocol.layout import JointRows, Layout, ParameterSharing
-from protocol.specs import EnvironmentSpec, TypeSpec
+from bm3il.actors.policy import Policy, UniformPolicy
+from bm3il.actors.rollout import rollout
+from bm3il.learner.action_critic import ActionActorCritic, ActionCritic
+from bm3il.learner.critics import Context
+from bm3il.learner.replay import Replay
+from bm3il.learner.settings import LearnerSettings
+from bm3il.protocol.environment import Starts, TimeStep
+from bm3il.protocol.layout import JointRows, Layout, ParameterSharing
+from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
 
 HEADS = 2
 DISCRETE = spec_of((3, 4, 3), (2, 5, 2), (1, 4, 3))

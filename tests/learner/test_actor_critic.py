@@ -10,17 +10,17 @@ import pytest
 import torch
 from slow_reference import agents_of, log_policy, q_values, random_batch, spec_of
 
-from actors.policy import Policy
-from learner import actor_critic, few_actions, mixture
-from learner.actor_critic import ActorCritic, Schedule
-from learner.critics import Context, Critic
-from learner.figures import Figures
-from learner.replay import Batch
-from learner.settings import LearnerSettings
-from protocol.errors import NumericalError
-from protocol.layout import JointRows, Layout, ParameterSharing
-from protocol.networks import stacked
-from protocol.observations import Observations
+from bm3il.actors.policy import Policy
+from bm3il.learner import actor_critic, few_actions, mixture
+from bm3il.learner.actor_critic import ActorCritic, Schedule
+from bm3il.learner.critics import Context, Critic
+from bm3il.learner.figures import Figures
+from bm3il.learner.replay import Batch
+from bm3il.learner.settings import LearnerSettings
+from bm3il.protocol.errors import NumericalError
+from bm3il.protocol.layout import JointRows, Layout, ParameterSharing
+from bm3il.protocol.networks import stacked
+from bm3il.protocol.observations import Observations
 from tests.plain import observed
 
 HIDDEN, HEADS = 8, 2

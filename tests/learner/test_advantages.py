@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from learner.advantages import advantages, normalised
+from bm3il.learner.advantages import advantages, normalised
 
 STEPS, EPISODES, DISCOUNT, DECAY = 7, 5, 0.9, 0.8
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from slow_reference import random_rows, spec_of
 
-from launch.cli import main
-from learner.algorithms import ALGORITHMS, algorithm
-from learner.imitation import build_critic
-from learner.settings import LearnerSettings
-from protocol.errors import InputError
-from protocol.job import Endpoints, Job
-from protocol.layout import JointRows, Layout
-from reward_server.settings import RewardSettings
+from bm3il.launch.cli import main
+from bm3il.learner.algorithms import ALGORITHMS, algorithm
+from bm3il.learner.imitation import build_critic
+from bm3il.learner.settings import LearnerSettings
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.job import Endpoints, Job
+from bm3il.protocol.layout import JointRows, Layout
+from bm3il.reward_server.settings import RewardSettings
 
 TINY = {
     "rover_tower_8": ["--actor.steps-per-iteration", "50", "--steps", "100"],

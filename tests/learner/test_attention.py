@@ -7,12 +7,12 @@ import pytest
 import torch
 from slow_reference import agents_of, random_rows, spec_of
 
-from learner import critics
-from learner.attention import attention_by_type
-from learner.critics import Context, Critic
-from learner.few_actions import FewActions
-from learner.mixture import Scene
-from protocol.layout import Block, Layout, ParameterSharing
+from bm3il.learner import critics
+from bm3il.learner.attention import attention_by_type
+from bm3il.learner.critics import Context, Critic
+from bm3il.learner.few_actions import FewActions
+from bm3il.learner.mixture import Scene
+from bm3il.protocol.layout import Block, Layout, ParameterSharing
 
 SPEC = spec_of((3, 4, 3), (2, 5, 2), (1, 4, 3))
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from learner.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
-from protocol.errors import InputError
+from bm3il.learner.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
+from bm3il.protocol.errors import InputError
 
 
 def checkpoint(iteration: int) -> Checkpoint:
@@ -94,7 +94,7 @@ def test_a_write_that_fails_leaves_the_previous_checkpoint(
     def full(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("learner.checkpoint._write", full)
+    monkeypatch.setattr("bm3il.learner.checkpoint._write", full)
     with pytest.raises(OSError, match="No space left"):
         folder.write(checkpoint(2))
     assert names(tmp_path) == ["00000001"]

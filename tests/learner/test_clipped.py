@@ -10,16 +10,16 @@ import pytest
 import torch
 from slow_reference import agents_of, spec_of
 
-from actors.policy import Policy
-from learner.clipped import ClippedActorCritic
-from learner.critics import Context, ValueCritic
-from learner.segments import Segments
-from learner.settings import ClippedSettings, LearnerSettings
-from protocol.errors import NumericalError
-from protocol.layout import Layout, ParameterSharing
-from protocol.networks.options import FORBIDDEN_LOGIT
-from protocol.specs import EnvironmentSpec, TypeSpec
-from protocol.trajectories import Trajectories
+from bm3il.actors.policy import Policy
+from bm3il.learner.clipped import ClippedActorCritic
+from bm3il.learner.critics import Context, ValueCritic
+from bm3il.learner.segments import Segments
+from bm3il.learner.settings import ClippedSettings, LearnerSettings
+from bm3il.protocol.errors import NumericalError
+from bm3il.protocol.layout import Layout, ParameterSharing
+from bm3il.protocol.networks.options import FORBIDDEN_LOGIT
+from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
+from bm3il.protocol.trajectories import Trajectories
 from tests.plain import shown
 
 HIDDEN, HEADS = 8, 2

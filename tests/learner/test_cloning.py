@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from actors.policy import Policy
-from actors.rollout import rollout
-from learner.cloning import Cloning, clone
-from learner.settings import CloningSettings
-from protocol.demonstrations import Demonstrations
-from protocol.layout import Layout
-from protocol.messages import Sender
-from protocol.registry import make_environment
-from protocol.specs import ParameterSharing
-from protocol.telemetry import Telemetry
+from bm3il.actors.policy import Policy
+from bm3il.actors.rollout import rollout
+from bm3il.learner.cloning import Cloning, clone
+from bm3il.learner.settings import CloningSettings
+from bm3il.protocol.demonstrations import Demonstrations
+from bm3il.protocol.layout import Layout
+from bm3il.protocol.messages import Sender
+from bm3il.protocol.registry import make_environment
+from bm3il.protocol.specs import ParameterSharing
+from bm3il.protocol.telemetry import Telemetry
 
 
 @pytest.mark.usefixtures("float64")

@@ -18,26 +18,26 @@ from slow_reference import spec_of
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from actors.policy import Policy
-from learner.action_critic import ActionActorCritic, ActionCritic
-from learner.actor_critic import ActorCritic
-from learner.attention import attention_by_type
-from learner.clipped import ClippedActorCritic
-from learner.cloning import BehaviourCloning, Cloning
-from learner.critics import Context, Critic, ValueCritic
-from learner.replay import Batch, Replay
-from learner.segments import Segments
-from learner.settings import ClippedSettings, CloningSettings, LearnerSettings
-from protocol import demonstrations as module
-from protocol.demonstrations import Demonstrations
-from protocol.environment import compact_step
-from protocol.layout import Layout, ParameterSharing
-from protocol.messages import Sender
-from protocol.networks.stacked import StackedMLP
-from protocol.observations import forms
-from protocol.specs import EnvironmentSpec, Part, TypeSpec
-from protocol.telemetry import Telemetry
-from protocol.trajectories import Trajectories
+from bm3il.actors.policy import Policy
+from bm3il.learner.action_critic import ActionActorCritic, ActionCritic
+from bm3il.learner.actor_critic import ActorCritic
+from bm3il.learner.attention import attention_by_type
+from bm3il.learner.clipped import ClippedActorCritic
+from bm3il.learner.cloning import BehaviourCloning, Cloning
+from bm3il.learner.critics import Context, Critic, ValueCritic
+from bm3il.learner.replay import Batch, Replay
+from bm3il.learner.segments import Segments
+from bm3il.learner.settings import ClippedSettings, CloningSettings, LearnerSettings
+from bm3il.protocol import demonstrations as module
+from bm3il.protocol.demonstrations import Demonstrations
+from bm3il.protocol.environment import compact_step
+from bm3il.protocol.layout import Layout, ParameterSharing
+from bm3il.protocol.messages import Sender
+from bm3il.protocol.networks.stacked import StackedMLP
+from bm3il.protocol.observations import forms
+from bm3il.protocol.specs import EnvironmentSpec, Part, TypeSpec
+from bm3il.protocol.telemetry import Telemetry
+from bm3il.protocol.trajectories import Trajectories
 from tests.never_waiting import NeverWaiting
 
 GPU = torch.device("meta")

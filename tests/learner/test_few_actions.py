@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from learner import few_actions as module
-from learner.few_actions import FewActions
+from bm3il.learner import few_actions as module
+from bm3il.learner.few_actions import FewActions
 
 AGENTS, TYPES, ACTIONS, HEADS, WIDTH = 11, 2, 3, 2, 6
 

@@ -7,21 +7,21 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from actors.policy import Policy
-from actors.rollout import rollout
-from learner.action_critic import ActionActorCritic, ActionCritic
-from learner.actor_critic import ActorCritic
-from learner.clipped import ClippedActorCritic
-from learner.cloning import Cloning
-from learner.critics import Critic, ValueCritic
-from learner.replay import Replay
-from learner.segments import Segments
-from learner.settings import ClippedSettings, LearnerSettings
-from protocol.demonstrations import Demonstrations
-from protocol.layout import Layout
-from protocol.networks.grid import ALL, ObservationGrid
-from protocol.networks.options import Options
-from protocol.registry import make_environment
+from bm3il.actors.policy import Policy
+from bm3il.actors.rollout import rollout
+from bm3il.learner.action_critic import ActionActorCritic, ActionCritic
+from bm3il.learner.actor_critic import ActorCritic
+from bm3il.learner.clipped import ClippedActorCritic
+from bm3il.learner.cloning import Cloning
+from bm3il.learner.critics import Critic, ValueCritic
+from bm3il.learner.replay import Replay
+from bm3il.learner.segments import Segments
+from bm3il.learner.settings import ClippedSettings, LearnerSettings
+from bm3il.protocol.demonstrations import Demonstrations
+from bm3il.protocol.layout import Layout
+from bm3il.protocol.networks.grid import ALL, ObservationGrid
+from bm3il.protocol.networks.options import Options
+from bm3il.protocol.registry import make_environment
 
 ENVIRONMENT = make_environment("berlin?types=2&agents=6&sight=near", 4)
 LAYOUT = Layout.of(ENVIRONMENT.spec, "type")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from learner.figures import MUST_BE_FINITE, Figures, merged
-from protocol.errors import NumericalError
+from bm3il.learner.figures import MUST_BE_FINITE, Figures, merged
+from bm3il.protocol.errors import NumericalError
 
 
 def test_means_are_over_updates() -> None:

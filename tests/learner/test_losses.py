@@ -8,8 +8,8 @@ import pytest
 import torch
 from slow_reference import spec_of
 
-from learner import losses
-from protocol.layout import Layout
+from bm3il.learner import losses
+from bm3il.protocol.layout import Layout
 
 TEMPERATURE = 0.3
 MASKED = -1e9

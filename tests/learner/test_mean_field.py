@@ -6,9 +6,9 @@ import pytest
 import torch
 from slow_reference import one_hot, random_rows, spec_of
 
-from learner.mean_field import mean_actions
-from protocol.layout import Layout, ParameterSharing
-from protocol.specs import EnvironmentSpec, TypeSpec
+from bm3il.learner.mean_field import mean_actions
+from bm3il.protocol.layout import Layout, ParameterSharing
+from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
 
 UNEVEN = spec_of((3, 4, 3), (2, 5, 2), (1, 4, 3))
 

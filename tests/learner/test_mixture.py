@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from learner import mixture as module
-from learner.mixture import Projected, Scene
+from bm3il.learner import mixture as module
+from bm3il.learner.mixture import Projected, Scene
 
 ROWS, AGENTS, ENTITIES, HEADS, ACTIONS = 4, 3, 2, 2, 5
 WIDTHS = (2, 12)  # one head at a time, and both together

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from learner.optimisation import NetworkClip, adam_arrays, load_adam_arrays, part
-from protocol.networks.stacked import StackedMLP
+from bm3il.learner.optimisation import NetworkClip, adam_arrays, load_adam_arrays, part
+from bm3il.protocol.networks.stacked import StackedMLP
 
 
 class TwoStacksAndAShared(nn.Module):

@@ -14,12 +14,12 @@ from test_actor_critic import build as build_off_policy
 from test_clipped import build as build_clipped
 from test_clipped import played
 
-from actors.policy import Policy
-from learner import few_actions, mixture
-from learner.action_critic import ActionActorCritic, ActionCritic
-from learner.settings import LearnerSettings
-from protocol.layout import Layout
-from protocol.networks.stacked import _Layers
+from bm3il.actors.policy import Policy
+from bm3il.learner import few_actions, mixture
+from bm3il.learner.action_critic import ActionActorCritic, ActionCritic
+from bm3il.learner.settings import LearnerSettings
+from bm3il.protocol.layout import Layout
+from bm3il.protocol.networks.stacked import _Layers
 
 TF32 = LearnerSettings(hidden=8, heads=2, precision="tf32")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from actors.evaluation import ReturnEstimate
-from learner.record import RunRecord
+from bm3il.actors.evaluation import ReturnEstimate
+from bm3il.learner.record import RunRecord
 
 
 def write(record: RunRecord, iterations: list[int]) -> None:

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from learner.recorded import Recorded
+from bm3il.learner.recorded import Recorded
 
 
 def test_without_a_gpu_every_call_is_made() -> None:

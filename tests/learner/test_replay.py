@@ -9,14 +9,14 @@ import pytest
 import torch
 from slow_reference import spec_of
 
-from actors.policy import UniformPolicy
-from actors.rollout import rollout
-from learner.replay import Batch, Replay
-from protocol.errors import InputError
-from protocol.layout import Layout
-from protocol.registry import make_environment
-from protocol.specs import Part
-from protocol.trajectories import Trajectories
+from bm3il.actors.policy import UniformPolicy
+from bm3il.actors.rollout import rollout
+from bm3il.learner.replay import Batch, Replay
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.layout import Layout
+from bm3il.protocol.registry import make_environment
+from bm3il.protocol.specs import Part
+from bm3il.protocol.trajectories import Trajectories
 
 SPEC = spec_of((2, 3, 4), (1, 2, 3), episode_length=5)
 LAYOUT = Layout.of(SPEC, "type")

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from slow_reference import spec_of
 
-from learner.segments import Segments
-from protocol.layout import Layout
-from protocol.trajectories import Trajectories
+from bm3il.learner.segments import Segments
+from bm3il.protocol.layout import Layout
+from bm3il.protocol.trajectories import Trajectories
 
 LAYOUT = Layout.of(spec_of((2, 3, 4), (1, 5, 2), episode_length=4), "type")
 

@@ -11,22 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors import process
-from actors.policy import Policy
-from actors.process import CREDITS
-from actors.settings import ActorSettings
-from learner import streaming
-from learner.settings import LearnerSettings, Settings
-from learner.streaming import StreamedExperience
-from protocol import channels
-from protocol.channels import Client
-from protocol.errors import DeadlineError
-from protocol.job import Endpoints, Job
-from protocol.layout import Layout
-from protocol.messages import Chunk, Done, Sender, Working
-from protocol.registry import make_environment
-from protocol.telemetry import Telemetry
-from protocol.trajectories import Trajectories
+from bm3il.actors import process
+from bm3il.actors.policy import Policy
+from bm3il.actors.process import CREDITS
+from bm3il.actors.settings import ActorSettings
+from bm3il.learner import streaming
+from bm3il.learner.settings import LearnerSettings, Settings
+from bm3il.learner.streaming import StreamedExperience
+from bm3il.protocol import channels
+from bm3il.protocol.channels import Client
+from bm3il.protocol.errors import DeadlineError
+from bm3il.protocol.job import Endpoints, Job
+from bm3il.protocol.layout import Layout
+from bm3il.protocol.messages import Chunk, Done, Sender, Working
+from bm3il.protocol.registry import make_environment
+from bm3il.protocol.telemetry import Telemetry
+from bm3il.protocol.trajectories import Trajectories
 
 ENVIRONMENT = "rover_tower?pairs=2"
 SPEC = make_environment(ENVIRONMENT, 1).spec

@@ -28,13 +28,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_reference import one_hot
 
-from actors.policy import Policy
-from learner.actor_critic import ActorCritic
-from learner.critics import Attention, Context, Critic
-from learner.replay import Batch
-from learner.settings import LearnerSettings
-from protocol.layout import JointRows, Layout
-from protocol.specs import EnvironmentSpec, TypeSpec
+from bm3il.actors.policy import Policy
+from bm3il.learner.actor_critic import ActorCritic
+from bm3il.learner.critics import Attention, Context, Critic
+from bm3il.learner.replay import Batch
+from bm3il.learner.settings import LearnerSettings
+from bm3il.protocol.layout import JointRows, Layout
+from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
 from tests.plain import seen_by, to_rows
 
 Pairwise = Callable[[torch.Tensor], torch.Tensor]

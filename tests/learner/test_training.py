@@ -13,30 +13,29 @@ import numpy as np
 import pytest
 import torch
 
-import actors.collector
-import actors.evaluation
-from actors.policy import Policy, UniformPolicy
-from actors.rollout import Acts
-from actors.settings import ActorSettings, EvaluationSettings
-from actors.simulator import Simulator
-from learner import training
-from learner.algorithms import ALGORITHMS, algorithm
-from learner.cloning import BehaviourCloning
-from learner.experience import Evaluated, LocalExperience
-from learner.imitation import OffPolicyImitation
-from learner.process import run_serial
-from learner.settings import CloningSettings, LearnerSettings, Settings
-from learner.training import Training
-from protocol.channels import Refused
-from protocol.environment import TimeStep
-from protocol.errors import InputError, NumericalError, SimulatorError
-from protocol.job import Endpoints, Job
-from protocol.layout import JointRows
-from protocol.messages import Refusal, Sender
-from protocol.registry import make_environment
-from protocol.telemetry import Telemetry
-from reward_server.client import LocalRewards
-from reward_server.settings import RewardSettings
+from bm3il.actors import collector, evaluation
+from bm3il.actors.policy import Policy, UniformPolicy
+from bm3il.actors.rollout import Acts
+from bm3il.actors.settings import ActorSettings, EvaluationSettings
+from bm3il.actors.simulator import Simulator
+from bm3il.learner import training
+from bm3il.learner.algorithms import ALGORITHMS, algorithm
+from bm3il.learner.cloning import BehaviourCloning
+from bm3il.learner.experience import Evaluated, LocalExperience
+from bm3il.learner.imitation import OffPolicyImitation
+from bm3il.learner.process import run_serial
+from bm3il.learner.settings import CloningSettings, LearnerSettings, Settings
+from bm3il.learner.training import Training
+from bm3il.protocol.channels import Refused
+from bm3il.protocol.environment import TimeStep
+from bm3il.protocol.errors import InputError, NumericalError, SimulatorError
+from bm3il.protocol.job import Endpoints, Job
+from bm3il.protocol.layout import JointRows
+from bm3il.protocol.messages import Refusal, Sender
+from bm3il.protocol.registry import make_environment
+from bm3il.protocol.telemetry import Telemetry
+from bm3il.reward_server.client import LocalRewards
+from bm3il.reward_server.settings import RewardSettings
 
 torch.set_num_threads(1)
 STEPS_PER_ITERATION = 100
@@ -142,12 +141,12 @@ class _Blinded(Simulator):
 @pytest.mark.parametrize("name", [name for name in sorted(ALGORITHMS) if ALGORITHMS[name].imitates])
 def test_imitation_never_reads_a_true_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     seen = run(tmp_path / "seen", name)["policy_sha256"]
-    monkeypatch.setattr(actors.collector, "Simulator", _Blinded)
+    monkeypatch.setattr(collector, "Simulator", _Blinded)
     assert run(tmp_path / "blind", name)["policy_sha256"] == seen
 
 
 def test_an_expert_does_read_true_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actors.collector, "Simulator", _Blinded)
+    monkeypatch.setattr(collector, "Simulator", _Blinded)
     with pytest.raises(NumericalError, match="reward"):
         run(tmp_path / "blind", "expert")
 
@@ -195,7 +194,7 @@ def test_a_budget_counts_steps_that_were_played(tmp_path: Path, monkeypatch: pyt
 
 def test_the_best_of_the_checkpoints_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     returns = iter([0.0, 1.0, 9.0, 3.0, 2.0])  # of the random policy, and after 0, 2, 4 and 6 iterations
-    monkeypatch.setattr(actors.evaluation, "evaluate", lambda *_: np.full((20, 4), next(returns), np.float32))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: np.full((20, 4), next(returns), np.float32))
     run(tmp_path / "run", checkpoint_interval=4)
     assert (tmp_path / "run" / "checkpoints" / "best").read_text() == "00000004\n"
 
@@ -288,13 +287,13 @@ class Played:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.policies: list[type] = []
-        play = actors.evaluation.evaluate
+        play = evaluation.evaluate
 
         def played(environment: str, policy: Acts, *args: object) -> np.ndarray:
             self.policies.append(type(policy))
             return play(environment, policy, *args)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(actors.evaluation, "evaluate", played)
+        monkeypatch.setattr(evaluation, "evaluate", played)
 
 
 def test_a_learner_plays_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +358,7 @@ def test_an_evaluator_that_is_heard_is_waited_for(tmp_path: Path, monkeypatch: p
 def test_a_simulator_that_fails_at_the_end_takes_nothing_from_a_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate = actors.evaluation.evaluate
+    evaluate = evaluation.evaluate
     played = iter(range(100))
 
     def fails(*args: object) -> np.ndarray:
@@ -367,7 +366,7 @@ def test_a_simulator_that_fails_at_the_end_takes_nothing_from_a_training(
             raise SimulatorError("environment 'mine' raised ValueError: no")
         return evaluate(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(actors.evaluation, "evaluate", fails)
+    monkeypatch.setattr(evaluation, "evaluate", fails)
     result = run(tmp_path / "run")
     assert (result["status"], result["return_mean"]) == ("finished", None)
     assert (tmp_path / "run" / "checkpoints" / f"{ITERATIONS:08d}").is_dir()

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import zmq
 
-from protocol import channels, ledger
-from protocol.channels import (
+from bm3il.protocol import channels, ledger
+from bm3il.protocol.channels import (
     MESSAGES_PER_POLL,
     Broadcaster,
     Client,
@@ -27,9 +27,9 @@ from protocol.channels import (
     Server,
     Unanswered,
 )
-from protocol.errors import InputError
-from protocol.keys import Keys
-from protocol.messages import Done, GetState, Refusal, Sender, Statistics, Update, Weights, encode, frame_limit
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.keys import Keys
+from bm3il.protocol.messages import Done, GetState, Refusal, Sender, Statistics, Update, Weights, encode, frame_limit
 
 DEADLINE_SECONDS = 10.0
 LARGE = Done("with an array")

@@ -15,12 +15,12 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from launch.cli import main
-from protocol import demonstration_checks, packing
-from protocol.demonstrations import Demonstrations, resolve
-from protocol.errors import InputError
-from protocol.specs import EnvironmentSpec, TypeSpec
-from protocol.trajectories import Trajectories
+from bm3il.launch.cli import main
+from bm3il.protocol import demonstration_checks, packing
+from bm3il.protocol.demonstrations import Demonstrations, resolve
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
+from bm3il.protocol.trajectories import Trajectories
 
 torch.set_num_threads(1)
 

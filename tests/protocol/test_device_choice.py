@@ -11,13 +11,13 @@ import psutil
 import pytest
 import torch
 
-from learner.replay import Replay
-from protocol import device
-from protocol.device import choose_device, choose_precision
-from protocol.errors import InputError
-from protocol.layout import Layout
-from protocol.specs import EnvironmentSpec, TypeSpec
-from reward_server.memory import Memory
+from bm3il.learner.replay import Replay
+from bm3il.protocol import device
+from bm3il.protocol.device import choose_device, choose_precision
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.layout import Layout
+from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
+from bm3il.reward_server.memory import Memory
 
 CPU = torch.device("cpu")
 

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import zmq
 
-from protocol.channels import Broadcaster, Client, Listener, Server, Unanswered
-from protocol.errors import InputError
-from protocol.keys import Keys, read_token
-from protocol.messages import Chunk, Done, Sender, Weights
+from bm3il.protocol.channels import Broadcaster, Client, Listener, Server, Unanswered
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.keys import Keys, read_token
+from bm3il.protocol.messages import Chunk, Done, Sender, Weights
 
 MARK = np.frombuffer(b"a pattern that nobody would send by chance 0123456789abcdef" * 17 + b"x", np.uint8)
 BODY = Chunk("s", 0, 0, 0, 1, 1, 0.0)

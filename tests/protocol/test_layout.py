@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.errors import ProtocolError
-from protocol.layout import JointRows, Layout, ParameterSharing
-from protocol.specs import EnvironmentSpec, TypeSpec
+from bm3il.protocol.errors import ProtocolError
+from bm3il.protocol.layout import JointRows, Layout, ParameterSharing
+from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
 from tests.plain import observed, to_rows
 
 types = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 2), st.integers(2, 3)), min_size=1, max_size=5)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from protocol import ledger as module
-from protocol.ledger import ANSWERED, AT_WORK, UNKNOWN, Ledger
-from protocol.messages import Done, Message, Sender
+from bm3il.protocol import ledger as module
+from bm3il.protocol.ledger import ANSWERED, AT_WORK, UNKNOWN, Ledger
+from bm3il.protocol.messages import Done, Message, Sender
 
 CLIENT = Sender("run", "client")
 

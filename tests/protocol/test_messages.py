@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.errors import ProtocolError
-from protocol.messages import (
+from bm3il.protocol.errors import ProtocolError
+from bm3il.protocol.messages import (
     BODIES,
     MAX_HEADER_BYTES,
     MAX_MESSAGE_BYTES,
@@ -30,7 +30,7 @@ from protocol.messages import (
     encode,
     frame_limit,
 )
-from protocol.observations import integers
+from bm3il.protocol.observations import integers
 
 SENDER = Sender("run", "actor-0")
 ARRAYS = {

@@ -18,18 +18,18 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from actors.experts.recording import record
-from actors.policy import Policy, UniformPolicy
-from actors.rollout import rollout
-from protocol import demonstration_checks, packing
-from protocol.demonstrations import Demonstrations
-from protocol.environment import TimeStep, compact_step
-from protocol.errors import InputError, ProtocolError
-from protocol.layout import JointRows, Layout
-from protocol.observations import Form, Observations, compacted, forms
-from protocol.registry import make_environment
-from protocol.specs import EnvironmentSpec, Part, TypeSpec
-from protocol.trajectories import Trajectories, columns_of
+from bm3il.actors.experts.recording import record
+from bm3il.actors.policy import Policy, UniformPolicy
+from bm3il.actors.rollout import rollout
+from bm3il.protocol import demonstration_checks, packing
+from bm3il.protocol.demonstrations import Demonstrations
+from bm3il.protocol.environment import TimeStep, compact_step
+from bm3il.protocol.errors import InputError, ProtocolError
+from bm3il.protocol.layout import JointRows, Layout
+from bm3il.protocol.observations import Form, Observations, compacted, forms
+from bm3il.protocol.registry import make_environment
+from bm3il.protocol.specs import EnvironmentSpec, Part, TypeSpec
+from bm3il.protocol.trajectories import Trajectories, columns_of
 
 torch.set_num_threads(1)
 

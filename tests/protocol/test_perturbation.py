@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from actors.policy import UniformPolicy
-from actors.rollout import rollout
-from launch.environment_check import check_environment
-from protocol.environment import Environment, Starts, TimeStep
-from protocol.errors import InputError
-from protocol.perturbation import Perturbed, perturbed, unperturbed
-from protocol.registry import make_environment
-from protocol.specs import EnvironmentSpec, TypeSpec
-from protocol.trajectories import Trajectories
+from bm3il.actors.policy import UniformPolicy
+from bm3il.actors.rollout import rollout
+from bm3il.launch.environment_check import check_environment
+from bm3il.protocol.environment import Environment, Starts, TimeStep
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.perturbation import Perturbed, perturbed, unperturbed
+from bm3il.protocol.registry import make_environment
+from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
+from bm3il.protocol.trajectories import Trajectories
 
 BERLIN = "berlin?scenario=berlin46&types=5&agents=20&sight=near"
 SPREAD = "pettingzoo:mpe2.simple_spread_v3?arguments=continuous_actions:true"

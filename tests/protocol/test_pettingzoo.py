@@ -14,11 +14,11 @@ import pytest
 pytest.importorskip("mpe2")
 from gymnasium import spaces
 
-from launch.cli import main
-from launch.environment_check import check_environment
-from protocol.errors import InputError
-from protocol.observations import forms
-from protocol.registry import make_environment
+from bm3il.launch.cli import main
+from bm3il.launch.environment_check import check_environment
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.observations import forms
+from bm3il.protocol.registry import make_environment
 
 SPREAD = "pettingzoo:mpe2.simple_spread_v3"
 
@@ -174,7 +174,7 @@ def test_it_trains(tmp_path: Path) -> None:
 def test_entries_of_a_dictionary_are_named_parts() -> None:
     from gymnasium.spaces.utils import flatten
 
-    from protocol.adapters.pettingzoo import _parts
+    from bm3il.protocol.adapters.pettingzoo import _parts
 
     pair = spaces.Dict({"goal": spaces.Discrete(3), "near": spaces.Box(-1, 1, (2, 2))})
     space = spaces.Dict({"own": spaces.Box(-1, 1, (2,)), "world": pair})

@@ -6,9 +6,9 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from protocol import registry
-from protocol.errors import InputError
-from protocol.registry import known_environments, make_environment
+from bm3il.protocol import registry
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.registry import known_environments, make_environment
 
 
 class Town:

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from protocol.errors import InputError
-from protocol.settings import Count, Fraction, Natural, NonNegative, Positive, check_bounds
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.settings import Count, Fraction, Natural, NonNegative, Positive, check_bounds
 
 
 @dataclass(frozen=True)

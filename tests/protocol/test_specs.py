@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from protocol.errors import InputError
-from protocol.specs import EnvironmentSpec, Part, TypeSpec
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.specs import EnvironmentSpec, Part, TypeSpec
 
 SPEC = EnvironmentSpec("town", (TypeSpec("bus", 3, 4, 5), TypeSpec("tram", 2, 1, 2, discrete=False)), 6)
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from protocol.channels import Server
-from protocol.messages import Done, Event, Sender, Status
-from protocol.telemetry import STOP, Telemetry
+from bm3il.protocol.channels import Server
+from bm3il.protocol.messages import Done, Event, Sender, Status
+from bm3il.protocol.telemetry import STOP, Telemetry
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_stages_nest_and_tell_how_long_they_last(telemetry: Telemetry) -> None:
 
 def test_between_two_stages_a_process_is_in_neither(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("protocol.telemetry.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("bm3il.protocol.telemetry.time", SimpleNamespace(monotonic=lambda: now))
     telemetry = Telemetry("learner", 0, Sender("run", "learner-0"))
 
     def told() -> tuple[str, float]:
@@ -99,7 +99,7 @@ def test_between_two_stages_a_process_is_in_neither(monkeypatch: pytest.MonkeyPa
 
 def test_a_wait_in_short_polls_is_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("protocol.telemetry.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("bm3il.protocol.telemetry.time", SimpleNamespace(monotonic=lambda: now))
     telemetry = Telemetry("actor", 0, Sender("run", "actor-0"))
 
     def poll(times: int, name: str = "wait_for_weights") -> tuple[str, float]:

@@ -7,12 +7,12 @@ import math
 import torch
 from torch.nn import functional
 
-from protocol.layout import JointRows, Layout, ParameterSharing
-from protocol.specs import EnvironmentSpec, TypeSpec
-from reward_server.discriminator import Architecture, Source, Workspace
-from reward_server.particles import RewardModel
-from reward_server.settings import RewardSettings
-from reward_server.svgd import svgd_direction
+from bm3il.protocol.layout import JointRows, Layout, ParameterSharing
+from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
+from bm3il.reward_server.discriminator import Architecture, Source, Workspace
+from bm3il.reward_server.particles import RewardModel
+from bm3il.reward_server.settings import RewardSettings
+from bm3il.reward_server.svgd import svgd_direction
 from tests.plain import seen_by
 
 torch.set_num_threads(1)

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from protocol.layout import JointRows
-from reward_server.batcher import QueryBatcher, Waiting
+from bm3il.protocol.layout import JointRows
+from bm3il.reward_server.batcher import QueryBatcher, Waiting
 from tests.plain import observed
 
 

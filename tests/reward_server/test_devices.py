@@ -10,14 +10,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from protocol.layout import JointRows, Layout, ParameterSharing
-from protocol.observations import Observations, forms
-from protocol.specs import EnvironmentSpec, Part, TypeSpec
-from reward_server import particles
-from reward_server.health import Health
-from reward_server.memory import Memory
-from reward_server.particles import RewardModel
-from reward_server.settings import RewardSettings
+from bm3il.protocol.layout import JointRows, Layout, ParameterSharing
+from bm3il.protocol.observations import Observations, forms
+from bm3il.protocol.specs import EnvironmentSpec, Part, TypeSpec
+from bm3il.reward_server import particles
+from bm3il.reward_server.health import Health
+from bm3il.reward_server.memory import Memory
+from bm3il.reward_server.particles import RewardModel
+from bm3il.reward_server.settings import RewardSettings
 from tests.never_waiting import NeverWaiting
 
 torch.set_num_threads(1)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from small_model import encoded
 
-from protocol.layout import JointRows, Layout, ParameterSharing
-from protocol.specs import EnvironmentSpec, TypeSpec
-from reward_server.discriminator import Activation, Architecture, Workspace, backward, forward
-from reward_server.sees import Seen
+from bm3il.protocol.layout import JointRows, Layout, ParameterSharing
+from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
+from bm3il.reward_server.discriminator import Activation, Architecture, Workspace, backward, forward
+from bm3il.reward_server.sees import Seen
 from tests.plain import seen_by
 
 torch.set_num_threads(1)

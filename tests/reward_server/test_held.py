@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from protocol.errors import InputError, ProtocolError
-from protocol.layout import JointRows, Layout
-from reward_server.held import Held
+from bm3il.protocol.errors import InputError, ProtocolError
+from bm3il.protocol.layout import JointRows, Layout
+from bm3il.reward_server.held import Held
 from tests.reward_server import small_model
 
 LAYOUT = Layout.of(small_model.SPEC, "type")

@@ -8,12 +8,12 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from protocol.errors import InputError
-from protocol.layout import JointRows, Layout
-from protocol.specs import EnvironmentSpec, Part, TypeSpec
-from reward_server import particles
-from reward_server.particles import RewardModel
-from reward_server.settings import RewardSettings
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.layout import JointRows, Layout
+from bm3il.protocol.specs import EnvironmentSpec, Part, TypeSpec
+from bm3il.reward_server import particles
+from bm3il.reward_server.particles import RewardModel
+from bm3il.reward_server.settings import RewardSettings
 from tests.plain import seen_by
 
 PARTS = (Part("place", 2), Part("home", 1), Part("hour", 1))

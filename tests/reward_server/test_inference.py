@@ -7,15 +7,15 @@ import torch
 from small_model import SPEC as UNEVEN
 from small_model import encoded, some_rows
 
-from actors.policy import UniformPolicy
-from actors.rollout import rollout
-from protocol.layout import Block, JointRows, Layout, ParameterSharing
-from protocol.observations import Observations
-from protocol.registry import make_environment
-from protocol.specs import EnvironmentSpec, Part, TypeSpec
-from reward_server.discriminator import Architecture, Workspace, forward
-from reward_server.inference import Inference
-from reward_server.sees import columns_seen
+from bm3il.actors.policy import UniformPolicy
+from bm3il.actors.rollout import rollout
+from bm3il.protocol.layout import Block, JointRows, Layout, ParameterSharing
+from bm3il.protocol.observations import Observations
+from bm3il.protocol.registry import make_environment
+from bm3il.protocol.specs import EnvironmentSpec, Part, TypeSpec
+from bm3il.reward_server.discriminator import Architecture, Workspace, forward
+from bm3il.reward_server.inference import Inference
+from bm3il.reward_server.sees import columns_seen
 
 PARTICLES, HIDDEN = 3, (6, 4)
 TOWN, ROVERS = "berlin?types=2&agents=6&sight=near", "rover_tower?pairs=2"

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from actors.environments.berlin.environment import Berlin
-from actors.policy import UniformPolicy
-from actors.rollout import rollout
-from protocol.demonstrations import Demonstrations
-from protocol.errors import ProtocolError
-from protocol.layout import JointRows, Layout
-from protocol.specs import EnvironmentSpec, TypeSpec
-from reward_server.memory import Memory
+from bm3il.actors.environments.berlin.environment import Berlin
+from bm3il.actors.policy import UniformPolicy
+from bm3il.actors.rollout import rollout
+from bm3il.protocol.demonstrations import Demonstrations
+from bm3il.protocol.errors import ProtocolError
+from bm3il.protocol.layout import JointRows, Layout
+from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
+from bm3il.reward_server.memory import Memory
 from tests.plain import seen_by
 
 torch.set_num_threads(1)

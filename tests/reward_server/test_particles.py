@@ -16,11 +16,11 @@ from small_model import (
 )
 from torch.nn import functional
 
-from protocol import device
-from protocol.errors import InputError, NumericalError, ProtocolError
-from protocol.layout import JointRows, Layout, ParameterSharing
-from reward_server.model import TrueRewards
-from reward_server.particles import RewardModel, state_table
+from bm3il.protocol import device
+from bm3il.protocol.errors import InputError, NumericalError, ProtocolError
+from bm3il.protocol.layout import JointRows, Layout, ParameterSharing
+from bm3il.reward_server.model import TrueRewards
+from bm3il.reward_server.particles import RewardModel, state_table
 from tests.plain import seen_by
 
 torch.set_num_threads(1)

@@ -15,10 +15,10 @@ from small_model import (
     some_rows,
 )
 
-from protocol.layout import ParameterSharing
-from reward_server import particles
-from reward_server.particles import RewardModel
-from reward_server.svgd import svgd_direction
+from bm3il.protocol.layout import ParameterSharing
+from bm3il.reward_server import particles
+from bm3il.reward_server.particles import RewardModel
+from bm3il.reward_server.svgd import svgd_direction
 
 torch.set_num_threads(1)
 

@@ -12,18 +12,18 @@ import pytest
 import torch
 from prometheus_client import generate_latest
 
-from protocol.channels import Refused, Unanswered
-from protocol.errors import NumericalError
-from protocol.layout import JointRows, Layout
-from protocol.messages import Query, Sender
-from protocol.specs import EnvironmentSpec, TypeSpec
-from protocol.telemetry import Telemetry
-from reward_server import client as module
-from reward_server.client import Kept, LocalRewards, RemoteRewards, RewardService
-from reward_server.model import Model, TrueRewards
-from reward_server.particles import RewardModel, state_table
-from reward_server.process import RewardServer, listen, request_schema
-from reward_server.settings import RewardSettings
+from bm3il.protocol.channels import Refused, Unanswered
+from bm3il.protocol.errors import NumericalError
+from bm3il.protocol.layout import JointRows, Layout
+from bm3il.protocol.messages import Query, Sender
+from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
+from bm3il.protocol.telemetry import Telemetry
+from bm3il.reward_server import client as module
+from bm3il.reward_server.client import Kept, LocalRewards, RemoteRewards, RewardService
+from bm3il.reward_server.model import Model, TrueRewards
+from bm3il.reward_server.particles import RewardModel, state_table
+from bm3il.reward_server.process import RewardServer, listen, request_schema
+from bm3il.reward_server.settings import RewardSettings
 from tests.plain import seen_by
 
 torch.set_num_threads(1)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from small_model import encoded
 
-from protocol.errors import InputError
-from protocol.layout import JointRows, Layout
-from protocol.specs import EnvironmentSpec, Part, TypeSpec
-from reward_server.discriminator import Architecture
-from reward_server.particles import RewardModel
-from reward_server.sees import Seen, columns_seen
-from reward_server.settings import RewardSettings
+from bm3il.protocol.errors import InputError
+from bm3il.protocol.layout import JointRows, Layout
+from bm3il.protocol.specs import EnvironmentSpec, Part, TypeSpec
+from bm3il.reward_server.discriminator import Architecture
+from bm3il.reward_server.particles import RewardModel
+from bm3il.reward_server.sees import Seen, columns_seen
+from bm3il.reward_server.settings import RewardSettings
 from tests.plain import seen_by
 
 torch.set_num_threads(1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from reward_server.svgd import inverse_bandwidth, squared_distances, svgd_direction, svgd_forces, svgd_forces_of
+from bm3il.reward_server.svgd import inverse_bandwidth, squared_distances, svgd_direction, svgd_forces, svgd_forces_of
 
 torch.set_num_threads(1)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from reward_server.svgd import svgd_direction
+from bm3il.reward_server.svgd import svgd_direction
 
 
 def sampled(

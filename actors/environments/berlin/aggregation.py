@@ -21,9 +21,9 @@ from scipy.sparse.csgraph import connected_components, dijkstra
 from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
 
-from actors.environments.berlin.raw_network import SMALLEST_MINUTES, RawNetwork
-from actors.environments.berlin.scenario import Scenario
-from protocol.errors import InputError
+from bm3il.actors.environments.berlin.raw_network import SMALLEST_MINUTES, RawNetwork
+from bm3il.actors.environments.berlin.scenario import Scenario
+from bm3il.protocol.errors import InputError
 
 SEED = 2020
 CELLS_ACROSS = 40

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.environments.berlin.scenario import Scenario
-from protocol.errors import InputError
+from bm3il.actors.environments.berlin.scenario import Scenario
+from bm3il.protocol.errors import InputError
 
 EXAMPLES = {"closed": "closed=22,23", "capacity": "capacity=22:0.5,23:2"}
 MAX_DEMAND = 1_000

@@ -11,15 +11,15 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from actors.environments.berlin.changes import Changes, plain_text
-from actors.environments.berlin.scenario import Scenario
-from actors.environments.berlin.scenario_file import SUFFIX, load_scenario
-from actors.environments.berlin.variants import split_variant
-from protocol.environment import Environment, Starts, TimeStep, compact_step
-from protocol.errors import InputError, unknown_name
-from protocol.observations import forms
-from protocol.perturbation import unperturbed
-from protocol.specs import EnvironmentSpec, Part, TypeSpec
+from bm3il.actors.environments.berlin.changes import Changes, plain_text
+from bm3il.actors.environments.berlin.scenario import Scenario
+from bm3il.actors.environments.berlin.scenario_file import SUFFIX, load_scenario
+from bm3il.actors.environments.berlin.variants import split_variant
+from bm3il.protocol.environment import Environment, Starts, TimeStep, compact_step
+from bm3il.protocol.errors import InputError, unknown_name
+from bm3il.protocol.observations import forms
+from bm3il.protocol.perturbation import unperturbed
+from bm3il.protocol.specs import EnvironmentSpec, Part, TypeSpec
 
 MINUTES_OF_DAY = 1440.0
 TIME_COLUMNS = 5

@@ -13,7 +13,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from actors.environments.berlin.scenario import Scenario
+from bm3il.actors.environments.berlin.scenario import Scenario
 
 OFFSET = 0.007
 """Of the map's width: half the distance between the two directions of a road."""

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from actors.environments.berlin.raw_network import RawNetwork
-from protocol.errors import InputError
+from bm3il.actors.environments.berlin.raw_network import RawNetwork
+from bm3il.protocol.errors import InputError
 
 MAX_UNPACKED_BYTES = 1 << 31
 """Compressed, as these files are, anything can be a few kilobytes."""

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
-from protocol.errors import InputError
+from bm3il.protocol.errors import InputError
 
 SMALLEST_MINUTES = 1e-6
 """Connectors without length: the graph algorithms take 0 for no connection."""

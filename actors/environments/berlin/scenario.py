@@ -14,7 +14,7 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components, dijkstra
 
-from protocol.errors import InputError
+from bm3il.protocol.errors import InputError
 
 MAX_LOCATIONS = 20_000
 KINDS = ("home", "work")

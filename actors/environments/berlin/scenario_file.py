@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from actors.environments.berlin.scenario import Scenario
-from protocol.errors import InputError, unknown_name
+from bm3il.actors.environments.berlin.scenario import Scenario
+from bm3il.protocol.errors import InputError, unknown_name
 
 FORMAT, VERSION = "bm3il-scenario", 1
 MAX_FILE_BYTES = 1 << 26

@@ -9,8 +9,8 @@ from pathlib import Path
 import networkx as nx
 import numpy as np
 
-from actors.environments.berlin.raw_network import RawNetwork
-from protocol.errors import InputError
+from bm3il.actors.environments.berlin.raw_network import RawNetwork
+from bm3il.protocol.errors import InputError
 
 MAX_FILE_BYTES = 1 << 28
 CAPACITY, FREE_FLOW_TIME = 2, 4

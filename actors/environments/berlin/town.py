@@ -16,8 +16,8 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components, shortest_path
 
-from actors.environments.berlin.scenario import Scenario
-from protocol.errors import InputError
+from bm3il.actors.environments.berlin.scenario import Scenario
+from bm3il.protocol.errors import InputError
 
 LOCATIONS, TRANSITIONS = "locations.csv", "transitions.csv"
 DAY_MINUTES = 1440

@@ -7,16 +7,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from actors.policy import UniformPolicy
-from actors.rollout import rollout
-from protocol.layout import Block, Layout
-from protocol.networks import grid as grids
-from protocol.networks.grid import ObservationGrid
-from protocol.networks.stacked import StackedMLP
-from protocol.networks.tiles import ALL, Tile, slots_and_steps
-from protocol.observations import Observations
-from protocol.registry import make_environment
-from protocol.specs import ParameterSharing
+from bm3il.actors.policy import UniformPolicy
+from bm3il.actors.rollout import rollout
+from bm3il.protocol.layout import Block, Layout
+from bm3il.protocol.networks import grid as grids
+from bm3il.protocol.networks.grid import ObservationGrid
+from bm3il.protocol.networks.stacked import StackedMLP
+from bm3il.protocol.networks.tiles import ALL, Tile, slots_and_steps
+from bm3il.protocol.observations import Observations
+from bm3il.protocol.registry import make_environment
+from bm3il.protocol.specs import ParameterSharing
 
 WORLDS = (
     "berlin?types=5&agents=50&sight=near",

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from protocol.layout import Layout
-from protocol.networks.options import FORBIDDEN_LOGIT, SHORT_AXIS, Options, log_softmax
-from protocol.registry import make_environment
+from bm3il.protocol.layout import Layout
+from bm3il.protocol.networks.options import FORBIDDEN_LOGIT, SHORT_AXIS, Options, log_softmax
+from bm3il.protocol.registry import make_environment
 
 TOWN = "berlin?types=2&agents=6&sight=near"
 

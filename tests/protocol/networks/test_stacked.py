@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from protocol.networks import stacked
-from protocol.networks.stacked import StackedMLP, uniform
+from bm3il.protocol.networks import stacked
+from bm3il.protocol.networks.stacked import StackedMLP, uniform
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.01, 0.3])

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.networks.tiles import slots_and_steps, tiles, together
+from bm3il.protocol.networks.tiles import slots_and_steps, tiles, together
 
 counts = st.lists(st.integers(1, 9), min_size=1, max_size=8).map(tuple)
 
