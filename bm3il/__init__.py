@@ -1,4 +1,45 @@
 """Bayesian multi-type mean field multi-agent imitation learning, as a distributed actor-learner system.
 
-The folders of the repository are this package's, by links: nothing but `bm3il` is installed.
+In a notebook:
+
+    import bm3il
+
+    run = bm3il.train("rover_tower_4", steps=10_000, run="mine")     # or bm3il.load("runs/mine")
+    run.curve                                                        # what `curve.csv` says
+    run.act(observations, masks)                                     # of each type by name
+    run.reward(observations, actions)                                # and how far the particles disagree
+    bm3il.evaluate(run, "rover_tower?pairs=2&slip=0.05")             # true returns there, beside random and expert
+    recorded = bm3il.rollout("rover_tower?pairs=2", run.policy)      # episodes, as demonstrations
+    recorded.save("played.safetensors")
+
+The rest of the package is its inside: it may change with every release.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bm3il.launch.public import Run, evaluate, load, make_environment, rollout, train
+    from bm3il.protocol.demonstrations import Demonstrations
+    from bm3il.protocol.errors import InputError
+
+_HOMES = {
+    **dict.fromkeys(("Run", "evaluate", "load", "make_environment", "rollout", "train"), "bm3il.launch.public"),
+    "Demonstrations": "bm3il.protocol.demonstrations",
+    "InputError": "bm3il.protocol.errors",
+}
+__all__ = ["Demonstrations", "InputError", "Run", "evaluate", "load", "make_environment", "rollout", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imported when they are asked for: the command line shows its help without PyTorch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bm3il' has no attribute '{name}'; it has {', '.join(__all__)}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

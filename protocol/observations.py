@@ -291,7 +291,7 @@ def compacted(
     found = []
     for form, block in zip(forms(spec), spec.blocks, strict=True):
         seen, allowed = (np.concatenate([arrays[m] for m in block], axis=1) for arrays in (observations, masks))
-        columns = _compact(form, seen, allowed)
+        columns = compact(form, seen, allowed)
         found.append(columns)
         if form.table is not None:
             code, size = columns["codes"][..., form.mask_code], form.code_sizes[form.mask_code]
@@ -302,16 +302,14 @@ def compacted(
     except InputError:  # a row that allows nothing
         return None
     for form, block, columns in zip(forms(spec), spec.blocks, found, strict=True):
-        compact = Observations.of_arrays(form, columns)
+        again = Observations.of_arrays(form, columns)
         expected = (np.concatenate([arrays[m] for m in block], axis=1) for arrays in (observations, masks))
-        if not all(
-            np.array_equal(a.numpy(), b) for a, b in zip((compact.dense(), compact.masks()), expected, strict=True)
-        ):
+        if not all(np.array_equal(a.numpy(), b) for a, b in zip((again.dense(), again.masks()), expected, strict=True)):
             return None
     return spec, found
 
 
-def _compact(form: Form, seen: np.ndarray, allowed: np.ndarray) -> dict[str, np.ndarray]:
+def compact(form: Form, seen: np.ndarray, allowed: np.ndarray) -> dict[str, np.ndarray]:
     """Columns from expanded observations [rows, N_b, O] and masks [rows, N_b, A]; right if these are as `form` says."""
     columns = {name: np.zeros(shape, dtype) for name, (dtype, shape) in form.table_of(len(seen)).items()}
     for run in form.runs:

@@ -152,13 +152,14 @@ class RewardModel:
 
         Raises ProtocolError (cause `bad_value`) if its values cannot be a state.
         """
-        self._load_particles(arrays)
+        self.load_particles(arrays)
         self._memory.load_state(_part(arrays, MEMORY))
         self._generator.set_state(torch.tensor(arrays["generator"]))
         self.version = int(arrays["counters"][0])
 
     @torch.no_grad()
-    def _load_particles(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def load_particles(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """The particles of a `state`, and their optimiser's; all that queries need."""
         self._inferences.clear()
         version, steps = (int(value) for value in arrays["counters"])
         if min(version, steps) < 0:
