@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import bm3il
 from bm3il.actors.policy import UniformPolicy
 from bm3il.launch.run_folder import write_atomically
 
+README = Path(__file__).parents[2] / "README.md"
 TINY: dict[str, Any] = {
     "mode": "serial",
     "actor__steps_per_iteration": 50,
@@ -153,3 +155,14 @@ def test_the_folder_of_something_else_is_no_run(tmp_path: Path) -> None:
     write_atomically(tmp_path / "notes.txt", "none")
     with pytest.raises(bm3il.InputError, match="is not the folder of a run"):
         bm3il.load(tmp_path)
+
+
+def test_the_notebook_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(import bm3il\n.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    shorter = "cloning__iterations=1, evaluation__final_episodes=2, evaluation__episodes=2"
+    assert "steps=10_000" in code
+    told: dict[str, Any] = {}
+    exec(code.replace("steps=10_000", f"steps=900, {shorter}"), told)
+    assert told["mean"].shape == (1, 2)
+    assert Path("played.safetensors").exists()
