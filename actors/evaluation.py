@@ -10,7 +10,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
@@ -33,7 +32,7 @@ NUMBERS_AT_ONCE = 1 << 27
 GROWTH, MEASURED_STEPS = 8, 5
 """Of the copies of an environment, from one measurement of its pace to the next; how many steps of them one takes."""
 BASELINE = "baseline.json"
-"""In the run's folder: what the uniform policy's return is, and of how many episodes."""
+"""In the run's folder: what every agent returns under the uniform policy, and in how many episodes."""
 
 AtWork = Callable[[int, int], None]
 
@@ -59,13 +58,62 @@ class ReturnEstimate:
         return cls(float(values.mean()), float(np.sqrt(variance) / len(values)), len(values))
 
 
+@dataclass(frozen=True)
+class Scale:
+    """What true returns are held against: 0 is the uniform policy, 1 the expert. Of each agent its mean return, [N];
+    None if it is unknown."""
+
+    spec: EnvironmentSpec
+    random: np.ndarray | None = None
+    expert: np.ndarray | None = None
+
+    @property
+    def random_return(self) -> float | None:
+        """Per agent and episode."""
+        return _mean(self.random, slice(None))
+
+    @property
+    def expert_return(self) -> float | None:
+        """Per agent and episode."""
+        return _mean(self.expert, slice(None))
+
+    def normalized(self, mean: float, agents: slice = slice(None)) -> float | None:
+        """Of a mean over some agents; None where the two ends are unknown, or are not apart."""
+        zero, one = _mean(self.random, agents), _mean(self.expert, agents)
+        return None if zero is None or one is None or zero == one else (mean - zero) / (one - zero)
+
+    def of_types(self, returns: np.ndarray, groups: np.ndarray | None = None) -> dict[str, dict[str, float | None]]:
+        """The figures of the agents of each type by its name, from returns [episodes, N] (and their unit of
+        independence, [episodes]); {} if there is one type only, of which those of all agents say everything.
+
+        A mean over predators and prey may be the expert's when neither acts as he does.
+        """
+        found: dict[str, dict[str, float | None]] = {}
+        for m, kind in enumerate(self.spec.types if self.spec.num_types > 1 else ()):
+            agents = self.spec.agents(m)
+            estimate = ReturnEstimate.of(returns[:, agents], groups)
+            found[kind.name] = {
+                "return_mean": estimate.mean,
+                "return_stderr": estimate.stderr,
+                "random_return": _mean(self.random, agents),
+                "expert_return": _mean(self.expert, agents),
+                "normalized_return": self.normalized(estimate.mean, agents),
+            }
+        return found
+
+
+def _mean(per_agent: np.ndarray | None, agents: slice) -> float | None:
+    return None if per_agent is None else float(per_agent[agents].mean(dtype=np.float64))
+
+
 class Evaluator:
     """Plays the episodes on which the policies of a run are compared: the same start states every time.
 
     With `settings.starts == "demonstrations"` these are the start states of all the demonstrations, from which the
     expert's return is known; otherwise seeded ones. Raises InputError if the demonstrations hold no start states.
 
-    expert_return: mean true return of all the demonstrations, also if the run learns from few of them; None if unknown.
+    expert: mean true returns of each agent in all the demonstrations, [N], also if the run learns from few of them;
+        None if unknown.
     """
 
     def __init__(self, job: Job, settings: EvaluationSettings, at_work: AtWork = lambda *_: None) -> None:
@@ -73,11 +121,11 @@ class Evaluator:
         self._starts: Starts | None = None
         self._groups: np.ndarray | None = None
         self._pace: Pace | None = None
-        self.expert_return: float | None = None
+        self.expert: np.ndarray | None = None
         if not job.demonstrations:
             return
         demonstrations = Demonstrations.load(resolve(job.demonstrations))
-        self.expert_return = demonstrations.return_mean
+        self.expert = _per_agent(demonstrations, job.spec)
         if settings.starts == "demonstrations":
             if not demonstrations.starts:
                 raise InputError("these demonstrations hold no start states: choose --evaluation.starts fresh")
@@ -102,29 +150,44 @@ class Evaluator:
 
     def estimate(self, returns: np.ndarray) -> ReturnEstimate:
         """Mean and standard error of what `returns` gave."""
-        return ReturnEstimate.of(returns, None if self._groups is None else self._groups[: len(returns)])
+        return ReturnEstimate.of(returns, self.groups(returns))
 
-    def random_return(self) -> float:
-        """Mean true return of the uniform policy, to compare with: played once in a run, and kept in its folder.
+    def groups(self, returns: np.ndarray) -> np.ndarray | None:
+        """The unit of independence of each episode of what `returns` gave; None if each is its own."""
+        return None if self._groups is None else self._groups[: len(returns)]
+
+    def random_returns(self) -> np.ndarray:
+        """Mean true returns of each agent under the uniform policy, [N] float32, to compare with: played once in a run,
+        and kept in its folder.
 
         Raises SimulatorError if the environment fails, OSError if the folder cannot be written.
         """
-        if (known := remembered_random_return(self._job.run_folder)) is not None:
+        if (known := remembered_random_returns(self._job)) is not None:
             return known
         returns = self.returns(UniformPolicy(self._job.spec), self._settings.final_episodes)
-        mean = float(returns.mean())
-        text = json.dumps({"random_return": mean, "episodes": len(returns)})
+        means = returns.mean(axis=0)
+        text = json.dumps({"random_returns": means.tolist(), "episodes": len(returns)})
         write_whole(self._job.run_folder / BASELINE, text + "\n")
-        return mean
+        return means
 
 
-def remembered_random_return(run_folder: Path) -> float | None:
-    """The uniform policy's return, if an evaluator of this run has played it."""
+def remembered_random_returns(job: Job) -> np.ndarray | None:
+    """The uniform policy's returns [N], if an evaluator of this run has played it."""
     try:
-        value = json.loads((run_folder / BASELINE).read_text(encoding="utf-8"))["random_return"]
+        told = json.loads((job.run_folder / BASELINE).read_text(encoding="utf-8"))["random_returns"]
+        values = np.array(told, np.float32)
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    return value if isinstance(value, float) else None
+    return values if values.shape == (job.spec.num_agents,) else None
+
+
+def _per_agent(demonstrations: Demonstrations, spec: EnvironmentSpec) -> np.ndarray | None:
+    """What the expert's agents return, for as many agents as there are: of another crowd, the mean of each type."""
+    known = demonstrations.returns_of_agents
+    if known is None or known.shape == (spec.num_agents,):
+        return known
+    recorded = demonstrations.spec
+    return np.concatenate([np.full(t.count, known[recorded.agents(m)].mean()) for m, t in enumerate(spec.types)])
 
 
 @dataclass(frozen=True)

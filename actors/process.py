@@ -187,7 +187,7 @@ class _Evaluating:
     def play_baseline(self) -> None:
         """The uniform policy, unless the run's folder knows its return; policies are queued meanwhile."""
         with self._telemetry.stage("baseline"):
-            self._random_return = self._evaluator.random_return()
+            self._random = self._evaluator.random_returns()
 
     def follow(self) -> None:
         """Wait a while for policies to evaluate, and evaluate the one whose turn it is."""
@@ -230,8 +230,8 @@ class _Evaluating:
         self._took = time.monotonic() - start
         log.info("iteration %d: return %.3f", body.version, returns.mean())
         self._metrics.count(returns, body.version)
-        evaluation = Evaluation(body.session, body.version, len(returns), self._random_return)
-        self._learner.tell(evaluation, {"returns": returns})
+        evaluation = Evaluation(body.session, body.version, len(returns))
+        self._learner.tell(evaluation, {"returns": returns, "random": self._random})
         self._evaluated += 1
         self._telemetry.done(self._evaluated)
 

@@ -49,6 +49,7 @@ SPEC = make_environment(ENVIRONMENT, 1).spec
 LAYOUT = Layout.of(SPEC, "type")
 SETTINGS = RewardSettings(hidden=(4,), particles=2, updates=1, batch_size=4, window_steps=50, max_queue_rows=1000)
 STEPS = SPEC.episode_length
+EVALUATED = {"returns": np.zeros((2, SPEC.num_agents), np.float32), "random": np.zeros(SPEC.num_agents, np.float32)}
 HOSTILE: tuple[Any, ...] = (
     *(None, True, -1, 0, 1 << 63, -(1 << 63), 1e308, float("nan"), float("inf"), "", "x" * 70_000, b"", [], {}, [[]]),
     *({"a": {"b": [1]}}, [1 << 40], ["float32"], "object", "int64", "__class__", "\x00", "9" * 400),
@@ -157,7 +158,7 @@ def corpus(run: str = "run") -> dict[str, list[list[bytes]]]:
             chunk(),
             (Working(0), {}),
             (Evaluating(1, 2), {}),
-            (Evaluation("s", 0, 2, 0.1), {"returns": np.zeros((2, SPEC.num_agents), np.float32)}),
+            (Evaluation("s", 0, 2), EVALUATED),
         ],
         "rewards": [*of_rows(LAYOUT), (GetState("s"), {})],
         "control": [

@@ -19,7 +19,19 @@ import numpy as np
 import psutil
 import torch
 import zmq
-from fuzz_cases import ENVIRONMENT, LAYOUT, SETTINGS, SPEC, STEPS, chunk, corpus, filled, mutated, mutated_frames
+from fuzz_cases import (
+    ENVIRONMENT,
+    EVALUATED,
+    LAYOUT,
+    SETTINGS,
+    SPEC,
+    STEPS,
+    chunk,
+    corpus,
+    filled,
+    mutated,
+    mutated_frames,
+)
 from rich.console import Console
 
 from bm3il.actors.policy import Policy
@@ -297,13 +309,12 @@ class Sockets:
         self._rewards = RewardServer(server, _model, LAYOUT, SETTINGS, self._telemetry)
         self._director = self._lead(folder, near)
         self._screens = [Progress(Console(file=io.StringIO(), force_terminal=terminal)) for terminal in (True, False)]
-        returns = {"returns": np.zeros((1, LAYOUT.spec.num_agents), np.float32)}
         self._knocking = [
             Knocking(endpoint, keys, dice)
             for endpoint, keys in ((f"ipc://{folder}/k", None), (_free_port(), Keys.create()))
         ]
         self.surfaces: list[Surface] = [
-            Answering("experience", near.experience, dice, self._learn, (Evaluation("s", 0, 1, 0.1), returns)),
+            Answering("experience", near.experience, dice, self._learn, (Evaluation("s", 0, 2), EVALUATED)),
             Answering("rewards", near.rewards, dice, self._serve, (GetState("s"),)),
             Answering("control", near.control, dice, self._direct, (Status("actor", 0, 0, 1, "", "", {}),)),
             Broadcasting(self._experience, self._policy, near.weights, dice),

@@ -15,9 +15,11 @@ from rich.text import Text
 
 from bm3il.launch.topology import Plan
 from bm3il.protocol.messages import Status
+from bm3il.protocol.telemetry import OF_TYPE
 
 PLAIN_LINE_SECONDS = 5.0
 LIVE_UPDATES_PER_SECOND = 4.0
+NORMALIZED, MOST_TYPES_SHOWN = "normalized_return", 8
 STAGES = ("collect", "observe", "query", "update", "publish", "checkpoint")
 
 
@@ -84,6 +86,8 @@ class Progress:
         self.note(" ".join(words))
         if returns:
             self.note("return per agent and episode: " + ", ".join(returns))
+        if result.get("types"):
+            self.note(f"normalised, of types: {_of_types(result['types'])}")
         if result["status"] == "finished" and result.get("return_mean") is None:
             self.note(f"the final policy was not evaluated; `bm3il evaluate {folder}` does it")
         for name in ("curve.png", "result.json"):
@@ -124,6 +128,8 @@ def _rows(learner: Status | None) -> list[tuple[str, str]]:
     if values.get("steps"):
         rows.append(("env steps", f"{values.get('env_steps', 0):,.0f}/{values['steps']:,.0f}"))
     rows.append(("return", _return(values)))
+    if of_types := {n.removeprefix(OF_TYPE): {NORMALIZED: v} for n, v in values.items() if n.startswith(OF_TYPE)}:
+        rows.append(("of types", _of_types(of_types)))
     rows.append(("policy lag", f"{values.get('policy_lag', 0.0):.1f}"))
     rows.append(("steps/s", f"{values.get('steps_per_second', 0.0):,.0f}"))
     stages = [f"{s} {1000 * values[f'seconds_{s}']:.0f}" for s in STAGES if f"seconds_{s}" in values]
@@ -143,6 +149,15 @@ def _return(values: Mapping[str, float]) -> str:
         if span:
             bounds.append(f"normalised {(values['return_mean'] - values['random_return']) / span:.3f}")
     return f"{text} ({', '.join(bounds)})" if bounds else text
+
+
+def _of_types(types: Mapping[str, Mapping[str, float | None]]) -> str:
+    """Normalised returns of types; of many, the lowest and the highest."""
+    known = {name: value for name, told in types.items() if (value := told[NORMALIZED]) is not None}
+    if len(known) > MOST_TYPES_SHOWN:
+        known = {name: known[name] for name in (min(known, key=known.__getitem__), max(known, key=known.__getitem__))}
+        return " to ".join(f"{value:.3f} ({name})" for name, value in known.items())
+    return ", ".join(f"{name} {value:.3f}" for name, value in known.items()) or "not known"
 
 
 def _seconds_left(values: Mapping[str, float]) -> float | None:

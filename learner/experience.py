@@ -36,12 +36,12 @@ MAX_EVALUATED = 1_000_000
 class Evaluated:
     """True returns [episodes, N] of the policy after `version` iterations.
 
-    random_return: the mean true return of the uniform policy.
+    random: the mean true returns [N] under the uniform policy.
     """
 
     version: int
     returns: np.ndarray
-    random_return: float
+    random: np.ndarray
 
 
 class Experience(Protocol):
@@ -80,9 +80,9 @@ class LocalExperience:
         self._policy.load_arrays(policy.to_arrays())  # the learner's may be on a GPU
         self._version = version
         if evaluate_episodes:
-            random_return = self._evaluator.random_return()
+            random = self._evaluator.random_returns()
             returns = self._evaluator.returns(self._policy, evaluate_episodes)
-            self._evaluated.append(Evaluated(version, returns, random_return))
+            self._evaluated.append(Evaluated(version, returns, random))
 
     def collect(self, abort: Callable[[], None]) -> list[Trajectories]:
         return [collector.collect(self._policy, self._version) for collector in self._collectors]
@@ -175,7 +175,7 @@ class RemoteExperience:
             return "stale"
         if isinstance(body, Evaluation):
             if body.session == self._current[0]:
-                self._evaluated.append(Evaluated(body.version, arrays["returns"], body.random_return))
+                self._evaluated.append(Evaluated(body.version, arrays["returns"], arrays["random"]))
             return "taken"
         try:
             self._chunks.setdefault(body.actor, (body.version, Trajectories.from_arrays(arrays, self._spec)))
@@ -199,4 +199,5 @@ class RemoteExperience:
         return None
 
     def _returns_table(self, episodes: int) -> ArrayTable:
-        return {"returns": ("float32", (episodes, self._spec.num_agents))}
+        agents = self._spec.num_agents
+        return {"returns": ("float32", (episodes, agents)), "random": ("float32", (agents,))}

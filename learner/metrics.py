@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 
@@ -14,8 +16,14 @@ class LearnerMetrics:
 
         self._env_steps = gauge("env_steps", "Joint environment steps trained on since the start of the run")
         self._policy_version = gauge("policy_version", "Iterations done: the version of the newest weights")
-        self.episode_return = gauge(
+        self._episode_return = gauge(
             "episode_return", "True return per agent and episode, mean of the last evaluation; never trained on"
+        )
+        self._type_return = Gauge(
+            "bm3il_learner_type_return",
+            "True return per agent of a type and episode, mean of the last evaluation, where there are several types",
+            ["type"],
+            registry=registry,
         )
         self._figures = Gauge(
             "bm3il_learner_figure",
@@ -26,6 +34,12 @@ class LearnerMetrics:
         self.rewinds = Counter(
             "bm3il_learner_rewinds", "Times the run went back to a checkpoint (reward server lost)", registry=registry
         )
+
+    def count_evaluation(self, mean: float, types: Mapping[str, Mapping[str, float | None]]) -> None:
+        """Publish true returns: of all agents, and `return_mean` of each type."""
+        self._episode_return.set(mean)
+        for name, told in types.items():
+            self._type_return.labels(name).set(told["return_mean"] or 0.0)
 
     def count_iteration(self, iteration: int, env_steps: int, figures: dict[str, float]) -> None:
         """Publish the figures of an iteration."""

@@ -19,6 +19,9 @@ from bm3il.protocol.files import naming, write_whole
 
 COLUMNS = ("iteration", "env_steps", "wall_seconds", "return_mean", "return_stderr", "normalized_return", "episodes")
 
+OF_TYPES = ("return_mean", "normalized_return")
+"""Of each type beside those of all agents."""
+
 
 class RunRecord:
     """Writes what can be looked at. Every file survives a resume: rows of iterations that will come again are cut.
@@ -47,12 +50,16 @@ class RunRecord:
         wall_seconds: float,
         estimate: ReturnEstimate,
         normalized_return: float | None,
+        types: Mapping[str, Mapping[str, float | None]],
         figures: Mapping[str, float],
     ) -> None:
-        """Append a row to `curve.csv`; the first row's `figures` name the columns after the fixed ones."""
+        """Append a row to `curve.csv`: the fixed columns, of each type `return_mean.TYPE` and `normalized_return.TYPE`,
+        and the figures; the first row's name the columns."""
         normalized = "" if normalized_return is None else normalized_return
         fixed = (iteration, env_steps, round(wall_seconds, 3), estimate.mean, estimate.stderr, normalized)
-        row: dict[str, Any] = dict(zip(COLUMNS, (*fixed, estimate.episodes), strict=True)) | dict(figures)
+        of_types = {f"{key}.{name}": told[key] for name, told in types.items() for key in OF_TYPES}
+        told = {name: "" if value is None else value for name, value in of_types.items()}
+        row: dict[str, Any] = dict(zip(COLUMNS, (*fixed, estimate.episodes), strict=True)) | told | dict(figures)
         rows = self._rows()
         names = list(rows[0]) if rows else list(row)
         if set(row) <= set(names):
@@ -61,7 +68,8 @@ class RunRecord:
             names += [name for name in row if name not in names]
             write_whole(self._curve, _csv(names, [*rows, row], header=True))
         means = {"return_mean": estimate.mean, "return_stderr": estimate.stderr}
-        self._add_scalars("evaluation", iteration, means)
+        known = {name.replace(".", "/"): value for name, value in of_types.items() if value is not None}
+        self._add_scalars("evaluation", iteration, means | known)
 
     def go_on_from(self, iteration: int) -> bool:
         """Forget what comes again after `iteration` was restored: its evaluation, and everything of later ones.
@@ -119,6 +127,8 @@ def _iteration(line: str) -> float:
 
 def _plain(value: Any) -> Any:
     """JSON has no NaN and no infinity: null says that there is no such number."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -11,12 +11,12 @@ import math
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
-from bm3il.actors.evaluation import Evaluator, ReturnEstimate, remembered_random_return
+from bm3il.actors.evaluation import Evaluator, Scale, remembered_random_returns
 from bm3il.actors.policy import Policy
 from bm3il.learner.checkpoint import Checkpoint, CheckpointFolder, configuration_differences
 from bm3il.learner.experience import Evaluated, Experience
@@ -27,9 +27,12 @@ from bm3il.learner.settings import Settings
 from bm3il.protocol.channels import Refused, Unanswered
 from bm3il.protocol.errors import InputError, NumericalError, SimulatorError
 from bm3il.protocol.job import Job
-from bm3il.protocol.telemetry import Telemetry
+from bm3il.protocol.telemetry import OF_TYPE, Telemetry
 
 log = logging.getLogger(__name__)
+
+MOST_TYPES_SHOWN = 10
+"""With every heartbeat: the curve and the result have those of all."""
 
 Arrays = dict[str, np.ndarray]
 CHECKPOINT_EVENT_SECONDS = 60.0
@@ -106,11 +109,10 @@ class Training:
         self._evaluate_again: int | None = None
         self._counted_until = time.monotonic()
         self._told_checkpoint = -math.inf
-        self._final_estimate: ReturnEstimate | None = None
+        self._final: Evaluated | None = None
         self._figures: dict[int, dict[str, float]] = {}
         self._evaluator = Evaluator(job, self._evaluation)
-        self._random_return = remembered_random_return(job.run_folder)
-        self._expert_return = self._evaluator.expert_return
+        self._scale = Scale(job.spec, remembered_random_returns(job), self._evaluator.expert)
 
     def run(self) -> str:
         """Train to the end, or until told to stop: `finished` or `interrupted`.
@@ -126,7 +128,7 @@ class Training:
             except Interrupted:
                 if self._progress < 1:
                     self._checkpoint_if_possible()
-                self._write_result("interrupted", None)
+                self._write_result("interrupted")
                 return "interrupted"
             except Refused as error:
                 if error.cause not in CURABLE:
@@ -262,8 +264,8 @@ class Training:
             "steps_per_second": facts.env_steps / max(facts.wall_seconds, 1e-9),
         }
         known = {
-            "random_return": self._random_return,
-            "expert_return": self._expert_return,
+            "random_return": self._scale.random_return,
+            "expert_return": self._scale.expert_return,
             "clone_return": facts.clone_return,
         }
         self._telemetry.numbers |= {name: value for name, value in known.items() if value is not None}
@@ -275,7 +277,7 @@ class Training:
 
     def _take_evaluations(self, wait_seconds: float = 0.0) -> None:
         for evaluated in self._experience.evaluations(wait_seconds):
-            self._random_return = evaluated.random_return
+            self._scale = replace(self._scale, random=evaluated.random)
             self._record_evaluation(evaluated)
 
     def _record_evaluation(self, evaluated: Evaluated) -> None:
@@ -283,19 +285,24 @@ class Training:
         if figures is None:  # an evaluator that was started again has repeated itself
             return
         estimate = self._evaluator.estimate(evaluated.returns)
+        types = self._types(evaluated)
         self._record.add_evaluation(
             evaluated.version,
             int(figures.pop("env_steps")),
             figures.pop("wall_seconds"),
             estimate,
-            self._normalized(estimate.mean),
+            self._scale.normalized(estimate.mean),
+            types,
             figures,
         )
         self._figures = {version: rest for version, rest in self._figures.items() if version > evaluated.version}
         if evaluated.version == 0 and self._algorithm.starts_cloned:
             self._facts.clone_return = estimate.mean
         self._telemetry.numbers["return_mean"] = estimate.mean
-        self._metrics.episode_return.set(estimate.mean)
+        if len(types) <= MOST_TYPES_SHOWN:
+            of_types = {f"{OF_TYPE}{name}": told["normalized_return"] for name, told in types.items()}
+            self._telemetry.numbers |= {name: value for name, value in of_types.items() if value is not None}
+        self._metrics.count_evaluation(estimate.mean, types)
         # A better policy without a checkpoint must not keep the best one that has a checkpoint from being marked.
         if estimate.mean > self._facts.best_return and self._checkpoints.mark_best(evaluated.version):
             self._facts.best_return = estimate.mean
@@ -303,15 +310,12 @@ class Training:
                 "best", f"best so far: return {estimate.mean:.2f} after iteration {evaluated.version}"
             )
         if self._progress == 1 and evaluated.version == self._facts.iteration:
-            self._final_estimate = estimate
+            self._final = evaluated
             what = f"final policy: return {estimate.mean:.2f} ± {estimate.stderr:.2f}"
             self._telemetry.event("evaluated", what)
 
-    def _normalized(self, mean: float) -> float | None:
-        """0 = random, 1 = expert."""
-        if self._expert_return is None or self._random_return is None:
-            return None
-        return (mean - self._random_return) / (self._expert_return - self._random_return)
+    def _types(self, evaluated: Evaluated) -> dict[str, dict[str, float | None]]:
+        return self._scale.of_types(evaluated.returns, self._evaluator.groups(evaluated.returns))
 
     def _finish(self, session: str) -> None:
         """Have the final policy evaluated, and write the result: also without it, since the training is complete."""
@@ -321,24 +325,26 @@ class Training:
             try:
                 self._publish(session)
                 with self._telemetry.stage("wait_for_evaluation"):
-                    self._wait_for_final_estimate()
+                    self._wait_for_final_evaluation()
             except SimulatorError as error:  # of serial mode, where the learner is the evaluator
                 log.warning("the final policy is not evaluated: %s", error)
-        self._write_result("finished", self._final_estimate)
+        self._write_result("finished")
 
-    def _wait_for_final_estimate(self) -> None:
+    def _wait_for_final_evaluation(self) -> None:
         """As long as the evaluator is heard to be at work."""
-        while self._final_estimate is None:
+        while self._final is None:
             self._take_evaluations(wait_seconds=0.2)
             self._abort()
             if (silent := self._experience.evaluator_silent_seconds()) > self._settings.deadline_seconds:
                 log.warning("the final policy is not evaluated: the evaluator was not heard for %.0f s", silent)
                 return
 
-    def _write_result(self, status: str, estimate: ReturnEstimate | None) -> None:
+    def _write_result(self, status: str) -> None:
         self._count_seconds()
-        if self._random_return is None:  # no evaluation has come yet, but the baseline may be played
-            self._random_return = remembered_random_return(self._job.run_folder)
+        if self._scale.random is None:  # no evaluation has come yet, but the baseline may be played
+            self._scale = replace(self._scale, random=remembered_random_returns(self._job))
+        final = self._final if status == "finished" else None
+        estimate = final and self._evaluator.estimate(final.returns)
         result: dict[str, Any] = {
             "run_id": self._job.run_id,
             "environment": self._job.environment,
@@ -350,11 +356,12 @@ class Training:
             "return_mean": estimate and estimate.mean,
             "return_stderr": estimate and estimate.stderr,
             "return_episodes": estimate and estimate.episodes,
-            "random_return": self._random_return,
+            "random_return": self._scale.random_return,
             "changes": self._job.spec.changes,
-            "expert_return": self._expert_return,
+            "expert_return": self._scale.expert_return,
             "clone_return": self._facts.clone_return,
-            "normalized_return": estimate and self._normalized(estimate.mean),
+            "normalized_return": estimate and self._scale.normalized(estimate.mean),
+            "types": self._types(final) if final else {},
             "return_unit": "true return per agent and episode",
             "policy_sha256": self._algorithm.policy.sha256(),
             "status": status,

@@ -109,6 +109,12 @@ class Demonstrations:
         return float(values.mean()) if values.size else None
 
     @property
+    def returns_of_agents(self) -> np.ndarray | None:
+        """Mean over episodes of each agent's true return, [N] float64; None if no episode's are known."""
+        known = self.returns[np.isfinite(self.returns).all(axis=1)]
+        return known.mean(axis=0, dtype=np.float64) if len(known) else None
+
+    @property
     def return_stderr(self) -> float | None:
         """Standard error of `return_mean` over groups, since the episodes of one group are not independent."""
         values, groups = self._known_returns()

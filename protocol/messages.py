@@ -30,7 +30,7 @@ from bm3il.protocol.errors import ProtocolError
 from bm3il.protocol.keys import Keys
 from bm3il.protocol.specs import ArrayTable
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 MAX_HEADER_BYTES, MAX_ARRAYS, MAX_RANK, MAX_TEXT = 1 << 20, 4096, 8, 8192
 """Of a header, from whomever it is: far above what a run of hundreds of types sends, and parsed within milliseconds."""
 MAX_MESSAGE_BYTES = 1 << 31
@@ -92,17 +92,14 @@ class Evaluating:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Evaluator → learner: true returns of policy `version`. Arrays: `returns` [episodes, N] float32; these may be
-    fewer episodes than were asked for.
-
-    random_return: what they are held against, the mean true return of the uniform policy.
-    """
+    """Evaluator → learner: true returns of policy `version`. Arrays: `returns` [episodes, N] float32, of fewer episodes
+    than were asked for if time was short; and what they are held against, `random` [N] float32, every agent's mean true
+    return under the uniform policy."""
 
     kind: ClassVar[str] = "evaluation"
     session: str
     version: int
     episodes: int
-    random_return: float
 
 
 @dataclass(frozen=True)

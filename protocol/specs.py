@@ -261,6 +261,10 @@ class EnvironmentSpec:
         )
         return replace(self, types=tuple(types), tables=())
 
+    def agents(self, m: int) -> slice:
+        """Those of type m, along an axis of all agents."""
+        return slice(self.offsets[m], self.offsets[m] + self.types[m].count)
+
     def by_type(self, arrays: Sequence[Array], axis: int) -> list[Array]:
         """Arrays of blocks → of types, in the order of the types: views along the axis of the agents."""
         parts: dict[int, Array] = {}

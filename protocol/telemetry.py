@@ -45,6 +45,9 @@ EVENTS_KEPT, EVENTS_UNDER_WAY, EVENT_TEXT = 256, 16, 1000
 PAUSE_SECONDS = 1.0
 """Longest time between two such polls: what lasts longer is work."""
 
+OF_TYPE = "normalized_return."
+"""Before the name of a type, in the learner's numbers."""
+
 
 class Telemetry:
     """One per process: its current stage, its metrics, its heartbeat, and the wish that it stop.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import pytest
 
 from bm3il.actors import evaluation, rollout, simulator
 from bm3il.actors.environments.rover_tower import RoverTower
-from bm3il.actors.evaluation import Evaluator, ReturnEstimate, evaluate
+from bm3il.actors.evaluation import Evaluator, ReturnEstimate, Scale, evaluate
 from bm3il.actors.policy import UniformPolicy
 from bm3il.actors.settings import EvaluationSettings
 from bm3il.protocol.demonstrations import Demonstrations, resolve
@@ -171,11 +172,45 @@ def test_part_of_the_start_states_are_the_first_ones(job: Job, monkeypatch: pyte
 
 def test_the_uniform_policy_is_played_once_and_remembered(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = EvaluationSettings(final_episodes=30)
-    first = Evaluator(job, settings).random_return()
-    assert first == float(evaluate(job.environment, UniformPolicy(job.spec), 30, job.seed).mean())
+    first = Evaluator(job, settings).random_returns()
+    assert np.array_equal(first, evaluate(job.environment, UniformPolicy(job.spec), 30, job.seed).mean(axis=0))
     monkeypatch.setattr(evaluation, "evaluate", None)
-    assert Evaluator(job, settings).random_return() == first
-    assert json.loads((job.run_folder / "baseline.json").read_text()) == {"random_return": first, "episodes": 30}
+    assert np.array_equal(Evaluator(job, settings).random_returns(), first)
+    told = json.loads((job.run_folder / "baseline.json").read_text())
+    assert told == {"random_returns": first.tolist(), "episodes": 30}
+
+
+def test_each_type_is_held_against_its_own_random_and_expert(job: Job) -> None:
+    """Rovers like the expert's and towers like random ones, or the other way round: on the mean nobody sees it."""
+    scale = Scale(job.spec, np.array([0.0, 0.0, 10.0, 10.0], np.float32), np.array([2.0, 2.0, 14.0, 14.0]))
+    returns = np.array([[2.0, 2.0, 10.0, 10.0], [2.0, 2.0, 10.0, 10.0]], np.float32)
+    of = scale.of_types(returns)
+    assert [of[name]["normalized_return"] for name in ("rover", "tower")] == [1.0, 0.0]
+    assert of["tower"] == {
+        "return_mean": 10.0,
+        "return_stderr": 0.0,
+        "random_return": 10.0,
+        "expert_return": 14.0,
+        "normalized_return": 0.0,
+    }
+    assert scale.normalized(float(returns.mean())) == pytest.approx(1 / 3)
+    assert (scale.random_return, scale.expert_return) == (5.0, 8.0)
+    assert Scale(job.spec).of_types(returns)["rover"]["normalized_return"] is None
+    assert Scale(job.spec, scale.random, scale.random).normalized(1.0) is None
+
+
+def test_of_one_type_all_is_said_by_the_mean(job: Job) -> None:
+    alone = replace(job.spec, types=job.spec.types[:1])
+    assert Scale(alone).of_types(np.zeros((2, 2), np.float32)) == {}
+
+
+def test_the_expert_of_another_crowd_is_known_by_its_types(job: Job) -> None:
+    spec = make_environment("rover_tower?pairs=3", 1).spec
+    recorded = Demonstrations.load(resolve("rover_tower_4"))
+    found, known = evaluation._per_agent(recorded, spec), recorded.returns_of_agents
+    assert found is not None
+    assert known is not None
+    np.testing.assert_allclose(found, np.repeat([known[:2].mean(), known[2:].mean()], 3))
 
 
 def test_an_evaluator_says_how_far_it_is(job: Job) -> None:

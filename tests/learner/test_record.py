@@ -12,6 +12,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from bm3il.actors.evaluation import ReturnEstimate
 from bm3il.learner.record import RunRecord
 
+TYPES = {
+    "rover": {"return_mean": 1.5, "return_stderr": 0.1, "random_return": 0.0, "normalized_return": 0.5},
+    "tower": {"return_mean": 2.0, "return_stderr": 0.1, "random_return": 0.0, "normalized_return": None},
+}
+
 
 def write(record: RunRecord, iterations: list[int]) -> None:
     for iteration in iterations:
@@ -19,7 +24,7 @@ def write(record: RunRecord, iterations: list[int]) -> None:
         if iteration:
             record.log_iteration(iteration, figures)
         estimate = ReturnEstimate(2.0 * iteration, 0.1, 20)
-        record.add_evaluation(iteration, 100 * iteration, 0.5 * iteration, estimate, None, figures)
+        record.add_evaluation(iteration, 100 * iteration, 0.5 * iteration, estimate, None, TYPES, figures)
 
 
 def curve(folder: Path) -> list[dict[str, str]]:
@@ -34,6 +39,9 @@ def test_columns_that_come_later_are_added(tmp_path: Path) -> None:
     assert [row["critic_loss"] for row in rows] == ["", "1.0", "0.5"]
     assert [row["normalized_return"] for row in rows] == ["", "", ""]
     assert [row["episodes"] for row in rows] == ["20", "20", "20"]
+    assert [row["return_mean.rover"] for row in rows] == ["1.5"] * 3
+    assert {row["normalized_return.rover"] for row in rows} == {"0.5"}
+    assert {row["normalized_return.tower"] for row in rows} == {""}
 
 
 def test_a_resumed_run_leaves_the_same_record(tmp_path: Path) -> None:
@@ -46,7 +54,7 @@ def test_a_resumed_run_leaves_the_same_record(tmp_path: Path) -> None:
         file.write('{"iteration": 4, "cut sho')
     again = RunRecord(resumed)
     again.go_on_from(2)
-    again.add_evaluation(2, 200, 1.0, ReturnEstimate(4.0, 0.1, 20), None, {"critic_loss": 0.5})
+    again.add_evaluation(2, 200, 1.0, ReturnEstimate(4.0, 0.1, 20), None, TYPES, {"critic_loss": 0.5})
     write(again, [3, 4])
     for name in ("curve.csv", "log.jsonl"):
         assert (resumed / name).read_text() == (whole / name).read_text()
