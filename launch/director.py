@@ -113,13 +113,17 @@ class Director:
             trouble = self._troubles.get(name)
             if state.troubled:
                 if trouble is None or trouble.name != state.name:
-                    self._troubles[name] = trouble = _Trouble(state.name, trouble.began if trouble else now)
+                    self._troubles[name] = trouble = _Trouble(
+                        state.name, trouble.began if trouble else now - state.seconds
+                    )
                     self.events.add("state", f"{state.name}: {state.why}", name, state=state.name)
                 trouble.last_seen = now
             elif trouble is not None and now - trouble.last_seen > SILENT_SECONDS:
                 del self._troubles[name]
                 seconds = trouble.last_seen - trouble.began
-                self.events.add("state", f"{state.name} again, after {seconds:.0f} s", name, state=state.name)
+                since = f"{now - trouble.last_seen:.0f} s, after {seconds:.0f} s of being {trouble.name}"
+                text = f"{state.name} again for {since}"
+                self.events.add("state", text, name, state=state.name)
 
     def remote_outcome(self) -> Outcome | None:
         """How the run ended, if another node's supervisor has decided it."""

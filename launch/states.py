@@ -16,10 +16,12 @@ TROUBLES = NAMES[3:]
 
 @dataclass(frozen=True)
 class State:
-    """One of NAMES, and of a trouble what is the matter, to be read after the process's name."""
+    """One of NAMES, and of a trouble what is the matter, to be read after the process's name, and for how long it has
+    been so."""
 
     name: str
     why: str = ""
+    seconds: float = 0.0
 
     @property
     def troubled(self) -> bool:
@@ -34,17 +36,19 @@ def judge(status: Status | None, silent_seconds: float, patience_seconds: float 
     silent_seconds: since the status came; if there is none, since the start of the run.
     """
     if status is None and silent_seconds > STUCK_SECONDS:
-        return State("dead", f"has never been heard, for {silent_seconds:.0f} s since the start")
+        return State("dead", f"has never been heard, for {silent_seconds:.0f} s since the start", silent_seconds)
     if status is None:
         return State("starting")
     if silent_seconds > SILENT_SECONDS:
-        return State("dead", f"has not been heard for {silent_seconds:.0f} s; it was in '{status.stage}'")
+        return State(
+            "dead", f"has not been heard for {silent_seconds:.0f} s; it was in '{status.stage}'", silent_seconds
+        )
     inside = status.values.get("stage_seconds", 0.0)
     if status.stage == IDLE:
         return State("idle" if inside > SILENT_SECONDS else "alive")
     if status.stage.startswith(WAIT):
         if inside > max(SILENT_SECONDS, patience_seconds):
-            return State("starved", f"has been in '{status.stage}' for {inside:.0f} s: it waits for others")
+            return State("starved", f"has been in '{status.stage}' for {inside:.0f} s: it waits for others", inside)
     elif inside > STUCK_SECONDS and status.role != "supervisor":
-        return State("stuck", f"has been in '{status.stage}' for {inside:.0f} s")
+        return State("stuck", f"has been in '{status.stage}' for {inside:.0f} s", inside)
     return State("alive")

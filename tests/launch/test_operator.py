@@ -89,7 +89,7 @@ def test_the_night_can_be_read_from_its_events(tmp_path: Path) -> None:
     silent = ("state", "reward-server-0", "dead: has not been heard for")
     wait_for(lambda: told(*night) and told(silent), process)
     server.send_signal(signal.SIGCONT)
-    night += [("state", "learner-0", "alive again, after ")]
+    night += [("state", "learner-0", "alive again for ")]
     wait_for(lambda: told(*night), process)
     workers(process, "learner")[0].kill()
     night += [
