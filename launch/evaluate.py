@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bm3il.actors.environments.berlin.environment import Berlin
-from bm3il.actors.evaluation import ReturnEstimate, evaluate
+from bm3il.actors.evaluation import ReturnEstimate, Scale, evaluate
 from bm3il.actors.experts.scripted import expert_for
 from bm3il.actors.policy import Policy, UniformPolicy
 from bm3il.actors.rollout import Acts
@@ -39,19 +39,18 @@ class Episodes:
     """Episodes on which all are compared: `count` in `environment`, from given start states (whose unit of
     independence are `groups`) or fresh ones.
 
-    expert_return: what it is known to be from these start states.
+    expert: what each agent of the expert is known to return from these start states, [N].
     """
 
     environment: str
     count: int
     starts: Starts | None = None
     groups: np.ndarray | None = None
-    expert_return: float | None = None
+    expert: np.ndarray | None = None
 
-    def returns(self, policy: Acts, greedy: bool = False) -> ReturnEstimate:
-        """True return per agent and episode."""
-        returns = evaluate(self.environment, policy, self.count, FRESH_SEED, greedy, self.starts)
-        return ReturnEstimate.of(returns, self.groups)
+    def returns(self, policy: Acts, greedy: bool = False) -> np.ndarray:
+        """True returns [episodes, N]."""
+        return evaluate(self.environment, policy, self.count, FRESH_SEED, greedy, self.starts)
 
 
 def main(
@@ -93,30 +92,28 @@ def main(
 
 def _rows(starts: str, episodes: Episodes, policy: Policy, expert: Acts | None) -> list[dict[str, Any]]:
     """Drawn and greedy actions, beside random and an expert: the one given, else the one whose return is known."""
-    random = episodes.returns(UniformPolicy(policy.layout.spec)).mean
-    best = episodes.expert_return if expert is None else episodes.returns(expert).mean
+    spec = policy.layout.spec
+    random = episodes.returns(UniformPolicy(spec)).mean(axis=0)
+    scale = Scale(spec, random, episodes.expert if expert is None else episodes.returns(expert).mean(axis=0))
     rows = []
     for greedy in (False, True):
-        estimate = episodes.returns(policy, greedy)
+        returns = episodes.returns(policy, greedy)
+        estimate = ReturnEstimate.of(returns, episodes.groups)
         rows.append(
             {
-                "environment": policy.layout.spec.name,
+                "environment": spec.name,
                 "starts": starts,
                 "actions": "greedy" if greedy else "drawn",
                 "episodes": episodes.count,
                 "return_mean": estimate.mean,
                 "return_stderr": estimate.stderr,
-                "random_return": random,
-                "expert_return": best,
-                "normalized_return": _normalized(estimate.mean, random, best),
+                "random_return": scale.random_return,
+                "expert_return": scale.expert_return,
+                "normalized_return": scale.normalized(estimate.mean),
+                "types": scale.of_types(returns, episodes.groups),
             }
         )
     return rows
-
-
-def _normalized(value: float, random: float, expert: float | None) -> float | None:
-    """0 as random, 1 as the expert; None where these are not apart, as with slip=1."""
-    return None if expert is None or expert == random else (value - random) / (expert - random)
 
 
 def _scripted_expert(world: EnvironmentSpec) -> Acts | None:
@@ -138,7 +135,7 @@ def _demonstrated(config: Config, name: str) -> Episodes:
         raise InputError("the demonstrations hold no start states; evaluate without --paired")
     count, starts = demonstrations.num_episodes, demonstrations.starts
     make_environment(name, count).reset(FRESH_SEED, starts)  # says what does not fit before anything is played
-    expert = demonstrations.return_mean if name == config.environment else None
+    expert = demonstrations.returns_of_agents if name == config.environment else None
     return Episodes(name, count, starts, demonstrations.groups, expert)
 
 
@@ -164,18 +161,18 @@ def _draw(trained: Trained, name: str, policy: Policy, folder: Path, hour: float
 
 def _print(what: str, rows: list[dict[str, Any]]) -> None:
     table = Table(title=f"{what}: true return per agent and episode")
-    for column in ("starts", "actions", "episodes", "return", "± s.e.", "random", "expert", "normalised"):
+    for column in ("starts", "actions", "episodes", "of", "return", "± s.e.", "random", "expert", "normalised"):
         table.add_column(column, justify="right")
     for row in rows:
-        expert, normalized = row["expert_return"], row["normalized_return"]
-        table.add_row(
-            row["starts"],
-            row["actions"],
-            str(row["episodes"]),
-            f"{row['return_mean']:.1f}",
-            f"{row['return_stderr']:.1f}",
-            f"{row['random_return']:.1f}",
-            "–" if expert is None else f"{expert:.1f}",
-            "–" if normalized is None else f"{normalized:.3f}",
-        )
+        for name, told in {"all": row, **row["types"]}.items():
+            first = name == "all"
+            table.add_row(
+                *(row["starts"], row["actions"], str(row["episodes"])) if first else ("", "", ""),
+                name,
+                f"{told['return_mean']:.1f}",
+                f"{told['return_stderr']:.1f}",
+                f"{told['random_return']:.1f}",
+                "–" if told["expert_return"] is None else f"{told['expert_return']:.1f}",
+                "–" if told["normalized_return"] is None else f"{told['normalized_return']:.3f}",
+            )
     Console().print(table)

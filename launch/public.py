@@ -197,11 +197,10 @@ def evaluate(
     Raises InputError for an environment that the policy does not fit.
     """
     name = environment or run.trained.config.environment
-    returns = play(name, run.trained.policy_in(of_registry(name, 1).spec), episodes, seed, greedy)
-    per_type = np.split(returns, run.spec.offsets[1:], axis=1)
-    estimates = {"all": ReturnEstimate.of(returns)}
-    estimates |= {t.name: ReturnEstimate.of(part) for t, part in zip(run.spec.types, per_type, strict=True)}
-    return estimates
+    spec = of_registry(name, 1).spec
+    returns = play(name, run.trained.policy_in(spec), episodes, seed, greedy)
+    parts = {"all": returns} | {t.name: returns[:, spec.agents(m)] for m, t in enumerate(spec.types)}
+    return {name: ReturnEstimate.of(part) for name, part in parts.items()}
 
 
 def rollout(

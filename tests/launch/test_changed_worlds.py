@@ -162,6 +162,10 @@ def test_paired_starts_are_tried_in_a_changed_world(rover_run: Path) -> None:
     assert [row["starts"] for row in rows] == ["fresh", "fresh", "paired", "paired"]
     known = evaluated(rover_run, "--paired")[2]["expert_return"]
     assert rows[2]["expert_return"] < known - 20, "the scripted expert slips, too"
+    for row in rows:  # two rovers and two towers
+        for figure in ("return_mean", "random_return", "expert_return"):
+            of_types = [row["types"][name][figure] for name in ("rover", "tower")]
+            assert row[figure] == pytest.approx(sum(of_types) / 2, rel=1e-4)
 
 
 def test_where_all_slip_nobody_is_better_than_random(rover_run: Path) -> None:
