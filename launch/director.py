@@ -89,7 +89,7 @@ class Director:
         starts = self._starts.setdefault(name, set())
         if starts and sender.incarnation not in starts:
             self.events.add(
-                "back", f"works again, {time.monotonic() - self._heard[name]:.0f} s after its last sign", name
+                "back", f"is heard again, {time.monotonic() - self._heard[name]:.0f} s after its last sign", name
             )
         starts.add(sender.incarnation)
         numbers = {key: value for key, value in status.values.items() if math.isfinite(value)}
@@ -113,16 +113,16 @@ class Director:
             trouble = self._troubles.get(name)
             if state.troubled:
                 if trouble is None or trouble.name != state.name:
-                    self._troubles[name] = trouble = _Trouble(
-                        state.name, trouble.began if trouble else now - state.seconds
-                    )
-                    self.events.add("state", f"{state.name}: {state.why}", name, state=state.name)
+                    heard = trouble is not None and trouble.name == "dead"
+                    began = trouble.began if trouble else now - state.seconds
+                    self._troubles[name] = trouble = _Trouble(state.name, began)
+                    text = f"heard again, {now - began:.0f} s after its last sign" if heard else state.why
+                    self.events.add("state", f"{state.name}: {text}", name, state=state.name)
                 trouble.last_seen = now
             elif trouble is not None and now - trouble.last_seen > SILENT_SECONDS:
                 del self._troubles[name]
                 seconds = trouble.last_seen - trouble.began
-                since = f"{now - trouble.last_seen:.0f} s, after {seconds:.0f} s of being {trouble.name}"
-                text = f"{state.name} again for {since}"
+                text = f"{state.name} again for {now - trouble.last_seen:.0f} s, after {seconds:.0f} s of trouble"
                 self.events.add("state", text, name, state=state.name)
 
     def remote_outcome(self) -> Outcome | None:

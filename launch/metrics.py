@@ -17,12 +17,20 @@ class SupervisorMetrics:
     """`bm3il_supervisor_*`."""
 
     def __init__(self, registry: CollectorRegistry, run_folder: Path = Path()) -> None:
-        self.restarts = Counter(
+        self._restarts = Counter(
             "bm3il_supervisor_restarts", "Restarts of a process after a crash", ["process"], registry=registry
         )
         free = Gauge("bm3il_supervisor_disk_free_bytes", "Bytes left on the disk of the run folder", registry=registry)
         free.set_function(lambda: shutil.disk_usage(run_folder).free)
         self.processes = Gauge("bm3il_supervisor_processes", "Processes of this node that are alive", registry=registry)
+
+    def started(self, process: str) -> None:
+        """A process of this node is there: Prometheus sees no increase of a counter that begins at 1."""
+        self._restarts.labels(process)
+
+    def restarted(self, process: str) -> None:
+        """It has crashed, and is started again."""
+        self._restarts.labels(process).inc()
 
 
 class RunMetrics:

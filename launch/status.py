@@ -23,7 +23,9 @@ from bm3il.launch.progress import Progress, duration
 from bm3il.launch.run_folder import curve, is_running, logged, read_result
 from bm3il.protocol.errors import InputError
 
-EVENTS_SHOWN, EVENTS_TOLD = 5, 50
+EVENTS_SHOWN, EVENTS_TOLD = 8, 50
+ROUTINE = ("checkpoint", "best", "evaluated")
+"""Events that would hide what went wrong, and whose figures are shown besides."""
 """To people, and to programs."""
 RATE_SECONDS = 60.0
 """Of the run's clock, over which its speed is measured."""
@@ -48,7 +50,8 @@ def print_status(folder: Path, as_json: bool = False) -> int:
         console.print(f"last checkpoint: iteration {checkpoint['iteration']}, {age} ago", markup=False)
     if told["processes"]:
         console.print(_processes(told["processes"]))
-    for event in told["events"][-EVENTS_SHOWN:]:
+    notable = [event for event in told["events"] if event["event"] not in ROUTINE]
+    for event in notable[-EVENTS_SHOWN:]:
         line = f"{_local(event['time'])}  {event['process']}: {event['text']}".replace("\n", " ")
         console.print(Text(line), no_wrap=True, overflow="ellipsis", crop=True)
     if told["result"]:

@@ -116,6 +116,8 @@ class Supervisor:
         logs = Path(self._plan.run_folder, "logs")
         logs.mkdir(parents=True, exist_ok=True)  # a node may have no part in the disk of the first
         plan, config = self._plan.to_json(), self._plan.config
+        for name in names:
+            self._metrics.started(name)
         return [
             Child(
                 process,
@@ -188,7 +190,7 @@ class Supervisor:
         why = f" ({child.last_words()[:200]})" if code > 0 else ""  # who is killed has no last words
         self._say(f"{name} {how}; starting it again{why}")
         self._tell("restart", f"{how}; starting it again{why}", name)
-        self._metrics.restarts.labels(name).inc()
+        self._metrics.restarted(name)
         child.restart_after(RESTART_DELAY_SECONDS)
         return None
 

@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,16 @@ COLUMNS = ("iteration", "env_steps", "wall_seconds", "return_mean", "return_stde
 
 OF_TYPES = ("return_mean", "normalized_return")
 """Of each type beside those of all agents."""
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """What of a record comes again: whether the restored iteration was evaluated, how many iterations after it were
+    logged, and the training's seconds until the last of them, which are not forgotten."""
+
+    evaluated: bool
+    iterations: int
+    wall_seconds: float
 
 
 class RunRecord:
@@ -71,24 +82,24 @@ class RunRecord:
         known = {name.replace(".", "/"): value for name, value in of_types.items() if value is not None}
         self._add_scalars("evaluation", iteration, means | known)
 
-    def go_on_from(self, iteration: int) -> bool:
-        """Forget what comes again after `iteration` was restored: its evaluation, and everything of later ones.
-
-        Returns whether it had been evaluated.
-        """
+    def go_on_from(self, iteration: int) -> Forgotten:
+        """Forget what comes again after `iteration` was restored: its evaluation, and everything of later ones."""
         rows = self._rows()
         evaluated = any(int(row["iteration"]) == iteration for row in rows)
         if rows:
             kept = [row for row in rows if int(row["iteration"]) < iteration]
             write_whole(self._curve, _csv(list(rows[0]), kept, header=bool(kept)))
+        iterations, wall_seconds = 0, 0.0
         if self._log.exists():
-            logged = self._log.read_text(encoding="utf-8").splitlines()
-            lines = [line for line in logged if _iteration(line) <= iteration]
+            logged = [(_logged(line), line) for line in self._log.read_text(encoding="utf-8").splitlines()]
+            lines = [line for told, line in logged if told.get("iteration", math.inf) <= iteration]
             write_whole(self._log, "".join(f"{line}\n" for line in lines))
+            iterations = sum(told.get("iteration", -1) > iteration for told, _ in logged)
+            wall_seconds = max((told.get("wall_seconds", 0.0) for told, _ in logged), default=0.0)
         if self._events is not None:
             self._events.close()
         self._events, self._purge_step = None, iteration + 1
-        return evaluated
+        return Forgotten(evaluated, iterations, wall_seconds)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write `result.json`, whole or not at all."""
@@ -118,11 +129,12 @@ class RunRecord:
             self._events.add_scalar(f"{group}/{name}", value, iteration)
 
 
-def _iteration(line: str) -> float:
+def _logged(line: str) -> dict[str, float]:
+    """The numbers of a line of the log; none of one that was cut short by a crash."""
     try:
-        return int(json.loads(line)["iteration"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        return {name: value for name, value in json.loads(line).items() if isinstance(value, int | float)}
+    except (ValueError, AttributeError):
+        return {}
 
 
 def _plain(value: Any) -> Any:

@@ -118,9 +118,10 @@ class StreamedExperience(RemoteExperience):
         return [actor for actor, chunks in waiting.items() if chunks >= self._credits]
 
     def _give_up_on(self, actors: list[int]) -> None:
-        if actors:
-            log.warning("going on without actors %s: no chunk for %.0f s", actors, PATIENCE_SECONDS)
         for actor in actors:
+            text = f"goes on without actor-{actor}, after {PATIENCE_SECONDS:.0f} s in which no chunk of it came"
+            log.warning(text)
+            self._telemetry.event("without", text)
             del self._next_version[actor]
 
     def _receive(self, timeout_seconds: float) -> None:

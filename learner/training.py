@@ -39,6 +39,7 @@ CHECKPOINT_EVENT_SECONDS = 60.0
 """Between two events that tell of a checkpoint; the last one before an end is told in any case."""
 CURABLE = ("no_session", "deadline", "answer_gone")
 """Refusals of a reward server that was started again, or was stopped or cut off for a while."""
+RESTARTED = "the reward server was started again and knows nothing of this run"
 MAX_REWINDS = 10
 """To the last checkpoint, without a further iteration done than ever before. More than a reward server is started
 again without getting anything done."""
@@ -135,7 +136,8 @@ class Training:
                     raise InputError(f"the reward server refuses what the learner asks for: {error}") from error
                 self._count_rewind(error)
                 iteration = self._facts.iteration
-                self._telemetry.event("rewind", f"goes back from iteration {iteration} to the last checkpoint: {error}")
+                why = RESTARTED if error.cause == "no_session" else str(error)
+                self._telemetry.event("rewind", f"goes back from iteration {iteration} to the last checkpoint: {why}")
 
     def _session(self) -> str:
         """All iterations that are left; returns the session, whose last policy is not handed out yet."""
@@ -202,13 +204,14 @@ class Training:
                 raise InputError(f"the checkpoint was written by another configuration: {changed}")
             self._algorithm.begin(session, checkpoint.learner, checkpoint.rewards, self._abort)
             self._begun = True
-            lost_seconds = max(0.0, self._facts.wall_seconds - checkpoint.facts["wall_seconds"])
+            seconds = self._facts.wall_seconds
             self._facts = Facts(**checkpoint.facts)
-            self._facts.wall_seconds += lost_seconds
-            evaluated = self._record.go_on_from(checkpoint.iteration)
-            self._evaluate_again = checkpoint.iteration if evaluated else None
+            forgotten = self._record.go_on_from(checkpoint.iteration)
+            self._facts.wall_seconds = max(self._facts.wall_seconds, forgotten.wall_seconds, seconds)
+            self._evaluate_again = checkpoint.iteration if forgotten.evaluated else None
             self._figures = {checkpoint.iteration: self._position()}
-            self._telemetry.event("restored", f"goes on from the checkpoint of iteration {checkpoint.iteration}")
+            lost = f"; {forgotten.iterations} iterations after it are lost" if forgotten.iterations else ""
+            self._telemetry.event("restored", f"goes on from the checkpoint of iteration {checkpoint.iteration}{lost}")
 
     def _publish(self, session: str) -> None:
         iteration = self._facts.iteration

@@ -39,6 +39,10 @@ REFUSALS = {
 }
 
 
+UNAUTHORISED = "unauthorised"
+"""Cause of a drop: who connects has no key of the run."""
+
+
 @dataclass(frozen=True)
 class Keys:
     """Both pairs in Z85, 40 characters each; `server_secret` is empty where nobody listens (an actor that joins)."""
@@ -186,7 +190,7 @@ class _Doorkeeper(threading.Thread):
         if event == zmq.EVENT_ACCEPTED:
             self._peers[value] = _peer(value)
         elif event in REFUSALS:
-            self._count_drop("unauthorised")
+            self._count_drop(UNAUTHORISED)
             self._refused = event
         elif event == zmq.EVENT_DISCONNECTED:
             peer = self._peers.pop(value, "somebody")

@@ -22,6 +22,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from bm3il.protocol.channels import Client, Refused, Unanswered
 from bm3il.protocol.errors import InputError
+from bm3il.protocol.keys import UNAUTHORISED
 from bm3il.protocol.messages import MAX_TEXT, Done, Event, Refusal, Sender, Status
 from bm3il.protocol.specs import ArrayTable
 
@@ -87,6 +88,7 @@ class Telemetry:
         self._drops = Counter(
             f"{prefix}_dropped_messages", "Messages dropped, by cause", ["cause"], registry=self.registry
         )
+        self._drops.labels(UNAUTHORISED)  # an alert waits for it to increase, which it cannot from nothing
         memory = Gauge(f"{prefix}_resident_memory_bytes", "Resident memory of the process", registry=self.registry)
         process = psutil.Process()
         memory.set_function(lambda: process.memory_info().rss)

@@ -11,13 +11,22 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         (f"bm3il_run_info{RUN}", "{{algorithm}} on {{environment}}, seed {{seed}}, bm3il {{version}}"),
     ]),
     ("Processes that are not well", "none", [
-        ('sum by (state) (bm3il_supervisor_process_state{run="$run", state=~"starved|stuck|dead"})', "{{state}}"),
+        ('bm3il_supervisor_process_state{run="$run", state=~"starved|stuck|dead"}', "{{exported_process}} {{state}}"),
     ]),
+    ("Restarts and rewinds", "none", [
+        (f"bm3il_supervisor_restarts_total{RUN}", "{{exported_process}} restarted"),
+        (f"bm3il_learner_rewinds_total{RUN}", "rewinds since the learner's last start"),
+        ('count(ALERTS{run="$run", alertstate="firing"}) or vector(0)', "alerts that fire"),
+    ]),
+    ("Iterations done", "none", [(f"max(bm3il_learner_policy_version{RUN})", "iterations")]),
     ("True return per agent and episode", "short", [
         (f"bm3il_learner_episode_return{RUN}", "evaluated"),
         (f"avg(bm3il_actor_episode_return{RUN})", "while acting"),
     ]),
-    ("Joint steps trained on, per second", "short", [(f"rate(bm3il_learner_env_steps{RUN}[1m])", "steps/s")]),
+    ("Joint steps trained on, per second", "short", [
+        # A gauge, which falls when the run goes back to a checkpoint: a rate would take that for a new start from 0.
+        (f"clamp_min(deriv(bm3il_learner_env_steps{RUN}[1m]), 0)", "steps/s"),
+    ]),
     ("Where the learner's time goes", "percentunit", [
         # Without the waits, which are parts of other stages.
         ('sum by (stage) (rate(bm3il_learner_stage_seconds_sum{run="$run", stage!~"wait_.*"}[1m]))', "{{stage}}"),

@@ -17,6 +17,7 @@ from bm3il.launch.config import load_preset
 from bm3il.launch.director import LOST_NODE_SECONDS, Director
 from bm3il.launch.events import read_events
 from bm3il.launch.progress import Progress
+from bm3il.launch.states import State
 from bm3il.launch.topology import Node, Plan, Process, ipc_addresses
 from bm3il.protocol.channels import Client
 from bm3il.protocol.messages import Done, Event, Sender, Status
@@ -105,6 +106,23 @@ def test_a_trouble_is_told_once_until_it_is_over_for_good(director: Director, tm
     assert events[0]["text"] == "starved: has been in 'wait_for_chunks' for 12 s: it waits for others"
 
 
+def test_who_is_heard_again_was_away_since_its_last_sign(director: Director, tmp_path: Path) -> None:
+    """A process that was stopped tells of a long wait when it goes on: it waited for nobody."""
+    states = [
+        (100.0, State("dead", "has not been heard for 11 s", 11.0)),
+        (140.0, State("starved", "has been in 'wait_for_credit' for 51 s", 51.0)),
+        (141.0, State("alive")),
+        (152.0, State("alive")),
+    ]
+    for now, state in states:
+        director._tell_troubles({"actor-1": state}, now)
+    assert [e["text"] for e in read_events(tmp_path, 9)] == [
+        "dead: has not been heard for 11 s",
+        "starved: heard again, 51 s after its last sign",
+        "alive again for 12 s, after 51 s of trouble",
+    ]
+
+
 def test_an_actor_that_joined_and_left_is_told_and_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(load_preset("rover_tower_8"), mode="async")
     processes = (Process("learner", 0, 0),)
@@ -129,4 +147,4 @@ def test_a_process_that_is_heard_again_is_back(director: Director, tmp_path: Pat
         tell(director, tmp_path, "learner-0", Status("learner", 0, 0, 1, "collect", "", {}))
     (back,) = [e for e in read_events(tmp_path, 9) if e["event"] == "back"]
     assert back["process"] == "learner-0"
-    assert back["text"].startswith("works again, 0 s after its last sign")
+    assert back["text"].startswith("is heard again, 0 s after its last sign")

@@ -81,7 +81,7 @@ def test_the_night_can_be_read_from_its_events(tmp_path: Path) -> None:
     night += [("checkpoint", "learner-0", "checkpoint of iteration 0")]
     restarts = [("restart", name, "was killed by SIGKILL") for name in ("actor-0", "actor-1")]
     wait_for(lambda: any(told(*night, restart) for restart in restarts), process)
-    night += [("back", restart[1], "works again, ") for restart in restarts if told(restart)]
+    night += [("back", restart[1], "is heard again, ") for restart in restarts if told(restart)]
     wait_for(lambda: told(*night), process)
     (server,) = workers(process, "reward-server")
     server.send_signal(signal.SIGSTOP)

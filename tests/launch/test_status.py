@@ -90,12 +90,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     target = {"targets": ["10.0.0.1:31999"], "labels": {"process": "actor-1234"}}
     (folder / "targets.json").write_text(json.dumps([target]))
     log = EventLog(folder, "supervisor-0")
-    for number in range(7):
+    for number in range(10):
         log.add(
             "restart",
             f"{number} was killed; starting it again ({9 * 'many words'})",
             "actor-3",
         )
+    for number in range(6):  # they come all the time, and hide nothing
+        log.add("checkpoint", f"checkpoint of iteration {number}", "learner-0")
     monkeypatch.setattr(status, "is_running", lambda folder: folder.name == RUN)
     monkeypatch.setenv("COLUMNS", "80")
     return folder
@@ -117,7 +119,7 @@ def test_a_status_says_how_far_the_run_is(folder: Path, capsys: pytest.CaptureFi
     assert "running: iteration 120 of 250, 1:05 left\n96,000 of 200,000 steps, 1,600 steps/s\n" in text
     assert "last evaluation: iteration 118, return 97.25\n" in text
     assert "last checkpoint: iteration 100, 0:0" in text
-    assert [f"{number} was killed" in text for number in range(7)] == [False, False, *[True] * 5]
+    assert [f"{number} was killed" in text for number in range(10)] == [False, False, *[True] * 8]
 
 
 def test_a_status_for_programs_says_all(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +132,7 @@ def test_a_status_for_programs_says_all(folder: Path, capsys: pytest.CaptureFixt
     )
     assert told["evaluation"]["normalized_return"] is None
     assert told["checkpoint"]["iteration"] == 100
-    assert len(told["events"]) == 7
+    assert len(told["events"]) == 16
     assert told["config"]["steps"] == 200_000
 
 

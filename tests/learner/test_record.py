@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bm3il.actors.evaluation import ReturnEstimate
-from bm3il.learner.record import RunRecord
+from bm3il.learner.record import Forgotten, RunRecord
 
 TYPES = {
     "rover": {"return_mean": 1.5, "return_stderr": 0.1, "random_return": 0.0, "normalized_return": 0.5},
@@ -53,7 +53,7 @@ def test_a_resumed_run_leaves_the_same_record(tmp_path: Path) -> None:
     with (resumed / "log.jsonl").open("a") as file:
         file.write('{"iteration": 4, "cut sho')
     again = RunRecord(resumed)
-    again.go_on_from(2)
+    assert again.go_on_from(2) == Forgotten(True, 1, 0.0), "the line of iteration 4 was cut short"
     again.add_evaluation(2, 200, 1.0, ReturnEstimate(4.0, 0.1, 20), None, TYPES, {"critic_loss": 0.5})
     write(again, [3, 4])
     for name in ("curve.csv", "log.jsonl"):

@@ -171,7 +171,7 @@ def test_an_actor_that_is_gone_is_not_waited_for_for_ever(
     for mark in (3, 4):
         learner.send(0, 2, 2, mark)
     assert learner.collect() == [3, 4]
-    assert "going on without actors [1]" in caplog.text
+    assert "goes on without actor-1" in caplog.text
 
 
 def test_an_actor_without_credit_is_not_behind(learner: Learner) -> None:
