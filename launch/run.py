@@ -143,7 +143,7 @@ def _check_room(config: Config, needed: Needs) -> None:
 
 def _run(config: Config, spec: EnvironmentSpec, folder: Path, needed: Needs) -> int:
     progress, stopped, start = Progress(), StopRequests(), run_folder.Start(secrets.token_hex(8), time.time())
-    with run_folder.locked(folder), stopped.heard(), lasting_output():
+    with run_folder.locked(folder), run_folder.announced(folder), stopped.heard(), lasting_output():
         progress.note(needed.line())
         before = run_folder.read_result(folder)
         try:

@@ -26,7 +26,7 @@ from bm3il.protocol.files import write_whole
 
 TAIL_BYTES = 1 << 20
 """Of a log, in which its last line lies."""
-ANNOUNCED = ".targets"
+ANNOUNCED, ENDED_WELL = ".targets", ("finished", "interrupted")
 MIN_FREE_BYTES = 64 << 20
 """Room for two checkpoints of the Berlin preset: with less, the first iterations would be lost work."""
 BEGUN = {
@@ -75,7 +75,6 @@ def create(config: Config) -> Path:
     except InputError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    _announce(folder)
     return folder.resolve()
 
 
@@ -97,14 +96,22 @@ def _barren(folder: Path) -> bool:
     return not any(int(path.name) for path in checkpoints.glob("[0-9]*") if path.name.isdigit())
 
 
-def _announce(folder: Path) -> None:
+@contextlib.contextmanager
+def announced(folder: Path) -> Iterator[None]:
     """Link to the run's `targets.json` from a folder that holds those of all runs: Prometheus takes a wildcard in the
-    name of a file only. Without it the run goes on."""
+    name of a file only. Without it the run goes on.
+
+    A run that ended as it should is no longer looked for; of one that did not, somebody shall hear that it is silent.
+    """
     link = folder.parent / ANNOUNCED / f"{folder.name}.json"
     with contextlib.suppress(OSError):
         link.parent.mkdir(exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(Path("..", folder.name, "targets.json"))
+    yield
+    if read_result(folder).get("status") in ENDED_WELL:
+        with contextlib.suppress(OSError):
+            link.unlink(missing_ok=True)
 
 
 def open_existing(folder: Path) -> Config:

@@ -223,3 +223,15 @@ def test_other_errors_are_crashes() -> None:
         attempt(work)
     assert attempt(lambda: "interrupted") == Outcome(130)
     assert attempt(lambda: None) == Outcome(0)
+
+
+@pytest.mark.parametrize(("status", "looked_for"), [("finished", False), ("interrupted", False), ("failed", True)])
+def test_prometheus_looks_for_a_run_until_it_has_ended_well(tmp_path: Path, status: str, looked_for: bool) -> None:
+    run, link = tmp_path / "mine", tmp_path / ".targets" / "mine.json"
+    run.mkdir()
+    (run / "targets.json").write_text("[]")
+    for _ in range(2):  # a resume is looked for again
+        with run_folder.announced(run):
+            assert link.read_text() == "[]"
+            (run / "result.json").write_text(json.dumps({"status": status}))
+        assert link.is_symlink() == looked_for
