@@ -28,6 +28,8 @@ from bm3il.reward_server.settings import RewardSettings
 Computing = TypeVar("Computing", LearnerSettings, RewardSettings)
 
 DEFAULT_PRESET = "rover_tower_8"
+PRESET_OF, OWN_PRESET = {"rover_tower": DEFAULT_PRESET, "berlin": "berlin"}, "own"
+"""Of environments without a --preset: the settings of one, and its demonstrations, would be a guess for another."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Config:
     """Train agents by imitation, on one machine or many."""
 
     preset: str = DEFAULT_PRESET
-    """Named configuration that the other options start from; a name, or the path of a YAML file."""
+    """Named configuration that the other options start from; a name, or the path of a YAML file. With --environment
+    alone it is that environment's, for those that do not come with bm3il `own`."""
     environment: str = "rover_tower?pairs=4"
     """Environment and its options."""
     demonstrations: str = ""
@@ -94,17 +97,22 @@ class Config:
 
         kind = algorithm(self.algorithm)
         name = self.environment.partition("?")[0].partition(":")[0]
+        if not name:
+            raise InputError(f"preset '{self.preset}' is of no environment: name yours by --environment")
         if name not in known_environments():
             raise unknown_name("environment", name, known_environments())
         check_bounds(self)
         self.learner.check()
         self.metrics_token()
         check_network(self.network)
-        if self.learner.start == "cloned" and not self.demonstrations:
-            raise InputError("--learner.start cloned needs what it clones: name a file by --demonstrations")
         if (kind.imitates or kind.clones) and not self.demonstrations:
             raise InputError(
                 f"algorithm '{self.algorithm}' learns from demonstrations: name a file by --demonstrations"
+            )
+        if self.learner.start == "cloned" and not self.demonstrations:
+            raise InputError(
+                "--learner.start cloned needs what it clones: name a file by --demonstrations, or take "
+                "--learner.start random"
             )
         learner = self._of_role(kind.learner_settings(self.learner))
         reward = self._of_role(kind.reward_settings(self.reward))
@@ -205,13 +213,21 @@ def parse_config(args: Sequence[str], default: Config | None = None) -> Config:
 
 
 def _preset_of(args: Sequence[str]) -> str:
-    """The value of --preset: it is needed before the other flags can be read."""
-    for position, arg in enumerate(args):
-        if arg.startswith("--preset="):
-            return arg.partition("=")[2]
-        if arg == "--preset" and position + 1 < len(args):
-            return args[position + 1]
+    """The value of --preset, else that of the environment: it is needed before the other flags can be read."""
+    if (preset := _value_of("--preset", args)) is not None:
+        return preset
+    if (environment := _value_of("--environment", args)) is not None:
+        return PRESET_OF.get(environment.partition("?")[0], OWN_PRESET)
     return DEFAULT_PRESET
+
+
+def _value_of(name: str, args: Sequence[str]) -> str | None:
+    for position, arg in enumerate(args):
+        if arg.startswith(f"{name}="):
+            return arg.partition("=")[2]
+        if arg == name and position + 1 < len(args):
+            return args[position + 1]
+    return None
 
 
 def _check_flags(args: Sequence[str]) -> None:

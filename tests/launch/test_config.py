@@ -19,7 +19,30 @@ CONTINUOUS = "pettingzoo:mpe2.simple_spread_v3?arguments=continuous_actions:true
 def test_presets_load_and_pass_their_checks(name: str) -> None:
     config = load_preset(name)
     assert config.preset == name
+    if name == "own":
+        with pytest.raises(InputError, match="name yours by --environment"):
+            config.checked()
+        config = replace(config, environment=CONTINUOUS)
+        with pytest.raises(InputError, match="name a file by --demonstrations"):
+            config.checked()
+        config = replace(config, demonstrations="mine.safetensors")
     config.checked()
+
+
+@pytest.mark.parametrize(
+    ("flags", "preset"),
+    [
+        ([], "rover_tower_8"),
+        (["--environment", "rover_tower?pairs=2"], "rover_tower_8"),
+        (["--environment=berlin?closed=22"], "berlin"),
+        (["--environment", CONTINUOUS], "own"),
+        (["--environment", "mine?size=3", "--preset", "rover_tower_4"], "rover_tower_4"),
+    ],
+)
+def test_an_environment_does_not_get_the_settings_of_another_one(flags: list[str], preset: str) -> None:
+    config = parse_config(flags)
+    assert config.preset == preset
+    assert config.demonstrations == load_preset(preset).demonstrations
 
 
 def test_yaml_round_trips_everything() -> None:

@@ -54,7 +54,7 @@ def demonstrations(tmp_path: Path) -> Path:
 
 
 def configured(*options: str) -> tuple[Config, EnvironmentSpec]:
-    config = parse_config(["--environment", ENVIRONMENT, *SMALL, *options]).checked()
+    config = parse_config(["--preset", "rover_tower_8", "--environment", ENVIRONMENT, *SMALL, *options]).checked()
     return config, make_environment(config.environment, 1).spec
 
 
@@ -113,7 +113,7 @@ def test_pictures_are_trained_on_and_kept_as_bytes(
     options = ["--demonstrations", str(demonstrations), "--mode", "serial", "--steps", "48", "--learner.updates", "1"]
     config, spec = configured(*options)
     where = ["--run", "run", "--runs-folder", str(tmp_path / "runs")]
-    assert main(["train", "--environment", ENVIRONMENT, *SMALL, *options, *where]) == 0
+    assert main(["train", "--preset", "rover_tower_8", "--environment", ENVIRONMENT, *SMALL, *options, *where]) == 0
     needed = needs(config, spec)
     assert needed.line() in capsys.readouterr().out
     (newest,) = sorted((tmp_path / "runs" / "run" / "checkpoints").glob("0*2"))
@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
 ) -> None:
     where = ["--run", "run", "--runs-folder", str(tmp_path / "runs")]
     rewards = ["--algorithm", "maac", "--demonstrations", ""]
-    train = ["train", "--environment", ENVIRONMENT, *SMALL, *rewards, *where]
+    train = ["train", "--preset", "rover_tower_8", "--environment", ENVIRONMENT, *SMALL, *rewards, *where]
     monkeypatch.setattr("bm3il.launch.run.available_memory", lambda: 1 << 30)
     assert main([*train, "--learner.window-steps", "3000000"]) == 2
     said = capsys.readouterr().err
@@ -144,7 +144,19 @@ def test_checkpoints_that_the_disk_does_not_hold_are_refused(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100 << 20))
     where = ["--run", "run", "--runs-folder", str(tmp_path / "runs")]
-    train = ["train", "--environment", ENVIRONMENT, *SMALL, "--algorithm", "maac", "--demonstrations", "", *where]
+    train = [
+        "train",
+        "--preset",
+        "rover_tower_8",
+        "--environment",
+        ENVIRONMENT,
+        *SMALL,
+        "--algorithm",
+        "maac",
+        "--demonstrations",
+        "",
+        *where,
+    ]
     assert main([*train, "--learner.window-steps", "20000"]) == 2
     said = capsys.readouterr().err
     assert "the 5 checkpoints of this run take up to" in said

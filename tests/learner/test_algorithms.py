@@ -98,10 +98,11 @@ def test_every_algorithm_trains_with_continuous_actions(name: str, tmp_path: Pat
     environment = "pettingzoo:mpe2.simple_spread_v3?arguments=continuous_actions:true,max_cycles:5"
     start = ["train", "--mode", "serial", "--environment", environment, *QUICK, "--runs-folder", str(tmp_path)]
     size = ["--actor.steps-per-iteration", "20", "--steps", "40"]
-    assert main([*start, *size, "--algorithm", "maac", "--demonstrations", "", "--run", "expert"]) == 0
+    expert = ["--algorithm", "maac", "--learner.start", "random", "--run", "expert"]
+    assert main([*start, *size, *expert]) == 0
     recorded = str(tmp_path / "recorded.safetensors")
-    expert = str(tmp_path / "expert")
-    assert main(["demonstrations", "record", "--run", expert, "--episodes", "3", "--output", recorded]) == 0
+    trained = str(tmp_path / "expert")
+    assert main(["demonstrations", "record", "--run", trained, "--episodes", "3", "--output", recorded]) == 0
     assert main([*start, *size, "--algorithm", name, "--demonstrations", recorded, "--run", "tiny"]) == 0
     assert json.loads((tmp_path / "tiny" / "result.json").read_text())["status"] == "finished"
 
@@ -114,8 +115,8 @@ def test_a_boltzmann_policy_needs_discrete_actions(tmp_path: Path, capsys: pytes
         "maac",
         "--learner.policy",
         "boltzmann",
-        "--demonstrations",
-        "",
+        "--learner.start",
+        "random",
         "--runs-folder",
         str(tmp_path),
     ]

@@ -165,7 +165,7 @@ def test_start_states_are_refused() -> None:
 def test_it_trains(tmp_path: Path) -> None:
     tiny = ["--steps", "50", "--actor.steps-per-iteration", "25", "--learner.updates", "1", "--learner.batch-size", "8"]
     few = ["--evaluation.episodes", "2", "--evaluation.final-episodes", "2", "--evaluation.starts", "fresh"]
-    place = ["--runs-folder", str(tmp_path), "--run", "spread", "--mode", "serial", "--demonstrations", ""]
+    place = ["--runs-folder", str(tmp_path), "--run", "spread", "--mode", "serial", "--learner.start", "random"]
     assert main(["train", "--environment", SPREAD, "--algorithm", "maac", *tiny, *few, *place]) == 0
     result = SimpleNamespace(**json.loads((tmp_path / "spread" / "result.json").read_text()))
     assert (result.status, result.environment) == ("finished", SPREAD)
