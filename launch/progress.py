@@ -165,7 +165,7 @@ def _seconds_left(values: Mapping[str, float]) -> float | None:
     if not rate or "steps" not in values:
         return None
     left = (values["steps"] - values.get("env_steps", 0.0)) / rate
-    return left if math.isfinite(left) else None
+    return max(0.0, left) if math.isfinite(left) else None  # the last iteration may play more than was left
 
 
 def duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from bm3il.launch.progress import Progress
 from bm3il.protocol.messages import Status
+from bm3il.protocol.telemetry import OF_TYPE
 
 
 @pytest.mark.parametrize(
@@ -52,3 +53,23 @@ def test_a_line_says_how_far_it_is(values: dict[str, float], expected: str) -> N
     text = io.StringIO()
     Progress(Console(file=text, soft_wrap=True)).show(Status("learner", 0, 0, 1, "update", "", values))
     assert text.getvalue() == expected
+
+
+def test_a_budget_that_is_overrun_leaves_nothing_and_not_less() -> None:
+    text = io.StringIO()
+    values = {"iteration": 9.0, "iterations": 9.0, "steps": 100.0, "env_steps": 120.0, "steps_per_second": 2.0}
+    Progress(Console(file=text, soft_wrap=True)).show(Status("learner", 0, 0, 1, "update", "", values))
+    assert "left 0:00\n" in text.getvalue()
+
+
+def test_types_are_told_apart_and_of_many_the_lowest_and_the_highest() -> None:
+    text = io.StringIO()
+    progress = Progress(Console(file=text, soft_wrap=True))
+    few = {"iteration": 1.0, f"{OF_TYPE}rover": 0.5, f"{OF_TYPE}tower": -0.25}
+    progress.show(Status("learner", 0, 0, 1, "update", "", few))
+    assert "of types rover 0.500, tower -0.250  " in text.getvalue()
+    types = {f"t{number}": {"normalized_return": number / 10} for number in range(9)}
+    progress.summary(Path("none"), {"status": "finished", "return_mean": 1.0, "types": types})
+    assert "normalised, of types: 0.000 (t0) to 0.800 (t8)\n" in text.getvalue()
+    progress.summary(Path("none"), {"status": "finished", "types": {"rover": {"normalized_return": None}}})
+    assert "of types: not known\n" in text.getvalue()
