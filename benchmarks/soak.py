@@ -32,7 +32,11 @@ ACTORS, CHUNKS_UNDER_WAY = 4, 4
 OPTIONS = ["--preset", "rover_tower_4", "--mode", "async", "--actors", str(ACTORS), "--steps", "1000000000"]
 LARGEST_GROWTH = 1.05
 START_SECONDS, WARM_UP_SECONDS, STOP_SECONDS = 120.0, 60.0, 60.0
-ACTOR, LEARNER = "bm3il_actor", "bm3il_learner"
+ACTOR, LEARNER, EVALUATOR = "bm3il_actor", "bm3il_learner", "bm3il_evaluator"
+HEADER_BYTES = 1_000
+"""At most, of a chunk, which has 23 kB here: its header names every array."""
+RETURN_BYTES = 4 * 4 + 16
+"""Of an episode that is evaluated: four agents' returns, and its part of the message's header."""
 Counters = dict[tuple[str, str], float]
 """Of all processes together, by name and by the label that tells kinds apart."""
 
@@ -77,7 +81,7 @@ def pids_of(launcher: int) -> dict[str, int]:
     for child in psutil.Process(launcher).children(recursive=True):
         command = child.cmdline()
         if "bm3il.launch.worker" in command and "bm3il.launch.lifeline" not in command:
-            pids[command[command.index("bm3il.launch.worker") + 1]] = child.pid
+            pids["-".join(command[command.index("bm3il.launch.worker") + 1 :])] = child.pid
     return pids
 
 
@@ -103,6 +107,8 @@ def what_does_not_add_up(run: Path, counters: Counters) -> list[str]:
     taken = counters[f"{LEARNER}_taken_bytes_total", ""]
     steps_under_way = (CHUNKS_UNDER_WAY + 1) * share
     bytes_under_way = steps_under_way * taken / trained
+    evaluations = counters[f"{EVALUATOR}_episodes_total", ""] * RETURN_BYTES
+    headers = ACTORS * len(lines) * HEADER_BYTES
     print(f"{len(lines):,} iterations, {played:,.0f} steps played, {trained:,.0f} trained on")
     print(f"{sent / 1e6:,.1f} MB sent, {received / 1e6:,.1f} MB received, {taken / 1e6:,.1f} MB trained on")
     unwanted = {key: value for key, value in counters.items() if value and is_unwanted(*key)}
@@ -111,8 +117,8 @@ def what_does_not_add_up(run: Path, counters: Counters) -> list[str]:
         "steps of the log do not add up": any(line["env_steps"] != line["iteration"] * share for line in lines),
         "the result has other iterations than the log": result["iterations"] != len(lines),
         "steps were lost": abs(played - trained) > steps_under_way,
-        "bytes were lost or sent twice": abs(sent - received) > bytes_under_way,
-        "bytes were received and not trained on": received > 1.02 * taken + bytes_under_way,
+        "bytes were lost or sent twice": abs(received - evaluations - sent) > bytes_under_way,
+        "bytes were received and not trained on": received - evaluations > 1.02 * taken + headers + bytes_under_way,
         f"counted: {unwanted}": bool(unwanted),
         "no checkpoint": not list((run / "checkpoints").glob("*")),
         f"the run is {result['status']}": result["status"] != "interrupted",
