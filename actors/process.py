@@ -25,6 +25,7 @@ from bm3il.protocol.messages import (
     Done,
     Evaluating,
     Evaluation,
+    Leaving,
     Message,
     Refusal,
     Weights,
@@ -47,6 +48,8 @@ waits for slow simulators, and not for those that are gone."""
 CREDITS, CREDIT_BYTES = 2, 1 << 28
 """Chunks of one actor that the learner has not taken yet; with so many, a streaming actor pauses. One is there while
 the other is played or on its way. Both sides hold what is not taken: of 32 actors the learner holds 8 GB, at most."""
+FAREWELL_SECONDS = 1.0
+"""For which an actor that ends still tries to say so; unsaid, the learner finds out by waiting for it."""
 MAX_WAITING = 64
 """Policies that wait to be evaluated, with their weights in memory."""
 
@@ -71,6 +74,7 @@ def run_actor(job: Job, settings: ActorSettings, index: int, telemetry: Telemetr
                 actor.stream()
             else:
                 actor.follow()
+        actor.leave()
     finally:
         actor.close()
 
@@ -87,6 +91,11 @@ class _Actor:
         self._credits = credits_of(job, settings)
         self._weights_of: tuple[str, int] | None = None
         self._chunks, self._sent, self._said = 0, 0, -math.inf
+
+    def leave(self) -> None:
+        """Tell the learner, which may be busy and is not waited for, that no chunk will come any more."""
+        self._learner.tell(Leaving(self._index))
+        self._learner.close(FAREWELL_SECONDS)
 
     def close(self) -> None:
         """Let the environments free what they hold."""

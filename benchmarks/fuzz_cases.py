@@ -28,6 +28,7 @@ from bm3il.protocol.messages import (
     GetState,
     Hold,
     Inquiry,
+    Leaving,
     Query,
     Sender,
     Status,
@@ -157,6 +158,7 @@ def corpus(run: str = "run") -> dict[str, list[list[bytes]]]:
         "experience": [
             chunk(),
             (Working(0), {}),
+            (Leaving(0), {}),
             (Evaluating(1, 2), {}),
             (Evaluation("s", 0, 2), EVALUATED),
         ],

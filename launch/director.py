@@ -24,7 +24,7 @@ from bm3il.protocol.channels import Server
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.messages import Done, Event, Sender, Status
 from bm3il.protocol.specs import ArrayTable
-from bm3il.protocol.telemetry import STOP, Telemetry
+from bm3il.protocol.telemetry import END, STOP, Telemetry
 
 log = logging.getLogger(__name__)
 
@@ -94,13 +94,20 @@ class Director:
         starts.add(sender.incarnation)
         numbers = {key: value for key, value in status.values.items() if math.isfinite(value)}
         self.statuses[name], self._heard[name] = replace(status, values=numbers), time.monotonic()
+        if status.stage == END and name not in self._names:
+            self._forget(name, "it was told to")
+
+    def _forget(self, name: str, why: str) -> None:
+        """One that had joined, and is a part of this run no more."""
+        self.events.add("left", why, name)
+        del self.statuses[name], self._heard[name], self._starts[name]
+        self._troubles.pop(name, None)
 
     def _look(self, now: float) -> None:
         """At all processes, once a second: what `bm3il status`, Prometheus and the events show of them."""
         for name in [name for name in self.statuses if name not in self._names]:
             if (silent := now - self._heard[name]) > LOST_NODE_SECONDS:
-                self.events.add("left", f"not heard for {silent:.0f} s; it had joined", name)
-                del self.statuses[name], self._heard[name], self._starts[name]
+                self._forget(name, f"not heard for {silent:.0f} s; it had joined")
         states = self.states()
         self._metrics.show(states)
         self._write_processes(states)

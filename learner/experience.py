@@ -19,7 +19,7 @@ from bm3il.learner.settings import Settings
 from bm3il.protocol.channels import Broadcaster, Request, Server
 from bm3il.protocol.errors import DeadlineError, ProtocolError
 from bm3il.protocol.job import Job
-from bm3il.protocol.messages import Chunk, Done, Evaluating, Evaluation, Weights, Working, frame_limit
+from bm3il.protocol.messages import Chunk, Done, Evaluating, Evaluation, Leaving, Weights, Working, frame_limit
 from bm3il.protocol.specs import ArrayTable
 from bm3il.protocol.telemetry import Telemetry
 from bm3il.protocol.trajectories import Trajectories
@@ -169,7 +169,7 @@ class RemoteExperience:
             self._evaluator_heard = time.monotonic()
         if isinstance(body, Evaluating):
             self._numbers |= {"evaluated_episodes": body.episodes, "episodes_to_evaluate": body.of}
-        if isinstance(body, Working | Evaluating):
+        if isinstance(body, Working | Leaving | Evaluating):
             return ""
         if (body.session, body.version) != self._current and isinstance(body, Chunk):
             return "stale"
@@ -192,7 +192,7 @@ class RemoteExperience:
             if (body.steps, body.episodes) != expected or not 0 <= body.actor < self._actors:
                 raise ProtocolError("body", f"a chunk here has (steps, episodes) {expected}, actors < {self._actors}")
             return Trajectories.array_table(self._spec, *expected)
-        if isinstance(body, Evaluating) or (isinstance(body, Working) and 0 <= body.actor < self._actors):
+        if isinstance(body, Evaluating) or (isinstance(body, Working | Leaving) and 0 <= body.actor < self._actors):
             return {}
         if isinstance(body, Evaluation) and 1 <= body.episodes <= MAX_EVALUATED:
             return self._returns_table(body.episodes)

@@ -19,7 +19,7 @@ from bm3il.learner.settings import Settings
 from bm3il.protocol.channels import Request
 from bm3il.protocol.errors import DeadlineError, ProtocolError
 from bm3il.protocol.job import Job
-from bm3il.protocol.messages import Chunk, Done
+from bm3il.protocol.messages import Chunk, Done, Leaving
 from bm3il.protocol.telemetry import Telemetry
 from bm3il.protocol.trajectories import Trajectories
 from bm3il.reward_server.client import RemoteRewards
@@ -27,7 +27,8 @@ from bm3il.reward_server.client import RemoteRewards
 log = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 10.0
-"""How long the learner waits for an actor that would pass the bound of the policy lag, before it goes on without it."""
+"""How long the learner waits for an actor that would pass the bound of the policy lag, before it goes on without it,
+and without all others that were as silent: of a host that is gone it does not wait for one actor after the other."""
 MAX_ACTORS = 65_536
 """Numbers that actors can have, those who join included."""
 
@@ -79,7 +80,7 @@ class StreamedExperience(RemoteExperience):
                     f"{len(self._queue)} of {self._share} chunks from actors within {self._deadline_seconds:.0f} s"
                 )
             if len(self._queue) >= self._share and now - start > PATIENCE_SECONDS:
-                self._give_up_on(self._behind())
+                self._give_up_on([*self._behind(), *self._silent(start)])
             self._weights.pump(repeat=now - repeated > REPEAT_SECONDS)
             if now - repeated > REPEAT_SECONDS:
                 log.info("%d of %d chunks since %.0f s", len(self._queue), self._share, now - start)
@@ -89,7 +90,8 @@ class StreamedExperience(RemoteExperience):
 
     def _take(self) -> list[Trajectories]:
         for actor in self._pausing():
-            self._next_version[actor] = self._current[1]
+            if actor in self._next_version:  # the last chunks of one that left are no promise of further ones
+                self._next_version[actor] = self._current[1]
         by_age = sorted(self._queue, key=_version)  # stable: of one version in the order in which they came
         taken, left = by_age[: self._share], by_age[self._share :]
         self._queue.clear()
@@ -117,8 +119,13 @@ class StreamedExperience(RemoteExperience):
         waiting = Counter(request.message.body.actor for request, _ in self._queue)
         return [actor for actor, chunks in waiting.items() if chunks >= self._credits]
 
+    def _silent(self, since: float) -> list[int]:
+        """Actors at work of which nothing was heard for as long as the learner has patience, nor since then."""
+        at_work = self._next_version.keys() - self._pausing()
+        return [actor for actor in at_work if self._silent_seconds(actor, since) > PATIENCE_SECONDS]
+
     def _give_up_on(self, actors: list[int]) -> None:
-        for actor in actors:
+        for actor in sorted(set(actors)):
             text = f"goes on without actor-{actor}, after {PATIENCE_SECONDS:.0f} s in which no chunk of it came"
             log.warning(text)
             self._telemetry.event("without", text)
@@ -130,6 +137,8 @@ class StreamedExperience(RemoteExperience):
                 self._heard[request.message.body.actor] = time.monotonic()
                 self._enqueue(request)
             else:
+                if isinstance(request.message.body, Leaving):
+                    self._next_version.pop(request.message.body.actor, None)
                 self._server.answer(request, Done(self._accept(request)))
 
     def _refuse(self, request: Request) -> None:

@@ -30,7 +30,7 @@ from bm3il.protocol.errors import ProtocolError
 from bm3il.protocol.keys import Keys
 from bm3il.protocol.specs import ArrayTable
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 MAX_HEADER_BYTES, MAX_ARRAYS, MAX_RANK, MAX_TEXT = 1 << 20, 4096, 8, 8192
 """Of a header, from whomever it is: far above what a run of hundreds of types sends, and parsed within milliseconds."""
 MAX_MESSAGE_BYTES = 1 << 31
@@ -78,6 +78,14 @@ class Working:
     """Actor → learner: it is at work on a chunk, and its simulator comes back from its steps."""
 
     kind: ClassVar[str] = "working"
+    actor: int
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """Actor → learner: it was told to end, and its chunks so far were its last; nobody need wait for another."""
+
+    kind: ClassVar[str] = "leaving"
     actor: int
 
 
@@ -266,6 +274,7 @@ Body = Union[  # noqa: UP007  (a runtime value on Python 3.10 too)
     Weights,
     Chunk,
     Working,
+    Leaving,
     Evaluating,
     Evaluation,
     Begin,

@@ -36,8 +36,8 @@ PORT_SECONDS = 5.0
 STOP = "stop"
 DONE_FD, TRAINED = "BM3IL_DONE_FD", b"trained"
 """The environment variable with the pipe to the supervisor that started this process."""
-START, BETWEEN = "start", "between"
-"""Where a process is before its first stage, and since its last one ended."""
+START, BETWEEN, END = "start", "between", "end"
+"""Where a process is before its first stage, since its last one ended, and when this status is its last."""
 WAIT, IDLE = "wait", "idle"
 """How the names of stages begin in which a process cannot go on without others, and that in which nobody wants anything
 of it. Most are polls: one that follows the same again, with nothing else in between, goes on with it."""
@@ -210,6 +210,7 @@ class Telemetry:
 
     def close(self) -> None:
         """Send the last status, end the heartbeat and the metrics endpoint."""
+        self._now = (END, time.monotonic())
         self._closing.set()
         if self._heartbeat is not None:
             self._heartbeat.join(timeout=2 * HEARTBEAT_SECONDS)

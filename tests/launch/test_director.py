@@ -21,7 +21,7 @@ from bm3il.launch.states import State
 from bm3il.launch.topology import Node, Plan, Process, ipc_addresses
 from bm3il.protocol.channels import Client
 from bm3il.protocol.messages import Done, Event, Sender, Status
-from bm3il.protocol.telemetry import Telemetry
+from bm3il.protocol.telemetry import END, Telemetry
 
 
 @pytest.fixture
@@ -123,7 +123,8 @@ def test_who_is_heard_again_was_away_since_its_last_sign(director: Director, tmp
     ]
 
 
-def test_an_actor_that_joined_and_left_is_told_and_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("says_so", [False, True])
+def test_an_actor_that_joined_and_left_is_told_and_forgotten(tmp_path: Path, says_so: bool) -> None:
     config = replace(load_preset("rover_tower_8"), mode="async")
     processes = (Process("learner", 0, 0),)
     plan = Plan("run", str(tmp_path), config.to_yaml(), "", (Node("a"),), processes, ipc_addresses(tmp_path, processes))
@@ -132,10 +133,13 @@ def test_an_actor_that_joined_and_left_is_told_and_forgotten(tmp_path: Path, mon
     try:
         tell(director, tmp_path, "actor-1234", Status("actor", 1234, 1, 1, "collect", "10.0.0.7:81", {}))
         assert "actor-1234" in director.states()
-        director._look(time.monotonic() + LOST_NODE_SECONDS + 1)
+        if says_so:
+            tell(director, tmp_path, "actor-1234", Status("actor", 1234, 1, 1, END, "10.0.0.7:81", {}))
+        else:
+            director._look(time.monotonic() + LOST_NODE_SECONDS + 1)
         assert "actor-1234" not in director.states()
         events = [e for e in read_events(tmp_path, 9) if e["process"] == "actor-1234"]
-        assert [e["event"] for e in events] == ["joined", "left"]
+        assert [e["event"] for e in events if e["event"] != "back"] == ["joined", "left"]  # each `tell` is a new sender
         assert "10.0.0.7" in events[0]["text"]
     finally:
         director.close()

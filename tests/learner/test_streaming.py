@@ -23,7 +23,7 @@ from bm3il.protocol.channels import Client
 from bm3il.protocol.errors import DeadlineError
 from bm3il.protocol.job import Endpoints, Job
 from bm3il.protocol.layout import Layout
-from bm3il.protocol.messages import Chunk, Done, Sender, Working
+from bm3il.protocol.messages import Chunk, Done, Leaving, Sender, Working
 from bm3il.protocol.registry import make_environment
 from bm3il.protocol.telemetry import Telemetry
 from bm3il.protocol.trajectories import Trajectories
@@ -172,6 +172,48 @@ def test_an_actor_that_is_gone_is_not_waited_for_for_ever(
         learner.send(0, 2, 2, mark)
     assert learner.collect() == [3, 4]
     assert "goes on without actor-1" in caplog.text
+
+
+def test_a_host_that_is_gone_is_waited_for_once(
+    learner: Learner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(streaming, "PATIENCE_SECONDS", 0.3)
+    for actor, next_version in ((1, 0), (2, 1)):  # the second may be waited for an iteration later than the first
+        learner.send(actor, 0, next_version, actor)
+    learner.collect()
+    for version in (2, 3):
+        learner.publish(version)
+        for mark in (3, 4):
+            learner.send(0, version, version, mark)
+        learner.collect()
+    assert [r.getMessage()[:24] for r in caplog.records if "goes on" in r.getMessage()] == [
+        "goes on without actor-1,",
+        "goes on without actor-2,",
+    ]
+    first, second = (r.created for r in caplog.records if "goes on" in r.getMessage())
+    assert second - first < 0.1
+
+
+@pytest.mark.parametrize("chunks", [1, CREDITS])
+def test_an_actor_that_leaves_is_not_waited_for(
+    learner: Learner, caplog: pytest.LogCaptureFixture, chunks: int
+) -> None:
+    """Its chunks count; with credit for none more, too."""
+    learner.send(0, 0, 0, 1)
+    for _ in range(chunks):
+        learner.send(1, 0, 0, 2)
+    learner.actors[1].tell(Leaving(1))
+    deadline = time.monotonic() + 5
+    while learner.actors[1].pending_of(Leaving):
+        assert time.monotonic() < deadline
+        learner.experience._receive(0.05)
+        learner.actors[1].pump(0.05)
+    assert learner.collect() == [1, 2]
+    learner.publish(2)
+    for mark in (3, 4):
+        learner.send(0, 2, 2, mark)
+    learner.collect()
+    assert "goes on without" not in caplog.text
 
 
 def test_an_actor_without_credit_is_not_behind(learner: Learner) -> None:
