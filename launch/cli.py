@@ -210,13 +210,27 @@ def demonstrations(args: list[str]) -> int:
 
 
 def check_environment(args: list[str]) -> int:
-    """play random episodes in an environment and check what the contract promises"""
+    """check what the contract promises of an environment, and how fast it is"""
     parser = _parser("check-environment")
     parser.add_argument("environment")
     options = parser.parse_args(args)
+    from bm3il.actors.settings import ActorSettings
+    from bm3il.actors.simulator import end_if_hung
     from bm3il.launch.environment_check import check_environment
 
+    end_if_hung(ActorSettings().step_seconds)
     return check_environment(options.environment)
+
+
+def new_environment(args: list[str]) -> int:
+    """write a small environment that works, to begin your own with"""
+    parser = _parser("new-environment")
+    parser.add_argument("name", help="of the environment and its package: my_town")
+    parser.add_argument("--folder", type=Path, help="a new one; default: the name")
+    options = parser.parse_args(args)
+    from bm3il.launch.new_environment import new_environment
+
+    return new_environment(options.name, options.folder)
 
 
 def calibrate(args: list[str]) -> int:
@@ -274,6 +288,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "list": list_runs,
     "demonstrations": demonstrations,
     "check-environment": check_environment,
+    "new-environment": new_environment,
     "scenario": scenario,
     "calibrate": calibrate,
 }

@@ -1,41 +1,182 @@
-"""`bm3il check-environment`: does an environment keep what `protocol.environment` promises?"""
+"""`bm3il check-environment`: does an environment keep what `protocol.environment` promises, and how fast is it?
+
+A promise that is broken is an error, with the way to mend it. What may be meant but seldom is comes as a hint.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from bm3il.actors.simulator import Simulator
+from bm3il.launch.environment_speed import speed
 from bm3il.protocol.environment import Environment, TimeStep
-from bm3il.protocol.errors import InputError, ProtocolError
+from bm3il.protocol.errors import InputError, ProtocolError, SimulatorError
 from bm3il.protocol.observations import forms
 from bm3il.protocol.registry import make_environment
 from bm3il.protocol.specs import EnvironmentSpec
 
-COPIES = 3
-SEED = 7
+COPIES, SEED = 3, 7
+LARGE = 30.0
+"""Numbers in observations beyond which networks of ordinary size learn slowly: inputs are not normalised."""
+
+Choose = Callable[[TimeStep, int], list[np.ndarray]]
+
+
+@dataclass
+class Episodes:
+    """What was shown, from the reset on, and what was done in between."""
+
+    steps: list[TimeStep] = field(default_factory=list)
+    actions: list[list[np.ndarray]] = field(default_factory=list)
 
 
 def check_environment(name: str) -> int:
     """Play random episodes and check shapes, dtypes, masks, ends and repeatability, and the world that it changes.
 
-    Raises InputError with the first promise that is broken.
+    Raises InputError with the first promise that is broken, and how to mend it.
     """
-    environment = make_environment(name, COPIES)
-    first = list(_episode(environment))
-    second = list(_episode(environment))
-    _expect(len(first) == len(second), "the same seed and actions give episodes of the same length")
-    for a, b in zip(first, second, strict=True):
-        for x, y in zip(_arrays(a), _arrays(b), strict=True):
-            _expect(np.array_equal(x, y), "the same seed and actions give the same episode")
+    try:
+        environment = Simulator(name, COPIES)
+        first = _played(environment, SEED, _drawn(environment.spec))
+        _check_again(environment, first)
+        _check_changes(environment.spec)
+        hints = [*_of_other_plays(environment, first), *_of_numbers(first)]
+        environment.close()
+        how_fast, slow = speed(name)
+    except SimulatorError as error:
+        raise InputError(f"{error}{_place(error)}; an environment raises nothing while it is played") from error
     spec = environment.spec
-    _check_changes(spec)
     what = f"{spec.num_agents} agents of {spec.num_types} types" + (
         f", a change of {spec.changes}" * bool(spec.changes)
     )
-    print(f"{name}: {what}, {len(first) - 1} steps played, all checks passed")
+    print(f"{name}: {what}, {len(first.actions)} steps played, all checks passed")
+    print(f"speed: {how_fast}")
+    for hint in [*hints, *slow]:
+        print(f"hint: {hint}")
     return 0
+
+
+def _played(environment: Environment, seed: int, choose: Choose) -> Episodes:
+    """Copies of all that is shown, each checked by itself."""
+    played, spec = Episodes(), environment.spec
+    step = environment.reset(seed)
+    _check(environment, step)
+    _expect(
+        not np.any(step.terminated | step.truncated),
+        "no episode has ended after reset",
+        mend="reset clears `terminated` and `truncated`",
+    )
+    played.steps.append(copy.deepcopy(step))
+    for t in range(spec.episode_length):
+        ended = np.asarray(step.terminated | step.truncated)
+        actions = choose(played.steps[-1], t)
+        given = [action.copy() for action in actions]
+        step = environment.step(actions)
+        unchanged = all(np.array_equal(a, b) for a, b in zip(actions, given, strict=True))
+        _expect(unchanged, "the actions that are given stay as they are", mend="work on a copy of them")
+        _check(environment, step)
+        _check_ends(step, ended)
+        played.steps.append(copy.deepcopy(step))
+        played.actions.append(given)
+    ended = np.asarray(step.terminated | step.truncated)
+    _expect(
+        bool(ended.all()),
+        f"every episode ends within {spec.episode_length} steps",
+        f"{int((~ended).sum())} of {len(ended)} have not",
+        "set `truncated` at the last step of the spec's episode_length, or make that longer",
+    )
+    return played
+
+
+def _drawn(spec: EnvironmentSpec, others: int | None = None, inactive: bool = False) -> Choose:
+    """Random actions that masks allow, the same each time.
+
+    others: a copy of the environment that takes other ones.   inactive: agents that are inactive take other ones.
+    """
+    usual, unusual = np.random.default_rng(SEED), np.random.default_rng(SEED + 1)
+
+    def choose(now: TimeStep, t: int) -> list[np.ndarray]:
+        actions = _random_actions(spec, now.action_masks, usual)
+        if others is not None:
+            for action, other in zip(actions, _random_actions(spec, now.action_masks, unusual), strict=True):
+                action[others] = other[others]
+        if inactive:
+            anything = [np.ones_like(mask) for mask in now.action_masks]
+            for action, other, active in zip(
+                actions, _random_actions(spec, anything, unusual), now.active, strict=True
+            ):
+                action[~active] = other[~active]
+        return actions
+
+    return choose
+
+
+def _check_again(environment: Environment, first: Episodes) -> None:
+    mend = (
+        "draw all chance from np.random.default_rng(seed), made in reset, and let reset clear all of the last episode"
+    )
+    again = _played(environment, SEED, lambda now, t: [action.copy() for action in first.actions[t]])
+    for t, (a, b) in enumerate(zip(first.steps, again.steps, strict=True)):
+        differing = _differing(a, b)
+        _expect(
+            not differing,
+            "the same seed and actions give the same episode",
+            f"{differing} differs after {t} steps",
+            mend,
+        )
+    idle = _played(environment, SEED, _drawn(environment.spec, inactive=True))
+    for a, b in zip(first.steps, idle.steps, strict=True):
+        _expect(
+            not _differing(a, b),
+            "what inactive agents are told to do changes nothing",
+            f"{_differing(a, b)} differs",
+            "leave out the actions of agents that the step before showed as inactive",
+        )
+
+
+def _of_other_plays(environment: Environment, first: Episodes) -> Iterator[str]:
+    """What other seeds, and other actions in one of the copies, tell."""
+    other = environment.reset(SEED + 1)
+    if not _differing(first.steps[0], other):
+        yield (
+            "two seeds start in the same state. If starts should differ, draw them in reset by its seed: else the "
+            "policy learns one start by heart"
+        )
+    apart = _played(environment, SEED, _drawn(environment.spec, others=1))
+    for t, (a, b) in enumerate(zip(first.steps, apart.steps, strict=True)):
+        if differing := _differing(a, b, [copy for copy in range(environment.num_envs) if copy != 1]):
+            yield (
+                f"what one copy of the environment does changes others: {differing} after {t} steps. Copies shall "
+                "not share state, nor draw from one generator numbers that depend on what happens in another"
+            )
+            return
+
+
+def _of_numbers(first: Episodes) -> Iterator[str]:
+    """What is allowed and seldom meant."""
+    steps = first.steps
+    largest = max(float(np.abs(o).max(initial=0)) for step in steps for o in step.observations)
+    if largest > LARGE:
+        yield (
+            f"observations hold numbers up to {largest:.4g}, and networks see them as they are: divide them so that "
+            "most are within -1 and 1"
+        )
+    if not any(rewards.any() for step in steps for rewards in step.rewards):
+        yield (
+            "no reward but 0 was seen. Imitation reads none, but then no evaluation tells how well it goes: give the "
+            "true return if you know one"
+        )
+    last = len(steps) - 1
+    if steps[last].terminated.all() and not steps[last - 1].terminated.any():
+        yield (
+            "all episodes end at their last step as `terminated`. If only their time is over, say `truncated`: what "
+            "would have followed is then estimated"
+        )
 
 
 def _check_changes(spec: EnvironmentSpec) -> None:
@@ -46,59 +187,56 @@ def _check_changes(spec: EnvironmentSpec) -> None:
     try:
         base = make_environment(spec.changes, 1).spec
     except InputError as error:
-        _expect(False, f"{promise} can be made", str(error))
+        _expect(False, f"{promise} can be made", str(error), "the spec's `changes` is a name for make_environment")
     else:
         difference = base.difference(spec, counts=False)
-        _expect(difference is None, f"{promise} has the same types of agents", str(difference))
+        _expect(
+            difference is None, f"{promise} has the same types of agents", str(difference), "a change keeps all shapes"
+        )
 
 
-def _episode(environment: Environment) -> Iterator[TimeStep]:
-    spec, random = environment.spec, np.random.default_rng(SEED)
-    step = environment.reset(SEED)
-    _check(environment, step)
-    _expect(not np.any(step.terminated | step.truncated), "no episode has ended after reset")
-    yield copy.deepcopy(step)
-    for _ in range(spec.episode_length):
-        ended = np.asarray(step.terminated | step.truncated)
-        step = environment.step(_random_actions(environment, step, random))
-        _check(environment, step)
-        now = np.asarray(step.terminated | step.truncated)
-        _expect(bool((now | ~ended).all()), "an episode that has ended stays ended until reset")
-        for rewards, active in zip(step.rewards, step.active, strict=True):
-            _expect(not rewards[ended].any(), "an episode that has ended gives no more rewards")
-            _expect(not active[ended].any(), "the agents of an episode that has ended are inactive")
-        yield copy.deepcopy(step)
-    _expect(bool((step.terminated | step.truncated).all()), f"every episode ends within {spec.episode_length} steps")
+def _check_ends(step: TimeStep, ended: np.ndarray) -> None:
+    now, mend = np.asarray(step.terminated | step.truncated), "step changes nothing in a copy that has ended"
+    _expect(bool((now | ~ended).all()), "an episode that has ended stays ended until reset", mend=mend)
+    for rewards, active in zip(step.rewards, step.active, strict=True):
+        _expect(not rewards[ended].any(), "an episode that has ended gives no more rewards", mend=mend)
+        _expect(not active[ended].any(), "the agents of an episode that has ended are inactive", mend=mend)
 
 
 def _check(environment: Environment, step: TimeStep) -> None:
     envs = environment.num_envs
-    _check_columns(environment, step)
+    if step.columns is not None:  # of which the arrays below are made
+        _check_columns(environment, step)
     for m, t in enumerate(environment.spec.types):
-        agents = (envs, t.count)
-        _array(f"observations of type '{t.name}'", step.observations[m], np.float32, (*agents, t.observation_dim))
-        _array(f"action masks of type '{t.name}'", step.action_masks[m], np.bool_, (*agents, t.action_dim))
-        _array(f"active of type '{t.name}'", step.active[m], np.bool_, agents)
-        _array(f"rewards of type '{t.name}'", step.rewards[m], np.float32, agents)
-        _expect(bool(np.isfinite(step.observations[m]).all()), f"observations of type '{t.name}' are finite")
+        agents, whose = (envs, t.count), f"of type '{t.name}'"
+        _array(f"observations {whose}", step.observations[m], np.float32, (*agents, t.observation_dim))
+        _array(f"action masks {whose}", step.action_masks[m], np.bool_, (*agents, t.action_dim))
+        _array(f"active {whose}", step.active[m], np.bool_, agents)
+        _array(f"rewards {whose}", step.rewards[m], np.float32, agents)
+        for what, numbers in (("observations", step.observations[m]), ("rewards", step.rewards[m])):
+            wrong = numbers[~np.isfinite(numbers)]
+            _expect(not wrong.size, f"{what} {whose} are finite", str(wrong[:1]), "look for 0/0 and log(0)")
         allowed = np.asarray(step.action_masks[m].any(axis=-1))
-        _expect(bool(allowed[step.active[m]].all()), f"every active agent of type '{t.name}' may do something")
+        _expect(
+            bool(allowed[step.active[m]].all()),
+            f"every active agent {whose} may do something",
+            mend="add an action 'wait' that is always allowed, or show the agent as inactive",
+        )
     _array("terminated", step.terminated, np.bool_, (envs,))
     _array("truncated", step.truncated, np.bool_, (envs,))
+    step.seen(environment.spec)  # refuses a description without columns
 
 
 def _check_columns(environment: Environment, step: TimeStep) -> None:
     """What is described is there, as it is described, and shows what the environment says that agents see."""
     spec = environment.spec
-    seen = step.seen(spec)  # refuses a description without columns
-    if step.columns is None:
-        return
-    blocks = zip(forms(spec), spec.blocks, step.columns, strict=True)
+    blocks = zip(forms(spec), spec.blocks, step.columns or (), strict=True)
     for form, types, columns in blocks:
         whose, table = f"agents like '{spec.types[types[0]].name}'", form.table_of(environment.num_envs)
         _expect(set(columns) == set(table), f"the columns of {whose} are {sorted(table)}", str(sorted(columns)))
         for name, (dtype, shape) in table.items():
             _array(f"column '{name}' of {whose}", columns[name], np.dtype(dtype).type, shape)
+    seen = step.seen(spec)
     for each in seen:
         try:
             each.check("an agent")
@@ -115,9 +253,11 @@ def _check_columns(environment: Environment, step: TimeStep) -> None:
             _expect(same, f"{what} of type '{t.name}' are what its spec makes of the columns", "others are shown")
 
 
-def _random_actions(environment: Environment, step: TimeStep, random: np.random.Generator) -> list[np.ndarray]:
+def _random_actions(
+    spec: EnvironmentSpec, masks: Sequence[np.ndarray], random: np.random.Generator
+) -> list[np.ndarray]:
     actions = []
-    for t, mask in zip(environment.spec.types, step.action_masks, strict=True):
+    for t, mask in zip(spec.types, masks, strict=True):
         if t.discrete:
             actions.append((random.random(mask.shape) * mask).argmax(axis=-1))
         else:
@@ -128,14 +268,32 @@ def _random_actions(environment: Environment, step: TimeStep, random: np.random.
 def _array(what: str, array: np.ndarray, dtype: type, shape: Sequence[int]) -> None:
     found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
     good = isinstance(array, np.ndarray) and array.dtype == dtype and array.shape == tuple(shape)
-    _expect(good, f"{what} are {np.dtype(dtype)} {list(shape)}", found)
+    kind = np.dtype(dtype)
+    mend = f"`.astype(np.{kind}_)`" if kind == np.bool_ else f"`.astype(np.{kind})`"
+    mends = mend if isinstance(array, np.ndarray) and array.shape == tuple(shape) else "compare with the spec's types"
+    _expect(good, f"{what} are {kind} {list(shape)}", found, mends)
 
 
-def _arrays(step: TimeStep) -> list[np.ndarray]:
-    lists = (step.observations, step.action_masks, step.active, step.rewards, [step.terminated, step.truncated])
-    return [array for each in lists for array in each]
+def _differing(a: TimeStep, b: TimeStep, copies: Sequence[int] | slice = slice(None)) -> str:
+    """The first thing in which two time steps differ in these copies, "" if in none."""
+    for name in ("observations", "action_masks", "active", "rewards"):
+        for x, y in zip(getattr(a, name), getattr(b, name), strict=True):
+            if not np.array_equal(x[copies], y[copies]):
+                return name
+    for name in ("terminated", "truncated"):
+        if not np.array_equal(getattr(a, name)[copies], getattr(b, name)[copies]):
+            return name
+    return ""
 
 
-def _expect(holds: bool, promise: str, found: str = "it is not so") -> None:
+def _place(error: SimulatorError) -> str:
+    """File and line of what an environment raised."""
+    cause = error.__cause__
+    frames = traceback.extract_tb(cause.__traceback__) if cause is not None else []
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+
+
+def _expect(holds: bool, promise: str, found: str = "it is not so", mend: str = "") -> None:
     if not holds:
-        raise InputError(f"the environment breaks its contract: expected that {promise}; found: {found}")
+        how = f"; to mend it: {mend}" if mend else ""
+        raise InputError(f"the environment breaks its contract: expected that {promise}; found: {found}{how}")
