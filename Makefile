@@ -23,7 +23,7 @@ $(error $(or $(shell $(PYTHON) -c '$(NEAREST)' '$(UNKNOWN)' $(KNOWN)),unknown va
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help launch submit test lint bench chaos soak fuzz
+.PHONY: help launch submit test lint bench chaos soak fuzz docs
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ bench: $(VENV)/.installed-dev  ## measure against the floors of this machine
 submit: $(VENV)/.installed  ## submit a run to Slurm, with the variables of launch
 	@$(BIN)/bm3il submit $(FLAGS)
 
+docs: $(VENV)/.installed-docs  ## build the site of docs/ into site/; links that lead nowhere are errors
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "site/index.html"
+
 SECONDS ?= 600
 chaos: $(VENV)/.installed-dev  ## hurt processes of runs at random: SECONDS=600 SEED=1 MODE=lockstep; or simulators: KIND=simulator
 	@$(BIN)/python benchmarks/chaos.py --seconds $(SECONDS) $(call flag,SEED,seed) $(call flag,MODE,mode)$(if $(KIND), --kind '$(KIND)') $(ARGS)
@@ -65,6 +68,10 @@ $(VENV)/bin/python:
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
+
+$(VENV)/.installed-docs: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'

@@ -18,7 +18,7 @@ from bm3il.actors.policy import UniformPolicy
 from bm3il.actors.rollout import Acts
 from bm3il.actors.settings import EvaluationSettings
 from bm3il.actors.simulator import Simulator
-from bm3il.protocol.demonstrations import Demonstrations, resolve
+from bm3il.protocol.demonstrations import Demonstrations
 from bm3il.protocol.environment import Starts
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.files import write_whole
@@ -124,7 +124,7 @@ class Evaluator:
         self.expert: np.ndarray | None = None
         if not job.demonstrations:
             return
-        demonstrations = Demonstrations.load(resolve(job.demonstrations))
+        demonstrations = Demonstrations.load(job.demonstrations)
         self.expert = _per_agent(demonstrations, job.spec)
         if settings.starts == "demonstrations":
             if not demonstrations.starts:

@@ -55,7 +55,7 @@ def import_file(file: Path, environment: str, output: Path) -> int:
 def clean(file: Path, output: Path) -> int:
     """Copy a file, with agents inactive where they do what their masks forbid. Raises InputError."""
     _refuse_existing(output)
-    demonstrations = Demonstrations.load(resolve(file), ignore_forbidden=True)
+    demonstrations = Demonstrations.load(file, ignore_forbidden=True)
     left_out = sum(int((~active).sum()) for active in demonstrations.active)
     print(f"{left_out} actions are of inactive agents now")
     return _save(demonstrations, output)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from bm3il.launch.config import Config
-from bm3il.protocol.demonstrations import SUFFIX, Demonstrations, resolve, shipped_demonstrations
+from bm3il.protocol.demonstrations import SUFFIX, Demonstrations, shipped_demonstrations
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.registry import with_absolute_files
 
@@ -59,7 +59,7 @@ def check_scenario(config: Config) -> None:
 def load_demonstrations(config: Config) -> Demonstrations:
     """Those of a run. Raises InputError if their file is another one by now."""
     check_demonstrations(config)
-    return Demonstrations.load(resolve(config.demonstrations))
+    return Demonstrations.load(config.demonstrations)
 
 
 def _check(config: Config, paths: Iterable[str]) -> None:

@@ -249,10 +249,11 @@ class Demonstrations:
     def load(cls, path: str | Path, ignore_forbidden: bool = False) -> Demonstrations:
         """Map a file into memory and check all of it. It must not change while it is in use.
 
+        path: or the name of demonstrations that come with the package.
         ignore_forbidden: agents are taken as inactive where they do what their masks forbid, instead of refusing them.
         Raises InputError, naming the file and what is wrong, for anything that `save` would not have written.
         """
-        found = demonstration_file.read(path)
+        found = demonstration_file.read(resolve(path))
         try:
             arrays = without_forbidden(found.spec, found.arrays) if ignore_forbidden else found.arrays
             per_episode = found.episode_lengths, found.returns, found.groups, found.starts
@@ -356,7 +357,7 @@ def load_demonstrations(job: Job) -> Demonstrations | None:
     """
     if not job.demonstrations:
         return None
-    demonstrations = Demonstrations.load(resolve(job.demonstrations))
+    demonstrations = Demonstrations.load(job.demonstrations)
     demonstrations.check_against(job.spec)
     if job.demonstration_episodes:
         demonstrations = demonstrations.select(job.demonstration_episodes, seed=0)
