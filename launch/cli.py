@@ -256,25 +256,36 @@ def scenario(args: list[str]) -> int:
     imports.add_argument("--roads", type=int, default=46, help="an even number; 0 takes all links as they are")
     imports.add_argument("--facilities", type=int, default=10)
     imports.add_argument("--flow-scale", type=float, default=0.0, help="0: a median road holds 0.6 agents")
-    imports.add_argument("--minutes-per-unit", type=float, default=1.0, help="of the times in TNTP files")
+    imports.add_argument(
+        "--minutes-per-unit",
+        type=float,
+        default=1.0,
+        help="of the times in TNTP files, which do not tell: 0.0166667 for seconds, 60 for hours",
+    )
     imports.add_argument(
         "--radius",
         type=float,
         default=0.0,
         help="only trips so near the middle; in MATSim, metres",
     )
+    imports.add_argument("--network", default="", help="the file with it; default: found by what is inside")
+    imports.add_argument("--plans", "--trips", default="", help="the file with the trips; default: the same")
+    imports.add_argument("--home", nargs="+", metavar="TYPE", help="activity types in MATSim plans; default: home h")
+    imports.add_argument("--work", nargs="+", metavar="TYPE", help="default: work w")
     inspect = actions.add_parser("inspect", help="say what a scenario holds")
     inspect.add_argument("scenario", help="a .json file, or the name of one that comes with bm3il")
     inspect.add_argument("--picture", type=Path, help="draw the map into this file")
     options = parser.parse_args(args)
     from bm3il.actors.environments.berlin.aggregation import Hours
+    from bm3il.actors.environments.berlin.matsim import HOME, WORK
     from bm3il.launch import scenario
 
     if options.action == "inspect":
         return scenario.inspect(options.scenario, options.picture)
-    size = options.roads, options.facilities, options.minutes_per_unit, options.radius
-    hours = Hours(flow_scale=options.flow_scale)
-    return scenario.import_folder(options.folder, options.output, options.name, *size, hours)
+    types = options.home or HOME, options.work or WORK
+    reading = scenario.Reading(options.network, options.plans, options.minutes_per_unit, *types, options.radius)
+    size, hours = (options.roads, options.facilities), Hours(flow_scale=options.flow_scale)
+    return scenario.import_folder(options.folder, options.output, options.name, *size, reading, hours)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -2,49 +2,78 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
 from bm3il.actors.environments.berlin.aggregation import Hours, aggregate
-from bm3il.actors.environments.berlin.matsim import read_matsim
+from bm3il.actors.environments.berlin.doubts import doubts
+from bm3il.actors.environments.berlin.matsim import HOME, WORK, read_matsim
 from bm3il.actors.environments.berlin.raw_network import RawNetwork
-from bm3il.actors.environments.berlin.scenario import Scenario
+from bm3il.actors.environments.berlin.scenario import MIN_ROADS_OF_TRIP, Scenario
 from bm3il.actors.environments.berlin.scenario_file import format_scenario, load_scenario
+from bm3il.actors.environments.berlin.source_files import find_sources
 from bm3il.actors.environments.berlin.tntp import read_tntp
-from bm3il.actors.environments.berlin.town import LOCATIONS, TRANSITIONS, read_town
+from bm3il.actors.environments.berlin.town import LOCATIONS, read_town
 from bm3il.launch.run_folder import write_atomically
 from bm3il.protocol.errors import InputError
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How the files of others are read. network, plans: which files, "" for those that are found.
+
+    minutes_per_unit: of TNTP times.   home, work: MATSim's activity types.
+    radius: keep trips within it of the middle, in the unit of the network's coordinates; 0 keeps all.
+    """
+
+    network: str = ""
+    plans: str = ""
+    minutes_per_unit: float = 1.0
+    home: Sequence[str] = HOME
+    work: Sequence[str] = WORK
+    radius: float = 0.0
+
+
 def import_folder(
-    folder: Path,
-    output: Path,
-    name: str,
-    roads: int,
-    facilities: int,
-    minutes_per_unit: float,
-    radius: float,
-    hours: Hours,
+    folder: Path, output: Path, name: str, roads: int, facilities: int, reading: Reading, hours: Hours
 ) -> int:
     """Make a scenario of a folder of MATSim or TNTP files, or of the two tables of a town. Raises InputError.
 
-    radius: keep trips within it of the middle, in the unit of the network's coordinates; 0 keeps all.
+    What was left out of the files, or hardly can be meant, is told on the standard error.
     """
     if output.exists():
         raise InputError(f"{output} exists; take another --output")
     if (folder / LOCATIONS).exists():
-        scenario = replace(read_town(folder, hours.flow_scale or 1.0), name=name or folder.name)
+        scenario, told = replace(read_town(folder, hours.flow_scale or 1.0), name=name or folder.name), list[str]()
     else:
-        raw = _read(folder, minutes_per_unit)
-        if radius:
-            raw = raw.within(radius)
+        raw = read_folder(folder, reading)
         scenario = aggregate(raw, name or folder.name, roads, facilities, hours)
+        told = [*raw.notes, *doubts(raw, scenario)]
+    if not scenario.commutes():
+        raise InputError(
+            f"{folder}: nobody would travel: no home is {MIN_ROADS_OF_TRIP} roads or more from a work; "
+            "ask for more --roads or other --facilities"
+        )
     write_atomically(output, format_scenario(scenario))
+    for line in told:
+        print(f"bm3il: {line}", file=sys.stderr)
     _print(scenario)
     return 0
+
+
+def read_folder(folder: Path, reading: Reading) -> RawNetwork:
+    """What the MATSim or TNTP files of a folder tell. Raises InputError, naming file and row."""
+    sources = find_sources(folder, reading.network, reading.plans)
+    if sources.format == "tntp":
+        raw = read_tntp(sources.network, sources.trips, sources.places, reading.minutes_per_unit)
+    else:
+        raw = read_matsim(sources.network, sources.trips, sources.places, reading.home, reading.work)
+    return raw.within(reading.radius) if reading.radius else raw
 
 
 def inspect(name: str, picture: Path | None) -> int:
@@ -59,26 +88,10 @@ def inspect(name: str, picture: Path | None) -> int:
     return 0
 
 
-def _read(folder: Path, minutes_per_unit: float) -> RawNetwork:
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder")
-    found = {pattern: sorted(folder.glob(pattern)) for pattern in ("*_net.tntp", "*_trips.tntp", "*_node.tntp")}
-    network, plans = sorted(folder.glob("*network*.xml*")), sorted(folder.glob("*plans*.xml*"))
-    if found["*_net.tntp"] and found["*_trips.tntp"]:
-        nodes = found["*_node.tntp"][0] if found["*_node.tntp"] else None
-        return read_tntp(found["*_net.tntp"][0], found["*_trips.tntp"][0], nodes, minutes_per_unit)
-    if network and plans:
-        return read_matsim(network[0], plans[0])
-    raise InputError(
-        f"{folder} holds neither a MATSim network and plans (network.xml.gz, plans.xml.gz) "
-        f"nor TNTP files (NAME_net.tntp, NAME_trips.tntp) nor a town's tables ({LOCATIONS}, {TRANSITIONS})"
-    )
-
-
 def _print(scenario: Scenario) -> None:
     console = Console(highlight=False)
     minutes, load = scenario.free_flow_minutes, scenario.load_agents
-    usable = sum(len(scenario.way(int(h), int(w))) >= 2 for h, w, _ in scenario.demand)
+    before_work = scenario.work_start_minute - scenario.day_start_minute
     rows = [
         ("name", scenario.name),
         ("source", scenario.source),
@@ -86,8 +99,9 @@ def _print(scenario: Scenario) -> None:
          f"{len(scenario.junction_names)} junctions, {len(scenario.transitions)} moves"),
         ("free flow", f"{minutes.min():.1f} to {minutes.max():.1f} minutes a road, median {np.median(minutes):.1f}"),
         ("load", f"{load.min():.2f} to {load.max():.2f} agents a road, median {np.median(load):.2f}"),
-        ("day", f"{scenario.steps} steps of {scenario.step_minutes:g} minutes"),
-        ("agent types", f"up to {usable}, of {len(scenario.demand)} pairs of home and work"),
+        ("day", f"{scenario.steps} steps of {scenario.step_minutes:g} minutes, work begins after {before_work:g}"),
+        ("trips", f"half of them take at most {scenario.median_trip_minutes():.1f} minutes on empty roads"),
+        ("agent types", f"up to {len(scenario.commutes())}, of {len(scenario.demand)} pairs of home and work"),
     ]  # fmt: skip
     for label, value in rows:
         console.print(f"{label:<14}{value}", markup=False, soft_wrap=True)

@@ -110,7 +110,7 @@ def test_without_coordinates_a_layout_is_made(tntp: Path, tmp_path: Path) -> Non
     ("file", "old", "new", "message"),
     [
         ("grid_net.tntp", "1000\t1\t5", "1000\t1\t-5", "line 6: expected a time ≥ 0"),
-        ("grid_net.tntp", "1000\t1\t5", "oops\t1\t5", "line 6: expected numbers"),
+        ("grid_net.tntp", "1000\t1\t5", "oops\t1\t5", "line 6: expected a number as capacity, found 'oops'"),
         ("grid_node.tntp", "36\t5\t5", "37\t5\t5", "1 nodes of the network have no coordinates, the first is 36"),
         ("grid_trips.tntp", "1 : ", "1 ; ", "expected 'destination : trips'"),
     ],
@@ -128,7 +128,7 @@ def test_broken_tntp_names_the_line(tntp: Path, file: str, old: str, new: str, m
         ('from="n1"', 'from="n99"', "joins the unknown node 'n99'"),
         ('id="n2"', 'id="n1"', "node 'n1' is there twice"),
         ('length="1000"', 'length="long"', "length must be a number, got 'long'"),
-        ('length="1000"', 'length="-5"', "link 1 lacks a time ≥ 0"),
+        ('length="1000"', 'length="-5"', "link '0': expected a length, freespeed and capacity ≥ 0, got -5"),
         ("<nodes>", "<nodes", "expected a MATSim XML file"),
     ],
 )
@@ -142,7 +142,7 @@ def test_broken_matsim_names_the_element(matsim: Path, old: str, new: str, messa
 def read(folder: Path) -> None:
     from bm3il.launch import scenario
 
-    scenario._read(folder, 1.0)
+    scenario.read_folder(folder, scenario.Reading())
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

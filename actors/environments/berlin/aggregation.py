@@ -106,18 +106,66 @@ def _as_it_is(raw: RawNetwork) -> _Roads:
 
 def _aggregated(raw: RawNetwork, roads: int, facilities: int) -> _Roads:
     """As many roads as asked for, between as few junctions as are joined by so many."""
-    fewest = max(facilities, round(roads / ROADS_PER_JUNCTION))
+    fewest = _fewest_junctions(roads, facilities)
     if roads % 2 or roads < 2 * fewest:
         raise InputError(
             f"expected an even number of roads, at least {2 * fewest} with {facilities} facilities: {roads}"
         )
-    for junctions in range(fewest, roads // 2 + 1):
-        if net := _joined(raw, roads, junctions):
-            return net
-    raise InputError(f"{raw.source}: no choice of junctions is joined by {roads} roads: ask for fewer --roads")
+    usable = int(raw.largest_component().sum())
+    if usable < facilities:
+        raise InputError(
+            f"{raw.source}: {usable} of {len(raw.node_names)} nodes can be reached from each other, "
+            f"too few for {facilities} facilities"
+        )
+    for junctions in range(fewest, min(roads // 2, usable) + 1):
+        zones = _zones(raw, junctions)
+        if zones.pairs >= roads // 2:
+            return _joined(raw, zones, roads)
+    most = _most_roads(raw, facilities, min(roads // 2, usable))
+    advice = f"at most {most} --roads go with {facilities}" if most else f"{facilities} are too many"
+    raise InputError(
+        f"{raw.source}: no choice of junctions is joined by {roads} roads: {advice} --facilities; "
+        "--roads 0 takes all links as they are"
+    )
 
 
-def _joined(raw: RawNetwork, roads: int, junctions: int) -> _Roads | None:
+def _fewest_junctions(roads: int, facilities: int) -> int:
+    return max(facilities, round(roads / ROADS_PER_JUNCTION))
+
+
+def _most_roads(raw: RawNetwork, facilities: int, most_junctions: int) -> int:
+    """The largest number of roads between at most so many junctions that is not refused; 0 if there is none."""
+    most = 0
+    for junctions in range(most_junctions, max(facilities, 2) - 1, -1):
+        if _fewest_junctions(most + 2, facilities) > junctions:
+            break
+        for roads in range(2 * junctions, 2 * _zones(raw, junctions).pairs + 1, 2):
+            if _fewest_junctions(roads, facilities) <= junctions:
+                most = max(most, roads)
+    return most
+
+
+@dataclass(frozen=True)
+class _Zones:
+    """Junctions, and what joins the zones around them.
+
+    hubs: [J] nodes.   minutes: [J, J] of the fastest ways.   capacity: [J, J] of all links that cross.
+    flow: [J, J] trips that cross.   neighbours: zones that links join both ways; weights are what a road is worth.
+    """
+
+    hubs: np.ndarray
+    minutes: np.ndarray
+    capacity: np.ndarray
+    flow: np.ndarray
+    neighbours: nx.Graph
+
+    @property
+    def pairs(self) -> int:
+        """How many roads, in each direction, can be made of them: none if they are not all connected."""
+        return int(self.neighbours.number_of_edges()) if nx.is_connected(self.neighbours) else 0
+
+
+def _zones(raw: RawNetwork, junctions: int) -> _Zones:
     graph = raw.graph()
     hubs = _junctions(raw, junctions)
     away, before = dijkstra(graph, indices=hubs, return_predecessors=True)
@@ -127,22 +175,22 @@ def _joined(raw: RawNetwork, roads: int, junctions: int) -> _Roads | None:
     places = zone[raw.tail[crossing]], zone[raw.head[crossing]]
     np.add.at(capacity, places, raw.capacity[crossing])
     np.add.at(links, places, 1)
-    flow = _flows(raw, hubs, zone, before)
-    pairs = _chosen(away[:, hubs], links, flow, roads // 2)
-    if pairs is None:
-        return None
+    flow, minutes = _flows(raw, hubs, zone, before), away[:, hubs]
+    return _Zones(hubs, minutes, capacity, flow, _neighbours(minutes, links, flow))
+
+
+def _joined(raw: RawNetwork, zones: _Zones, roads: int) -> _Roads:
+    pairs = _chosen(zones.neighbours, zones.flow, roads // 2)
     tail = np.array([end for a, b in pairs for end in (a, b)])
     head = np.array([end for a, b in pairs for end in (b, a)])
-    names = tuple(raw.node_names[hub] for hub in hubs)
-    minutes = np.maximum(away[:, hubs][tail, head], SMALLEST_MINUTES)
-    return _Roads(names, raw.node_xy[hubs], tail, head, minutes, capacity[tail, head])
+    names = tuple(raw.node_names[hub] for hub in zones.hubs)
+    minutes = np.maximum(zones.minutes[tail, head], SMALLEST_MINUTES)
+    return _Roads(names, raw.node_xy[zones.hubs], tail, head, minutes, zones.capacity[tail, head])
 
 
 def _junctions(raw: RawNetwork, count: int) -> np.ndarray:
     """[count] nodes, all different."""
     usable = np.flatnonzero(raw.largest_component())
-    if len(usable) < count:
-        raise InputError(f"{raw.source}: {count} junctions were asked for, the network has {len(usable)} nodes")
     points, weights = np.concatenate([raw.home_xy, raw.work_xy]), np.tile(raw.trips, 2)
     cell_size = max(np.ptp(points, axis=0).max() / CELLS_ACROSS, 1e-9)
     _, cell = np.unique(np.floor(points / cell_size), axis=0, return_inverse=True)
@@ -185,8 +233,8 @@ def _flows(raw: RawNetwork, hubs: np.ndarray, zone: np.ndarray, before: np.ndarr
     return flow
 
 
-def _chosen(minutes: np.ndarray, links: np.ndarray, flow: np.ndarray, count: int) -> list[tuple[int, int]] | None:
-    """`count` pairs of junctions to be joined by a road in each direction; None if there are not so many."""
+def _neighbours(minutes: np.ndarray, links: np.ndarray, flow: np.ndarray) -> nx.Graph:
+    """Junctions, joined where links lead both ways."""
     graph = nx.Graph()
     graph.add_nodes_from(range(len(minutes)))
     for a, b in np.argwhere(np.triu((links > 0) & (links.T > 0), 1)).tolist():
@@ -195,8 +243,11 @@ def _chosen(minutes: np.ndarray, links: np.ndarray, flow: np.ndarray, count: int
         redundant = max(minutes[a, b] / others[0], minutes[b, a] / others[1]) >= REDUNDANT
         trips = flow[a, b] + flow[b, a] + 1e-6
         graph.add_edge(a, b, weight=trips * (REDUNDANT_WEIGHT if redundant else 1))
-    if not nx.is_connected(graph) or graph.number_of_edges() < count:
-        return None
+    return graph
+
+
+def _chosen(graph: nx.Graph, flow: np.ndarray, count: int) -> list[tuple[int, int]]:
+    """`count` of the pairs of neighbours, to be joined by a road in each direction."""
     chosen = {tuple(sorted(edge)) for edge in nx.maximum_spanning_edges(graph, weight="weight", data=False)}
     by_weight = sorted(graph.edges(data="weight"), key=lambda edge: -edge[2])
     candidates = [tuple(sorted(edge[:2])) for edge in by_weight]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
 
 from bm3il.protocol.errors import InputError
 
 SMALLEST_MINUTES = 1e-6
 """Connectors without length: the graph algorithms take 0 for no connection."""
+MIN_INSIDE, MIN_MOVING = 0.01, 0.01
+"""Parts of all ends of trips that lie where the network is, and of all trips that lead from one node to another."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,8 @@ class RawNetwork:
     tail, head: [l] node numbers.   minutes: [l] free-flow travel times ≥ 0.   capacity: [l] vehicles per hour > 0.
     home_xy, work_xy: [p, 2] ends of trips, in the unit of the nodes.   trips: [p] > 0.
     through: [n] bool, whether a way may lead through a node (false for zones that trips only begin and end at).
+    notes: what of the files was left out or made up, a line each.
+    unit_told: whether the files tell the unit of their times.
     """
 
     source: str
@@ -35,6 +41,8 @@ class RawNetwork:
     work_xy: np.ndarray
     trips: np.ndarray
     through: np.ndarray
+    notes: tuple[str, ...] = ()
+    unit_told: bool = True
 
     def __post_init__(self) -> None:
         checks = {
@@ -48,6 +56,24 @@ class RawNetwork:
                 raise InputError(f"{self.source}: there is no {what}")
             if not good.all():
                 raise InputError(f"{self.source}: {what} {int(np.argmin(good)) + 1} lacks {wanted[what]}")
+        self._check_coordinates()
+
+    def _check_coordinates(self) -> None:
+        """People in degrees and roads in metres are each right, and together make trips that lead nowhere."""
+        ends = np.stack([self.home_xy, self.work_xy])
+        nearest = cKDTree(self.node_xy).query(ends)[1]
+        if self.ends_inside() < MIN_INSIDE or (nearest[0] != nearest[1]).mean() < MIN_MOVING:
+            raise InputError(
+                f"{self.source}: homes and works are at {_extent(ends)}, the network is at {_extent(self.node_xy)}, "
+                "and no trip leads along its roads: are both in one coordinate system?"
+            )
+
+    def ends_inside(self) -> float:
+        """Which part of all homes and works lies where the network is, or near."""
+        low, high = self.node_xy.min(axis=0), self.node_xy.max(axis=0)
+        margin = (high - low).max() / 10
+        ends = np.stack([self.home_xy, self.work_xy])
+        return float(((ends >= low - margin) & (ends <= high + margin)).all(axis=2).mean())
 
     def within(self, radius: float) -> RawNetwork:
         """Only trips with both ends within `radius` (the nodes' unit) of the middle, the median of all works."""
@@ -73,3 +99,13 @@ class RawNetwork:
         """[n] bool: the nodes of the largest part in which everything reaches everything."""
         _, label = connected_components(self.graph(), directed=True, connection="strong")
         return (label == np.bincount(label).argmax()) & self.through
+
+
+def left_out(links: Counter[str]) -> tuple[str, ...]:
+    """A note on links that were left out, by why; none if there were none."""
+    return (f"left out: {', '.join(f'{n} links {why}' for why, n in links.most_common())}",) if links else ()
+
+
+def _extent(xy: np.ndarray) -> str:
+    (x, y), (right, top) = xy.reshape(-1, 2).min(axis=0), xy.reshape(-1, 2).max(axis=0)
+    return f"x {x:.7g} to {right:.7g}, y {y:.7g} to {top:.7g}"

@@ -126,6 +126,19 @@ class Scenario:
         distance, after = dijkstra(backward, indices=target, return_predecessors=True)
         return np.where(after < 0, np.arange(self.num_locations), after), distance
 
+    def commutes(self) -> list[tuple[int, ...]]:
+        """(home, work, trips) of the home-work pairs that can be types: those whose way has at least two roads."""
+        return [tuple(row) for row in self.demand.astype(int) if len(self.way(row[0], row[1])) >= MIN_ROADS_OF_TRIP]
+
+    def median_trip_minutes(self) -> float:
+        """Half of all trips take at most so many minutes on empty roads."""
+        pairs = self.demand[:, :2].astype(int)
+        reach = {home: self.trip_minutes(home)[0] for home in set(pairs[:, 0].tolist())}
+        minutes = np.array([reach[home][self.num_roads + work] for home, work in pairs.tolist()])
+        order = np.argsort(minutes, kind="stable")
+        so_far = np.cumsum(self.demand[order, 2])
+        return float(minutes[order[np.searchsorted(so_far, so_far[-1] / 2)]])
+
     def agent_types(self, types: int, agents: int) -> list[tuple[int, int, int]]:
         """(home, work, agents) of the `types` most important home-work pairs, facility numbers 0..F−1.
 
@@ -133,7 +146,7 @@ class Scenario:
         one has, then by trips. Agents in proportion to trips by largest remainder, at least 2 of a type if possible.
         Raises InputError if there are not so many pairs, or fewer agents than types.
         """
-        pairs = [tuple(row) for row in self.demand.astype(int) if len(self.way(row[0], row[1])) >= MIN_ROADS_OF_TRIP]
+        pairs = self.commutes()
         if not 1 <= types <= len(pairs):
             raise InputError(f"scenario '{self.name}' has 1..{len(pairs)} agent types, asked for {types}")
         if agents < types:

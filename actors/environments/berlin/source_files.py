@@ -45,9 +45,11 @@ def find_sources(folder: Path, network: str = "", trips: str = "") -> Sources:
     network, trips: files to take, in the folder or anywhere; without them the one pair of a format that there is, or
     that has one name (A_net, A_trips). Raises InputError, naming the files, if there is none, or more than one.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder")
-    roles = {file: _probable_role(file) for file in sorted(folder.iterdir()) if SUFFIX.search(file.name)}
+    try:
+        files = [file for file in sorted(folder.iterdir()) if SUFFIX.search(file.name) and file.is_file()]
+    except OSError as error:
+        raise InputError(f"cannot read the folder {folder}: {error.strerror}") from error
+    roles = {file: _probable_role(file) for file in files}
     networks = [_named(folder, network, "network", roles)] if network else _of_role(roles, "network")
     demands = [_named(folder, trips, "trips", roles)] if trips else _of_role(roles, "trips")
     pairs = [(a, b) for a in networks for b in demands if roles[a][0] == roles[b][0]]
