@@ -184,10 +184,10 @@ def test_columns_of_nodes_are_those_of_the_heading(imported: Import, tmp_path: P
 def test_a_sentence_is_no_heading_and_an_incomplete_heading_is_refused(imported: Import, tmp_path: Path) -> None:
     folder = tntp(tmp_path / "town")
     plain = imported(folder)
-    change(folder / "town_net.tntp", "~\t", "~ capacity was changed from veh/day to veh/h by hand\n~\t")
+    change(folder / "town_net.tntp", "\t;\n", "\t;\n~ capacity was changed from veh/day to veh/h by hand\n")
     assert imported(folder) == plain
     change(folder / "town_net.tntp", "\tcapacity\t", "\tspeed\t")
-    assert "line 7: the heading has no column 'capacity'" in imported.refused(folder)
+    assert "line 6: the heading has no column 'capacity'" in imported.refused(folder)
 
 
 def test_trips_on_the_line_of_their_origin_count(imported: Import, tmp_path: Path) -> None:

@@ -106,10 +106,15 @@ def test_what_is_wrong_is_named(tmp_path: Path, long_town: str) -> None:
         import_day(day(tmp_path, [(480, 2)]), long_town)
     with pytest.raises(InputError, match="is no berlin"):
         import_day(tmp_path / "day.npz", "rover_tower?pairs=2")
-    with pytest.raises(InputError, match="row 2: free_flow_minutes must be a number"):
-        read_town(tables(tmp_path / "bad", LOCATIONS.replace("10,4\n3", "10,soon\n3")))
+    for number in ("soon", "nan", "inf"):
+        with pytest.raises(InputError, match=f"row 2: free_flow_minutes must be a number, got '{number}'"):
+            read_town(tables(tmp_path / "bad", LOCATIONS.replace("10,4\n3", f"10,{number}\n3")))
     with pytest.raises(InputError, match=r"expected two of 0\.\.4"):
         read_town(tables(tmp_path / "worse", moves=[(0, 9)]))
+
+
+def test_tables_of_a_spreadsheet_begin_with_a_mark(tmp_path: Path) -> None:
+    assert read_town(tables(tmp_path / "town", "\ufeff" + LOCATIONS)).num_roads == 3
 
 
 def test_the_published_town(tmp_path: Path, shared: Path) -> None:

@@ -10,6 +10,7 @@ moves tell of them, and are drawn in columns by how many roads away from home th
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,7 @@ def _columns(tail: np.ndarray, head: np.ndarray, roads: int) -> np.ndarray:
 
 def _read(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"cannot read {path}: {error}") from error
@@ -125,6 +126,9 @@ def _read(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
 
 def _number(row: dict[str, str], key: str, number: int) -> float:
     try:
-        return float(row[key])
+        value = float(row[key])
     except ValueError:
-        raise InputError(f"{LOCATIONS}, row {number}: {key} must be a number, got '{row[key]}'") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{LOCATIONS}, row {number}: {key} must be a number, got '{row[key]}'")
+    return value
