@@ -69,7 +69,7 @@ class Simulator:
     def _blamed(self) -> Iterator[None]:
         try:
             yield
-        except InputError:
+        except (InputError, SimulatorError):  # which name it themselves
             raise
         except Exception as error:
             raise SimulatorError(f"environment '{self._name}' raised {type(error).__name__}: {error}") from error

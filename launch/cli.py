@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from bm3il.launch.outcome import DISK_ERRORS
 from bm3il.launch.surroundings import settle, silence
-from bm3il.protocol.errors import InputError, unknown_name
+from bm3il.protocol.errors import InputError, SimulatorError, unknown_name
 
 COMMAND = "BM3IL_COMMAND"
 """The environment variable with the command line, for the record of a run."""
@@ -27,14 +27,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns its exit code. Errors of input, and full disks, are one line, and 2."""
+    """Run a subcommand; returns its exit code. Errors of input, simulators and full disks are one line, and 2."""
     settle()
     args = list(sys.argv[1:] if args is None else args)
     try:
         code = _run(args)
         sys.stdout.flush()
         return code
-    except InputError as error:
+    except (InputError, SimulatorError) as error:
         return _say(str(error))
     except BrokenPipeError:  # whoever read the output has seen enough, as in `bm3il train --help | head`
         silence(sys.stdout)

@@ -7,9 +7,9 @@ A name is an entry point of the group `bm3il.environments`, so a user's package 
 
 What follows `:` is passed as the option `target`; options follow `?`, joined by `&`, and are converted to the types
 that the factory's signature names. A factory whose options name files says so by a function
-`with_files(option, value, change)`: the value with `change` applied to the part of it that is the path of a file; then
-runs know these files again. Every environment also takes `slip` and `noise` (`protocol.perturbation`), unless
-its factory has an option of that name itself.
+`with_files(option, value, change)`, also for `target`: the value with `change` applied to the part of it that is the
+path of a file; then runs know these files again. Every environment also takes `slip` and `noise`
+(`protocol.perturbation`), unless its factory has an option of that name itself.
 """
 
 from __future__ import annotations
@@ -57,22 +57,25 @@ def with_absolute_files(name: str) -> tuple[str, list[str]]:
 
     Raises InputError for an unknown name, and for a path that such a name cannot hold.
     """
-    path, _, query = name.partition("?")
-    factory = _factory(path.partition(":")[0])
+    path, question, query = name.partition("?")
+    key, colon, target = path.partition(":")
+    factory = _factory(key)
+    if not hasattr(factory, "with_files"):
+        return name, []
     found: list[str] = []
 
     def absolute(file: str) -> str:
         if not os.path.isfile(file):
             return file
-        if "&" in (whole := os.path.abspath(file)):
-            raise InputError(f"'&' parts the options of an environment: move {whole} to a path without it")
+        whole = os.path.abspath(file)
+        if sign := next((sign for sign in "?&" if sign in whole), ""):
+            raise InputError(f"'{sign}' parts the options of an environment: move {whole} to a path without it")
         found.append(whole)
         return whole
 
     options = [part.partition("=") for part in query.split("&")]
-    if hasattr(factory, "with_files"):
-        options = [(option, equals, factory.with_files(option, value, absolute)) for option, equals, value in options]
-    return (f"{path}?" + "&".join("".join(option) for option in options) if query else name), found
+    values = [option + equals + factory.with_files(option, value, absolute) for option, equals, value in options]
+    return key + colon + factory.with_files("target", target, absolute) + question + "&".join(values), found
 
 
 def _factory(key: str) -> Callable[..., Any]:
