@@ -1,0 +1,114 @@
+"""The copies of a traffic network that are played at once, each in a child of this process.
+
+They are forked after the network was read, so a hundred of them start in the time of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import traceback
+from typing import NoReturn
+
+import numpy as np
+
+from bm3il.protocol.adapters.sumo_network import Network, numbered, random_demand, recorded_demand
+from bm3il.protocol.adapters.sumo_world import AHEAD, GOAL, OWN, View, World
+from bm3il.protocol.adapters.wire import HELO, RESET, SHOW, SPEC, VERSION
+
+RANDOM_DEPARTURES = 0.25
+"""The part of an episode in which random trips begin."""
+
+
+class Copy:
+    """A child with a world of its own, for as long as this process lives."""
+
+    def __init__(self, world: World, network: Network, vehicles: int, others: list[Copy]) -> None:
+        """others: the children before it, whose lines it must not keep open."""
+        self._network, self._vehicles = network, vehicles
+        self._line, theirs = socket.socketpair()
+        if not os.fork():
+            for other in (self, *others):
+                other._line.close()
+            _play(world, theirs, vehicles)
+        theirs.close()
+
+    def tell(self, is_step: bool, numbers: np.ndarray) -> None:
+        """An action of each vehicle, or a seed."""
+        self._line.sendall(np.resize([is_step, *numbers], 1 + self._vehicles).astype("<u4").tobytes())
+
+    def view(self) -> View:
+        """Its answer."""
+        size = len(View.empty(self._network, self._vehicles).tobytes())
+        if len(data := self._line.recv(size, socket.MSG_WAITALL)) < size:
+            raise RuntimeError("the process of a simulation has ended")
+        return View.of(self._network, self._vehicles, data)
+
+
+def _play(world: World, line: socket.socket, vehicles: int) -> NoReturn:
+    """What a child does."""
+    code = 0
+    try:
+        while question := line.recv(4 * (1 + vehicles), socket.MSG_WAITALL):
+            is_step, *numbers = np.frombuffer(question, "<u4").tolist()
+            view = world.step(numbers) if is_step else world.reset(numbers[0])
+            line.sendall(view.tobytes())
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class Server:
+    """Answers questions of the wire."""
+
+    def __init__(self, path: str, routes: str, vehicles: int, steps: int, interval: int) -> None:
+        """See `protocol.adapters.sumo.Sumo`. Raises whatever tells that its files cannot be used."""
+        self._network, self._steps = Network(path), steps
+        if routes:
+            self._demand = recorded_demand(self._network, routes, vehicles)
+        else:
+            self._demand = random_demand(self._network, vehicles, RANDOM_DEPARTURES * steps * interval)
+        self._world = World(self._network, path, self._demand, interval)
+        self._copies: list[Copy] = []
+
+    def answer(self, kind: bytes, body: bytes) -> tuple[bytes, bytes]:
+        """Kind and body of the answer."""
+        if kind == HELO:
+            for _ in range(json.loads(body)["environments"]):
+                vehicles = len(self._demand.kinds)
+                self._copies.append(Copy(self._world, self._network, vehicles, list(self._copies)))
+            return SPEC, json.dumps(self._spec()).encode()
+        if kind == RESET:
+            questions = np.frombuffer(body, "<u4")[:, None]
+        else:
+            ends = np.cumsum([len(self._copies) * count for _, count in numbered(self._demand.kinds)])[:-1]
+            parts = np.split(np.frombuffer(body, "<u4"), ends)
+            questions = np.concatenate([part.reshape(len(self._copies), -1) for part in parts], axis=1)
+        for copy, question in zip(self._copies, questions, strict=True):
+            copy.tell(kind != RESET, question)
+        return SHOW, self._shown([copy.view() for copy in self._copies])
+
+    def _spec(self) -> dict[str, object]:
+        parts = [("own", OWN), ("destination", GOAL), *((f"ahead.{k}", AHEAD) for k in range(self._network.most))]
+        common = {
+            "observation_dim": sum(width for _, width in parts),
+            "action_dim": 1 + self._network.most,
+            "masks": True,
+            "active": True,
+            "parts": [{"name": name, "width": width} for name, width in parts],
+        }
+        types = [{"name": kind, "count": count, **common} for kind, count in numbered(self._demand.kinds)]
+        return {"protocol": VERSION, "name": "sumo", "episode_length": self._steps, "types": types}
+
+    def _shown(self, views: list[View]) -> bytes:
+        ends = np.cumsum([count for _, count in numbered(self._demand.kinds)])[:-1]
+        floats: list[bytes] = []
+        for name in ("seen", "rewards", "masks", "active"):
+            together = np.stack([getattr(view, name) for view in views])
+            floats += [part.tobytes() for part in np.split(together, ends, axis=1)]
+        return b"".join(floats) + bytes(view.ended for view in views) + bytes(len(views))

@@ -1,0 +1,179 @@
+"""What does not change in a traffic network, and who drives on it. Needs SUMO's Python packages; imported by
+`sumo_server` alone."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import sumolib
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import connected_components, dijkstra
+
+CARS, TURN_AROUND = "passenger", "t"
+VEHICLES = 20
+"""Random trips, if nobody says how many."""
+
+
+class Network:
+    """Edges that cars may use, by number.
+
+    ids: names.   lengths [R] m.   limits [R] m/s.   middles [R, 2] in 0..1 of the longer side.   headings [R, 2] unit
+    vectors.   successors: of each edge the numbers of those that may follow, from left to right.   most: how many of
+    them there are, at most.   connected: the numbers of edges from all of which there is a way to all of them.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Raises ValueError for a file without such edges, and what its parser raises for others."""
+        net = sumolib.net.readNet(path)
+        edges = [edge for edge in net.getEdges() if not edge.isSpecial() and edge.allows(CARS)]
+        if not edges:
+            raise ValueError(f"{path}: there is no edge for passenger cars")
+        self.ids = [edge.getID() for edge in edges]
+        self.number = {name: n for n, name in enumerate(self.ids)}
+        self.lengths = np.array([edge.getLength() for edge in edges])
+        self.limits = np.array([max(edge.getSpeed(), 0.1) for edge in edges])
+        ends = np.array([(edge.getFromNode().getCoord()[:2], edge.getToNode().getCoord()[:2]) for edge in edges])
+        corner, size = ends.min(axis=(0, 1)), max(float(np.ptp(ends, axis=(0, 1)).max()), 1.0)
+        self.middles = (ends.mean(axis=1) - corner) / size
+        way = ends[:, 1] - ends[:, 0]
+        self.headings = way / np.maximum(np.linalg.norm(way, axis=1, keepdims=True), 1e-9)
+        self.successors = [self._successors(n, edge) for n, edge in enumerate(edges)]
+        self.most = max(map(len, self.successors))
+        pairs = [(n, m) for n, following in enumerate(self.successors) for m in following]
+        if not pairs:
+            raise ValueError(f"{path}: no edge leads to another")
+        before, after = np.array(pairs).T
+        shape = (len(edges), len(edges))
+        self._backwards = csr_matrix((self.seconds[after], (after, before)), shape)
+        _, label = connected_components(self._backwards, connection="strong")
+        self.connected = np.flatnonzero(label == np.bincount(label).argmax())
+        self.to = lru_cache(maxsize=4096)(self._to)
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """[R] of a free ride."""
+        return self.lengths / self.limits
+
+    def turn(self, edge: int, following: int) -> tuple[float, float]:
+        """Cosine and sine of the angle between two edges; left is positive."""
+        (x, y), (u, v) = self.headings[edge], self.headings[following]
+        return float(x * u + y * v), float(x * v - y * u)
+
+    def path(self, edge: int, destination: int) -> list[int]:
+        """The edges of the fastest free ride, both included."""
+        found, rest = [edge], self.to(destination)
+        while found[-1] != destination:
+            found.append(min(self.successors[found[-1]], key=lambda m: self.seconds[m] + rest[m]))
+        return found
+
+    def _to(self, destination: int) -> np.ndarray:
+        """[R] seconds of the fastest free ride from the end of each edge to the end of the destination; inf: none."""
+        return dijkstra(self._backwards, indices=destination)
+
+    def _successors(self, n: int, edge: sumolib.net.edge.Edge) -> list[int]:
+        ways = {
+            self.number[following.getID()]: {connection.getDirection() for connection in connections}
+            for following, connections in edge.getOutgoing().items()
+            if following.getID() in self.number
+        }
+        forward = [m for m, directions in ways.items() if directions != {TURN_AROUND}]
+        return sorted(forward or ways, key=lambda m: -np.arctan2(*self.turn(n, m)[::-1]))
+
+
+@dataclass(frozen=True)
+class Trip:
+    """From the start of one edge to the end of another, from so many seconds of an episode on."""
+
+    depart: float
+    origin: int
+    destination: int
+
+
+@dataclass
+class Demand:
+    """Who drives.
+
+    types: name → attributes of the vehicles, as a `vType` has them.   kinds: of each vehicle, type by type.
+    trips: of each vehicle; None: random ones.
+    """
+
+    types: dict[str, Mapping[str, str]]
+    kinds: list[str]
+    trips: list[Trip] | None = None
+    window: float = field(default=0.0)
+
+    def drawn(self, network: Network, random: np.random.Generator) -> list[Trip]:
+        """The trips of an episode. Random ones start within the window, of seconds."""
+        if self.trips is not None:
+            return self.trips
+        found = []
+        for _ in self.kinds:
+            origin, destination = random.choice(network.connected, 2, replace=False).tolist()
+            found.append(Trip(float(random.uniform(0, self.window)), origin, destination))
+        return found
+
+
+def random_demand(network: Network, vehicles: int, window: float) -> Demand:
+    """Cars on random trips."""
+    if len(network.connected) < 2:
+        raise ValueError("no two edges of the network can be reached from each other")
+    return Demand({"car": {}}, ["car"] * (vehicles or VEHICLES), None, window)
+
+
+def recorded_demand(network: Network, path: str, vehicles: int) -> Demand:
+    """The first trips and vehicles of a file of routes, the first of them at second 0.
+
+    Raises ValueError, naming it, for one that the network has no way for, and for a file without any.
+    """
+    types: dict[str, Mapping[str, str]] = {}
+    found: list[tuple[str, Trip]] = []
+    routes: dict[str, list[str]] = {}
+    data = Path(path).read_bytes()
+    root = ElementTree.fromstring(gzip.decompress(data) if path.endswith(".gz") else data)
+    for each in root.iter():
+        if each.tag == "vType":
+            types[each.get("id", "")] = dict(each.attrib)
+        elif each.tag == "route" and each.get("id"):
+            routes[each.get("id", "")] = each.get("edges", "").split()
+    for each in root:
+        if each.tag in ("trip", "vehicle"):
+            found.append((each.get("type", "car"), _trip(network, each, routes)))
+    if not found:
+        raise ValueError(f"{path}: there is no trip and no vehicle in it (flows are not taken)")
+    found = sorted(found, key=lambda entry: entry[1].depart)[: vehicles or None]
+    begin = found[0][1].depart
+    found.sort(key=lambda entry: entry[0])
+    trips = [Trip(trip.depart - begin, trip.origin, trip.destination) for _, trip in found]
+    kinds = [kind for kind, _ in found]
+    return Demand({kind: types.get(kind, {}) for kind in dict.fromkeys(kinds)}, kinds, trips)
+
+
+def _trip(network: Network, element: ElementTree.Element, routes: Mapping[str, list[str]]) -> Trip:
+    name = f"{element.tag} {element.get('id')}"
+    inner = element.find("route")
+    way = inner.get("edges", "").split() if inner is not None else routes.get(element.get("route", ""), [])
+    ends = (element.get("from"), element.get("to")) if element.tag == "trip" else (way[0], way[-1]) if way else ()
+    if len(ends) != 2 or not all(ends):
+        raise ValueError(f"{name}: expected edges that it starts and ends on")
+    for edge in ends:
+        if edge not in network.number:
+            raise ValueError(f"{name}: the network has no edge '{edge}' for passenger cars")
+    origin, destination = (network.number[str(edge)] for edge in ends)
+    if not np.isfinite(network.to(destination)[origin]):
+        raise ValueError(f"{name}: there is no way from {ends[0]} to {ends[1]}")
+    try:
+        return Trip(float(element.get("depart", "")), origin, destination)
+    except ValueError as error:
+        raise ValueError(f"{name}: expected seconds as its depart, got {element.get('depart')!r}") from error
+
+
+def numbered(kinds: list[str]) -> Iterator[tuple[str, int]]:
+    """Each type and how many it has, in order."""
+    for kind in dict.fromkeys(kinds):
+        yield kind, kinds.count(kind)

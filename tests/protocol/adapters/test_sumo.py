@@ -1,0 +1,168 @@
+"""Vehicles on a grid of SUMO's that choose their ways."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from bm3il.actors.experts.scripted import expert_for
+from bm3il.actors.policy import UniformPolicy
+from bm3il.actors.rollout import returns
+from bm3il.launch.environment_check import check_environment
+from bm3il.protocol.adapters import sumo
+from bm3il.protocol.errors import InputError, SimulatorError
+from bm3il.protocol.registry import make_environment, with_absolute_files
+
+if find_spec("libsumo") is None:  # to import it is left to processes of its own
+    pytest.skip("libsumo is not installed", allow_module_level=True)
+
+from bm3il.protocol.adapters.sumo_network import Network, Trip, recorded_demand
+
+GRID = Path(__file__).parent / "grid.net.xml"
+FEW = f"sumo:{GRID}?vehicles=6&steps=30"
+ROUTES = """<routes>
+  <vType id="truck" maxSpeed="8"/>
+  <vType id="car" sigma="0"/>
+  <route id="long" edges="B0A0 A0A1 A1A2 A2B2"/>
+  <trip id="late" type="car" depart="130" from="A0A1" to="B1C1"/>
+  <vehicle id="a" type="truck" depart="100" route="long"/>
+  <vehicle id="b" type="car" depart="100"><route edges="B0C0 C0C1 C1C2 C2B2"/></vehicle>
+</routes>"""
+
+
+@pytest.fixture(scope="module")
+def network() -> Network:
+    return Network(str(GRID))
+
+
+def test_it_keeps_the_contract() -> None:
+    assert check_environment(FEW) == 0
+
+
+def test_who_is_near_a_junction_decides_and_others_stay_on() -> None:
+    environment = make_environment(FEW, 3)
+    (kind,) = environment.spec.types
+    assert (kind.name, kind.count, kind.action_dim) == ("car", 6, 4)
+    assert [part.name for part in kind.parts] == ["own", "destination", "ahead.0", "ahead.1", "ahead.2"]
+    now, random = environment.reset(3), np.random.default_rng(0)
+    decided = stayed = 0
+    for _ in range(12):
+        masks, active, seen = now.action_masks[0], now.active[0], now.observations[0]
+        decides, ways = masks[active][:, 0] == 0, masks[active][:, 1:]
+        assert (ways.any(axis=1) == decides).all()
+        assert (seen[active][:, 6] == decides).all()
+        assert (seen[active][:, 11::6].astype(bool) >= ways).all()
+        decided, stayed = decided + decides.sum(), stayed + (~decides).sum()
+        now = environment.step([(random.random(masks.shape) * masks).argmax(-1)])
+    assert decided > 20
+    assert stayed > 20
+
+
+def test_the_expert_arrives_where_random_drivers_get_lost() -> None:
+    environment = make_environment(FEW, 4)
+    expert = returns(environment, expert_for(environment.spec), 5).mean()
+    assert expert > 8
+    assert returns(environment, UniformPolicy(environment.spec), 5).mean() < expert - 3
+
+
+def test_routes_are_agents_of_their_types(tmp_path: Path) -> None:
+    (tmp_path / "day.rou.xml").write_text(ROUTES, encoding="utf-8")
+    name = f"sumo:{GRID}?routes={tmp_path / 'day.rou.xml'}&steps=20"
+    environment = make_environment(name, 2)
+    assert [(t.name, t.count) for t in environment.spec.types] == [("car", 2), ("truck", 1)]
+    now, expert = environment.reset(0), expert_for(environment.spec)
+    total, there = np.zeros(3), []
+    while not now.terminated.all():
+        there.append([*now.active[0][0], *now.active[1][0]])
+        now = environment.step(expert.act(now))
+        total += np.concatenate(now.rewards, axis=1)[0]
+    assert there[0] == [True, False, True]
+    assert there[4] == [True, True, True]  # the late one came after 30 s
+    assert 9 > total[0] > total[2] > 6  # the truck takes longer on the same way
+
+
+@pytest.mark.parametrize(
+    ("element", "text"),
+    [
+        ('<trip id="t" depart="0" from="A0A1" to="nowhere"/>', "trip t: the network has no edge 'nowhere'"),
+        ('<trip id="t" depart="soon" from="A0A1" to="B1C1"/>', "trip t: expected seconds as its depart, got 'soon'"),
+        ('<vehicle id="v" depart="0"/>', "vehicle v: expected edges that it starts and ends on"),
+        ('<flow id="f" from="A0A1" to="B1C1"/>', "there is no trip and no vehicle in it"),
+        ("<trip", "ParseError"),
+    ],
+)
+def test_routes_that_cannot_be_driven_are_named(tmp_path: Path, element: str, text: str) -> None:
+    file = tmp_path / "day.rou.xml"
+    file.write_text(f"<routes>{element}</routes>", encoding="utf-8")
+    with pytest.raises(SimulatorError, match=rf"it failed: .*{text}"):
+        make_environment(f"sumo:{GRID}?routes={file}", 1)
+
+
+def test_trips_begin_with_the_first_and_stand_type_by_type(network: Network, tmp_path: Path) -> None:
+    (tmp_path / "day.rou.xml").write_text(ROUTES, encoding="utf-8")
+    demand = recorded_demand(network, str(tmp_path / "day.rou.xml"), 0)
+    ends = [(0, "B0C0", "C2B2"), (30, "A0A1", "B1C1"), (0, "B0A0", "A2B2")]
+    assert demand.trips == [Trip(at, network.number[origin], network.number[goal]) for at, origin, goal in ends]
+    assert demand.kinds == ["car", "car", "truck"]
+    assert recorded_demand(network, str(tmp_path / "day.rou.xml"), 2).kinds == ["car", "truck"]
+
+
+def test_edges_follow_from_left_to_right_and_ways_are_the_fastest(network: Network) -> None:
+    assert (len(network.ids), network.most, len(network.connected)) == (24, 3, 24)
+    ahead = network.successors[network.number["B0B1"]]  # northwards, into the middle
+    assert [network.ids[edge] for edge in ahead] == ["B1A1", "B1B2", "B1C1"]
+    turns = [network.turn(network.number["B0B1"], edge) for edge in ahead]
+    np.testing.assert_allclose(turns, [(0, 1), (1, 0), (0, -1)], atol=1e-9)
+    way = network.path(network.number["A0A1"], network.number["B2C2"])
+    assert len(way) == 4
+    rest = network.to(way[-1])
+    assert rest[way[-1]] == 0
+    assert rest[way[0]] == pytest.approx(network.seconds[way[1:]].sum())
+
+
+def test_a_simulation_that_has_ended_is_told() -> None:
+    environment = make_environment(FEW, 2)
+    environment.reset(0)
+    server = psutil.Process(environment._copies._sessions[0]._process.pid)  # type: ignore[attr-defined]
+    copies = server.children()
+    assert len(copies) == 2
+    copies[1].kill()
+    with pytest.raises(SimulatorError, match=r"the process of a simulation has ended|BrokenPipe"):
+        environment.step([np.zeros((2, 6), int)])
+    psutil.wait_procs([server, *copies], timeout=10)
+    assert not any(process.is_running() for process in (server, *copies))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("sumo", "name a network"),
+        ("sumo:lost.net.xml", "there is no file lost.net.xml"),
+        (f"sumo:{GRID}?routes=lost.xml", "there is no file lost.xml"),
+        (f"sumo:{GRID}?interval=0", "expected interval ≥ 1, got 0"),
+    ],
+)
+def test_what_cannot_be_made_is_said(name: str, text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        make_environment(name, 1)
+
+
+def test_without_sumo_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sumo, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"pip install 'bm3il\[sumo\]'"):
+        make_environment(FEW, 1)
+
+
+def test_its_files_are_known_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(GRID, "town.net.xml")
+    Path("day.rou.xml").touch()
+    files = [f"{tmp_path}/town.net.xml", f"{tmp_path}/day.rou.xml"]
+    name, found = with_absolute_files("sumo:town.net.xml?routes=day.rou.xml&steps=20")
+    assert name == f"sumo:{files[0]}?routes={files[1]}&steps=20"
+    assert sorted(found) == sorted(files)
