@@ -106,7 +106,9 @@ class Copies:
         found = [described(text, self._name) for text in dict.fromkeys(texts)]
         if any(other != found[0] for other in found):
             raise InputError(f"{self._name}: its processes describe themselves in different ways: {found[:2]}")
-        if (size := found[0].show_bytes(self.num_envs)) > MAX_BODY_BYTES:
+        # Masks, or actions, count whether they are sent or not: there is room for them here.
+        numbers = sum(t.count * (t.observation_dim + t.action_dim + 2) for t in found[0].spec.types)
+        if (size := 4 * self.num_envs * numbers) > MAX_BODY_BYTES:
             raise InputError(
                 f"{self._name}: a step of {self.num_envs} copies has {size} bytes, at most {MAX_BODY_BYTES} are allowed"
             )

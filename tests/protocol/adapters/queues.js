@@ -1,13 +1,15 @@
 // A queueing network over bm3il's remote wire (docs/remote.md), with Node.js and nothing else: three dispatchers send jobs
 // to two servers, which choose whose queue to serve. Deterministic from the seed.
 //
-//     node queues.js [--fault KIND@STEP] [--listen PORT] [--most ENVIRONMENTS]
+//     node queues.js [--fault KIND@STEP [--once FOLDER]] [--listen PORT] [--most ENVIRONMENTS]
 //
 // KIND: nan, short, double, silence, exit, bits, chatter, fail, endless, stuck, deaf, spec, version, misspelt.
+// FOLDER is taken away by the first that fails; without it nobody does.
 'use strict';
 
 const DISPATCHERS = 3, SERVERS = 2, ROOM = 3, CROWD = 30, STEPS = 40, SETUP_STEP = 2;
 const args = process.argv.slice(2);
+const fs = require('fs');
 const option = (name) => (args.includes(name) ? args[args.indexOf(name) + 1] : '');
 const [fault, faultStep] = option('--fault').split('@');
 
@@ -101,6 +103,11 @@ function show(networks) {
   return [numbers, bits];
 }
 
+function taken(folder) {
+  try { fs.rmdirSync(folder); } catch { return false; }
+  return true;
+}
+
 class Session { // the copies of one connection
   constructor() { this.networks = []; }
 
@@ -140,7 +147,7 @@ class Session { // the copies of one connection
   }
 
   failed() {
-    if (this.step !== Number(faultStep)) return null;
+    if (this.step !== Number(faultStep) || (option('--once') && !taken(option('--once')))) return null;
     if (fault === 'silence') return Buffer.alloc(0);
     if (fault === 'deaf') for (;;); // hears neither questions nor the end of its input
     if (fault === 'exit') { console.error('the queue is on fire\ngood bye'); process.exit(3); }

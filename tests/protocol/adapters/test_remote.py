@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -222,6 +223,24 @@ def test_a_description_that_cannot_be_meant_is_refused(change: dict[str, object]
         described(json.dumps(told).encode(), "remote:x")
 
 
+@pytest.mark.parametrize(
+    "value",
+    [None, True, -1, 0, 1 << 70, 1e308, float("nan"), "", "x" * 70_000, [], {}, [[]], [{}], {"name": []}, "é\x00"],
+)
+def test_whatever_it_says_of_itself_is_taken_or_refused(value: object) -> None:
+    kind = {**SPEC["types"][0], "discrete": True, "masks": True, "active": True}  # type: ignore[index]
+    kind |= {"parts": [{"name": "x", "width": 1}], "purpose": ["x"]}
+    told = {**SPEC, "types": [kind]}
+    assert described(json.dumps(told).encode(), "x").masks == (True,)
+    part = kind["parts"][0]
+    for place in (told, kind, part):
+        for key in place:
+            before, place[key] = place[key], value
+            with suppress(InputError):
+                described(json.dumps(told).encode(), "x")
+            place[key] = before
+
+
 @pytest.mark.parametrize("text", [b"\xff", b"{", b"[]", b"[" * 100_000, b'{"protocol": 1}'])
 def test_bytes_that_are_no_description_are_refused(text: bytes) -> None:
     with pytest.raises(InputError, match=r"remote:x: (expected|SPEC lacks name, episode_length, types)"):
@@ -253,8 +272,9 @@ def test_what_cannot_be_reached_is_said_in_one_line(
     assert re.search(text, capsys.readouterr().err)
 
 
-def test_too_large_a_step_is_refused_before_there_is_room_for_it() -> None:
-    wide = {**SPEC, "types": [{**SPEC["types"][0], "count": 10_000, "observation_dim": 1000}]}  # type: ignore[index]
+@pytest.mark.parametrize("width", ["observation_dim", "action_dim"])
+def test_too_large_a_step_is_refused_before_there_is_room_for_it(width: str) -> None:
+    wide = {**SPEC, "types": [{**SPEC["types"][0], "count": 10_000, width: 1000}]}  # type: ignore[index]
     with Listening(json.dumps(wide).encode()) as name, pytest.raises(InputError, match="a step of 100 copies has"):
         make_environment(name, 100)
 
