@@ -24,8 +24,8 @@ CLOSE_SECONDS = 1.0
 TAIL_BYTES, TAIL_LINES = 4096, 5
 """Of what it wrote to standard error, to be shown when it fails."""
 
-# In a run its actor's guard ends it (`launch.lifeline`); elsewhere the kernel, on Linux, when the thread that started it
-# has ended.
+# In a run its actor's guard ends it (`launch.lifeline`); elsewhere the kernel, on Linux, together with the thread that
+# started it.
 _BOUND = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.getppid() == int(sys.argv[1]) or os._exit(1); "
     "os.execvp(sys.argv[2], sys.argv[2:])"
