@@ -43,7 +43,7 @@ def check_environment(name: str) -> int:
     try:
         environment = Simulator(name, COPIES)
         first = _played(environment, SEED, _drawn(environment.spec))
-        _check_again(environment, first)
+        _check_again(name, environment, first)
         _check_changes(environment.spec)
         hints = [*_of_other_plays(environment, first), *_of_numbers(first)]
         environment.close()
@@ -116,27 +116,35 @@ def _drawn(spec: EnvironmentSpec, others: int | None = None, inactive: bool = Fa
     return choose
 
 
-def _check_again(environment: Environment, first: Episodes) -> None:
-    mend = (
-        "draw all chance from np.random.default_rng(seed), made in reset, and let reset clear all of the last episode"
+def _check_again(name: str, environment: Environment, first: Episodes) -> None:
+    def as_before(now: TimeStep, t: int) -> list[np.ndarray]:
+        return [action.copy() for action in first.actions[t]]
+
+    if found := _first_difference(first, _played(environment, SEED, as_before)):
+        # Copies that remember what was played are told from those that do not heed their seed.
+        remembers = not _first_difference(first, _played(Simulator(name, COPIES), SEED, as_before))
+        mend = (
+            "let reset clear all that the last episode left: new copies do give the same"
+            + ", and ?anew=true makes some for every episode" * name.startswith("pettingzoo")
+            if remembers
+            else "draw all chance from np.random.default_rng(seed), made in reset"
+        )
+        _expect(False, "the same seed and actions give the same episode", found, mend)
+    idle = _first_difference(first, _played(environment, SEED, _drawn(environment.spec, inactive=True)))
+    _expect(
+        not idle,
+        "what inactive agents are told to do changes nothing",
+        idle,
+        "leave out the actions of agents that the step before showed as inactive",
     )
-    again = _played(environment, SEED, lambda now, t: [action.copy() for action in first.actions[t]])
+
+
+def _first_difference(first: Episodes, again: Episodes, copies: Sequence[int] | slice = slice(None)) -> str:
+    """In words, for these copies; "" if there is none."""
     for t, (a, b) in enumerate(zip(first.steps, again.steps, strict=True)):
-        differing = _differing(a, b)
-        _expect(
-            not differing,
-            "the same seed and actions give the same episode",
-            f"{differing} differs after {t} steps",
-            mend,
-        )
-    idle = _played(environment, SEED, _drawn(environment.spec, inactive=True))
-    for a, b in zip(first.steps, idle.steps, strict=True):
-        _expect(
-            not _differing(a, b),
-            "what inactive agents are told to do changes nothing",
-            f"{_differing(a, b)} differs",
-            "leave out the actions of agents that the step before showed as inactive",
-        )
+        if differing := _differing(a, b, copies):
+            return f"other {differing} after {t} steps"
+    return ""
 
 
 def _of_other_plays(environment: Environment, first: Episodes) -> Iterator[str]:
@@ -148,13 +156,11 @@ def _of_other_plays(environment: Environment, first: Episodes) -> Iterator[str]:
             "policy learns one start by heart"
         )
     apart = _played(environment, SEED, _drawn(environment.spec, others=1))
-    for t, (a, b) in enumerate(zip(first.steps, apart.steps, strict=True)):
-        if differing := _differing(a, b, [copy for copy in range(environment.num_envs) if copy != 1]):
-            yield (
-                f"what one copy of the environment does changes others: {differing} after {t} steps. Copies shall "
-                "not share state, nor draw from one generator numbers that depend on what happens in another"
-            )
-            return
+    if found := _first_difference(first, apart, [copy for copy in range(environment.num_envs) if copy != 1]):
+        yield (
+            f"what one copy of the environment does changes others: {found}. Copies shall not share state, nor draw "
+            "from one generator numbers that depend on what happens in another"
+        )
 
 
 def _of_numbers(first: Episodes) -> Iterator[str]:

@@ -1,104 +1,127 @@
-"""Environments of PettingZoo's parallel API, e.g. `pettingzoo:mpe2.simple_spread_v3?arguments=N:5,max_cycles:50`."""
+"""Environments of PettingZoo, e.g. `pettingzoo:mpe2.simple_spread_v3?arguments=N:5,max_cycles:50`."""
 
 from __future__ import annotations
 
-import importlib
-import json
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from bm3il.protocol.adapters import spaces
+from bm3il.protocol.adapters.pettingzoo_modules import maker, options_of, steps_of
 from bm3il.protocol.environment import Starts, TimeStep, compact_step
 from bm3il.protocol.errors import InputError
-from bm3il.protocol.observations import OWN_NUMBERS, forms
+from bm3il.protocol.observations import Run, forms
 from bm3il.protocol.seeds import derive_seed
-from bm3il.protocol.specs import EnvironmentSpec, Part, PartKind, TypeSpec
+from bm3il.protocol.specs import EnvironmentSpec, Part, TypeSpec
 
 MAX_SEED = 2**31
 """Some environments hand seeds on to libraries that take signed 32-bit integers."""
-OBSERVATION = "observation"
-"""Name of the one part of what is no dictionary."""
+
+
+class _Agent(NamedTuple):
+    """Where an agent stands in our arrays, and how it observes.
+
+    m, x: type and number in it.   b, place: block and number in that.   runs: of its block's observations; None if all
+    of it is one run of numbers of its own.   allowed: how many actions its mask is of; 0 if they are continuous.
+    """
+
+    name: str
+    m: int
+    x: int
+    b: int
+    place: int
+    read: Callable[[Any], np.ndarray]
+    runs: tuple[Run, ...] | None
+    allowed: int
 
 
 class PettingZooParallel:
-    """E copies of a parallel environment, stepped one after the other.
+    """E copies of an environment of PettingZoo, stepped one after the other.
 
-    target: a module that offers `parallel_env`.   arguments: what it is called with, `NAME:VALUE,…`, values as JSON
-    (text without quotes is text).   types: groups of agents, `agent_0+agent_1,adversary_0`; without it, agents whose
-    names differ by a trailing number are of one type.   episode_length: needed if the environment has no `max_cycles`.
+    target: a module that offers `parallel_env`, or `env` of a turn-based game (`protocol.adapters.turns`).
+    arguments: what it is called with, `NAME:VALUE,…`, values as JSON (text without quotes is text).
+    types: groups of agents, `agent_0+agent_1,adversary_0`; without it, agents whose names differ by a trailing number
+    are of one type.
+    episode_length: after as many steps an episode is cut off; without it, the `max_cycles` given in the arguments, or
+    the environment's own.
+    anew: copies are made anew for every episode, for an environment that is not as new after `reset`.
 
-    Box actions are scaled from [-1, 1] to the box. An observation `{"observation": …, "action_mask": …}` gives masks.
+    Box actions are scaled from [-1, 1] to the box. Masks are the `action_mask` of an observation, or of the infos.
     Entries of a dictionary are named parts of the observation (`--reward.sees`). Those of spaces of integers (images,
     counts, one-hots) are kept as integers, where these are small; their values go into networks as they are.
-    An agent that dies is inactive from then on, and sees zeros. An episode ends when nobody is left: terminated if all
-    who lived to see it terminated, else truncated.
+    An agent that dies is inactive from then on, and sees zeros; one of whose reward nothing is said gets 0. An episode
+    ends when nobody is left of those who were there: terminated if all who lived to see it terminated, else truncated,
+    with those active who did not terminate.
     """
 
     def __init__(
-        self, num_envs: int, target: str = "", arguments: str = "", types: str = "", episode_length: int = 0
+        self,
+        num_envs: int,
+        target: str = "",
+        arguments: str = "",
+        types: str = "",
+        episode_length: int = 0,
+        anew: bool = False,
     ) -> None:
-        """Raises InputError for a module that is missing or offers no environment, and for agents of one type with
-        different spaces, or spaces that are neither discrete nor boxes."""
+        """Raises InputError for a module that is missing or offers no environment, one that cannot be made, and for
+        agents of one type with different spaces, or spaces that are neither discrete nor boxes."""
         if num_envs < 1:
             raise InputError(f"pettingzoo: expected num_envs ≥ 1, got {num_envs}")
-        make, options = _factory(target), _arguments(arguments)
-        try:
-            self._envs = [make(**options) for _ in range(num_envs)]
-        except TypeError as error:
-            raise InputError(f"pettingzoo:{target} does not take these arguments: {error}") from error
-        self.num_envs = num_envs
+        self._whose = f"pettingzoo:{target}"
+        self._make = maker(target, arguments)
+        self._envs = [self._make() for _ in range(num_envs)]
+        self.num_envs, self._anew, self._used = num_envs, anew, False
         first = self._envs[0]
-        self._names = _grouped(list(first.possible_agents), types)
-        self._columns = {name: (m, x) for m, names in enumerate(self._names.values()) for x, name in enumerate(names)}
-        self._spaces = {name: _spaces(first, name) for name in self._columns}
-        steps = episode_length or _max_cycles(first)
+        names = _announced(first)
+        if not names:
+            raise InputError(f"{self._whose} does not tell its agents: name them in possible_agents")
+        groups = _grouped(names, types)
+        steps = episode_length or steps_of(first, options_of(arguments))
         if steps < 1:
-            raise InputError(f"pettingzoo:{target} does not tell how long an episode is: give ?episode_length=")
-        given = {"arguments": arguments, "types": types, "episode_length": episode_length}
+            raise InputError(f"{self._whose} does not tell how long an episode is: give ?episode_length=")
+        seen, acts = ({name: self._space(first, of, name) for name in names} for of in ("observation", "action"))
+        kinds = tuple(self._type(kind, group, seen, acts) for kind, group in groups.items())
+        given = {"arguments": arguments, "types": types, "episode_length": episode_length, "anew": "true" * anew}
         query = "&".join(f"{option}={value}" for option, value in given.items() if value)
-        name = f"pettingzoo:{target}" + (f"?{query}" if query else "")
-        kinds = tuple(self._type(kind, names) for kind, names in self._names.items())
-        view = f"pettingzoo:{target}" + (f"?arguments={arguments}" if arguments else "")
-        self.spec = EnvironmentSpec(name, kinds, steps, view)
-        agents = list(self._names.values())
-        of_blocks = ((b, [name for m in types for name in agents[m]]) for b, types in enumerate(self.spec.blocks))
-        self._places = {name: (b, place) for b, names in of_blocks for place, name in enumerate(names)}
-        self._ended = np.ones(num_envs, bool)
-        self._now = self._empty()
+        view = self._whose + (f"?arguments={arguments}" if arguments else "")
+        self.spec = EnvironmentSpec(self._whose + (f"?{query}" if query else ""), kinds, steps, view)
+        self._agents = self._places(list(groups.values()), seen)
+        self._takers = [spaces.taker([acts[name] for name in group]) for group in groups.values()]
+        self._now, self._columns = self._empty()
+        self._alive: list[list[Any]] = [[] for _ in self._envs]
+        self._ended, self._lived = np.ones(num_envs, bool), np.zeros(num_envs, bool)
+        self._steps = 0
 
     def reset(self, seed: int, starts: Starts | None = None) -> TimeStep:
         """Start E new episodes; each copy has a seed of its own. Raises InputError for given start states."""
         if starts:
             raise InputError(f"{self.spec.name} cannot start from given states: choose --evaluation.starts fresh")
-        self._now = self._empty()
-        self._ended[:] = False
+        if self._anew and self._used:
+            self.close()  # all of them first: some close what they share
+            self._envs = [self._make() for _ in self._envs]
+        self._clear()
+        self._used, self._steps = True, 0
+        for flags in (self._ended, self._lived, self._now.terminated, self._now.truncated):
+            flags[:] = False
         for e, env in enumerate(self._envs):
-            observations, _ = env.reset(seed=derive_seed(seed, "pettingzoo", e) % MAX_SEED)
-            self._show(e, observations, list(env.agents))
+            first = env.reset(seed=derive_seed(seed, "pettingzoo", e) % MAX_SEED)
+            observations, infos = first if isinstance(first, tuple) else (first, {})
+            self._show(e, observations, infos, list(env.agents))
         return self._now
 
     def step(self, actions: Sequence[np.ndarray]) -> TimeStep:
-        """Advance all copies that have not ended. actions: per type [E, X_m] integers, or [E, X_m, A_m] in [-1, 1]."""
-        before, self._now = self._now, self._empty()
+        """Advance all copies that have not ended. actions: per type [E, X_m] integers, or [E, X_m, A_m] in [-1, 1].
+
+        Raises InputError for what PettingZoo's API does not allow.
+        """
+        chosen = [take(action) for take, action in zip(self._takers, actions, strict=True)]
+        self._clear()
+        self._steps += 1
         for e, env in enumerate(self._envs):
-            if self._ended[e]:
-                self._now.terminated[e], self._now.truncated[e] = before.terminated[e], before.truncated[e]
-                continue
-            alive = list(env.agents)
-            chosen = {name: self._action(name, actions[m][e, x]) for name in alive for m, x in [self._columns[name]]}
-            observations, rewards, terminated, truncated, _ = env.step(chosen)
-            for name in alive:
-                m, x = self._columns[name]
-                self._now.rewards[m][e, x] = rewards[name]
-            if env.agents and not all(terminated[name] or truncated[name] for name in alive):
-                self._show(e, observations, list(env.agents))
-                continue
-            self._ended[e] = True
-            self._now.terminated[e] = all(terminated[name] for name in alive)
-            self._now.truncated[e] = not self._now.terminated[e]
-            self._show(e, observations, alive)
+            if not self._ended[e]:
+                self._step(e, env, [of_type[e] for of_type in chosen])
         return self._now
 
     def close(self) -> None:
@@ -106,35 +129,81 @@ class PettingZooParallel:
         for env in self._envs:
             env.close()
 
-    def _show(self, e: int, observations: dict[str, Any], alive: list[str]) -> None:
+    def _step(self, e: int, env: Any, chosen: list[Any]) -> None:
+        agents, alive = self._agents, self._alive[e]
+        came = env.step({name: chosen[agent.m][agent.x] for name in env.agents for agent in (agents[name],)})
+        if len(came) != 5:
+            raise InputError(
+                f"{self._whose}: step must return observations, rewards, terminations, truncations and infos, got "
+                f"{len(came)} things, as of an older API"
+            )
+        observations, rewards, terminated, truncated, infos = came
         for name in alive:
-            (m, x), (b, place) = self._columns[name], self._places[name]
-            columns, seen = (self._now.columns or [])[b], observations[name]
-            if isinstance(seen, dict) and "action_mask" in seen:
-                mask = np.asarray(seen["action_mask"], bool)
-                columns["masks"][e, place] = mask if mask.any() else True
-                seen = seen["observation"]
-            numbers = _flat(name, self._spaces[name][0], seen)
-            for run in forms(self.spec)[b].runs:
-                columns[run.kind][e, place, run.stored] = _kept(name, numbers[run.columns], run.kind)
-            self._now.active[m][e, x] = True
+            agent = agents[name]
+            self._now.rewards[agent.m][e, agent.x] = rewards.get(name, 0.0)
+        left = [name for name in env.agents if not (terminated.get(name) or truncated.get(name))]
+        over = not left and self._lived[e]
+        if not over and self._steps < self.spec.episode_length:
+            self._show(e, observations, infos, left)
+            return
+        self._ended[e] = True
+        if over and alive and all(terminated.get(name) for name in alive):
+            self._now.terminated[e] = True
+            self._show(e, observations, infos, alive, last=True)
+        else:
+            self._now.truncated[e] = True
+            self._show(e, observations, infos, left or [name for name in alive if not terminated.get(name)])
 
-    def _action(self, name: str, action: np.ndarray) -> Any:
-        space = self._spaces[name][1]
-        if self.spec.types[self._columns[name][0]].discrete:
-            return int(action) + int(space.start)
-        part = (np.clip(action, -1, 1).reshape(space.shape) + 1) / 2
-        return (space.low + part * (space.high - space.low)).astype(space.dtype)
+    def _show(self, e: int, observations: Any, infos: Any, alive: list[Any], last: bool = False) -> None:
+        """Write what they see; after the `last` step nobody needs that, and some environments leave it out."""
+        active = self._now.active
+        for name in alive:
+            agent = self._agents.get(name)
+            if agent is None:
+                known = ", ".join(map(str, self._agents))
+                raise InputError(f"{self._whose}: agent {name} is not announced in possible_agents ({known})")
+            active[agent.m][e, agent.x] = True
+            if name not in observations:
+                if last:
+                    continue
+                raise InputError(f"{self._whose}: {name} lives and observes nothing in step {self._steps}")
+            seen, mask = spaces.parted(observations[name])
+            columns = self._columns[e][agent.b]
+            numbers = agent.read(seen)
+            if agent.runs is None:
+                columns["own"][agent.place] = numbers
+            else:
+                for run in agent.runs:
+                    columns[run.kind][agent.place, run.stored] = spaces.kept(agent.name, numbers[run.columns], run.kind)
+            if mask is None and infos and (info := infos.get(name)):
+                mask = info.get(spaces.MASK)
+            if mask is not None and agent.allowed:
+                columns["masks"][agent.place] = self._allowed(agent, mask)
+        self._alive[e] = alive
+        self._lived[e] |= bool(alive)
 
-    def _empty(self) -> TimeStep:
+    def _allowed(self, agent: _Agent, mask: Any) -> np.ndarray:
+        """[A] bool; all actions, if it allows none."""
+        allowed = np.asarray(mask, bool).reshape(-1)
+        if allowed.size != agent.allowed:
+            raise InputError(f"{agent.name}: expected a mask of {agent.allowed} actions, got one of {allowed.size}")
+        return allowed if allowed.any() else ~allowed
+
+    def _clear(self) -> None:
+        for columns in self._now.columns or []:
+            for name, column in columns.items():
+                column.fill(name == "masks")
+        for array in (*self._now.active, *self._now.rewards):
+            array.fill(0)
+
+    def _empty(self) -> tuple[TimeStep, list[list[dict[str, np.ndarray]]]]:
+        """A time step, and the columns of each of its copies and blocks, which are views of it."""
         columns = [
             {name: np.zeros(shape, dtype) for name, (dtype, shape) in form.table_of(self.num_envs).items()}
             for form in forms(self.spec)
         ]
-        for each in columns:
-            each["masks"][:] = True
         shapes = [(self.num_envs, kind.count) for kind in self.spec.types]
-        return compact_step(
+        now = compact_step(
             self.spec,
             columns,
             active=[np.zeros(shape, bool) for shape in shapes],
@@ -142,143 +211,64 @@ class PettingZooParallel:
             terminated=np.zeros(self.num_envs, bool),
             truncated=np.zeros(self.num_envs, bool),
         )
+        return now, [
+            [{name: column[e] for name, column in block.items()} for block in columns] for e in range(self.num_envs)
+        ]
 
-    def _type(self, kind: str, names: list[str]) -> TypeSpec:
-        from gymnasium import spaces
+    def _places(self, groups: list[list[Any]], seen: dict[Any, Any]) -> dict[Any, _Agent]:
+        numbers = {name: (m, x) for m, group in enumerate(groups) for x, name in enumerate(group)}
+        found = {}
+        for b, (form, types) in enumerate(zip(forms(self.spec), self.spec.blocks, strict=True)):
+            for place, name in enumerate(name for m in types for name in groups[m]):
+                whose = f"{self._whose}: {name}"
+                runs = None if form.own == form.observation_dim else form.runs
+                allowed = form.action_dim if self.spec.types[types[0]].discrete else 0
+                read = spaces.reader(whose, seen[name])
+                found[name] = _Agent(whose, *numbers[name], b, place, read, runs, allowed)
+        return found
 
-        widths = {}
+    def _space(self, env: Any, of: str, name: Any) -> Any:
+        try:
+            return spaces.unmasked(getattr(env, f"{of}_space")(name))
+        except (LookupError, AttributeError, TypeError) as error:
+            raise InputError(f"{self._whose} tells no {of}_space of {name}: {error!r}") from error
+
+    def _type(self, kind: str, names: list[Any], seen: dict[Any, Any], acts: dict[Any, Any]) -> TypeSpec:
+        widths = {name: spaces.widths(f"{self._whose}: {name}", seen[name], acts[name]) for name in names}
         for name in names:
-            seen, acts = self._spaces[name]
-            if isinstance(acts, spaces.Discrete):
-                widths[name] = (spaces.utils.flatdim(seen), int(acts.n), True)
-            elif isinstance(acts, spaces.Box) and acts.is_bounded():
-                widths[name] = (spaces.utils.flatdim(seen), int(np.prod(acts.shape)), False)
-            else:
-                raise InputError(f"{name}: actions must be discrete or a bounded box, got {acts}")
             if widths[name] != widths[names[0]]:
                 raise InputError(
                     f"{names[0]} and {name} differ (observation width, actions, discrete: {widths[names[0]]} and "
                     f"{widths[name]}) and cannot be of one type '{kind}': give ?types="
                 )
         observation_dim, action_dim, discrete = widths[names[0]]
-        parts, *others = (_parts(self._spaces[name][0]) for name in names)
+        parts, *others = (spaces.parts_of(seen[name]) for name in names)
         if any(other != parts for other in others):  # what is an integer to one of them may be none to another
             parts = tuple(Part(part.name, part.width) for part in parts)
         return TypeSpec(kind, len(names), observation_dim, action_dim, discrete, parts)
 
 
-def _parts(space: Any) -> tuple[Part, ...]:
-    """What of an observation has a name, or is kept as integers; nothing if it is a box of real numbers, say.
-
-    A dictionary's entries are named parts, those of one within it `outer.inner`, in the order in which `flatten` puts
-    them side by side.
-    """
-    from gymnasium import spaces
-
-    if not isinstance(space, spaces.Dict):
-        width, kind = spaces.utils.flatdim(space), _kind(space)
-        return (Part(OBSERVATION, width, kind),) if width and kind != "own" else ()
-    parts: list[Part] = []
-    for name, entry in space.spaces.items():
-        if isinstance(entry, spaces.Dict):
-            parts += [Part(f"{name}.{part.name}", part.width, part.kind) for part in _parts(entry)]
-        elif width := spaces.utils.flatdim(entry):
-            parts.append(Part(str(name), width, _kind(entry)))
-    return tuple(parts)
+def _announced(env: Any) -> list[Any]:
+    """All agents that there may be; of an environment that does not tell, those with whom an episode begins."""
+    names = getattr(env, "possible_agents", None)
+    if names is None:
+        env.reset(seed=0)
+        names = env.agents
+    return list(names)
 
 
-def _kind(space: Any) -> PartKind:
-    """The kind that keeps the numbers of a space in the fewest bytes."""
-    from gymnasium.spaces.utils import flatten_space
-
-    box: Any = flatten_space(space)
-    if box.dtype is not None and box.dtype.kind in "biu":
-        low, high = int(box.low.min(initial=0)), int(box.high.max(initial=0))
-        kinds: tuple[PartKind, ...] = ("uint8", "int16")
-        for kind in kinds:
-            if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
-                return kind
-    return "own"
-
-
-def _factory(target: str) -> Any:
-    try:
-        module = importlib.import_module(target) if target else None
-    except ImportError as error:
-        raise InputError(
-            f"pettingzoo:{target} cannot be imported ({error}): pip install 'bm3il[pettingzoo]'"
-        ) from error
-    if not hasattr(module, "parallel_env"):
-        raise InputError(f"'{target}' offers no parallel_env: name a module, as in pettingzoo:mpe2.simple_spread_v3")
-    return module.parallel_env  # type: ignore[union-attr]
-
-
-def _arguments(text: str) -> dict[str, Any]:
-    options = {}
-    for part in filter(None, text.split(",")):
-        name, colon, value = part.partition(":")
-        if not colon:
-            raise InputError(f"arguments: expected NAME:VALUE, got '{part}'")
-        try:
-            options[name] = json.loads(value)
-        except json.JSONDecodeError:
-            options[name] = value
-    return options
-
-
-def _grouped(names: list[str], types: str) -> dict[str, list[str]]:
-    """Type → its agents, in the order of the environment or of the table."""
+def _grouped(names: list[Any], types: str) -> dict[str, list[Any]]:
+    """Type → its agents, in the order of the environment or of the table. Agents may be named by numbers."""
     if not types:
-        groups: dict[str, list[str]] = {}
+        groups: dict[str, list[Any]] = {}
         for name in names:
-            groups.setdefault(re.sub(r"_?\d+$", "", name) or name, []).append(name)
+            groups.setdefault(re.sub(r"_?\d+$", "", str(name)) or "agent", []).append(name)
         return groups
+    called = {str(name): name for name in names}
     table = [part.split("+") for part in types.split(",")]
     listed = [name for group in table for name in group]
-    if sorted(listed) != sorted(names):
-        raise InputError(f"types must name each agent once ({', '.join(names)}), got {', '.join(listed)}")
-    return {f"type{m}" if len(group) > 1 else group[0]: group for m, group in enumerate(table)}
-
-
-def _spaces(env: Any, name: str) -> tuple[Any, Any]:
-    """Of observations without their mask, and of actions."""
-    from gymnasium import spaces
-
-    seen = env.observation_space(name)
-    if isinstance(seen, spaces.Dict) and "action_mask" in seen.spaces:
-        seen = seen["observation"]
-    return seen, env.action_space(name)
-
-
-def _max_cycles(env: Any) -> int:
-    for part in (env, env.unwrapped, getattr(env, "aec_env", None)):
-        part = getattr(part, "unwrapped", part)
-        for name in ("max_cycles", "max_steps"):
-            if isinstance(value := getattr(part, name, None), int):
-                return value
-    return 0
-
-
-def _flat(name: str, space: Any, value: Any) -> np.ndarray:
-    """The numbers of an observation side by side."""
-    from gymnasium import spaces
-
-    if isinstance(space, spaces.Dict):
-        return np.concatenate([_flat(name, entry, value[key]) for key, entry in space.spaces.items()])
-    flat = np.asarray(spaces.utils.flatten(space, value))
-    if isinstance(space, spaces.Box) and flat.dtype.kind in "iu":  # numbers between integers would be cut off
-        _check_exact(name, np.ravel(value), flat)
-    return flat
-
-
-def _kept(name: str, numbers: np.ndarray, kind: str) -> np.ndarray:
-    """The numbers in the dtype that their column has."""
-    kept = numbers.astype(OWN_NUMBERS[kind])
-    if kind != "own":
-        _check_exact(name, numbers, kept)
-    return kept
-
-
-def _check_exact(name: str, numbers: np.ndarray, kept: np.ndarray) -> None:
-    if not np.can_cast(numbers.dtype, kept.dtype) and (wrong := numbers[kept != numbers]).size:
-        raise InputError(f"{name} observes {wrong[0]}, which is none of the integers of its observation space")
+    if sorted(listed) != sorted(called):
+        raise InputError(f"types must name each agent once ({', '.join(called)}), got {', '.join(listed)}")
+    return {
+        f"type{m}" if len(group) > 1 else group[0]: [called[name] for name in group] for m, group in enumerate(table)
+    }

@@ -16,6 +16,7 @@ from gymnasium import spaces
 
 from bm3il.launch.cli import main
 from bm3il.launch.environment_check import check_environment
+from bm3il.protocol.adapters.spaces import parts_of, taker
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.observations import forms
 from bm3il.protocol.registry import make_environment
@@ -126,21 +127,31 @@ def test_seeds_decide_and_copies_differ() -> None:
 
 
 def test_boxes_are_scaled() -> None:
-    environment = make_environment(f"{SPREAD}?arguments=continuous_actions:true", 1)
-    space = environment._spaces["agent_0"][1]  # type: ignore[attr-defined]
-    for given, expected in ((-1, space.low), (1, space.high), (0, (space.low + space.high) / 2)):
-        found = environment._action("agent_0", np.full(space.shape, given, np.float32))  # type: ignore[attr-defined]
-        np.testing.assert_allclose(found, expected)
+    boxes = [
+        spaces.Box(np.array([-2, 0], np.float32), np.array([2, 5], np.float32)),
+        spaces.Box(0, 3, (2, 1), np.int64),
+    ]
+    given = np.array([[[-1, -1], [-1, 2]], [[1, 1], [0.3, 0.4]], [[0, -9], [0, 0]]], np.float32)  # [E, X, A]
+    taken = taker(boxes)(given)
+    assert [row[0].tolist() for row in taken] == [[-2, 0], [2, 5], [0, 0]]
+    assert [row[1].tolist() for row in taken] == [[[0], [3]], [[2], [2]], [[2], [2]]]
+    assert all(box.contains(member) for row in taken for box, member in zip(boxes, row, strict=True))
+    third = spaces.Box(np.float32(-0.1), np.float32(0.3), (1,))  # whose width is rounded up
+    assert third.contains(taker([third])(np.ones((1, 1, 1), np.float32))[0][0])
+
+
+def test_discrete_actions_begin_where_their_space_does() -> None:
+    assert taker([spaces.Discrete(3), spaces.Discrete(3, start=-1)])(np.array([[0, 0], [2, 2]])) == [[0, -1], [2, 1]]
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("pettingzoo:mpe2.simple_spraed_v3", "cannot be imported"),
+        ("pettingzoo:mpe2.simple_spraed_v3", "did you mean simple_spread_v3"),
         ("pettingzoo:json", "offers no parallel_env"),
         ("pettingzoo", "offers no parallel_env"),
         (f"{SPREAD}?types=agent_0", "types must name each agent once"),
-        (f"{SPREAD}?arguments=M:3", "does not take these arguments"),
+        (f"{SPREAD}?arguments=M:3", "cannot be made with arguments M:3: TypeError"),
         (f"{SPREAD}?arguments=N", "expected NAME:VALUE"),
         ("pettingzoo:dying?arguments=shape:2", "walker_0 and walker_1 differ"),
     ],
@@ -174,15 +185,13 @@ def test_it_trains(tmp_path: Path) -> None:
 def test_entries_of_a_dictionary_are_named_parts() -> None:
     from gymnasium.spaces.utils import flatten
 
-    from bm3il.protocol.adapters.pettingzoo import _parts
-
     pair = spaces.Dict({"goal": spaces.Discrete(3), "near": spaces.Box(-1, 1, (2, 2))})
     space = spaces.Dict({"own": spaces.Box(-1, 1, (2,)), "world": pair})
-    parts = [(part.name, part.width) for part in _parts(space)]
+    parts = [(part.name, part.width) for part in parts_of(space)]
     assert parts == [("own", 2), ("world.goal", 3), ("world.near", 4)]
     seen = {"own": np.full(2, 5.0), "world": {"goal": 1, "near": np.full((2, 2), 7.0)}}
     assert flatten(space, seen).tolist() == [5, 5, 0, 1, 0, 7, 7, 7, 7]
-    assert _parts(spaces.Box(-1, 1, (2,))) == ()
+    assert parts_of(spaces.Box(-1, 1, (2,))) == ()
 
 
 @pytest.fixture
