@@ -11,6 +11,7 @@ In a notebook:
     bm3il.evaluate(run, "rover_tower?pairs=2&slip=0.05")             # true returns there, beside random and expert
     recorded = bm3il.rollout("rover_tower?pairs=2", run.policy)      # episodes, as demonstrations
     recorded.save("played.safetensors")
+    bm3il.as_parallel_env("berlin?agents=50")                        # for whoever speaks PettingZoo's API
 
 The rest of the package is its inside: it may change with every release.
 """
@@ -20,16 +21,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bm3il.launch.public import Run, evaluate, load, make_environment, rollout, train
+    from bm3il.launch.public import Run, as_parallel_env, evaluate, load, make_environment, rollout, train
     from bm3il.protocol.demonstrations import Demonstrations
     from bm3il.protocol.errors import InputError
 
+_PUBLIC = ("Run", "as_parallel_env", "evaluate", "load", "make_environment", "rollout", "train")
 _HOMES = {
-    **dict.fromkeys(("Run", "evaluate", "load", "make_environment", "rollout", "train"), "bm3il.launch.public"),
+    **dict.fromkeys(_PUBLIC, "bm3il.launch.public"),
     "Demonstrations": "bm3il.protocol.demonstrations",
     "InputError": "bm3il.protocol.errors",
 }
-__all__ = ["Demonstrations", "InputError", "Run", "evaluate", "load", "make_environment", "rollout", "train"]
+__all__ = [
+    "Demonstrations",
+    "InputError",
+    "Run",
+    "as_parallel_env",
+    "evaluate",
+    "load",
+    "make_environment",
+    "rollout",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from bm3il.protocol.registry import make_environment as of_registry
 from bm3il.protocol.specs import EnvironmentSpec
 from bm3il.protocol.trajectories import Trajectories
 from bm3il.reward_server.particles import RewardModel
+
+if TYPE_CHECKING:
+    from bm3il.protocol.adapters.as_pettingzoo import AsParallel
 
 EPISODES_AT_ONCE = 16
 ByType = Mapping[str, ArrayLike]
@@ -185,6 +188,18 @@ def make_environment(name: str, copies: int = 1) -> Environment:
     Raises InputError for an unknown name or option.
     """
     return of_registry(name, copies)
+
+
+def as_parallel_env(name: str) -> AsParallel:
+    """An environment by its name, behind the parallel API of PettingZoo, for whoever trains or plays by that.
+
+    Raises InputError for an unknown name or option, and where PettingZoo is not installed.
+    """
+    try:
+        from bm3il.protocol.adapters.as_pettingzoo import AsParallel
+    except ModuleNotFoundError as error:
+        raise InputError(f"as_parallel_env needs '{error.name}': pip install 'bm3il[pettingzoo]'") from error
+    return AsParallel(of_registry(name, 1))
 
 
 def evaluate(

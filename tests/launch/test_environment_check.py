@@ -116,7 +116,7 @@ class Faulty(MyTown):
         self._episodes += 1
         match self._fault:
             case "no seed":
-                seed = self._episodes
+                seed = int(np.random.default_rng().integers(1 << 30))
             case "one start":
                 seed = 0
         now = super().reset(seed)
