@@ -127,6 +127,19 @@ def evaluate(args: list[str]) -> int:
     return evaluate.main(options.run, options.episodes, options.paired, options.best, *shown)
 
 
+def export(args: list[str]) -> int:
+    """policy and reward of a run as files of ONNX or TorchScript"""
+    parser = _parser("export")
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("--best", action="store_true", help="the best checkpoint instead of the newest")
+    parser.add_argument("--format", choices=["onnx", "torchscript"], default="onnx", help="default: onnx")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="is made")
+    options = parser.parse_args(args)
+    from bm3il.launch import export
+
+    return export.main(options.run, options.best, options.format, options.output)
+
+
 def whatif(args: list[str]) -> int:
     """what the people whom a run imitated will do in a world that changed"""
     from bm3il.launch.surroundings import cores
@@ -295,6 +308,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "resume": resume,
     "evaluate": evaluate,
     "whatif": whatif,
+    "export": export,
     "status": status,
     "list": list_runs,
     "demonstrations": demonstrations,

@@ -29,7 +29,6 @@ from bm3il.protocol.layout import JointRows
 from bm3il.protocol.observations import Observations, compact, forms
 from bm3il.protocol.registry import make_environment as of_registry
 from bm3il.protocol.specs import EnvironmentSpec
-from bm3il.protocol.trajectories import Trajectories
 from bm3il.reward_server.particles import RewardModel
 
 if TYPE_CHECKING:
@@ -107,14 +106,9 @@ class Run:
 
     @cached_property
     def _rewards(self) -> RewardModel:
-        config, arrays = self.trained.config, self.trained.checkpoint.rewards
-        if config.reward.source != "learned" or not arrays:
-            raise InputError(f"{self.folder} has no learned reward: its algorithm is '{config.algorithm}'")
-        layout = self.policy.layout
-        # Only a model that learns looks at the expert's rows.
-        nothing = Demonstrations.from_trajectories(Trajectories.zeros(layout.spec, 1), layout.spec, "").rows(layout)
-        model = RewardModel(layout, nothing, config.reward, seed=0)
-        model.load_particles(arrays)
+        model = self.trained.reward_model()
+        if model is None:
+            raise InputError(f"{self.folder} has no learned reward: its algorithm is '{self.trained.config.algorithm}'")
         return model
 
     def _seen(self, observations: ByType, masks: ByType | None) -> tuple[list[Observations], bool]:

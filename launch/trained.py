@@ -15,12 +15,15 @@ from bm3il.launch.files import check_scenario
 from bm3il.launch.topology import make_job
 from bm3il.learner.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
 from bm3il.learner.optimisation import part
+from bm3il.protocol.demonstrations import Demonstrations
 from bm3il.protocol.device import use_threads
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.job import Endpoints, Job
 from bm3il.protocol.layout import Layout
 from bm3il.protocol.registry import make_environment
 from bm3il.protocol.specs import EnvironmentSpec
+from bm3il.protocol.trajectories import Trajectories
+from bm3il.reward_server.particles import RewardModel
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,18 @@ class Trained:
                 "that fit: add slip= (noise= for continuous actions), of berlin also closed=, capacity=, demand="
             )
         return policy_of(self.config, self.policy.to_arrays(), spec)
+
+    def reward_model(self) -> RewardModel | None:
+        """The particles of the checkpoint, to be queried; None if the run has no learned reward."""
+        config, arrays = self.config, self.checkpoint.rewards
+        if config.reward.source != "learned" or not arrays:
+            return None
+        layout = self.policy.layout
+        # Only a model that learns looks at the expert's rows.
+        nothing = Demonstrations.from_trajectories(Trajectories.zeros(layout.spec, 1), layout.spec, "").rows(layout)
+        model = RewardModel(layout, nothing, config.reward, seed=0)
+        model.load_particles(arrays)
+        return model
 
 
 def policy_of(config: Config, arrays: dict[str, np.ndarray], spec: EnvironmentSpec) -> Policy:

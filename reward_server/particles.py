@@ -100,6 +100,12 @@ class RewardModel:
             moments = {name: torch.zeros_like(layer) for name in ("exp_avg", "exp_avg_sq")}
             self._adam.state[layer] = {"step": torch.zeros((), device=self._device), **moments}
 
+    @property
+    def discriminators(self) -> list[tuple[Architecture, list[torch.Tensor]]]:
+        """Of each block, what its discriminators are, and their layers as they are now, [G, L, out, in + biases]."""
+        layers = ([layer.detach() for layer in layers] for layers in self._layers)
+        return list(zip(self._architectures, layers, strict=True))
+
     def observe(self, rows: JointRows) -> None:
         """Push fresh joint rows into the memory."""
         self._memory.push(rows)
