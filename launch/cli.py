@@ -140,6 +140,29 @@ def export(args: list[str]) -> int:
     return export.main(options.run, options.best, options.format, options.output)
 
 
+def play(args: list[str]) -> int:
+    """play an episode of a run's policy, and draw it"""
+    parser = _parser("play")
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("--best", action="store_true", help="the best checkpoint instead of the newest")
+    begins = parser.add_mutually_exclusive_group()
+    begins.add_argument("--seed", type=int, default=0, help="of a fresh start; default: 0")
+    begins.add_argument("--episode", type=int, metavar="K", help="start as episode K of the demonstrations, from 0")
+    parser.add_argument("--environment", default="", help="a changed world to play in, e.g. 'rover_tower?slip=0.05'")
+    parser.add_argument("--greedy", action="store_true", help="the likeliest actions instead of drawn ones")
+    parser.add_argument("--expert", action="store_true", help="beside the scripted expert")
+    parser.add_argument("--random", action="store_true", help="beside random actions")
+    parser.add_argument(
+        "--output", type=Path, help="FILE.gif moves, FILE.png shows some moments; default: RUN/play.gif"
+    )
+    options = parser.parse_args(args)
+    from bm3il.launch import play
+
+    start = play.Start(options.seed, options.episode)
+    beside = [who for who in ("expert", "random") if getattr(options, who)]
+    return play.main(options.run, options.best, start, options.environment, beside, options.greedy, options.output)
+
+
 def whatif(args: list[str]) -> int:
     """what the people whom a run imitated will do in a world that changed"""
     from bm3il.launch.surroundings import cores
@@ -309,6 +332,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate,
     "whatif": whatif,
     "export": export,
+    "play": play,
     "status": status,
     "list": list_runs,
     "demonstrations": demonstrations,

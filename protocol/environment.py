@@ -116,7 +116,11 @@ class _Expanded(Sequence[np.ndarray]):
 
 @runtime_checkable
 class Environment(Protocol):
-    """E independent copies of one multi-agent environment, stepped together."""
+    """E independent copies of one multi-agent environment, stepped together.
+
+    One that can draw itself also has `render() -> np.ndarray | None`: a picture of the first copy as it is now,
+    [H, W, 3] uint8, for `bm3il play`; None where there is nothing to see.
+    """
 
     spec: EnvironmentSpec
     num_envs: int

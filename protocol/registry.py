@@ -32,9 +32,10 @@ def known_environments() -> list[str]:
     return sorted({point.name for point in entry_points(group=GROUP)})
 
 
-def make_environment(name: str, num_envs: int) -> Environment:
+def make_environment(name: str, num_envs: int, drawn: bool = False) -> Environment:
     """Build E = `num_envs` copies of the environment that `name` describes.
 
+    drawn: whether it will be asked to `render`; a factory that must know has an option of that name.
     Raises InputError for an unknown name or option, a value of the wrong kind, or a package that cannot be imported.
     """
     path, _, query = name.partition("?")
@@ -46,6 +47,8 @@ def make_environment(name: str, num_envs: int) -> Environment:
     perturbation = {name: options.pop(name) for name in ours if name in options}
     if target:
         options["target"] = target
+    if drawn and "drawn" in own:
+        options["drawn"] = True
     environment = factory(num_envs=num_envs, **options)
     if not isinstance(environment, Environment):
         raise InputError(f"environment '{key}': {factory!r} does not follow protocol.environment.Environment")

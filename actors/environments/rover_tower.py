@@ -148,6 +148,15 @@ class RoverTower:
             self._set_flags(active=True, truncated=True)
         return self._now
 
+    def render(self) -> np.ndarray:
+        """The first of the games, [H, W, 3] uint8."""
+        from bm3il.actors.environments.rover_tower_picture import SILENT, draw
+
+        towers, heard = self._rover["codes"][0].T.tolist()
+        goals = self._goal.T[: self.pairs]  # in the order of the rovers
+        symbols = [SILENT if symbol == SYMBOLS else str(symbol) for symbol in heard]
+        return draw(self.positions[0], self.velocities[0], goals, towers, symbols, GOAL_SQUARED_RADIUS**0.5)
+
     def _move(self, actions: np.ndarray) -> None:
         velocity, work = self._velocity, self._work
         for coordinate, push in enumerate(VELOCITY_GAIN * DIRECTIONS.T):

@@ -64,13 +64,16 @@ class PettingZooParallel:
         types: str = "",
         episode_length: int = 0,
         anew: bool = False,
+        drawn: bool = False,
     ) -> None:
-        """Raises InputError for a module that is missing or offers no environment, one that cannot be made, and for
+        """drawn: whether `render` will be called, which most environments must know beforehand.
+
+        Raises InputError for a module that is missing or offers no environment, one that cannot be made, and for
         agents of one type with different spaces, or spaces that are neither discrete nor boxes."""
         if num_envs < 1:
             raise InputError(f"pettingzoo: expected num_envs ≥ 1, got {num_envs}")
         self._whose = f"pettingzoo:{target}"
-        self._make = maker(target, arguments)
+        self._make = maker(target, arguments, drawn)
         self._envs = [self._make() for _ in range(num_envs)]
         self.num_envs, self._anew, self._used = num_envs, anew, False
         first = self._envs[0]
@@ -123,6 +126,11 @@ class PettingZooParallel:
             if not self._ended[e]:
                 self._step(e, env, [of_type[e] for of_type in chosen])
         return self._now
+
+    def render(self) -> np.ndarray | None:
+        """A picture of the first copy, [H, W, 3] uint8; None if it draws none."""
+        picture = self._envs[0].render() if hasattr(self._envs[0], "render") else None
+        return picture if isinstance(picture, np.ndarray) else None
 
     def close(self) -> None:
         """Free what the copies hold."""

@@ -22,10 +22,10 @@ LENGTHS = ("max_cycles", "max_steps")
 """What environments call the most joint steps of an episode."""
 
 
-def maker(target: str, arguments: str) -> Callable[[], Any]:
+def maker(target: str, arguments: str, drawn: bool = False) -> Callable[[], Any]:
     """What makes copies of the environment of a module: its `parallel_env`, else its `env` turn by turn.
 
-    arguments: what it is called with, `NAME:VALUE,…`.
+    arguments: what it is called with, `NAME:VALUE,…`.   drawn: with pictures as arrays, if it knows of such a thing.
     Raises InputError for a module that cannot be imported or offers neither. So does what is returned, if the
     environment cannot be made or is of an older API; what may pass, of networks, is raised as it is.
     """
@@ -33,6 +33,7 @@ def maker(target: str, arguments: str) -> Callable[[], Any]:
     offered = getattr(module, "parallel_env", None) or getattr(module, "env", None)
     if not callable(offered):
         raise InputError(f"'{target}' offers no parallel_env, and no env of turns: {EXAMPLE}")
+    offered = _drawing(offered) if drawn else offered
     with_these = f" with arguments {arguments}" if arguments else ""
 
     def make() -> Any:
@@ -49,6 +50,16 @@ def maker(target: str, arguments: str) -> Callable[[], Any]:
         return env
 
     return make
+
+
+def _drawing(offered: Callable[..., Any]) -> Callable[..., Any]:
+    def made(**options: Any) -> Any:
+        try:
+            return offered(**{"render_mode": "rgb_array", **options})
+        except TypeError:
+            return offered(**options)
+
+    return made
 
 
 def options_of(arguments: str) -> dict[str, Any]:

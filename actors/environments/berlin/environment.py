@@ -206,6 +206,14 @@ class Berlin:
             self._set_flags(active=True, truncated=True)
         return self._now
 
+    def render(self) -> np.ndarray:
+        """The first of the days, [H, W, 3] uint8: how full each road is, and how many agents are at each facility."""
+        from bm3il.actors.environments.berlin.map import draw_now
+
+        roads, counts = self.scenario.num_roads, self.counts[0]
+        loads = counts[:roads] / self.load_agents
+        return draw_now(self.scenario, loads, counts[roads:], self.changes.closed, self.minute)
+
     def _observe(self) -> None:
         """Count who is where, and write down what everybody sees and may do next."""
         places, agents = self.scenario.num_locations, len(self.home)

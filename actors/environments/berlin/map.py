@@ -8,17 +8,21 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import patheffects
+from matplotlib import colormaps, patheffects
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from bm3il.actors.environments.berlin.scenario import Scenario
+from bm3il.actors.environments.drawing import pixels
 
 OFFSET = 0.007
 """Of the map's width: half the distance between the two directions of a road."""
 HOME_COLOUR, WORK_COLOUR = "#0072B2", "#D55E00"
 COLOURS = "viridis_r"
+SOMEBODY, FULL, EMPTY_COLOUR = 1e-6, 4.0, "#dddddd"
+"""Where the colours of a moment begin and end: nobody is on a grey road, and one with four times the agents that it
+holds at free speed is as dark as can be."""
 
 
 def draw_map(
@@ -83,6 +87,25 @@ def _draw_facilities(axes: Any, scenario: Scenario, counts: np.ndarray | None, n
             )
             label.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground="white")])
             label.set_zorder(5)
+
+
+def draw_now(
+    scenario: Scenario, loads: np.ndarray, facility_counts: np.ndarray, closed: Sequence[int], minute: float
+) -> np.ndarray:
+    """A moment of a day, [H, W, 3] uint8.
+
+    loads: [R] agents on each road, as a part of what it holds at free speed.   minute: after midnight.
+    """
+    figure = Figure(figsize=(5.4, 4.4), dpi=100)
+    axes = figure.add_axes((0.01, 0.01, 0.83, 0.93))
+    roads = draw_map(axes, scenario, loads, facility_counts, (SOMEBODY, FULL), names=False, closed=closed)
+    roads.set_cmap(colormaps[COLOURS].with_extremes(under=EMPTY_COLOUR))
+    bar = figure.colorbar(roads, cax=figure.add_axes((0.85, 0.2, 0.02, 0.55)), extend="max", ticks=range(int(FULL) + 1))
+    bar.set_label("agents on the road / agents that it holds at free speed", fontsize=7)
+    bar.ax.tick_params(labelsize=7)
+    axes.legend(loc="lower left", frameon=False, fontsize=8)
+    figure.suptitle(f"{int(minute) // 60:02d}:{int(minute) % 60:02d}", fontsize=12)
+    return pixels(figure)
 
 
 def save_map(scenario: Scenario, path: Path) -> None:
