@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import traceback
+from contextlib import suppress
 from typing import NoReturn
 
 import numpy as np
@@ -37,12 +38,15 @@ class Copy:
 
     def tell(self, is_step: bool, numbers: np.ndarray) -> None:
         """An action of each vehicle, or a seed."""
-        self._line.sendall(np.resize([is_step, *numbers], 1 + self._vehicles).astype("<u4").tobytes())
+        with suppress(OSError):  # of one that has ended, which `view` tells
+            self._line.sendall(np.resize([is_step, *numbers], 1 + self._vehicles).astype("<u4").tobytes())
 
     def view(self) -> View:
-        """Its answer."""
-        size = len(View.empty(self._network, self._vehicles).tobytes())
-        if len(data := self._line.recv(size, socket.MSG_WAITALL)) < size:
+        """Its answer. Raises RuntimeError if there is none."""
+        size, data = len(View.empty(self._network, self._vehicles).tobytes()), b""
+        with suppress(OSError):
+            data = self._line.recv(size, socket.MSG_WAITALL)
+        if len(data) < size:
             raise RuntimeError("the process of a simulation has ended")
         return View.of(self._network, self._vehicles, data)
 
