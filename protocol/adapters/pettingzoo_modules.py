@@ -30,6 +30,7 @@ def maker(target: str, arguments: str, drawn: bool = False) -> Callable[[], Any]
     environment cannot be made or is of an older API; what may pass, of networks, is raised as it is.
     """
     module, options = _module(target), options_of(arguments)
+    _module("gymnasium")  # an environment of the old gym comes without, and has spaces of another kind
     offered = getattr(module, "parallel_env", None) or getattr(module, "env", None)
     if not callable(offered):
         raise InputError(f"'{target}' offers no parallel_env, and no env of turns: {EXAMPLE}")
@@ -114,7 +115,7 @@ def _missing(target: str, error: ModuleNotFoundError) -> InputError:
     parent, _, last = name.rpartition(".")
     if not parent:
         near = difflib.get_close_matches(name, [info.name for info in pkgutil.iter_modules()], n=3, cutoff=0.8)
-        hint = f"; did you mean {' or '.join(near)}?" if near else f": {_install(name, [])}, or mend its name"
+        hint = f"; did you mean {' or '.join(near)}?" if near and name not in OWN_EXTRA else f": {_install(name, [])}"
         return InputError(f"pettingzoo:{target}: no module '{name}' is installed{hint}")
     path = getattr(sys.modules.get(parent), "__path__", None)
     if path is None:

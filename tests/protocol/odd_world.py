@@ -17,6 +17,8 @@ class Odd:
     def __init__(self, quirk: str = "", max_cycles: int = 0) -> None:
         if quirk == "no licence":
             raise RuntimeError("no licence\nfor this simulator")
+        if quirk == "no answer":
+            raise TimeoutError("no answer")
         if quirk == "hidden need":
             raise ModuleNotFoundError("No module named 'ancient'", name="ancient")
         self.quirk, self.unwrapped, self.played = quirk, self, 0

@@ -16,7 +16,7 @@ from gymnasium import spaces
 
 from bm3il.launch.cli import main
 from bm3il.launch.environment_check import check_environment
-from bm3il.protocol.adapters.spaces import parts_of, taker
+from bm3il.protocol.adapters.spaces import parted, parts_of, taker, unmasked
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.observations import forms
 from bm3il.protocol.registry import make_environment
@@ -136,8 +136,9 @@ def test_boxes_are_scaled() -> None:
     assert [row[0].tolist() for row in taken] == [[-2, 0], [2, 5], [0, 0]]
     assert [row[1].tolist() for row in taken] == [[[0], [3]], [[2], [2]], [[2], [2]]]
     assert all(box.contains(member) for row in taken for box, member in zip(boxes, row, strict=True))
-    third = spaces.Box(np.float32(-0.1), np.float32(0.3), (1,))  # whose width is rounded up
-    assert third.contains(taker([third])(np.ones((1, 1, 1), np.float32))[0][0])
+    for dtype in (np.float32, np.float64):  # −0.1 + (0.2 − −0.1) is more than 0.2
+        narrow = spaces.Box(dtype(-0.1), dtype(0.2), (1,), dtype)
+        assert narrow.contains(taker([narrow])(np.ones((1, 1, 1), np.float32))[0][0])
 
 
 def test_discrete_actions_begin_where_their_space_does() -> None:
@@ -192,6 +193,19 @@ def test_entries_of_a_dictionary_are_named_parts() -> None:
     seen = {"own": np.full(2, 5.0), "world": {"goal": 1, "near": np.full((2, 2), 7.0)}}
     assert flatten(space, seen).tolist() == [5, 5, 0, 1, 0, 7, 7, 7, 7]
     assert parts_of(spaces.Box(-1, 1, (2,))) == ()
+
+
+def test_a_mask_is_parted_from_all_that_is_observed_beside_it() -> None:
+    mask, box = spaces.MultiBinary(2), spaces.Box(-1, 1, (2,))
+    seen, allowed = {"action_mask": np.array([0, 1]), "observation": np.ones(2)}, [0, 1]
+    assert unmasked(spaces.Dict({"action_mask": mask, "observation": box})) == box
+    assert [part.tolist() for part in parted(seen)] == [[1, 1], allowed]
+    assert unmasked(spaces.Dict({"action_mask": mask, "observation": box, "goal": box})) == spaces.Dict(
+        {"goal": box, "observation": box}
+    )
+    with_goal = {**seen, "goal": np.zeros(2)}
+    assert parted(with_goal)[0] is with_goal
+    assert parted({"observation": 1}) == ({"observation": 1}, None)
 
 
 @pytest.fixture

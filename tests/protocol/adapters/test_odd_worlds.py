@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from collections.abc import Iterator
@@ -198,12 +199,21 @@ def test_what_a_family_of_pettingzoo_needs_is_an_extra_of_its_own(monkeypatch: p
         make_environment("pettingzoo:pettingzoo.sisl.multiwalker_v9", 1)
 
 
-def test_one_without_pettingzoo_is_told_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pkgutil.iter_modules", lambda *_: [])
+@pytest.mark.parametrize("missing", ["pettingzoo", "mpe2", "gymnasium"])
+def test_who_has_no_pettingzoo_is_told_to_install_it(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = importlib.import_module
 
     def absent(name: str) -> ModuleType:
-        raise ModuleNotFoundError(f"No module named '{name}'", name="mpe2")
+        if name.partition(".")[0] == missing:
+            raise ModuleNotFoundError(f"No module named '{missing}'", name=missing)
+        return there(name)
 
     monkeypatch.setattr("importlib.import_module", absent)
-    with pytest.raises(InputError, match=r"pip install 'bm3il\[pettingzoo\]'"):
-        make_environment("pettingzoo:mpe2.simple_spread_v3", 1)
+    target = {"gymnasium": "odd_world", "mpe2": "mpe2.simple_v3"}.get(missing, "pettingzoo.classic.connect_four_v3")
+    with pytest.raises(InputError, match=rf"no module '{missing}' is installed: pip install 'bm3il\[pettingzoo\]'"):
+        make_environment(f"pettingzoo:{target}", 1)
+
+
+def test_what_may_pass_is_left_to_whoever_tries_again() -> None:
+    with pytest.raises(TimeoutError, match="no answer"):
+        make_environment(odd("no answer"), 1)
