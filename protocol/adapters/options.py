@@ -1,0 +1,46 @@
+"""Options that adapters have in common: arguments of somebody else's environment, and the types of its agents."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from bm3il.protocol.errors import InputError
+
+
+def value_of(text: str) -> Any:
+    """What JSON makes of it; text without quotes is text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def arguments_of(text: str) -> dict[str, Any]:
+    """`NAME:VALUE,…` → the value of each name. Raises InputError for a part without a colon."""
+    options = {}
+    for part in filter(None, text.split(",")):
+        name, colon, value = part.partition(":")
+        if not colon:
+            raise InputError(f"arguments: expected NAME:VALUE, got '{part}'")
+        options[name] = value_of(value)
+    return options
+
+
+def agents_by_type(names: list[str], types: str) -> dict[str, list[str]]:
+    """Type → its agents, in the order of the environment or of the table `agent_0+agent_1,adversary_0`.
+
+    Without a table agents whose names differ by a trailing number are of one type. Raises InputError for a table that
+    does not name each agent once.
+    """
+    if not types:
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(re.sub(r"[_ ]?\d+$", "", name) or name, []).append(name)
+        return groups
+    table = [part.split("+") for part in types.split(",")]
+    listed = [name for group in table for name in group]
+    if sorted(listed) != sorted(names):
+        raise InputError(f"types must name each agent once ({', '.join(names)}), got {', '.join(listed)}")
+    return {f"type{m}" if len(group) > 1 else group[0]: group for m, group in enumerate(table)}
