@@ -6,25 +6,30 @@ A name is an entry point of the group `bm3il.environments`, so a user's package 
     my_town = "my_package.town:Town"        # called as Town(num_envs=E, **options)
 
 What follows `:` is passed as the option `target`; options follow `?`, joined by `&`, and are converted to the types
-that the factory's signature names. A factory whose options name files says so by a function
-`with_files(option, value, change)`, also for `target`: the value with `change` applied to the part of it that is the
-path of a file; then runs know these files again. Every environment also takes `slip` and `noise`
-(`protocol.perturbation`), unless its factory has an option of that name itself.
+that the factory's signature names; if that ends with `**arguments`, these are all others, as text. A factory whose
+options name files says so by a function `with_files(option, value, change)`, also for `target`: the value with `change`
+applied to the part of it that is the path of a file; then runs know these files again. Every environment also takes
+`slip` and `noise` (`protocol.perturbation`), and `processes` (`protocol.pool`) if its copies can be divided, unless its
+factory has an option of that name itself.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, get_type_hints
 
 from bm3il.protocol.environment import Environment
 from bm3il.protocol.errors import InputError, unknown_name
 from bm3il.protocol.perturbation import OPTIONS, perturbed
+from bm3il.protocol.pool import Pool
 
 GROUP = "bm3il.environments"
+PROCESSES, FIRST_COPY, DRAWN = "processes", "first_copy", "drawn"
+AROUND = {**dict.fromkeys(OPTIONS, float), PROCESSES: int}
+"""What can be around every environment → its type."""
 
 
 def known_environments() -> list[str]:
@@ -35,24 +40,35 @@ def known_environments() -> list[str]:
 def make_environment(name: str, num_envs: int, drawn: bool = False) -> Environment:
     """Build E = `num_envs` copies of the environment that `name` describes.
 
-    drawn: whether it will be asked to `render`; a factory that must know has an option of that name.
+    drawn: whether it will be asked to `render`; a factory that must know has a parameter of that name.
     Raises InputError for an unknown name or option, a value of the wrong kind, or a package that cannot be imported.
+    """
+    inner, around = _parted(name)
+    processes = min(around.pop(PROCESSES, 1), num_envs)
+    divided = processes > 1 and not drawn  # children draw nothing
+    environment = Pool(inner, num_envs, processes) if divided else make_share(inner, num_envs, drawn=drawn)
+    return perturbed(environment, **around)
+
+
+def make_share(name: str, num_envs: int, first_copy: int = 0, drawn: bool = False) -> Environment:
+    """So many copies of an environment as it is, without slip, noise and processes: those from `first_copy` on.
+
+    Raises InputError as `make_environment`.
     """
     path, _, query = name.partition("?")
     key, _, target = path.partition(":")
     factory = _factory(key)
-    own = _options_of(factory)
-    ours = {name: float for name in OPTIONS if name not in own}
-    options = dict(_parse_option(key, part, own | ours) for part in query.split("&") if part)
-    perturbation = {name: options.pop(name) for name in ours if name in options}
+    kinds = AROUND | _options_of(factory)
+    options = dict(_parse_option(key, part, kinds, _takes_any(factory)) for part in query.split("&") if part)
     if target:
         options["target"] = target
-    if drawn and "drawn" in own:
-        options["drawn"] = True
+    for option, value in ((FIRST_COPY, first_copy), (DRAWN, drawn)):
+        if option in _parameters(factory):
+            options[option] = value
     environment = factory(num_envs=num_envs, **options)
     if not isinstance(environment, Environment):
         raise InputError(f"environment '{key}': {factory!r} does not follow protocol.environment.Environment")
-    return perturbed(environment, **perturbation)
+    return environment
 
 
 def with_absolute_files(name: str) -> tuple[str, list[str]]:
@@ -81,6 +97,26 @@ def with_absolute_files(name: str) -> tuple[str, list[str]]:
     return key + colon + factory.with_files("target", target, absolute) + question + "&".join(values), found
 
 
+def _parted(name: str) -> tuple[str, dict[str, Any]]:
+    """The name of an environment without the options of what is around it, and these."""
+    path, _, query = name.partition("?")
+    key = path.partition(":")[0]
+    factory = _factory(key)
+    kinds = {option: kind for option, kind in AROUND.items() if option not in _options_of(factory)}
+    parts = [part for part in query.split("&") if part]
+    outer = [part for part in parts if part.partition("=")[0] in kinds]
+    around = dict(_parse_option(key, part, kinds) for part in outer)
+    if around.get(PROCESSES, 1) < 1:
+        raise InputError(f"expected {PROCESSES} ≥ 1, got {around[PROCESSES]}")
+    if around.get(PROCESSES, 1) > 1 and FIRST_COPY not in _parameters(factory):
+        raise InputError(
+            f"the copies of environment '{key}' cannot be divided among processes: leave out {PROCESSES}=, or let its "
+            f"factory take {FIRST_COPY} (protocol/pool.py)"
+        )
+    inner = "&".join(part for part in parts if part not in outer)
+    return (f"{path}?{inner}" if inner else path), around
+
+
 def _factory(key: str) -> Callable[..., Any]:
     points = {point.name: point for point in entry_points(group=GROUP)}
     if key not in points:
@@ -93,15 +129,25 @@ def _factory(key: str) -> Callable[..., Any]:
 
 def _options_of(factory: Callable[..., Any]) -> dict[str, Any]:
     """Option → its type, as the signature has them."""
-    target = factory.__init__ if inspect.isclass(factory) else factory
-    return {k: v for k, v in get_type_hints(target).items() if k not in ("num_envs", "return")}
+    named = {name for name, parameter in _parameters(factory).items() if parameter.kind is not parameter.VAR_KEYWORD}
+    hints = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    return {name: kind for name, kind in hints.items() if name in named - {"num_envs", FIRST_COPY, DRAWN}}
 
 
-def _parse_option(environment: str, part: str, hints: dict[str, Any]) -> tuple[str, Any]:
+def _takes_any(factory: Callable[..., Any]) -> bool:
+    """Whether options that it does not name are handed to it, as text."""
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in _parameters(factory).values())
+
+
+def _parameters(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(factory).parameters
+
+
+def _parse_option(environment: str, part: str, kinds: dict[str, Any], any_other: bool = False) -> tuple[str, Any]:
     option, _, text = part.partition("=")
-    if option not in hints:
-        raise unknown_name(f"option of environment {environment}", option, hints)
-    kind = hints[option]
+    if option not in kinds and not any_other:
+        raise unknown_name(f"option of environment {environment}", option, kinds)
+    kind = kinds.get(option, str)
     if kind is bool and text in ("true", "false"):
         return option, text == "true"
     if kind in (int, float, str) and text:

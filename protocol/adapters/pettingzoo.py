@@ -13,11 +13,8 @@ from bm3il.protocol.adapters.pettingzoo_modules import maker, options_of, steps_
 from bm3il.protocol.environment import Starts, TimeStep, compact_step
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.observations import Run, forms
-from bm3il.protocol.seeds import derive_seed
+from bm3il.protocol.seeds import small_seed
 from bm3il.protocol.specs import EnvironmentSpec, Part, TypeSpec
-
-MAX_SEED = 2**31
-"""Some environments hand seeds on to libraries that take signed 32-bit integers."""
 
 
 class _Agent(NamedTuple):
@@ -64,9 +61,11 @@ class PettingZooParallel:
         types: str = "",
         episode_length: int = 0,
         anew: bool = False,
+        first_copy: int = 0,
         drawn: bool = False,
     ) -> None:
-        """drawn: whether `render` will be called, which most environments must know beforehand.
+        """first_copy: number of the first copy (`protocol.pool`).   drawn: whether `render` will be called, which most
+        environments must know beforehand.
 
         Raises InputError for a module that is missing or offers no environment, one that cannot be made, and for
         agents of one type with different spaces, or spaces that are neither discrete nor boxes."""
@@ -76,6 +75,7 @@ class PettingZooParallel:
         self._make = maker(target, arguments, drawn)
         self._envs = [self._make() for _ in range(num_envs)]
         self.num_envs, self._anew, self._used = num_envs, anew, False
+        self._first_copy = first_copy
         first = self._envs[0]
         names = _announced(first)
         if not names:
@@ -109,7 +109,7 @@ class PettingZooParallel:
         for flags in (self._ended, self._lived, self._now.terminated, self._now.truncated):
             flags[:] = False
         for e, env in enumerate(self._envs):
-            first = env.reset(seed=derive_seed(seed, "pettingzoo", e) % MAX_SEED)
+            first = env.reset(seed=small_seed(seed, "pettingzoo", self._first_copy + e))
             observations, infos = first if isinstance(first, tuple) else (first, {})
             self._show(e, observations, infos, list(env.agents))
         return self._now
