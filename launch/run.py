@@ -218,6 +218,15 @@ def _run_serial(
     return outcome
 
 
+def iterations(config: Config, spec: EnvironmentSpec) -> int:
+    """How many a run will take, if no episode ends early: of its training, or of cloning if it does nothing else."""
+    from bm3il.learner.imitation import iterations_for
+
+    if algorithm(config.algorithm).clones:
+        return config.cloning.iterations
+    return iterations_for(config.actor, make_job(config, spec, "", Path(), Endpoints("", "", "", "")))
+
+
 def differences(started: Config, asked: Config) -> str:
     """The first settings in which the two differ, in words."""
     lines = zip(started.to_yaml().splitlines(), asked.to_yaml().splitlines(), strict=False)

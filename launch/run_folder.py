@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import csv
 import fcntl
+import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -26,6 +28,7 @@ from bm3il.protocol.files import write_whole
 
 TAIL_BYTES = 1 << 20
 """Of a log, in which its last line lies."""
+MAX_SLUG = 80
 ANNOUNCED, ENDED_WELL = ".targets", ("finished", "interrupted")
 MIN_FREE_BYTES = 64 << 20
 """Room for two checkpoints of the Berlin preset: with less, the first iterations would be lost work."""
@@ -51,9 +54,22 @@ def named(config: Config) -> Config:
         name = f"{Path(config.preset).stem}-{config.algorithm}-seed{config.seed}-{stamp}"
         names = chain([name], (f"{name}-{number}" for number in count(2)))  # several may start in one second
         return replace(config, run=next(name for name in names if not Path(config.runs_folder, name).exists()))
-    if config.run.startswith(".") or "/" in config.run or not config.run.isprintable():
+    if not is_plain(config.run):
         raise InputError(f"--run must be a plain folder name, got {config.run!r}; --runs-folder says where it lies")
     return config
+
+
+def is_plain(name: str) -> bool:
+    """Whether a folder of this name is no hidden one, and lies where it is made."""
+    return bool(name) and not name.startswith(".") and "/" not in name and name.isprintable()
+
+
+def slug(options: Sequence[str], most: int = MAX_SLUG) -> str:
+    """Options as the name of a folder: `closed-22-23`; of more than so many letters, the first and a hash."""
+    text = "_".join(re.sub("[^A-Za-z0-9._]+", "-", option) for option in options).strip("-.")
+    if len(text) > most:
+        text = f"{text[:most]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return text
 
 
 def create(config: Config) -> Path:
@@ -114,14 +130,20 @@ def announced(folder: Path) -> Iterator[None]:
             link.unlink(missing_ok=True)
 
 
-def open_existing(folder: Path) -> Config:
-    """The configuration of a run that exists. Raises InputError if it is none, or cannot be written."""
+def read_config(folder: Path) -> Config:
+    """The configuration of a run that exists. Raises InputError if it is none."""
     try:
         text = (folder / "config.yaml").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{folder} is not the folder of a run: its config.yaml cannot be read") from error
-    check_space(folder)
     return Config.from_yaml(text, str(folder / "config.yaml"))
+
+
+def open_existing(folder: Path) -> Config:
+    """The configuration of a run that exists. Raises InputError if it is none, or cannot be written."""
+    config = read_config(folder)
+    check_space(folder)
+    return config
 
 
 @contextmanager

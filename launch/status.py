@@ -20,7 +20,7 @@ from bm3il.launch.config import Config
 from bm3il.launch.director import PROCESSES
 from bm3il.launch.events import read_events
 from bm3il.launch.progress import Progress, duration
-from bm3il.launch.run_folder import curve, is_running, logged, read_result
+from bm3il.launch.run_folder import curve, is_running, logged, read_config, read_result
 from bm3il.protocol.errors import InputError
 
 EVENTS_SHOWN, EVENTS_TOLD = 8, 50
@@ -81,7 +81,7 @@ def print_list(runs: Path, as_json: bool = False) -> int:
 
 def describe(folder: Path) -> dict[str, Any]:
     """Everything that a run's folder tells, as JSON. Raises InputError if it is not the folder of a run."""
-    config = _config(folder)
+    config = read_config(folder)
     told = _summary(folder, config)
     running = told["state"] == "running"
     return told | {
@@ -141,17 +141,9 @@ def _rows(runs: Path) -> Iterator[dict[str, Any]]:
         if folder.name.startswith(".") or not (folder / "config.yaml").exists():
             continue
         try:
-            yield _summary(folder, _config(folder))
+            yield _summary(folder, read_config(folder))
         except (InputError, OSError) as error:
             yield {"run": folder.name, "state": "broken", "started": _started(folder), "error": str(error)}
-
-
-def _config(folder: Path) -> Config:
-    try:
-        text = (folder / "config.yaml").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{folder} is not the folder of a run: its config.yaml cannot be read") from error
-    return Config.from_yaml(text, str(folder / "config.yaml"))
 
 
 def _started(folder: Path) -> str:

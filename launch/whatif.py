@@ -14,7 +14,6 @@ episodes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -34,22 +33,21 @@ from bm3il.actors.experts.scripted import expert_for
 from bm3il.actors.policy import Policy, UniformPolicy
 from bm3il.actors.rollout import Acts
 from bm3il.launch import run_folder
+from bm3il.launch.board import Board
 from bm3il.launch.config import Config
 from bm3il.launch.files import check_files, remembered
 from bm3il.launch.outcome import CRASHED, FINISHED, INTERRUPTED
-from bm3il.launch.pool import LOG, Board, finished, run_all
-from bm3il.launch.run import check, differences
+from bm3il.launch.pool import LOG, finished, run_all
+from bm3il.launch.run import check, differences, iterations
+from bm3il.launch.run_folder import slug
 from bm3il.launch.supervisor import StopRequests
 from bm3il.launch.surroundings import lasting_output
-from bm3il.launch.topology import make_job
 from bm3il.launch.trained import load_trained, policy_of
 from bm3il.launch.whatif_figures import OF_SEEDS, Figures, Sample, figures_of, loads_of, play
 from bm3il.launch.whatif_report import draw_changes, markdown, print_tables
 from bm3il.learner.algorithms import algorithm
-from bm3il.learner.imitation import iterations_for
 from bm3il.learner.optimisation import part
 from bm3il.protocol.errors import InputError
-from bm3il.protocol.job import Endpoints
 from bm3il.protocol.perturbation import unperturbed
 from bm3il.protocol.registry import make_environment, with_absolute_files
 from bm3il.protocol.specs import EnvironmentSpec
@@ -58,7 +56,6 @@ from bm3il.reward_server.settings import RewardSettings
 
 LEAST_EPISODES = 10
 """Of an iteration: advantages from fewer are too noisy to refine a clone."""
-MAX_SLUG = 80
 
 Arrays = dict[str, np.ndarray]
 
@@ -181,14 +178,6 @@ def changes(before: str, after: str) -> list[str]:
     return [part for part in new if part not in old] or [f"without {part}" for part in old if part not in new]
 
 
-def slug(options: list[str]) -> str:
-    """Options as the name of a folder: `closed-22-23`."""
-    text = "_".join(re.sub("[^A-Za-z0-9._]+", "-", option) for option in options).strip("-.")
-    if len(text) > MAX_SLUG:
-        text = f"{text[:MAX_SLUG]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    return text
-
-
 def main(run: Path, environment: str, seeds: int, steps: int, jobs: int, episodes: int) -> int:
     """Imitate in the changed world with each of the seeds 1..`seeds`, `jobs` at once, and compare; the exit code.
 
@@ -208,7 +197,8 @@ def main(run: Path, environment: str, seeds: int, steps: int, jobs: int, episode
     with _held(question.folder), stopped.heard(), lasting_output():
         folders = _opened(configs)
         console.print(f"{question.folder}: {seeds} runs of {steps:,} steps in {question.after_spec.name}", markup=False)
-        with Board(folders, _iterations(question, config), console) as board:
+        size = dict.fromkeys(folders, iterations(config, question.after_spec))
+        with Board(size, dict.fromkeys(folders, ""), jobs, console) as board:
             failed = run_all(folders, jobs, stopped, board.show)
         if (done := [folder for folder in folders if finished(folder)]) and not stopped.count:
             with suppress(_Stopped):
@@ -247,11 +237,6 @@ def _opened(configs: list[Config]) -> list[Path]:
         if not folder.exists():
             run_folder.create(config)
     return folders
-
-
-def _iterations(question: Question, config: Config) -> int:
-    job = make_job(config, question.after_spec, "", question.run, Endpoints("", "", "", ""))
-    return iterations_for(config.actor, job)
 
 
 class _Stopped(Exception):
