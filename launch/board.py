@@ -32,7 +32,7 @@ class Position:
     iteration: int
     wall_seconds: float
     return_mean: float | None
-    clone_return: float | None
+    start_return: float | None
 
     @classmethod
     def of(cls, folder: Path) -> Position:
@@ -49,7 +49,7 @@ class Position:
     @property
     def text(self) -> str:
         """For people."""
-        parts = (("return", self.return_mean), ("clone", self.clone_return))
+        parts = (("return", self.return_mean), ("at the start", self.start_return))
         known = ", ".join(f"{name} {value:.1f}" for name, value in parts if value is not None)
         return known or ("preparing" if self.started else "waiting")
 

@@ -183,6 +183,35 @@ def whatif(args: list[str]) -> int:
     return whatif.main(options.run, options.environment, *size)
 
 
+def study(args: list[str]) -> int:
+    """train and judge many runs from one file: a grid of settings, seeds and worlds"""
+    parser = _parser("study")
+    parser.add_argument("file", type=Path, help="a YAML file, see docs/studies.md")
+    parser.add_argument("--jobs", type=int, help="how many runs at once; default: the cores by the threads of a run")
+    parser.add_argument("--runs-folder", type=Path, default=Path("runs"), help="in which the study's folder lies")
+    parser.add_argument("--dry-run", action="store_true", help="print the table of runs instead")
+    options = parser.parse_args(args)
+    from bm3il.launch import study
+
+    return study.main(options.file, options.jobs, options.runs_folder, options.dry_run)
+
+
+def compare(args: list[str]) -> int:
+    """finished runs, or those of studies, beside each other: what differs, how good they are"""
+    parser = _parser("compare")
+    parser.add_argument("paths", type=Path, nargs="+", metavar="RUN_OR_STUDY", help="folders")
+    parser.add_argument("--by", default="", metavar="KEY", help="e.g. algorithm: others that differ are tasks then")
+    parser.add_argument("--world", default="", help="only in this one, e.g. slip=0.1, or 'as trained'")
+    parser.add_argument(
+        "--baseline", default="", metavar="GROUP", help="that others are held against; default: the first"
+    )
+    parser.add_argument("--output", type=Path, help="folder of CSV and picture; default: the study's")
+    options = parser.parse_args(args)
+    from bm3il.launch import compare
+
+    return compare.main(options.paths, options.by, options.world, options.baseline, options.output)
+
+
 def status(args: list[str]) -> int:
     """whether a run is running, how far it is, how it ended"""
     parser = _parser("status")
@@ -333,6 +362,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "whatif": whatif,
     "export": export,
     "play": play,
+    "study": study,
+    "compare": compare,
     "status": status,
     "list": list_runs,
     "demonstrations": demonstrations,

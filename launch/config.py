@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -192,6 +192,34 @@ def load_preset(name: str) -> Config:
         raise unknown_name("preset", name, preset_names())
     text = resources.files("bm3il.launch").joinpath("presets").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     return replace(Config.from_yaml(text, f"preset {name}"), preset=name)
+
+
+def configured(settings: Mapping[str, Any], source: str) -> Config:
+    """The configuration that settings by dotted keys (`learner.batch_size`) describe, on top of the preset that they
+    name, or else of their environment's. `source` is named in errors.
+
+    Raises InputError for unknown keys (the nearest is named) and values of a wrong kind.
+    """
+    named = [f"--{key}={settings[key]}" for key in ("preset", "environment") if key in settings]
+    values = _plain(asdict(load_preset(_preset_of(named))))
+    for key, value in settings.items():
+        *groups, name = key.split(".")
+        place = values
+        for group in groups:
+            place = place.setdefault(group, {})
+            if not isinstance(place, dict):
+                raise InputError(f"{source}: '{key}' cannot be set: {group} holds no other keys")
+        place[name] = value
+    return Config.from_yaml(yaml.safe_dump(values), source)
+
+
+def flattened(values: Mapping[Any, Any], group: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones, with `_` for `-`: {"learner": {"batch-size": 3}} → {"learner.batch_size": 3}."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        key = group + str(name).replace("-", "_")
+        flat |= flattened(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
+    return flat
 
 
 def parse_config(args: Sequence[str], default: Config | None = None) -> Config:

@@ -90,6 +90,16 @@ def main(
     return 0
 
 
+def judged(trained: Trained, environment: str, episodes: int) -> list[dict[str, Any]]:
+    """How good a policy is in an environment, on fresh episodes: by drawn, and by greedy actions.
+
+    Raises InputError for an environment that the policy does not fit.
+    """
+    name = with_absolute_files(environment)[0]
+    world = make_environment(name, 1).spec
+    return _rows("fresh", Episodes(name, episodes), trained.policy_in(world), _scripted_expert(world))
+
+
 def _rows(starts: str, episodes: Episodes, policy: Policy, expert: Acts | None) -> list[dict[str, Any]]:
     """Drawn and greedy actions, beside random and an expert: the one given, else the one whose return is known."""
     spec = policy.layout.spec

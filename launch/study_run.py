@@ -1,0 +1,65 @@
+"""One run of a study, in a process of its own: `launch.study_run FOLDER` trains it to its end, from wherever it is, and
+then judges what it learned in the study's worlds.
+
+`worlds.json` in its folder: of each world, as the study names it, what `bm3il evaluate` tells of drawn actions there,
+and `greedy_return_mean`; of the policy with `policy_sha256`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from bm3il.launch import run
+from bm3il.launch.evaluate import judged
+from bm3il.launch.outcome import FINISHED, INPUT_ERROR
+from bm3il.launch.pool import finished
+from bm3il.launch.run_folder import read_result, write_atomically
+from bm3il.launch.study_file import Study, in_world
+from bm3il.launch.surroundings import settle
+from bm3il.launch.trained import load_trained
+from bm3il.protocol.errors import InputError
+
+COPY, WORLDS = "study.yaml", "worlds.json"
+"""The study in its own folder; in a run's folder, how good its policy is in the worlds."""
+
+
+def evaluations(folder: Path) -> dict[str, dict[str, Any]]:
+    """What is known of the worlds: nothing if another policy than the run's was judged."""
+    try:
+        told = json.loads((folder / WORLDS).read_text(encoding="utf-8"))
+        return dict(told["worlds"]) if told["policy_sha256"] == read_result(folder).get("policy_sha256") else {}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+
+
+def judge(folder: Path, study: Study) -> None:
+    """Play in the worlds in which nobody has played yet. Raises InputError for one that the policy does not fit."""
+    done, trained = evaluations(folder), load_trained(folder)
+    for world in study.worlds:
+        if world in done:
+            continue
+        drawn, greedy = judged(trained, in_world(trained.config.environment, world), study.episodes)
+        done[world] = drawn | {"greedy_return_mean": greedy["return_mean"]}
+        told = {"policy_sha256": read_result(folder).get("policy_sha256"), "worlds": done}
+        write_atomically(folder / WORLDS, json.dumps(told, indent=1) + "\n")
+
+
+def main(folder: Path) -> int:
+    """The exit code, as of `bm3il resume`."""
+    settle()
+    try:
+        code = FINISHED if finished(folder) else run.resume(folder)
+        if code == FINISHED:
+            judge(folder, Study.read(folder.parent / COPY))
+        return code
+    except InputError as error:
+        print(f"bm3il: {error}", file=sys.stderr, flush=True)
+        return INPUT_ERROR
+
+
+if __name__ == "__main__":
+    os._exit(main(Path(sys.argv[1])))
