@@ -123,7 +123,7 @@ def _print(grouping: Grouping, first: Group, rows: Sequence[Figures], left_out: 
     if grouping.tasks:
         lines.append(f"on the same tasks, by {', '.join(grouping.tasks)}")
     lines += [f"with these differs {key}: {', '.join(values)}" for key, values in grouping.also.items()]
-    lines.append(f"P: the probability that a run is better than one of {first.name}; [{LEVEL:.0%} bootstrap intervals]")
+    lines.append(f"P: that a run is better than one of {first.name}; in brackets: {LEVEL:.0%} intervals")
     for line in lines:
         console.print(line, markup=False)
     head = ", ".join(grouping.keys) or "runs"

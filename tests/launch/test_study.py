@@ -24,6 +24,7 @@ from bm3il.launch.run_folder import read_result
 from bm3il.launch.study import threads_of
 from bm3il.launch.study_file import Study, in_world
 from bm3il.launch.surroundings import module_command
+from bm3il.protocol.demonstrations import resolve
 from bm3il.protocol.errors import InputError
 
 TINY = {
@@ -33,7 +34,7 @@ TINY = {
     "learner": {"hidden": 16, "clipped": {"epochs": 1, "parts": 2}, "checkpoint_interval": 5},
     "cloning": {"iterations": 1, "updates": 2},
     "reward": {"hidden": [16], "updates": 1, "batch-size": 8, "window-steps": 100},
-    "evaluation": {"episodes": 1, "final_episodes": 2},
+    "evaluation": {"starts": "fresh", "episodes": 1, "final_episodes": 2},
 }
 ITERATIONS = 40
 STEPS = 50 * ITERATIONS
@@ -140,6 +141,16 @@ def test_a_file_that_is_no_study_is_refused(tmp_path: Path) -> None:
     assert "is not YAML" in refused(path)
     path.write_text("")
     assert "must hold keys and values, got None" in refused(path)
+
+
+def test_the_studies_behind_the_results_can_be_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With demonstrations of ours in place of those that do not ship."""
+    for agents in ("4", "8"):
+        (tmp_path / f"expert_{agents}.safetensors").symlink_to(resolve(f"rover_tower_{agents}"))
+    monkeypatch.chdir(tmp_path)
+    files = sorted((Path(__file__).resolve().parents[2] / "benchmarks" / "studies").glob("*.yaml"))
+    sizes = {file.stem: len(Study.read(file).trials(tmp_path)) for file in files}
+    assert sizes == {"family_berlin": 36, "family_rover_tower": 39, "imitation": 78}
 
 
 def test_a_world_of_options_alone_changes_the_run_s_own() -> None:
