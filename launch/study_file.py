@@ -131,9 +131,8 @@ class Study:
 
     def _checked(self, point: Settings) -> tuple[Config, EnvironmentSpec]:
         what = f"{self.source}: {', '.join(_words(point))}" if point else self.source
-        asked = configured(self.settings | point, self.source)
         try:
-            config, spec = check(remembered(asked))
+            config, spec = check(remembered(configured(self.settings | point, "settings")))
             for world in self.worlds:
                 there = make_environment(in_world(config.environment, world), 1).spec
                 if difference := spec.difference(there, counts=config.tells_agents_apart):

@@ -112,6 +112,7 @@ def test_grids_follow_each_other_and_equal_runs_are_one(tmp_path: Path) -> None:
         ({"grid": {"lerner.batch_size": [1]}}, "unknown key 'lerner'; did you mean learner"),
         ({"grid": {"steps.many": [1]}}, "'steps.many' cannot be set: steps holds no other keys"),
         ({"grid": {"algorithm": ["bm3li"]}}, "algorithm=bm3li: unknown algorithm 'bm3li'; did you mean bm3il"),
+        ({"grid": {"preset": ["rover_towr_4"]}}, "unknown preset 'rover_towr_4'; did you mean rover_tower_4"),
         ({"grid": {"algorithm": "bc"}}, "grid: algorithm must be a list, got 'bc'"),
         ({"grid": {"algorithm": []}}, "grid: algorithm has no values"),
         ({"grid": {"steps": ["many"]}}, "steps must be"),
