@@ -90,13 +90,15 @@ class Study:
             if key not in KEYS:
                 raise unknown_name("key", str(key), KEYS)
         name, episodes = values.get("name", stem), values.get("episodes", EPISODES)
-        if not isinstance(name, str) or not is_plain(name):
+        if not isinstance(name, str) or not is_plain(name) or len(name) > LONGEST_NAME:
             raise InputError(f"name must be a plain folder name, got {name!r}")
         if not _is_whole(episodes) or episodes < 1:
             raise InputError(f"episodes must be a whole number, at least 1, got {episodes!r}")
         settings = {"mode": "serial"} | flattened(_mapping("settings", values.get("settings", {})))
         grid = values.get("grid", {})
         grids = [_grid(part) for part in (grid if isinstance(grid, list) else [grid])]
+        if not grids:
+            raise InputError("grid has no values; leave it out for a single setting")
         for key in (key for part in (settings, *grids) for key in part):
             if key in OWN:
                 raise InputError(f"'{key}' is the study's own: say it by {OWN[key]}")

@@ -31,8 +31,9 @@ def evaluations(folder: Path) -> dict[str, dict[str, Any]]:
     """What is known of the worlds: nothing if another policy than the run's was judged."""
     try:
         told = json.loads((folder / WORLDS).read_text(encoding="utf-8"))
-        return dict(told["worlds"]) if told["policy_sha256"] == read_result(folder).get("policy_sha256") else {}
-    except (OSError, ValueError, LookupError, TypeError):
+        worlds = told["worlds"] if told["policy_sha256"] == read_result(folder).get("policy_sha256") else {}
+        return {world: figures for world, figures in worlds.items() if isinstance(figures, dict)}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
 
 

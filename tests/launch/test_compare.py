@@ -144,6 +144,9 @@ def test_worlds_have_tables_of_their_own(tmp_path: Path, capsys: pytest.CaptureF
     assert "unknown world 'slip=0.2'; did you mean slip=0.1" in capsys.readouterr().err
     (study / "a" / "worlds.json").write_text(json.dumps({"policy_sha256": "another", "worlds": told}))
     assert list(Result.of(study / "a").evaluations) == ["as trained"]  # it was of a policy before
+    for broken in ("", "[]", '{"policy_sha256": "a", "worlds": [1]}', '{"policy_sha256": "a", "worlds": {"x": 1}}'):
+        (study / "a" / "worlds.json").write_text(broken)
+        assert list(Result.of(study / "a").evaluations) == ["as trained"]
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
