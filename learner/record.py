@@ -20,7 +20,7 @@ from bm3il.protocol.files import naming, write_whole
 
 COLUMNS = ("iteration", "env_steps", "wall_seconds", "return_mean", "return_stderr", "normalized_return", "episodes")
 
-OF_TYPES = ("return_mean", "normalized_return")
+OF_TYPES = ("return_mean", "return_stderr", "normalized_return")
 """Of each type beside those of all agents."""
 
 
@@ -64,8 +64,8 @@ class RunRecord:
         types: Mapping[str, Mapping[str, float | None]],
         figures: Mapping[str, float],
     ) -> None:
-        """Append a row to `curve.csv`: the fixed columns, of each type `return_mean.TYPE` and `normalized_return.TYPE`,
-        and the figures; the first row's name the columns."""
+        """Append a row to `curve.csv`: the fixed columns, of each type `return_mean.TYPE` and the like, and the
+        figures; the first row's name the columns."""
         normalized = "" if normalized_return is None else normalized_return
         fixed = (iteration, env_steps, round(wall_seconds, 3), estimate.mean, estimate.stderr, normalized)
         of_types = {f"{key}.{name}": told[key] for name, told in types.items() for key in OF_TYPES}

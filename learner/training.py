@@ -256,7 +256,7 @@ class Training:
         self._counted_until = now
 
     def _note(self, figures: dict[str, float]) -> None:
-        """Record the iteration's figures."""
+        """Record the iteration's figures; the log has beside them what the learner did since the line before."""
         facts = self._facts
         self._figures[facts.iteration] = merged(figures, self._position())
         self._telemetry.numbers |= {
@@ -273,7 +273,9 @@ class Training:
         }
         self._telemetry.numbers |= {name: value for name, value in known.items() if value is not None}
         self._telemetry.done(facts.iteration)
-        self._record.log_iteration(facts.iteration, self._figures[facts.iteration])
+        self._record.log_iteration(
+            facts.iteration, merged(self._figures[facts.iteration], self._telemetry.take_spent())
+        )
 
     def _position(self) -> dict[str, float]:
         return {"env_steps": self._facts.env_steps, "wall_seconds": self._facts.wall_seconds}

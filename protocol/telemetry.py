@@ -97,6 +97,9 @@ class Telemetry:
         self._open: list[tuple[str, float]] = []
         """The stages that it is in, the innermost last, each with the time when it began."""
         self._now = (START, time.monotonic())
+        self._spent: dict[str, float] = {}
+        self._inside = 0.0
+        """Seconds of each stage since they were last taken, and of the stages that ended inside the open one."""
         self._waited = ("", 0.0, -math.inf)
         """The last wait, unless something else has begun since: its stage, when it began, and until when it lasted."""
         self._server, self._server_thread = self._listen(bind or host, port)
@@ -130,17 +133,29 @@ class Telemetry:
         self._now = stage = (name, self._wait_since(start) if name == self._waited[0] else start)
         self._waited = ("", start, start)
         self._open.append(stage)
+        outside, self._inside = self._inside, 0.0
         try:
             yield
         finally:
             end = time.monotonic()
             self._open.remove(stage)
+            self._spent[name] = self._spent.get(name, 0.0) + end - start - self._inside
+            self._inside = outside + end - start
             if name.startswith((WAIT, IDLE)):
                 self._waited = (*stage, end)
             self._now = self._open[-1] if self._open else (BETWEEN, end)
             seconds = end - start
             self._seconds.labels(name).observe(seconds)
             self.numbers[f"seconds_{name}"] = seconds
+
+    def take_spent(self) -> dict[str, float]:
+        """Seconds `seconds_<stage>` that were spent in each stage since this was last asked, all visits together.
+
+        What a stage inside another one took counts there and not in the outer one: they add up to the time that passed
+        in stages.
+        """
+        spent, self._spent = self._spent, {}
+        return {f"seconds_{name}": round(seconds, 6) for name, seconds in spent.items()}
 
     def done(self, number: int) -> None:
         """Tell the supervisor that this process got something done: its chunk, evaluation or iteration of that number.

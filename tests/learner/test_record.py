@@ -40,6 +40,7 @@ def test_columns_that_come_later_are_added(tmp_path: Path) -> None:
     assert [row["normalized_return"] for row in rows] == ["", "", ""]
     assert [row["episodes"] for row in rows] == ["20", "20", "20"]
     assert [row["return_mean.rover"] for row in rows] == ["1.5"] * 3
+    assert [row["return_stderr.rover"] for row in rows] == ["0.1"] * 3
     assert {row["normalized_return.rover"] for row in rows} == {"0.5"}
     assert {row["normalized_return.tower"] for row in rows} == {""}
 

@@ -130,6 +130,16 @@ def test_figures_of_the_log_are_called_after_whose_they_are(tmp_path: Path, poli
     assert not {"entropy", "loss"} & set(logged)
 
 
+def test_the_log_tells_where_the_time_went(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    stages = {"seconds_collect", "seconds_observe", "seconds_query", "seconds_update"}
+    assert all(stages <= set(line) for line in lines)
+    spent = sum(value for line in lines for name, value in line.items() if name.startswith("seconds_"))
+    assert 0.5 * lines[-1]["wall_seconds"] < spent < lines[-1]["wall_seconds"] + 1
+    assert "seconds_update" not in (tmp_path / "run" / "curve.csv").read_text()
+
+
 class _Blinded(Simulator):
     """An environment whose true rewards are not numbers."""
 

@@ -70,6 +70,26 @@ def test_stages_nest_and_tell_how_long_they_last(telemetry: Telemetry) -> None:
     assert telemetry.numbers["seconds_outer"] > telemetry.numbers["seconds_inner"]
 
 
+def test_what_was_spent_in_stages_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("bm3il.protocol.telemetry.time", SimpleNamespace(monotonic=lambda: now))
+    telemetry = Telemetry("learner", 0, Sender("run", "learner-0"))
+    try:
+        for _ in range(2):
+            with telemetry.stage("collect"):
+                now += 1
+                for _ in range(3):
+                    with telemetry.stage("wait_for_chunks"):
+                        now += 10
+                now += 1
+        now += 1000
+        assert telemetry.take_spent() == {"seconds_collect": 4, "seconds_wait_for_chunks": 60}
+        assert telemetry.take_spent() == {}
+    finally:
+        monkeypatch.undo()
+        telemetry.close()
+
+
 def test_between_two_stages_a_process_is_in_neither(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("bm3il.protocol.telemetry.time", SimpleNamespace(monotonic=lambda: now))
