@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -22,8 +21,6 @@ from bm3il.launch.files import load_demonstrations
 from bm3il.launch.run_folder import write_atomically
 from bm3il.launch.surroundings import lasting_output
 from bm3il.launch.trained import Trained, load_trained
-from bm3il.learner.imitation import build_critic
-from bm3il.learner.optimisation import part
 from bm3il.protocol.environment import Starts
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.perturbation import unperturbed
@@ -154,11 +151,9 @@ def _draw(trained: Trained, name: str, policy: Policy, folder: Path, hour: float
 
     folder.mkdir(exist_ok=True)
     config = trained.config
-    if parameters := part(trained.checkpoint.learner, "critic"):
-        critic = build_critic(trained.job, config.learner, policy.layout)
-        critic.load_state_dict({name: torch.tensor(value) for name, value in parameters.items()})
-        if draw_attention(critic, name, policy, folder / "attention.png"):
-            print(folder / "attention.png")
+    critic = trained.critic(policy.layout)
+    if critic is not None and draw_attention(critic, name, policy, folder / "attention.png"):
+        print(folder / "attention.png")
     if not isinstance(unperturbed(make_environment(name, 1)), Berlin):
         print("maps, loads and places are drawn for berlin only")
     elif not config.demonstrations:

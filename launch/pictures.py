@@ -6,7 +6,7 @@ the day, who is where, and a day as an animation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from bm3il.protocol.demonstrations import Demonstrations
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.registry import make_environment
 
+PICTURES = ("map.png", "loads.png", "places.png", "day.gif")
 LOAD_LABEL = "agents on the road / agents that it holds at free speed"
 DAYS = 50
 ATTENTION_EPISODES = 10
@@ -54,9 +55,14 @@ class Days:
 
 
 def draw_pictures(
-    environment: str, policy: Acts, demonstrations: Demonstrations, folder: Path, hour: float
+    environment: str,
+    policy: Acts,
+    demonstrations: Demonstrations,
+    folder: Path,
+    hour: float = -1.0,
+    names: Sequence[str] = PICTURES,
 ) -> list[Path]:
-    """Draw all pictures of a run into `folder`; returns their paths.
+    """Draw pictures of a run, some of `PICTURES`, into `folder`; returns their paths.
 
     hour: of the map, 0..24; negative takes the busiest one. Raises InputError for an environment that has no map.
     """
@@ -74,20 +80,25 @@ def draw_pictures(
         "places.png": lambda path: _draw_places(berlin, days, path),
         "day.gif": lambda path: _animate(berlin, days, path),
     }
-    for name, draw in track(drawings.items(), "drawing", transient=True):
-        draw(folder / name)
-    return [folder / name for name in drawings]
+    for name in track(names, "drawing", transient=True):
+        drawings[name](folder / name)
+    return [folder / name for name in names]
+
+
+def attention_while_playing(critic: Critic, environment: str, policy: Acts) -> np.ndarray | None:
+    """Which type listens to which while the policy plays, [M, M] as `attention_by_type`; None if the critic weighs
+    nobody."""
+    played = rollout(make_environment(environment, ATTENTION_EPISODES), policy, SEED)
+    replay = Replay(critic.layout, played.terminated.size)
+    return attention_by_type(critic, replay.rows(replay.add(played)))
 
 
 def draw_attention(critic: Critic, environment: str, policy: Acts, path: Path) -> bool:
     """Which type listens to which, while the policy plays; false if the critic weighs nobody."""
-    played = rollout(make_environment(environment, ATTENTION_EPISODES), policy, SEED)
-    layout = critic.layout
-    replay = Replay(layout, played.terminated.size)
-    matrix = attention_by_type(critic, replay.rows(replay.add(played)))
+    matrix = attention_while_playing(critic, environment, policy)
     if matrix is None:
         return False
-    names = [kind.name for kind in layout.spec.types]
+    names = [kind.name for kind in critic.layout.spec.types]
     figure = Figure(figsize=(2.5 + 0.55 * len(names), 1.8 + 0.5 * len(names)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(matrix, cmap=COLOURS, vmin=0)

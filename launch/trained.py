@@ -14,6 +14,8 @@ from bm3il.launch.config import Config
 from bm3il.launch.files import check_scenario
 from bm3il.launch.topology import make_job
 from bm3il.learner.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
+from bm3il.learner.critics import Critic
+from bm3il.learner.imitation import build_critic, build_value_critic
 from bm3il.learner.optimisation import part
 from bm3il.protocol.demonstrations import Demonstrations
 from bm3il.protocol.device import use_threads
@@ -56,6 +58,17 @@ class Trained:
         model = RewardModel(layout, nothing, config.reward, seed=0)
         model.load_particles(arrays)
         return model
+
+    def critic(self, layout: Layout) -> Critic | None:
+        """The critic for agents that the policy fits; None if the algorithm has none."""
+        parameters = part(self.checkpoint.learner, "critic")
+        if not parameters:
+            return None
+        settings = self.config.learner
+        build = build_value_critic if settings.policy == "clipped" else build_critic
+        critic: Critic = build(self.job, settings, layout)
+        critic.load_state_dict({name: torch.tensor(value) for name, value in parameters.items()})
+        return critic
 
 
 def policy_of(config: Config, arrays: dict[str, np.ndarray], spec: EnvironmentSpec) -> Policy:

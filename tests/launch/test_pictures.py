@@ -8,11 +8,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+import bm3il
 from bm3il.actors.environments.berlin.environment import Berlin
 from bm3il.actors.experts.commuters import StayHome
 from bm3il.actors.policy import UniformPolicy
 from bm3il.launch import pictures
-from bm3il.launch.pictures import Days, draw_pictures
+from bm3il.launch.pictures import Days, attention_while_playing, draw_pictures
 from bm3il.protocol.demonstrations import Demonstrations, resolve
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.registry import make_environment
@@ -65,3 +66,16 @@ def test_other_environments_have_no_map(tmp_path: Path) -> None:
     demonstrations = Demonstrations.load(resolve("rover_tower_8"))
     with pytest.raises(InputError, match="is no berlin"):
         draw_pictures("rover_tower?pairs=4", UniformPolicy(demonstrations.spec), demonstrations, tmp_path, -1)
+
+
+@pytest.mark.parametrize("policy", ["clipped", "actor"])
+def test_critics_of_every_kind_tell_whom_agents_listen_to(tmp_path: Path, policy: str) -> None:
+    """Those of clipped updates have heads of their own."""
+    small = {"mode": "serial", "steps": 50, "actor__steps_per_iteration": 50, "learner__updates": 1}
+    few = {"evaluation__starts": "fresh", "evaluation__episodes": 2, "evaluation__final_episodes": 2}
+    run = bm3il.train("rover_tower_4", run="a", runs_folder=tmp_path, learner__policy=policy, **small, **few)
+    critic = run.trained.critic(run.policy.layout)
+    assert critic is not None
+    matrix = attention_while_playing(critic, run.trained.config.environment, run.policy)
+    assert matrix is not None
+    np.testing.assert_allclose(matrix.sum(axis=1), [1, 1], atol=1e-5)
