@@ -234,6 +234,17 @@ def list_runs(args: list[str]) -> int:
     return print_list(options.runs, options.json)
 
 
+def report(args: list[str]) -> int:
+    """a run or a study as one page of HTML: curves, times, health, what happened"""
+    parser = _parser("report")
+    parser.add_argument("folder", type=Path, help="of a run, also of one that is running, or of a study")
+    parser.add_argument("--output", type=Path, metavar="FILE.html", help="default: report.html in that folder")
+    options = parser.parse_args(args)
+    from bm3il.launch.report import main
+
+    return main(options.folder, options.output)
+
+
 def demonstrations(args: list[str]) -> int:
     """record, import, clean or inspect demonstrations"""
     parser = _parser("demonstrations")
@@ -366,6 +377,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": compare,
     "status": status,
     "list": list_runs,
+    "report": report,
     "demonstrations": demonstrations,
     "check-environment": check_environment,
     "new-environment": new_environment,

@@ -93,6 +93,8 @@ class Progress:
         for name in ("curve.png", "result.json"):
             if (folder / name).exists():
                 self.note(str(folder / name))
+        if (folder / "log.jsonl").exists():
+            self.note(f"`bm3il report {folder}` makes a page of it")
         if result.get("resume"):
             self.note(f"go on with: {result['resume']}")
 

@@ -34,7 +34,7 @@ MIN_FREE_BYTES = 64 << 20
 """Room for two checkpoints of the Berlin preset: with less, the first iterations would be lost work."""
 BEGUN = {
     *("config.yaml", ".lock", "result.json", "logs", "targets.json", "processes.json", "events.jsonl", "baseline.json"),
-    *("checkpoints", "tensorboard", "curve.csv", "curve.png", "log.jsonl", "join.json", "run.log"),
+    *("checkpoints", "tensorboard", "curve.csv", "curve.png", "log.jsonl", "join.json", "run.log", "report.html"),
 }
 """All that a run may leave that ended at its start."""
 
@@ -292,7 +292,7 @@ def curve(folder: Path) -> list[dict[str, str]]:
     try:
         with (folder / "curve.csv").open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
-    except (OSError, ValueError):
+    except (OSError, ValueError, csv.Error):
         return []
 
 

@@ -35,6 +35,6 @@ def test_a_wheel_has_one_name_and_everything_that_is_read(tmp_path: Path) -> Non
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"bm3il"}
-    kinds = ("py", "yaml", "safetensors", "json")
+    kinds = ("py", "yaml", "safetensors", "json", "jinja", "css")
     read = [path for room in ROOMS for kind in kinds for path in (ROOT / room).rglob(f"*.{kind}")]
     assert {f"bm3il/{path.relative_to(ROOT)}" for path in read} <= set(names)

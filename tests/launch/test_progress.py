@@ -25,6 +25,15 @@ def test_the_summary_says_what_is_known(tmp_path: Path, result: dict[str, object
     text = io.StringIO()
     Progress(Console(file=text)).summary(tmp_path, result)
     assert text.getvalue().startswith(expected)
+    assert "bm3il report" not in text.getvalue()
+
+
+def test_the_summary_of_a_run_that_has_trained_names_what_there_is_to_look_at(tmp_path: Path) -> None:
+    for name in ("curve.png", "log.jsonl"):
+        (tmp_path / name).touch()
+    text = io.StringIO()
+    Progress(Console(file=text, width=1000)).summary(tmp_path, {"status": "finished", "return_mean": 1.0})
+    assert text.getvalue().endswith(f"{tmp_path / 'curve.png'}\n`bm3il report {tmp_path}` makes a page of it\n")
 
 
 def test_the_last_evaluation_shows_how_far_it_is() -> None:
