@@ -57,7 +57,7 @@ def _moments(events: Sequence[Happened]) -> Iterator[Moment]:
 
 
 def kind_of(event: Happened) -> str:
-    """How the page marks an event: `fault`, `mended`, `crowd`, `progress` or `life`."""
+    """How the page marks an event: `fault`, `trouble`, `mended`, `crowd`, `progress` or `life`."""
     if event.what in FAULTS or (event.what == "end" and event.facts.get("status") == "failed"):
         return "fault"
     if event.what == "state":

@@ -6,6 +6,7 @@ the day, who is where, and a day as an animation.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def draw_pictures(
         "places.png": lambda path: _draw_places(berlin, days, path),
         "day.gif": lambda path: _animate(berlin, days, path),
     }
-    for name in track(names, "drawing", transient=True):
+    for name in track(names, "drawing", transient=True, disable=not sys.stdout.isatty()):
         drawings[name](folder / name)
     return [folder / name for name in names]
 

@@ -221,7 +221,7 @@ def _returns(result: Mapping[str, Any], types: Mapping[str, Any], evaluations: C
         return Compared(name, learned, stderr, random, clone, expert, normalized)
 
     rows = [compared("all", result, ""), *(compared(name, told, f".{name}") for name, told in types.items())]
-    return [row for row in rows if row.learned is not None]
+    return [row for row in rows if row.learned is not None] if rows[0].learned is not None else []
 
 
 def _curve(evaluations: Columns, suffix: str, told: Mapping[str, Any], title: str) -> Chart:

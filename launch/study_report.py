@@ -13,8 +13,8 @@ from urllib.parse import quote
 
 import numpy as np
 
-from bm3il.launch.charts import Chart, Line, chart, decimals, number
-from bm3il.launch.recorded import read_curve
+from bm3il.launch.charts import Chart, Line, Reference, chart, decimals, number
+from bm3il.launch.recorded import Columns, read_curve
 from bm3il.protocol.errors import InputError
 
 STUDY, RUN_PAGE = "study.json", "report.html"
@@ -231,7 +231,7 @@ def _world(name: str, groups: Mapping[Values, Sequence[StudyRun]]) -> World:
 
 def _curves(groups: Mapping[Values, Sequence[StudyRun]], varied: Sequence[str]) -> list[Chart]:
     """A chart of each world that was trained in, a line of each group."""
-    apart: dict[str, dict[str, list[Any]]] = {}
+    apart: dict[str, dict[str, list[Columns]]] = {}
     for values, runs in groups.items():
         curves = [curve for run in runs if run.folder is not None and (curve := read_curve(run.folder)).rows]
         if curves:
@@ -243,18 +243,26 @@ def _curves(groups: Mapping[Values, Sequence[StudyRun]], varied: Sequence[str]) 
     for world, methods in apart.items():
         every = [curve for curves in methods.values() for curve in curves]
         score = next(s for s in SCORES if s == "return_mean" or all(all(v is not None for v in c[s]) for c in every))
-        x = "env_steps" if any(any(curve["env_steps"]) for curve in every) else "iteration"
-        lines = [_line(name, curves, x, score, n % MOST_LINES) for n, (name, curves) in enumerate(methods.items())]
-        unit = "joint environment steps" if x == "env_steps" else "iterations"
+        play = {name: curves for name, curves in methods.items() if any(any(curve["env_steps"]) for curve in curves)}
+        x, unit = ("env_steps", "joint environment steps") if play else ("iteration", "iterations")
+        drawn = play or methods
+        lines = [_line(name, curves, x, score, n % MOST_LINES) for n, (name, curves) in enumerate(drawn.items())]
+        # Who plays no steps, as a clone, has no way over them: where he ends is held against those who do.
+        ends = [_end(name, curves, score) for name, curves in methods.items() if name not in drawn]
         title = f"Return in {world}" if world else "Return"
         charts += [
-            chart(title, lines[first : first + MOST_LINES], unit, SCORES[score], wide=True)
+            chart(title, lines[first : first + MOST_LINES], unit, SCORES[score], ends, wide=True)
             for first in range(0, len(lines), MOST_LINES)
         ]
     return charts
 
 
-def _line(name: str, curves: Sequence[Any], x: str, score: str, style: int) -> Line:
+def _end(name: str, curves: Sequence[Columns], score: str) -> Reference:
+    last = np.array([curve.all_of(score)[-1] for curve in curves])
+    return Reference(f"{name} ({len(last)})", float(estimate(last)[0]), "clone")
+
+
+def _line(name: str, curves: Sequence[Columns], x: str, score: str, style: int) -> Line:
     """Over the steps that all of its runs have come to: in between their evaluations, lines."""
     known = [(np.array(curve.all_of(x)), np.array(curve.all_of(score))) for curve in curves]
     first, last = max(steps[0] for steps, _ in known), min(steps[-1] for steps, _ in known)

@@ -360,6 +360,13 @@ def test_a_study_tells_what_its_groups_come_to(study: Path) -> None:
     assert max(chart.lines[0].x) == 800 * 250, "as far as all of them have come"
 
 
+def test_who_plays_no_steps_is_held_against_those_who_do(study: Path) -> None:
+    (study / "bc-0" / "curve.csv").write_text("iteration,env_steps,return_mean\n0,0,-7\n30,0,90\n")
+    (chart,) = study_page(study, study).curves
+    assert [line.name for line in chart.lines] == ["bm3il (3)"]
+    assert [(reference.name, reference.value) for reference in chart.references] == [("bc (1)", 90.0)]
+
+
 def test_links_of_a_study_lead_to_its_runs_alone(study: Path, tmp_path: Path) -> None:
     links = [attributes["href"] for tag, attributes in page_of(study).tags if tag == "a"]
     assert links == ["./bm3il-0/report.html", "./bm3il-1/", "./bm3il-2/", "./bc-0/"]
