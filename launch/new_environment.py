@@ -11,7 +11,7 @@ from bm3il.launch.run_folder import write_atomically
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.registry import known_environments
 
-TEMPLATE = Path(__file__).parent / "template"
+TEMPLATE = Path(__file__).parent / "environment_template"
 NAME, CLASS = "my_town", "MyTown"
 """What is called so in the template."""
 

@@ -12,7 +12,7 @@ from bm3il.actors import simulator
 from bm3il.actors.environments.rover_tower import RoverTower
 from bm3il.launch import environment_speed
 from bm3il.launch.environment_check import check_environment
-from bm3il.launch.template.my_town import MyTown
+from bm3il.launch.environment_template.my_town import MyTown
 from bm3il.protocol.environment import Environment, Starts, TimeStep
 from bm3il.protocol.errors import InputError
 
