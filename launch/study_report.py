@@ -15,13 +15,13 @@ import numpy as np
 
 from bm3il.launch.charts import Chart, Line, Reference, chart, decimals, number
 from bm3il.launch.recorded import Columns, read_curve
+from bm3il.launch.statistics import interquartile_mean, interquartile_mean_interval
 from bm3il.protocol.errors import InputError
 
 STUDY, RUN_PAGE = "study.json", "report.html"
 OF_WORLD = ("environment", "preset", "demonstrations")
 """Settings that change what a return means: their curves are apart."""
 SCORES = {"normalized_return": "normalised: 0 random, 1 expert", "return_mean": "per agent and episode"}
-LEVEL, REPETITIONS, SEED = 0.95, 2_000, 0
 MOST_LINES, CURVE_POINTS = 7, 60
 
 Values = tuple[str, ...]
@@ -132,18 +132,7 @@ def study_page(folder: Path, page_folder: Path) -> StudyPage:
 def estimate(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Over runs [runs, …]: the interquartile mean, and both ends of its interval by the percentile bootstrap; NaN of a
     single run."""
-    mean = _interquartile_mean(scores, 0)
-    if len(scores) < 2:
-        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
-    drawn = scores[np.random.default_rng(SEED).integers(len(scores), size=(REPETITIONS, len(scores)))]
-    low, high = np.quantile(_interquartile_mean(drawn, 1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    return mean, low, high
-
-
-def _interquartile_mean(scores: np.ndarray, axis: int) -> np.ndarray:
-    count = scores.shape[axis]
-    inner: np.ndarray = np.sort(scores, axis).take(np.arange(count // 4, count - count // 4), axis).mean(axis)
-    return inner
+    return interquartile_mean(scores), *interquartile_mean_interval([scores])
 
 
 def _read(path: Path) -> dict[str, Any]:
