@@ -257,10 +257,11 @@ def demonstrations(args: list[str]) -> int:
     record.add_argument("--episodes", type=int, default=100)
     record.add_argument("--seed", type=int, default=0)
     record.add_argument("--output", type=Path, required=True)
-    imports = actions.add_parser("import", help="from an npz of the paper's authors")
-    imports.add_argument("file", type=Path)
+    imports = actions.add_parser("import", help="from a table, an npz, or a data set of Minari; see docs/recordings.md")
+    imports.add_argument("file", help="….csv, .tsv or .parquet, .npz, minari:ID")
+    imports.add_argument("--environment", default="", help="in which it was recorded")
     imports.add_argument(
-        "--environment", default="", help="of a day in a town: 'berlin?scenario=FILE&types=1&agents=50'"
+        "--mapping", type=Path, help="a YAML file: what the table calls columns, types, agents, actions"
     )
     imports.add_argument("--output", type=Path, required=True)
     clean = actions.add_parser("clean", help="leave out actions that their masks forbid")
@@ -274,7 +275,7 @@ def demonstrations(args: list[str]) -> int:
     if options.action == "inspect":
         return demonstrations.inspect(options.file)
     if options.action == "import":
-        return demonstrations.import_file(options.file, options.environment, options.output)
+        return demonstrations.import_file(options.file, options.environment, options.mapping, options.output)
     if options.action == "clean":
         return demonstrations.clean(options.file, options.output)
     if (options.environment is None) == (options.run is None):

@@ -9,11 +9,16 @@ from rich.console import Console
 from rich.table import Table
 
 from bm3il.actors.experts import recording
-from bm3il.actors.experts.importers import import_day, import_rover_tower
+from bm3il.actors.experts.importers import DAY, import_day, import_rover_tower
 from bm3il.actors.experts.scripted import expert_for
+from bm3il.launch.inspection import print_types
 from bm3il.launch.trained import load_trained
 from bm3il.protocol.demonstrations import Demonstrations, resolve
 from bm3il.protocol.errors import InputError
+from bm3il.protocol.recordings.arrays import MAX_UNPACKED_BYTES, opened, read_arrays
+from bm3il.protocol.recordings.long_table import read_table
+from bm3il.protocol.recordings.minari import is_minari, read_minari
+from bm3il.protocol.recordings.table import SUFFIXES
 from bm3il.protocol.registry import make_environment
 
 ENVIRONMENTS_AT_ONCE = 100
@@ -38,18 +43,42 @@ def record_run(run: Path, best: bool, greedy: bool, episodes: int, seed: int, ou
     return _save(recording.record(played, trained.policy, episodes, seed, origin, greedy), output)
 
 
-def import_file(file: Path, environment: str, output: Path) -> int:
-    """Convert an npz of the paper's authors: of their Rover Tower experts, or of a day in the town of `environment`.
+def import_file(file: str, environment: str, mapping: Path | None, output: Path) -> int:
+    """Convert what somebody else recorded: a table, an npz, a data set of Minari (docs/recordings.md).
 
+    environment: in which it was recorded; it may be left out for an npz of the paper authors' Rover Tower experts.
     Raises InputError.
     """
     _refuse_existing(output)
+    path = Path(file)
+    if mapping is not None and path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"--mapping names the columns of a table ({', '.join(SUFFIXES)}), and {file} is none")
     if not environment:
-        return _save(import_rover_tower(file), output)
-    demonstrations, left_out = import_day(file, environment)
-    if left_out:
-        print(f"{left_out} moves are no single transition of the scenario: their agents are inactive in these steps")
+        if path.suffix != ".npz":
+            raise InputError(f"{file}: name the environment it was recorded in with --environment")
+        return _save(import_rover_tower(path), output)
+    notes: list[str] = []
+    if is_minari(file):
+        demonstrations = read_minari(file, make_environment(environment, 1).spec)
+    elif path.suffix.lower() in SUFFIXES:
+        demonstrations, notes = read_table(path, make_environment(environment, 1), mapping)
+    elif path.suffix == ".npz":
+        demonstrations, notes = _import_npz(path, environment)
+    else:
+        known = ", ".join((*SUFFIXES, ".npz"))
+        raise InputError(f"{file}: expected a file that ends with {known}, or a data set of Minari, as minari:ID")
+    for note in notes:
+        print(note)
     return _save(demonstrations, output)
+
+
+def _import_npz(path: Path, environment: str) -> tuple[Demonstrations, list[str]]:
+    """Of arrays of each type, or of a day in the town of the environment."""
+    with opened(path, "recordings", MAX_UNPACKED_BYTES) as file:
+        is_day = DAY in file
+    if is_day:
+        return import_day(path, environment)
+    return read_arrays(path, make_environment(environment, 1).spec), []
 
 
 def clean(file: Path, output: Path) -> int:
@@ -64,7 +93,9 @@ def clean(file: Path, output: Path) -> int:
 def inspect(name: str) -> int:
     """Print what a file holds. Raises InputError if it is not a valid one."""
     path = resolve(name)
-    _print(Demonstrations.load(path), path)
+    demonstrations = Demonstrations.load(path)
+    _print(demonstrations, path)
+    print_types(demonstrations)
     return 0
 
 

@@ -15,6 +15,9 @@ from bm3il.protocol.specs import EnvironmentSpec
 
 Starts = Mapping[str, np.ndarray]
 
+IMPOSSIBLE, AMBIGUOUS = -1, -2
+"""In place of an action, where none leads to what was recorded, or more than one could have."""
+
 
 @dataclass
 class TimeStep:
@@ -139,4 +142,28 @@ class Environment(Protocol):
         actions: per type [E, X_m] int64 if discrete, else [E, X_m, A_m] float32 in [-1, 1]; those of inactive
             agents are ignored.
         """
+        ...
+
+
+@runtime_checkable
+class TellsActions(Protocol):
+    """An environment that can tell from where its agents were what they saw, and what they did to get there.
+
+    With it, recordings of positions alone become demonstrations (`protocol.recordings.positions`). Optional.
+    positions: per type, the names of the D_m numbers that say where an agent is; columns of a recorded table.
+    """
+
+    positions: Sequence[tuple[str, ...]]
+
+    def show_at(self, positions: Sequence[np.ndarray], step: int) -> TimeStep:
+        """What all see and may do at `step` 0, 1, … of E episodes, and the rewards of having got there. After `reset`.
+
+        positions: per type [E, X_m, D_m] float64; NaN for an agent that is not there.
+        Raises InputError, naming the agent, for a place where it cannot be.
+        """
+        ...
+
+    def actions_to(self, positions: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """What leads from where all were shown last to these positions: per type [E, X_m] int64, an action, IMPOSSIBLE
+        or AMBIGUOUS. Of agents that are not there before and after, anything."""
         ...

@@ -44,7 +44,11 @@ class SimulatorError(RuntimeError):
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
     """The error for a mistyped name: it lists the nearest known names, or all of them when none is near."""
+    return InputError(f"unknown {kind} '{name}'; {nearest(name, known)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What may have been meant by a name: the nearest known ones, or all of them when none is near."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
-    return InputError(f"unknown {kind} '{name}'; {hint}")
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"

@@ -77,8 +77,8 @@ def long_town(tmp_path: Path) -> str:
 
 def test_recorded_moves_become_actions(tmp_path: Path, long_town: str) -> None:
     slow = [(480, 2), (500, 5), (520, 1), (1020, 4), (1030, 0)]
-    demonstrations, left_out = import_day(day(tmp_path, slow, slow), long_town)
-    assert (left_out, demonstrations.num_rows, demonstrations.num_episodes) == (0, 1440, 1)
+    demonstrations, _ = import_day(day(tmp_path, slow, slow), long_town)
+    assert (demonstrations.num_rows, demonstrations.num_episodes) == (1440, 1)
     actions, seen = demonstrations.actions[0], demonstrations.observations[0]
     assert actions[478, 0] == 4  # home comes behind the four roads
     assert actions[479, 0] == 0  # the first road
@@ -91,12 +91,24 @@ def test_recorded_moves_become_actions(tmp_path: Path, long_town: str) -> None:
     assert demonstrations.return_mean == pytest.approx(1440 - 2 * 40 - 2 * 10, abs=45)
 
 
+def test_who_is_still_on_a_road_may_have_wanted_to_go_on(tmp_path: Path, long_town: str) -> None:
+    """Two cars on a road of four minutes; who stays at home or at work wants to."""
+    slow = [(480, 2), (500, 5), (520, 1), (1020, 4), (1030, 0)]
+    demonstrations, left_out = import_day(day(tmp_path, slow, slow), long_town)
+    active = demonstrations.active[0]
+    assert active.sum(axis=0).tolist() == [1440 - 19 - 19 - 9] * 2
+    assert active[478:481, 0].tolist() == [True, True, False]
+    assert active[499].all()
+    assert left_out == [f"transitions that several actions could have made, left out: {2 * (19 + 19 + 9)}"]
+    assert demonstrations.origin.endswith(left_out[0])
+
+
 def test_a_move_that_is_no_transition_is_left_out_and_counted(tmp_path: Path, long_town: str) -> None:
-    jumps = [(480, 2), (500, 1), (1020, 4), (1030, 0)]
+    jumps = [(480, 2), (481, 1), (1020, 4), (1021, 0)]
     demonstrations, left_out = import_day(day(tmp_path, jumps, jumps), long_town)
-    assert left_out == 2
-    assert not demonstrations.active[0][499].any()
-    assert demonstrations.active[0][498].all()
+    assert left_out == ["transitions that no action makes, left out: 2"]
+    assert not demonstrations.active[0][480].any()
+    assert demonstrations.active[0][479].all()
 
 
 def test_what_is_wrong_is_named(tmp_path: Path, long_town: str) -> None:
@@ -125,7 +137,7 @@ def test_the_published_town(tmp_path: Path, shared: Path) -> None:
     path.write_text(format_scenario(read_town(folder)))
     name = f"berlin?scenario={path}&types=1&agents=50"
     demonstrations, left_out = import_day(folder / "synthtown_day.npz", name)
-    assert (left_out, demonstrations.num_rows) == (1, 1440)
+    assert (left_out[0], demonstrations.num_rows) == ("transitions that no action makes, left out: 1", 1440)
     recorded = np.load(folder / "synthtown_day.npz")["counts"]
     first_road = np.array([seen[:, :23].sum(axis=1) for seen in demonstrations.observations[0].transpose(1, 0, 2)])
     np.testing.assert_array_equal(first_road.sum(axis=0), recorded[:1440, 2:].sum(axis=1))

@@ -15,7 +15,7 @@ from bm3il.actors.environments.berlin.changes import Changes, plain_text
 from bm3il.actors.environments.berlin.scenario import Scenario
 from bm3il.actors.environments.berlin.scenario_file import SUFFIX, load_scenario
 from bm3il.actors.environments.berlin.variants import split_variant
-from bm3il.protocol.environment import Environment, Starts, TimeStep, compact_step
+from bm3il.protocol.environment import AMBIGUOUS, IMPOSSIBLE, Environment, Starts, TimeStep, compact_step
 from bm3il.protocol.errors import InputError, unknown_name
 from bm3il.protocol.observations import forms
 from bm3il.protocol.perturbation import unperturbed
@@ -157,6 +157,34 @@ class Berlin:
         self._observe()
         self._judge()
         return self._now
+
+    @property
+    def positions(self) -> list[tuple[str, ...]]:
+        """See `protocol.environment.TellsActions`: an agent is at a location, roads first."""
+        return [("place",)] * self.spec.num_types
+
+    def show_at(self, positions: Sequence[np.ndarray], step: int) -> TimeStep:
+        """See `protocol.environment.TellsActions`. Raises InputError for a person who is nowhere, or begins the day
+        elsewhere than at home."""
+        places = np.concatenate(positions, axis=1)[..., 0]
+        last = self.scenario.num_locations - 1
+        known = (places >= 0) & (places <= last) & (places == np.round(places))
+        if not known.all():
+            env, person = np.argwhere(~known)[0]
+            raise InputError(
+                f"step {step}: person {person} must be at one of the locations 0..{last}, is at {places[env, person]:g}"
+            )
+        if step == 0 and (away := (places != self.home).any(axis=0)).any():
+            raise InputError(f"person {int(away.argmax())} does not begin the day at home")
+        return self.show(places.astype(np.int64), step)
+
+    def actions_to(self, positions: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """See `protocol.environment.TellsActions`. Who is still on a road may have wanted to go on."""
+        here, there = self.locations, np.concatenate(positions, axis=1)[..., 0].astype(np.int64)
+        stuck = (here == there) & (np.take_along_axis(self.leave_chance, here, axis=1) < 1)
+        actions = np.where(self.allowed[here, there], there, IMPOSSIBLE)
+        actions[stuck] = AMBIGUOUS
+        return [actions[:, self.spec.agents(m)] for m in range(self.spec.num_types)]
 
     def draw_starts(self, seed: int) -> dict[str, np.ndarray]:
         """The start states of `reset(seed)`, to be given to `reset(starts=…)` later."""

@@ -1,0 +1,129 @@
+"""An npz of plain arrays: recordings from whoever has numpy.
+
+For each type `TYPE` of the environment, a row being one joint step, episodes one after the other:
+
+    TYPE.observations   [rows, X_m, O_m]
+    TYPE.actions        [rows, X_m] integers, or [rows, X_m, A_m] in −1..1
+    TYPE.action_masks   [rows, X_m, A_m] true where an action is allowed; may be left out
+    TYPE.active         [rows, X_m] true where the agent takes part; may be left out if all always do
+    episode_lengths     [episodes] rows of each
+    returns             [episodes, N] true returns of all agents, type by type; may be left out
+    groups              [episodes] which of them are not independent (of one start, say); may be left out
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from bm3il.protocol.demonstrations import Demonstrations
+from bm3il.protocol.errors import InputError, unknown_name
+from bm3il.protocol.recordings.recording import Recording
+from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
+
+MAX_UNPACKED_BYTES = 1 << 34
+
+
+def read_arrays(path: str | Path, spec: EnvironmentSpec) -> Demonstrations:
+    """Demonstrations of an environment of this spec.
+
+    Raises InputError if the file is not such an npz, or holds what cannot be meant, with the place.
+    """
+    with opened(path, "arrays of each type", MAX_UNPACKED_BYTES) as file:
+        lengths = _lengths(file)
+        rows, episodes = int(lengths.sum()), len(lengths)
+        wanted = {f"{t.name}.{name}": shape for t in spec.types for name, shape in _shapes(t, rows).items()}
+        wanted |= {"episode_lengths": (episodes,), "returns": (episodes, spec.num_agents), "groups": (episodes,)}
+        for name in file:
+            if name not in wanted:
+                raise unknown_name("array", name, wanted)
+        arrays = {name: field(file, name, wanted[name]) for name in wanted if name in file}
+        for t in spec.types:
+            for name in ("observations", "actions"):
+                if f"{t.name}.{name}" not in arrays:
+                    raise InputError(f"the array '{t.name}.{name}' is missing")
+        recording = _recording(spec, arrays, lengths)
+        groups = arrays.get("groups")
+        origin = f"imported from {Path(path).name}"
+        return recording.demonstrations(spec, origin, None if groups is None else groups.astype(np.int64))
+
+
+@contextmanager
+def opened(path: str | Path, what: str, max_unpacked_bytes: int) -> Iterator[Mapping[str, np.ndarray]]:
+    """The arrays of an npz, each read when it is asked for; without pickles.
+
+    Errors within are told with the file. Raises InputError for what is no npz, and for one that unpacks to more bytes.
+    """
+    try:
+        # A small archive can unpack to any size, so the sizes it states are checked before anything is unpacked.
+        with zipfile.ZipFile(path) as archive:
+            unpacked_bytes = sum(entry.file_size for entry in archive.infolist())
+        if unpacked_bytes > max_unpacked_bytes:
+            raise InputError(f"it unpacks to {unpacked_bytes} bytes, more than the {max_unpacked_bytes} allowed")
+        with np.load(path, allow_pickle=False) as file:
+            yield file
+    except (OSError, EOFError, zipfile.BadZipFile, ValueError) as error:  # InputError is a ValueError
+        raise InputError(f"{path}: expected an npz of {what}: {error}") from error
+
+
+def field(file: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...] | None) -> np.ndarray:
+    """An array of numbers of this shape, if one is given. Raises InputError."""
+    if name not in file:
+        raise InputError(f"the field '{name}' is missing")
+    array = file[name]
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"{name}: expected numbers, found {array.dtype}")
+    if shape is not None and array.shape != shape:
+        raise InputError(f"{name}: expected {list(shape)}, found {list(array.shape)}")
+    return array
+
+
+def _lengths(file: Mapping[str, np.ndarray]) -> np.ndarray:
+    lengths = field(file, "episode_lengths", None)
+    if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or not lengths.size or lengths.min() < 1:
+        raise InputError(
+            f"episode_lengths: expected [episodes] integers from 1 on, found {lengths.dtype} {lengths[:5]}"
+        )
+    return lengths.astype(np.int64)
+
+
+def _shapes(t: TypeSpec, rows: int) -> dict[str, tuple[int, ...]]:
+    agents = rows, t.count
+    return {
+        "observations": (*agents, t.observation_dim),
+        "actions": agents if t.discrete else (*agents, t.action_dim),
+        "action_masks": (*agents, t.action_dim),
+        "active": agents,
+    }
+
+
+def _recording(spec: EnvironmentSpec, arrays: Mapping[str, np.ndarray], lengths: np.ndarray) -> Recording:
+    ends = np.cumsum(lengths)
+    active, actions, masks = [], [], []
+    for t in spec.types:
+        chosen, allowed = arrays[f"{t.name}.actions"], arrays.get(f"{t.name}.action_masks")
+        everywhere = np.ones((int(lengths.sum()), t.count), bool)
+        active.append(arrays.get(f"{t.name}.active", everywhere).astype(bool))
+        if t.discrete and chosen.dtype.kind not in "iu":
+            raise InputError(f"{t.name}.actions: expected integers, found {chosen.dtype}")
+        actions.append(chosen)
+        masks.append(None if allowed is None else allowed.astype(bool))
+
+    def place(m: int, row: int, agent: int) -> str:
+        episode = int(np.searchsorted(ends, row, side="right"))
+        step = row - int(ends[episode] - lengths[episode])
+        return f"row {row} (step {step} of episode {episode}), {spec.types[m].name}_{agent}"
+
+    return Recording(
+        observations=[arrays[f"{t.name}.observations"].astype(np.float32) for t in spec.types],
+        actions=actions,
+        active=active,
+        action_masks=masks,
+        episode_lengths=lengths,
+        returns=arrays.get("returns", np.full((len(lengths), spec.num_agents), np.nan)),
+        place=place,
+    )

@@ -1,0 +1,138 @@
+"""A table of text, whatever it holds until somebody asks for numbers: CSV, TSV or Parquet, read by polars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bm3il.protocol.errors import InputError, nearest
+
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+PARQUET = (".parquet", ".pq")
+SUFFIXES = (*SEPARATORS, *PARQUET)
+FLAGS = {"true": "1", "false": "0"}
+
+
+class Table:
+    """Columns of a file by name. Errors name the file, and the row as an editor counts: the heading is row 1, if there
+    is one (in Parquet there is none).
+
+    `columns`: all names, in their order.   `read`: those that somebody has asked for.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises InputError for what is no table, or an empty one."""
+        self.path = Path(path)
+        self._frame = _frame(self.path)
+        self._first = 1 if self.path.suffix.lower() in PARQUET else 2
+        self.columns: list[str] = self._frame.columns
+        self.read: set[str] = set()
+        if not len(self):
+            raise InputError(f"{path}: expected a table with rows, found none below the heading")
+
+    def __len__(self) -> int:
+        return self._frame.height
+
+    def line(self, index: int) -> int:
+        """The number of row number `index`, from 0, in the file."""
+        return index + self._first
+
+    def row(self, index: int) -> str:
+        """Where row number `index`, from 0, is."""
+        return f"{self.path}, row {self.line(index)}"
+
+    def require(self, name: str, why: str) -> None:
+        """Raise InputError, naming the nearest, if there is no column of this name."""
+        if name not in self.columns:
+            raise InputError(f"{self.path}: the column '{name}' ({why}) is missing; {nearest(name, self.columns)}")
+
+    def is_empty(self, name: str, rows: np.ndarray) -> bool:
+        """Whether there is nothing in any of these rows, or no such column."""
+        return name not in self.columns or bool(_nothing(self._frame[name][rows]).all())
+
+    def texts(self, name: str, why: str) -> np.ndarray:
+        """[rows] text, stripped. Raises InputError for a column that is missing, or empty in a row."""
+        self.require(name, why)
+        self.read.add(name)
+        texts = _stripped(self._frame[name].cast(_polars().String))
+        if texts.null_count():
+            raise InputError(f"{self.row(texts.is_null().arg_max())}: expected {why} in '{name}', got nothing")
+        return texts.to_numpy()
+
+    def numbers(
+        self,
+        name: str,
+        why: str,
+        rows: np.ndarray,
+        whole: bool = False,
+        words: Mapping[str, int] | None = None,
+        optional: bool = False,
+    ) -> np.ndarray:
+        """[len(rows)] float64 at these rows.
+
+        whole: integers are expected.   words: that stand for numbers.   optional: NaN where there is nothing.
+        Raises InputError for a column that is missing, and for the first of these rows that holds no such number.
+        """
+        self.require(name, why)
+        self.read.add(name)
+        written = self._frame[name][rows]
+        values = _values(written, words or {})
+        wrong = ~np.isfinite(values)
+        if whole:
+            wrong |= values != np.round(values)
+        if optional:
+            wrong &= ~_nothing(written)
+        if wrong.any():
+            at = int(wrong.argmax())
+            text = "" if written[at] is None else str(written[at]).strip()
+            found = f"'{text}'" if text else "nothing"
+            hint = f"; {nearest(text, words)}" if words and text else ""
+            expected = "an integer" if whole else "a number"
+            raise InputError(f"{self.row(rows[at])}: expected {expected} in '{name}' ({why}), got {found}{hint}")
+        return values
+
+
+def _polars() -> Any:
+    try:
+        import polars
+    except ImportError as error:
+        raise InputError("tables are read by polars, which is not installed: pip install 'bm3il[tables]'") from error
+    return polars
+
+
+def _frame(path: Path) -> Any:
+    polars, suffix = _polars(), path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise InputError(f"{path}: expected a table, a file that ends with {', '.join(SUFFIXES)}")
+    try:
+        if suffix in PARQUET:
+            return polars.read_parquet(path)
+        frame = polars.read_csv(path, separator=SEPARATORS[suffix], infer_schema=False)
+    except (OSError, polars.exceptions.PolarsError, polars.exceptions.PanicException) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"{path}: this cannot be read as a table: {reason}") from error
+    return frame.rename({name: name.strip() for name in frame.columns})
+
+
+def _stripped(texts: Any) -> Any:
+    """Without spaces around them; nothing in place of what is empty."""
+    return texts.str.strip_chars().replace("", None)
+
+
+def _values(written: Any, words: Mapping[str, int]) -> np.ndarray:
+    """Numbers, NaN where there are none."""
+    polars = _polars()
+    if written.dtype == polars.String:
+        texts = _stripped(written).replace({word: str(number) for word, number in words.items()})
+        written = texts.str.to_lowercase().replace(FLAGS)
+    elif not (written.dtype.is_numeric() or written.dtype == polars.Boolean):
+        return np.full(len(written), np.nan)
+    return written.cast(polars.Float64, strict=False).to_numpy().astype(np.float64)
+
+
+def _nothing(written: Any) -> np.ndarray:
+    """[rows] bool, where there is nothing."""
+    return (_stripped(written) if written.dtype == _polars().String else written).is_null().to_numpy()
