@@ -13,7 +13,7 @@ from rich.table import Table
 
 from bm3il.actors.environments.berlin.environment import Berlin
 from bm3il.actors.evaluation import ReturnEstimate, Scale, evaluate
-from bm3il.actors.experts.scripted import expert_for
+from bm3il.actors.experts.scripted import NoExpertError, expert_for
 from bm3il.actors.policy import Policy, UniformPolicy
 from bm3il.actors.rollout import Acts
 from bm3il.launch.config import Config
@@ -126,7 +126,7 @@ def _rows(starts: str, episodes: Episodes, policy: Policy, expert: Acts | None) 
 def _scripted_expert(world: EnvironmentSpec) -> Acts | None:
     try:
         return expert_for(world)
-    except InputError:  # not every environment has one
+    except NoExpertError:  # not every environment has one
         return None
 
 

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import track
 
 from bm3il.actors.environments.berlin.environment import Berlin
-from bm3il.actors.experts.scripted import expert_for
+from bm3il.actors.experts.scripted import NoExpertError, expert_for
 from bm3il.actors.policy import Policy, UniformPolicy
 from bm3il.actors.rollout import Acts
 from bm3il.launch import run_folder
@@ -309,5 +309,5 @@ def _expert(spec: EnvironmentSpec) -> Acts | None:
     """The scripted expert, which has planned in that world; None where nobody has written one."""
     try:
         return expert_for(spec)
-    except InputError:
+    except NoExpertError:
         return None

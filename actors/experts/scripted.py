@@ -1,6 +1,15 @@
-"""Scripted experts: they act on what the agents observe, and on nothing else."""
+"""Scripted experts: they act on what the agents observe, and on nothing else.
+
+An expert is an entry point of the group `bm3il.experts`, so a user's package adds its own, under the name of the
+environment, without options (or without its target, for whatever that is):
+
+    [project.entry-points."bm3il.experts"]
+    my_town = "my_package.experts:Planner"      # called as Planner(spec); acts as `actors.rollout.Acts`
+"""
 
 from __future__ import annotations
+
+from importlib.metadata import entry_points
 
 import numpy as np
 import torch
@@ -12,9 +21,14 @@ from bm3il.protocol.errors import InputError
 from bm3il.protocol.registry import make_environment
 from bm3il.protocol.specs import EnvironmentSpec
 
+GROUP = "bm3il.experts"
 ARRIVED = 0.1
 DELAY = 1
 """The number that tells, of an edge ahead, by how much the way over it takes longer than the fastest one."""
+
+
+class NoExpertError(InputError):
+    """Nobody has written a scripted expert for this environment."""
 
 
 class RoverTowerExpert:
@@ -51,19 +65,33 @@ class Rerouting:
         return np.where(masks[..., 0], 0, 1 + delays.argmin(axis=-1))
 
 
-def expert_for(spec: EnvironmentSpec) -> Acts:
-    """The scripted expert of an environment; in a changed Berlin it has planned in that world.
+def rover_tower_expert(spec: EnvironmentSpec) -> Acts:
+    """It is the same for any number of pairs."""
+    return RoverTowerExpert()
 
-    Raises InputError if there is none.
+
+def berlin_expert(spec: EnvironmentSpec) -> Acts:
+    """It has planned in the world of this spec, changed as that may be."""
+    return CongestionAware(make_environment(spec.name, 1))
+
+
+def expert_for(spec: EnvironmentSpec) -> Acts:
+    """The scripted expert of an environment.
+
+    Raises NoExpertError if there is none, InputError if it cannot be imported.
     """
-    name = spec.name.partition("?")[0].partition(":")[0]
-    if name == "rover_tower":
-        return RoverTowerExpert()
-    if name == "berlin":
-        return CongestionAware(make_environment(spec.name, 1))
-    if name == "sumo":
-        return Rerouting(spec)
-    raise InputError(f"no scripted expert for '{spec.name}'; there is one for rover_tower, for berlin and for sumo")
+    points = {point.name: point for point in entry_points(group=GROUP)}
+    target = spec.name.partition("?")[0]
+    point = points.get(target) or points.get(target.partition(":")[0])
+    if point is None:
+        raise NoExpertError(
+            f"no scripted expert for '{spec.name}'; there is one for {', '.join(sorted(points))}, and your own is an "
+            f"entry point of the group {GROUP}"
+        )
+    try:
+        return point.load()(spec)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"the expert of '{spec.name}' is {point.value}, which cannot be imported: {error}") from error
 
 
 def _direction(way: np.ndarray) -> np.ndarray:

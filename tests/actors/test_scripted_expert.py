@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 from bm3il.actors.environments.rover_tower import RoverTower
+from bm3il.actors.experts import scripted
 from bm3il.actors.experts.importers import import_rover_tower
 from bm3il.actors.experts.recording import record
-from bm3il.actors.experts.scripted import RoverTowerExpert, expert_for
+from bm3il.actors.experts.scripted import GROUP, NoExpertError, RoverTowerExpert, expert_for
+from bm3il.actors.policy import UniformPolicy
 from bm3il.actors.rollout import rollout
 from bm3il.protocol.demonstrations import Demonstrations, resolve
 from bm3il.protocol.environment import TimeStep
@@ -65,8 +68,39 @@ def test_expert_uses_the_symbols_alone() -> None:
 
 def test_expert_is_found_by_spec() -> None:
     assert isinstance(expert_for(RoverTower(1, 3).spec), RoverTowerExpert)
-    with pytest.raises(InputError, match="no scripted expert for 'other'"):
-        expert_for(EnvironmentSpec("other", (TypeSpec("a", 1, 1, 1),), 1))
+    with pytest.raises(NoExpertError, match="no scripted expert for 'other'; there is one for berlin, rover_tower"):
+        expert_for(spec_of("other"))
+
+
+def spec_of(name: str) -> EnvironmentSpec:
+    return EnvironmentSpec(name, (TypeSpec("a", 1, 1, 1),), 1)
+
+
+class OwnExpert(UniformPolicy):
+    """Somebody's own."""
+
+
+@pytest.fixture
+def own_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts of somebody's own package."""
+    names = {
+        "mine": f"{__name__}:OwnExpert",
+        "pettingzoo": f"{__name__}:UniformPolicy",
+        "pettingzoo:mpe2.simple_tag_v3": f"{__name__}:OwnExpert",
+        "moved": f"{__name__}:Nobody",
+    }
+    points = [EntryPoint(name, value, GROUP) for name, value in names.items()]
+    monkeypatch.setattr(scripted, "entry_points", lambda group: points if group == GROUP else [])
+
+
+@pytest.mark.usefixtures("own_experts")
+def test_an_expert_of_somebodys_own_is_found_by_the_name_of_the_environment() -> None:
+    assert isinstance(expert_for(spec_of("mine?size=3&slip=0.1")), OwnExpert)
+    assert isinstance(expert_for(spec_of("pettingzoo:mpe2.simple_tag_v3?arguments=N:3")), OwnExpert)
+    assert type(expert_for(spec_of("pettingzoo:mpe2.simple_spread_v3"))) is UniformPolicy
+    with pytest.raises(InputError, match=r"the expert of 'moved' is .*:Nobody, which cannot be imported") as error:
+        expert_for(spec_of("moved"))
+    assert not isinstance(error.value, NoExpertError), "a baseline that is missing for no reason would go unnoticed"
 
 
 @pytest.mark.parametrize("agents", [8, 4])
