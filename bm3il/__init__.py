@@ -12,6 +12,7 @@ In a notebook:
     recorded = bm3il.rollout("rover_tower?pairs=2", run.policy)      # episodes, as demonstrations
     recorded.save("played.safetensors")
     bm3il.as_parallel_env("berlin?agents=50")                        # for whoever speaks PettingZoo's API
+    env = bm3il.Recorder(env, "pettingzoo:MODULE")                   # remembers what anybody plays; env.save(path)
 
 The rest of the package is its inside: it may change with every release.
 """
@@ -24,16 +25,19 @@ if TYPE_CHECKING:
     from bm3il.launch.public import Run, as_parallel_env, evaluate, load, make_environment, rollout, train
     from bm3il.protocol.demonstrations import Demonstrations
     from bm3il.protocol.errors import InputError
+    from bm3il.protocol.recordings.recorder import Recorder
 
 _PUBLIC = ("Run", "as_parallel_env", "evaluate", "load", "make_environment", "rollout", "train")
 _HOMES = {
     **dict.fromkeys(_PUBLIC, "bm3il.launch.public"),
     "Demonstrations": "bm3il.protocol.demonstrations",
     "InputError": "bm3il.protocol.errors",
+    "Recorder": "bm3il.protocol.recordings.recorder",
 }
 __all__ = [
     "Demonstrations",
     "InputError",
+    "Recorder",
     "Run",
     "as_parallel_env",
     "evaluate",

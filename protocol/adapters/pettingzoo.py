@@ -97,6 +97,11 @@ class PettingZooParallel:
         self._ended, self._lived = np.ones(num_envs, bool), np.zeros(num_envs, bool)
         self._steps = 0
 
+    @property
+    def places(self) -> dict[Any, tuple[int, int]]:
+        """Name of each agent → the number of its type, and its own among those of the type."""
+        return dict(self._columns)
+
     def reset(self, seed: int, starts: Starts | None = None) -> TimeStep:
         """Start E new episodes; each copy has a seed of its own. Raises InputError for given start states."""
         if starts:
