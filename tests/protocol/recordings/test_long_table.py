@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -307,6 +308,30 @@ def test_what_is_no_table_is_refused(tmp_path: Path, name: str, content: bytes, 
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match=r"cannot be read|ends with"):
         read_table(tmp_path / f"no_{name}", TOWN)
+
+
+def test_the_examples_of_the_documentation_are_read(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "recordings.md").read_text(encoding="utf-8")
+    table, places = re.findall(r"```\n(episode,step.*?)```", text, re.DOTALL)
+    (mapping,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "drives.csv").write_text(table)
+    found, notes = read_table(tmp_path / "drives.csv", TOWN)
+    assert (found.num_rows, notes) == (2, [])
+    np.testing.assert_array_equal(found.returns, [[1, 0.5, 0]])
+    columns = {"episode": "day", "step": "minute", "agent": "vehicle", "position.0": "x", "position.1": "y"}
+    columns |= {
+        "action": "turn",
+        "action.0": "gas",
+        "action.1": "bend",
+        "observation.0": "speed",
+        "observation.1": "line",
+    }
+    heading, _, rows = table.partition("\n")
+    rows = rows.replace("tram", "B-XY 12").replace("taxi", "cab")
+    (tmp_path / "named.csv").write_text(",".join(columns.get(name, name) for name in heading.split(",")) + "\n" + rows)
+    (tmp_path / "names.yaml").write_text(mapping)
+    assert_same(read_table(tmp_path / "named.csv", TOWN, tmp_path / "names.yaml")[0], found)
+    assert places.startswith("episode,step,agent,place\n")
 
 
 def test_a_mistyped_number_is_found_in_its_line_of_the_file(tmp_path: Path) -> None:
