@@ -47,7 +47,8 @@ def read_arrays(path: str | Path, spec: EnvironmentSpec) -> Demonstrations:
                 if f"{t.name}.{name}" not in arrays:
                     raise InputError(f"the array '{t.name}.{name}' is missing")
         recording = _recording(spec, arrays, lengths)
-        groups = arrays.get("groups")
+        if (groups := arrays.get("groups")) is not None and groups.dtype.kind not in "iu":
+            raise InputError(f"groups: expected integers, found {groups.dtype}")
         origin = f"imported from {Path(path).name}"
         return recording.demonstrations(spec, origin, None if groups is None else groups.astype(np.int64))
 
@@ -118,8 +119,10 @@ def _recording(spec: EnvironmentSpec, arrays: Mapping[str, np.ndarray], lengths:
         step = row - int(ends[episode] - lengths[episode])
         return f"row {row} (step {step} of episode {episode}), {spec.types[m].name}_{agent}"
 
+    with np.errstate(over="ignore"):  # what overflows is found to be infinite
+        observations = [arrays[f"{t.name}.observations"].astype(np.float32) for t in spec.types]
     return Recording(
-        observations=[arrays[f"{t.name}.observations"].astype(np.float32) for t in spec.types],
+        observations=observations,
         actions=actions,
         active=active,
         action_masks=masks,

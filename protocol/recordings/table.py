@@ -13,6 +13,8 @@ from bm3il.protocol.errors import InputError, nearest
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 PARQUET = (".parquet", ".pq")
 SUFFIXES = (*SEPARATORS, *PARQUET)
+MAX_INTEGER = 1 << 53
+"""Up to here float64 holds all of them."""
 FLAGS = {"true": "1", "false": "0"}
 
 
@@ -55,9 +57,7 @@ class Table:
 
     def texts(self, name: str, why: str) -> np.ndarray:
         """[rows] text, stripped. Raises InputError for a column that is missing, or empty in a row."""
-        self.require(name, why)
-        self.read.add(name)
-        texts = _stripped(self._frame[name].cast(_polars().String))
+        texts = _stripped(self._column(name, why).cast(_polars().String))
         if texts.null_count():
             raise InputError(f"{self.row(texts.is_null().arg_max())}: expected {why} in '{name}', got nothing")
         return texts.to_numpy()
@@ -76,13 +76,11 @@ class Table:
         whole: integers are expected.   words: that stand for numbers.   optional: NaN where there is nothing.
         Raises InputError for a column that is missing, and for the first of these rows that holds no such number.
         """
-        self.require(name, why)
-        self.read.add(name)
-        written = self._frame[name][rows]
+        written = self._column(name, why)[rows]
         values = _values(written, words or {})
         wrong = ~np.isfinite(values)
         if whole:
-            wrong |= values != np.round(values)
+            wrong |= (values != np.round(values)) | (np.abs(values) > MAX_INTEGER)
         if optional:
             wrong &= ~_nothing(written)
         if wrong.any():
@@ -93,6 +91,16 @@ class Table:
             expected = "an integer" if whole else "a number"
             raise InputError(f"{self.row(rows[at])}: expected {expected} in '{name}' ({why}), got {found}{hint}")
         return values
+
+    def _column(self, name: str, why: str) -> Any:
+        self.require(name, why)
+        self.read.add(name)
+        column, polars = self._frame[name], _polars()
+        if column.dtype in (polars.Categorical, polars.Enum) or column.dtype.is_temporal():
+            return column.cast(polars.String)
+        if column.dtype not in (polars.String, polars.Boolean, polars.Null) and not column.dtype.is_numeric():
+            raise InputError(f"{self.path}: expected text or numbers in '{name}' ({why}), got {column.dtype}")
+        return column
 
 
 def _polars() -> Any:
@@ -114,7 +122,9 @@ def _frame(path: Path) -> Any:
     except (OSError, polars.exceptions.PolarsError, polars.exceptions.PanicException) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"{path}: this cannot be read as a table: {reason}") from error
-    return frame.rename({name: name.strip() for name in frame.columns})
+    written = frame.select(polars.any_horizontal(polars.all().is_not_null())).to_series().arg_true()
+    rows = 0 if written.is_empty() else written[-1] + 1  # many files end with empty lines
+    return frame.head(rows).rename({name: name.strip() for name in frame.columns})
 
 
 def _stripped(texts: Any) -> Any:
@@ -128,8 +138,6 @@ def _values(written: Any, words: Mapping[str, int]) -> np.ndarray:
     if written.dtype == polars.String:
         texts = _stripped(written).replace({word: str(number) for word, number in words.items()})
         written = texts.str.to_lowercase().replace(FLAGS)
-    elif not (written.dtype.is_numeric() or written.dtype == polars.Boolean):
-        return np.full(len(written), np.nan)
     return written.cast(polars.Float64, strict=False).to_numpy().astype(np.float64)
 
 

@@ -98,6 +98,8 @@ def test_an_environment_that_describes_its_observations_takes_them_expanded(tmp_
             np.full((5, 1, 2), np.nan),
             r"tram_0: expected a finite number in 'observation.0', got nan",
         ),
+        ("bus.observations", np.full((5, 2, 3), 1e99), r"bus_0: expected a finite number in 'observation.0', got inf"),
+        ("groups", np.array([0.5, np.nan]), "groups: expected integers, found float64"),
         ("tram.observations", np.array([[{}]], object), "pickle"),
     ],
 )

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("polars")
+import polars
 
 from bm3il.actors.experts.recording import record
 from bm3il.actors.experts.scripted import RoverTowerExpert
@@ -212,6 +213,7 @@ def without(column: str) -> Callable[[list[Row]], list[Row]]:
         (lambda rows: rows[:2] + rows[3:], r"row 6: taxi_0 was last seen 2 steps ago, in row 2; .*column 'active'"),
         (changed("step", 9, 11), r"row 13: expected a row of step 2 in episode 'tuesday' before one of step 9"),
         (changed("step", "1st"), r"row 5: expected an integer in 'step' .*, got '1st'$"),
+        (changed("step", 1e300), r"row 5: expected an integer in 'step' .*, got '1e\+300'$"),
         (changed("step", 1.5), r"row 5: expected an integer in 'step' .*, got '1.5'$"),
         (changed("episode", None), r"row 5: expected which episode a row belongs to in 'episode', got nothing$"),
         (changed("agent", "taxi_7"), r"row 5: unknown agent 'taxi_7'; did you mean taxi_"),
@@ -310,6 +312,17 @@ def test_what_is_no_table_is_refused(tmp_path: Path, name: str, content: bytes, 
         read_table(tmp_path / f"no_{name}", TOWN)
 
 
+def test_columns_of_parquet_are_text_or_numbers(tmp_path: Path) -> None:
+    path = write(tmp_path / "town.parquet", town_rows())
+    frame = polars.read_parquet(path)
+    frame.with_columns(polars.col("agent").cast(polars.Categorical)).write_parquet(path)
+    assert_same(read_table(path, TOWN)[0], read(tmp_path, town_rows()))
+    for column in ("episode", "fuel"):
+        frame.with_columns(polars.concat_list(column)).write_parquet(path)
+        with pytest.raises(InputError, match=rf"expected text or numbers in '{column}' \(.*\), got List"):
+            read_table(path, TOWN)
+
+
 def test_the_examples_of_the_documentation_are_read(tmp_path: Path) -> None:
     text = (Path(__file__).parents[3] / "docs" / "recordings.md").read_text(encoding="utf-8")
     table, places = re.findall(r"```\n(episode,step.*?)```", text, re.DOTALL)
@@ -338,7 +351,7 @@ def test_a_mistyped_number_is_found_in_its_line_of_the_file(tmp_path: Path) -> N
     lines = ["episode,step,agent,position.0,position.1,fuel,observation.0,observation.1,action,action.0,action.1"]
     lines += ["0,0, tram_0 ,,,, 1 ,2,,0.5,1", "0,0,taxi_0,1,2,3,,,0,,", '"0",0,taxi_1,1,2,l,,,0,,']
     path = tmp_path / "typed.csv"
-    path.write_text("\ufeff" + "\r\n".join(lines) + "\r\n")
+    path.write_text("\ufeff" + "\r\n".join(lines) + "\r\n\r\n\r\n")
     with pytest.raises(InputError, match=r"typed.csv, row 4: expected a number in 'fuel' .*, got 'l'$"):
         read_table(path, TOWN)
     assert path.read_text().splitlines()[4 - 1].endswith("l,,,0,,")
