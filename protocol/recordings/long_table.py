@@ -32,6 +32,8 @@ from bm3il.protocol.recordings.rows import Rows, rows_of
 from bm3il.protocol.recordings.table import Table
 from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
 
+FROM_POSITIONS = f"no column '{ACTION}': what agents saw and did is worked out from where they were"
+
 
 def read_table(
     path: str | Path, environment: Environment, mapping: Path | None = None
@@ -52,10 +54,9 @@ def read_table(
             found = retraced(environment, table.positions(tells))
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
-        notes = found.left_out
-        demonstrations = Demonstrations.from_trajectories(
-            found.trajectories, spec, "; ".join([f"{origin}, positions", *notes])
-        )
+        notes = [FROM_POSITIONS, *found.left_out]
+        origin = "; ".join([f"{origin}, positions", *found.left_out])
+        demonstrations = Demonstrations.from_trajectories(found.trajectories, spec, origin)
     if unread := table.unread:
         notes.append(f"columns that were not read: {', '.join(unread)}")
     return demonstrations, notes
@@ -119,9 +120,9 @@ class _LongTable:
     def _active_rows(self, rows: Rows, m: int) -> np.ndarray:
         """Rows of the table of the agents of a type that take part in the step."""
         mine, t = np.flatnonzero(rows.kind == m), self._spec.types[m]
-        return (
-            mine[self._columns([ACTIVE], t, "whether it takes part", mine)[:, 0] != 0] if self._has(ACTIVE, t) else mine
-        )
+        if not self._has(ACTIVE, t):
+            return mine
+        return mine[self._columns([ACTIVE], t, "whether it takes part", mine)[:, 0] != 0]
 
     def _observations(self, t: TypeSpec, rows: np.ndarray) -> np.ndarray:
         """[len(rows), O_m] float32."""
