@@ -280,6 +280,12 @@ def test_a_mistyped_number_is_told_with_file_and_line(
     assert f"town_{file}.tntp, {message}" in imported.refused(folder)
 
 
+def test_coordinates_that_are_too_large_for_distances_are_refused(imported: Import, tmp_path: Path) -> None:
+    folder = tntp(tmp_path / "town")
+    change(folder / "town_node.tntp", "\n2\t900\t", "\n2\t9e200\t")
+    assert "town_trips.tntp: node 2 lacks coordinates" in imported.refused(folder)
+
+
 # How many roads
 
 

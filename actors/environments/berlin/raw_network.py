@@ -14,6 +14,8 @@ from bm3il.protocol.errors import InputError
 
 SMALLEST_MINUTES = 1e-6
 """Connectors without length: the graph algorithms take 0 for no connection."""
+MAX_COORDINATE = 1e12
+"""As in a scenario: distances between larger ones overflow."""
 MIN_INSIDE, MIN_MOVING = 0.01, 0.01
 """Parts of all ends of trips that lie where the network is, and of all trips that lead from one node to another."""
 
@@ -46,9 +48,9 @@ class RawNetwork:
 
     def __post_init__(self) -> None:
         checks = {
-            "node": np.isfinite(self.node_xy).all(axis=1),
+            "node": (np.abs(self.node_xy) <= MAX_COORDINATE).all(axis=1),
             "link": np.isfinite(self.minutes) & (self.minutes >= 0) & np.isfinite(self.capacity) & (self.capacity > 0),
-            "trip": np.isfinite(self.home_xy).all(axis=1) & np.isfinite(self.work_xy).all(axis=1) & (self.trips > 0),
+            "trip": (np.abs([self.home_xy, self.work_xy]) <= MAX_COORDINATE).all(axis=(0, 2)) & (self.trips > 0),
         }
         wanted = {"node": "coordinates", "link": "a time ≥ 0 and a capacity > 0", "trip": "two ends and a number > 0"}
         for what, good in checks.items():
