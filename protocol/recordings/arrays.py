@@ -26,6 +26,8 @@ from bm3il.protocol.recordings.recording import Recording
 from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
 
 MAX_UNPACKED_BYTES = 1 << 34
+NO_ARCHIVE = (OSError, EOFError, NotImplementedError, zipfile.BadZipFile, ValueError)
+"""What files raise that are no npz, of a version that nobody knows, or damaged; InputError is a ValueError."""
 
 
 def read_arrays(path: str | Path, spec: EnvironmentSpec) -> Demonstrations:
@@ -67,7 +69,7 @@ def opened(path: str | Path, what: str, max_unpacked_bytes: int) -> Iterator[Map
             raise InputError(f"it unpacks to {unpacked_bytes} bytes, more than the {max_unpacked_bytes} allowed")
         with np.load(path, allow_pickle=False) as file:
             yield file
-    except (OSError, EOFError, zipfile.BadZipFile, ValueError) as error:  # InputError is a ValueError
+    except NO_ARCHIVE as error:
         raise InputError(f"{path}: expected an npz of {what}: {error}") from error
 
 
@@ -75,7 +77,13 @@ def field(file: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...] | No
     """An array of numbers of this shape, if one is given. Raises InputError."""
     if name not in file:
         raise InputError(f"the field '{name}' is missing")
-    array = file[name]
+    try:
+        array = file[name]
+    except Exception as error:  # zipfile, zlib, tokenize and numpy have a dozen kinds for a damaged member
+        reason = str(error).partition("\n")[0]  # numpy goes on with how to load it without care
+        raise InputError(f"{name} cannot be read: {reason}") from error
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{name}: expected an array")
     if array.dtype.kind not in "biuf":
         raise InputError(f"{name}: expected numbers, found {array.dtype}")
     if shape is not None and array.shape != shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -201,3 +202,40 @@ def test_what_is_no_npz_is_refused(tmp_path: Path) -> None:
             import_rover_tower(tmp_path / "bad.npz")
     with pytest.raises(InputError, match="expected an npz"):
         import_rover_tower(tmp_path / "absent.npz")
+
+
+def test_a_packed_npz_that_is_damaged_anywhere_is_refused(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "whole.npz", **small_npz())
+    whole = (tmp_path / "whole.npz").read_bytes()
+    for place in range(40, len(whole), 23):
+        (tmp_path / "bad.npz").write_bytes(whole[:place] + b"\xff" * 30 + whole[place + 30 :])
+        with pytest.raises(InputError, match="expected an npz of Rover Tower demonstrations"):
+            import_rover_tower(tmp_path / "bad.npz")
+    version = whole.index(b"PK\x01\x02") + 6
+    (tmp_path / "bad.npz").write_bytes(whole[:version] + b"\xf0" + whole[version + 1 :])
+    with pytest.raises(InputError, match=r"zip file version 24\.0"):
+        import_rover_tower(tmp_path / "bad.npz")
+
+
+@pytest.mark.parametrize(
+    ("member", "text"),
+    [
+        (b"no array", "goal_pos: expected an array"),
+        (
+            b"\x93NUMPY\x02\x00" + (20_000).to_bytes(4, "little") + b" " * 20_000,
+            "goal_pos cannot be read: Header info length",
+        ),
+        (
+            b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<f8', 'fortran_order': False, 'shape': (%d,)}" % 10**15,
+            "goal_pos cannot be read",
+        ),
+        (b"\x93NUMPY\x01\x00v\x00{'descr': (1, 2", "goal_pos cannot be read"),
+    ],
+    ids=["no array", "long heading", "too large", "cut off"],
+)
+def test_a_member_that_is_no_array_is_refused_in_one_line(member: bytes, text: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bad.npz", "w") as archive:
+        archive.writestr("goal_pos.npy", member.ljust(128) if member.startswith(b"\x93NUMPY\x01") else member)
+    with pytest.raises(InputError, match=text) as error:
+        import_rover_tower(tmp_path / "bad.npz")
+    assert "\n" not in str(error.value)
