@@ -100,7 +100,7 @@ class PettingZooParallel:
     @property
     def places(self) -> dict[Any, tuple[int, int]]:
         """Name of each agent → the number of its type, and its own among those of the type."""
-        return {agent.name: (agent.m, agent.x) for agent in self._agents.values()}
+        return {name: (agent.m, agent.x) for name, agent in self._agents.items()}
 
     def reset(self, seed: int, starts: Starts | None = None) -> TimeStep:
         """Start E new episodes; each copy has a seed of its own. Raises InputError for given start states."""

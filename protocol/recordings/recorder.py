@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from bm3il.protocol.adapters.pettingzoo import PettingZooParallel
+from bm3il.protocol.adapters.spaces import MASK, parted, reader, unmasked
 from bm3il.protocol.demonstrations import Demonstrations
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.perturbation import unperturbed
 from bm3il.protocol.recordings.recording import Recording
-from bm3il.protocol.recordings.spaces import MASK, OBSERVATION, flat, unit, without_mask
+from bm3il.protocol.recordings.spaces import unit
 from bm3il.protocol.registry import make_environment
 
 
@@ -92,10 +93,9 @@ class Recorder:
         self.demonstrations().save(path)
 
     def _moment(self, agent: Any, action: Any) -> _Moment:
-        seen, mask = self._observations[agent], (self._infos.get(agent) or {}).get(MASK)
-        if isinstance(seen, dict) and MASK in seen:
-            seen, mask = seen[OBSERVATION], seen[MASK]
-        observation = flat(without_mask(self.env.observation_space(agent)), seen)
+        seen, mask = parted(self._observations[agent])
+        mask = (self._infos.get(agent) or {}).get(MASK) if mask is None else mask
+        observation = np.array(reader(str(agent), unmasked(self.env.observation_space(agent)))(seen), np.float32)
         space, kind = self.env.action_space(agent), self._spec.types[self._places[agent][0]]
         done = np.asarray(int(action) - int(space.start)) if kind.discrete else unit(space, np.asarray(action))
         if len(observation) != kind.observation_dim or done.shape != (() if kind.discrete else (kind.action_dim,)):

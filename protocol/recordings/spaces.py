@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 ROUNDING = 1e-6
-MASK, OBSERVATION = "action_mask", "observation"
 
 
 def flat(space: Any, value: Any) -> np.ndarray:
@@ -15,13 +14,6 @@ def flat(space: Any, value: Any) -> np.ndarray:
     from gymnasium.spaces.utils import flatten
 
     return np.array(flatten(space, value), np.float32)
-
-
-def without_mask(space: Any) -> Any:
-    """The space of what an agent sees, of one in which it is told beside that what it may do."""
-    from gymnasium import spaces
-
-    return space[OBSERVATION] if isinstance(space, spaces.Dict) and MASK in space.spaces else space
 
 
 def unit(space: Any, actions: np.ndarray) -> np.ndarray:
