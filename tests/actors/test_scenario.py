@@ -49,6 +49,14 @@ def test_agents_are_shared_out_completely() -> None:
         assert sum(count for _, _, count in BERLIN.agent_types(types, agents)) == agents
 
 
+def test_the_median_trip_is_that_of_trips_and_not_of_pairs() -> None:
+    demand = BERLIN.demand.astype(int)
+    minutes = [BERLIN.free_flow_minutes[BERLIN.way(home, work)].sum() for home, work, _ in demand]
+    every_trip = np.sort(np.repeat(minutes, demand[:, 2]))
+    assert BERLIN.median_trip_minutes() == pytest.approx(every_trip[(len(every_trip) - 1) // 2], abs=1e-3)
+    assert np.median(minutes) != pytest.approx(BERLIN.median_trip_minutes(), abs=1e-3)
+
+
 def test_ways_are_connected_and_fastest() -> None:
     home, work, _ = BERLIN.agent_types(1, 1)[0]
     way = BERLIN.way(home, work)

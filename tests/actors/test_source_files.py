@@ -39,6 +39,7 @@ def taken(sources: Sources) -> list[str | None]:
 def test_what_is_inside_counts(tmp_path: Path) -> None:
     folder(tmp_path, config_plans1__xml="config", network_change_events__xml="events", output_config__xml="config")
     folder(tmp_path, roads__xml="network", people__xml="old plans", shops__xml="facilities", network__txt="network")
+    (tmp_path / "plans.xml").mkdir()
     sources = find_sources(tmp_path)
     assert (sources.format, *taken(sources)) == ("matsim", "roads.xml", "people.xml", "shops.xml")
 
