@@ -32,6 +32,8 @@ from bm3il.reward_server.settings import RewardSettings
 from tests.launch.test_cli import fails
 from tests.launch.test_public import TINY
 
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+
 ROWS, ROWS_AT_ONCE = 10_000, 20_000
 """Of agents, those of all types together."""
 TOLERANCE = 1e-6

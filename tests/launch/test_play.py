@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import pytest
 from PIL import Image
 
 import bm3il
+from bm3il.actors.environments.rover_tower import RoverTower
 from bm3il.actors.policy import UniformPolicy
 from bm3il.actors.rollout import returns
 from bm3il.launch import episode_picture, play
 from bm3il.launch.cli import main
 from bm3il.launch.episode_picture import Episode, draw
 from bm3il.launch.files import load_demonstrations
+from bm3il.protocol.environment import TimeStep
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.registry import make_environment
 from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
@@ -99,6 +102,7 @@ def test_our_environments_draw_themselves(name: str, monkeypatch: pytest.MonkeyP
     np.testing.assert_allclose(episode.returns[-1], expected[0], rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*render method without:UserWarning")
 def test_pettingzoo_draws_in_its_own_way() -> None:
     name = "pettingzoo:mpe2.simple_tag_v3?arguments=max_cycles:4"
     world = make_environment(name, 1)
@@ -117,9 +121,23 @@ def test_who_knows_no_pictures_is_shown_by_its_actions(tmp_path: Path) -> None:
     assert episode.actions.shape == (8, 3)
 
 
-def test_an_environment_that_draws_something_else_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bm3il.actors.environments.rover_tower import RoverTower
+def test_who_is_not_there_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = RoverTower.step
 
+    def dying(self: RoverTower, actions: Sequence[np.ndarray]) -> TimeStep:
+        now = step(self, actions)
+        now.active[0][:, 0] = False
+        return now
+
+    monkeypatch.setattr(RoverTower, "step", dying)
+    monkeypatch.setattr(play, "MOST_FRAMES", 1)
+    episode = play.record(TOWERS, UniformPolicy(make_environment(TOWERS, 1).spec), 0)
+    nobody = np.zeros(episode.actions.shape, bool)
+    nobody[1:, 0] = True
+    np.testing.assert_array_equal(np.isnan(episode.actions), nobody)
+
+
+def test_an_environment_that_draws_something_else_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RoverTower, "render", lambda self: np.zeros((4, 4), np.uint8))
     with pytest.raises(InputError, match=r"render\(\) must give uint8 \[H, W, 3\], gave uint8 \[4, 4\]"):
         play.record(TOWERS, UniformPolicy(make_environment(TOWERS, 1).spec), 0)
