@@ -28,19 +28,22 @@ def arguments_of(text: str) -> dict[str, Any]:
     return options
 
 
-def agents_by_type(names: list[str], types: str) -> dict[str, list[str]]:
+def agents_by_type(names: list[Any], types: str) -> dict[str, list[Any]]:
     """Type → its agents, in the order of the environment or of the table `agent_0+agent_1,adversary_0`.
 
-    Without a table agents whose names differ by a trailing number are of one type. Raises InputError for a table that
-    does not name each agent once.
+    Without a table agents whose names differ by a trailing number are of one type; they may be named by numbers.
+    Raises InputError for a table that does not name each agent once.
     """
     if not types:
-        groups: dict[str, list[str]] = {}
+        groups: dict[str, list[Any]] = {}
         for name in names:
-            groups.setdefault(re.sub(r"[_ ]?\d+$", "", name) or name, []).append(name)
+            groups.setdefault(re.sub(r"[_ ]?\d+$", "", str(name)) or "agent", []).append(name)
         return groups
+    called = {str(name): name for name in names}
     table = [part.split("+") for part in types.split(",")]
     listed = [name for group in table for name in group]
-    if sorted(listed) != sorted(names):
-        raise InputError(f"types must name each agent once ({', '.join(names)}), got {', '.join(listed)}")
-    return {f"type{m}" if len(group) > 1 else group[0]: group for m, group in enumerate(table)}
+    if sorted(listed) != sorted(called):
+        raise InputError(f"types must name each agent once ({', '.join(called)}), got {', '.join(listed)}")
+    return {
+        f"type{m}" if len(group) > 1 else group[0]: [called[name] for name in group] for m, group in enumerate(table)
+    }

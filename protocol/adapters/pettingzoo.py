@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bm3il.protocol.adapters import spaces
-from bm3il.protocol.adapters.pettingzoo_modules import maker, options_of, steps_of
+from bm3il.protocol.adapters.options import agents_by_type, arguments_of
+from bm3il.protocol.adapters.pettingzoo_modules import maker, steps_of
 from bm3il.protocol.environment import Starts, TimeStep, compact_step
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.observations import Run, forms
@@ -80,8 +80,8 @@ class PettingZooParallel:
         names = _announced(first)
         if not names:
             raise InputError(f"{self._whose} does not tell its agents: name them in possible_agents")
-        groups = _grouped(names, types)
-        steps = episode_length or steps_of(first, options_of(arguments))
+        groups = agents_by_type(names, types)
+        steps = episode_length or steps_of(first, arguments_of(arguments))
         if steps < 1:
             raise InputError(f"{self._whose} does not tell how long an episode is: give ?episode_length=")
         seen, acts = ({name: self._space(first, of, name) for name in names} for of in ("observation", "action"))
@@ -268,20 +268,3 @@ def _announced(env: Any) -> list[Any]:
         env.reset(seed=0)
         names = env.agents
     return list(names)
-
-
-def _grouped(names: list[Any], types: str) -> dict[str, list[Any]]:
-    """Type → its agents, in the order of the environment or of the table. Agents may be named by numbers."""
-    if not types:
-        groups: dict[str, list[Any]] = {}
-        for name in names:
-            groups.setdefault(re.sub(r"_?\d+$", "", str(name)) or "agent", []).append(name)
-        return groups
-    called = {str(name): name for name in names}
-    table = [part.split("+") for part in types.split(",")]
-    listed = [name for group in table for name in group]
-    if sorted(listed) != sorted(called):
-        raise InputError(f"types must name each agent once ({', '.join(called)}), got {', '.join(listed)}")
-    return {
-        f"type{m}" if len(group) > 1 else group[0]: [called[name] for name in group] for m, group in enumerate(table)
-    }

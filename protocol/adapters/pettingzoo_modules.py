@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import json
 import pkgutil
 import re
 import sys
@@ -13,6 +12,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+from bm3il.protocol.adapters.options import arguments_of
 from bm3il.protocol.adapters.turns import Turns
 from bm3il.protocol.errors import InputError, unknown_name
 
@@ -29,7 +29,7 @@ def maker(target: str, arguments: str, drawn: bool = False) -> Callable[[], Any]
     Raises InputError for a module that cannot be imported or offers neither. So does what is returned, if the
     environment cannot be made or is of an older API; what may pass, of networks, is raised as it is.
     """
-    module, options = _module(target), options_of(arguments)
+    module, options = _module(target), arguments_of(arguments)
     _module("gymnasium")  # an environment of the old gym comes without, and has spaces of another kind
     offered = getattr(module, "parallel_env", None) or getattr(module, "env", None)
     if not callable(offered):
@@ -61,20 +61,6 @@ def _drawing(offered: Callable[..., Any]) -> Callable[..., Any]:
             return offered(**options)
 
     return made
-
-
-def options_of(arguments: str) -> dict[str, Any]:
-    """`NAME:VALUE,…` → values as JSON, or as text. Raises InputError for other forms."""
-    options = {}
-    for part in filter(None, arguments.split(",")):
-        name, colon, value = part.partition(":")
-        if not colon:
-            raise InputError(f"arguments: expected NAME:VALUE, got '{part}'")
-        try:
-            options[name] = json.loads(value)
-        except json.JSONDecodeError:
-            options[name] = value
-    return options
 
 
 def steps_of(env: Any, options: Mapping[str, Any]) -> int:
