@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from bm3il.protocol.environment import Starts, TimeStep
-from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
+from bm3il.protocol.specs import EnvironmentSpec, Part, TypeSpec
 
-PLACES, STEPS = 12, 20
+PLACES, STEPS = 11, 20
 STRIDES = {"walker": 1, "cart": 2}  # the types of agents, and how far each goes in a step
+SEEN = (Part("place", PLACES), Part("goal", PLACES))  # names for the numbers of an observation, in their order
 
 
 class MyTown:
@@ -18,7 +20,7 @@ class MyTown:
 
     def __init__(self, num_envs: int, walkers: int = 3, carts: int = 2) -> None:
         counts = {"walker": walkers, "cart": carts}
-        types = tuple(TypeSpec(name, counts[name], observation_dim=2 * PLACES, action_dim=3) for name in STRIDES)
+        types = tuple(TypeSpec(name, counts[name], 2 * PLACES, action_dim=3, parts=SEEN) for name in STRIDES)
         self.spec, self.num_envs = EnvironmentSpec("my_town", types, episode_length=STEPS), num_envs
 
     def reset(self, seed: int, starts: Starts | None = None) -> TimeStep:
@@ -47,3 +49,18 @@ class MyTown:
             terminated=np.zeros(self.num_envs, bool),
             truncated=np.full(self.num_envs, self._steps >= STEPS),
         )
+
+
+class Planner:
+    """Knows the way. `bm3il demonstrations record my_town` lets it play; you need none if you have recordings."""
+
+    def __init__(self, spec: EnvironmentSpec) -> None:
+        pass
+
+    def act(self, now: TimeStep, generator: Any = None, greedy: bool = False) -> list[np.ndarray]:
+        chosen = []
+        for seen, stride in zip(now.observations, STRIDES.values(), strict=True):
+            place, goal = seen[..., :PLACES].argmax(-1), seen[..., PLACES:].argmax(-1)
+            moves = (goal - place) * pow(stride, -1, PLACES) % PLACES
+            chosen.append(np.where(moves == 0, 1, np.where(moves <= PLACES // 2, 2, 0)))
+        return chosen

@@ -19,12 +19,12 @@ def test_what_is_written_passes_its_own_tests(tmp_path: Path) -> None:
     info = folder / "bus_lines-0.1.0.dist-info"  # as if it were installed
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bus_lines\nVersion: 0.1.0\n")
-    points = (folder / "pyproject.toml").read_text().partition('[project.entry-points."bm3il.environments"]\n')[2]
-    (info / "entry_points.txt").write_text("[bm3il.environments]\n" + points.splitlines()[0].replace('"', ""))
+    points = (folder / "pyproject.toml").read_text().partition("[project.entry-points.")[2].partition("[tool.")[0]
+    (info / "entry_points.txt").write_text("[" + points.replace("[project.entry-points.", "[").replace('"', ""))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(folder), os.environ.get("PYTHONPATH", "")))}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=100)
-    assert "2 passed" in done.stdout, done.stdout + done.stderr
+    assert "3 passed" in done.stdout, done.stdout + done.stderr
     assert "class BusLines:" in (folder / "bus_lines.py").read_text()
     assert "my_town" not in "".join(file.read_text() for file in folder.glob("*.*") if file.is_file())
 
