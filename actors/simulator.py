@@ -102,12 +102,31 @@ def end_if_hung(patience_seconds: float) -> None:
     It cannot be interrupted, and what it waits for may be anything; so its actor is started again. Its stack is in the
     log. Call once, in a process that may be started again.
     """
-    threading.Thread(target=_watch, args=(patience_seconds, _end), name="simulator-clock", daemon=True).start()
+    _started(patience_seconds, threading.Event())
 
 
-def _watch(patience_seconds: float, end: Callable[[str], None]) -> None:
-    while True:
-        time.sleep(min(LOOK_SECONDS, patience_seconds / 4))
+@contextmanager
+def ending_if_hung(patience_seconds: float) -> Iterator[None]:
+    """The same while the block lasts, for a command that plays and comes to an end."""
+    done = threading.Event()
+    watch = _started(patience_seconds, done)
+    try:
+        yield
+    finally:
+        done.set()
+        watch.join()
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _started(patience_seconds: float, done: threading.Event) -> threading.Thread:
+    args = patience_seconds, _end, done
+    thread = threading.Thread(target=_watch, args=args, name="simulator-clock", daemon=True)
+    thread.start()
+    return thread
+
+
+def _watch(patience_seconds: float, end: Callable[[str], None], done: threading.Event) -> None:
+    while not done.wait(min(LOOK_SECONDS, patience_seconds / 4)):
         inside = _clock.inside
         # A call that holds the interpreter stops this thread, too: then another clock, which needs no interpreter. It
         # runs while there are calls, since a learner may be deaf for longer at other times.

@@ -292,11 +292,11 @@ def check_environment(args: list[str]) -> int:
     parser.add_argument("environment")
     options = parser.parse_args(args)
     from bm3il.actors.settings import ActorSettings
-    from bm3il.actors.simulator import end_if_hung
+    from bm3il.actors.simulator import ending_if_hung
     from bm3il.launch.environment_check import check_environment
 
-    end_if_hung(ActorSettings().step_seconds)
-    return check_environment(options.environment)
+    with ending_if_hung(ActorSettings().step_seconds):
+        return check_environment(options.environment)
 
 
 def new_environment(args: list[str]) -> int:

@@ -90,6 +90,7 @@ def test_it_tells_of_each_step_and_is_closed_whatever_that_does(monkeypatch: pyt
 HANGING = """
 import sys, time, ctypes
 from bm3il.actors import simulator
+from bm3il.actors import simulator
 from bm3il.actors.environments.rover_tower import RoverTower
 simulator.DEAF_SECONDS = 0.5
 RoverTower.reset = {how}
@@ -115,3 +116,17 @@ def test_a_process_whose_simulator_hangs_ends_with_its_stack(how: str, told: str
     assert ended.returncode == 1
     assert told in ended.stderr
     assert "simulator.py" in ended.stderr  # where it was
+
+
+def test_a_command_that_has_ended_is_watched_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another hang in the same process, which may be somebody's notebook, is not its business."""
+    ended: list[str] = []
+    monkeypatch.setattr(simulator, "_end", ended.append)
+    with simulator.ending_if_hung(0.1):
+        Simulator(NAME, 1).reset(0)
+    monkeypatch.setattr(simulator._clock, "inside", (NAME, "step", time.monotonic() - 60))
+    time.sleep(0.2)
+    assert not ended
+    with simulator.ending_if_hung(0.1):
+        time.sleep(0.2)
+    assert f"'{NAME}' has not come back from 'step'" in ended[0]
