@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bm3il.launch import environment_speed
+
 
 def pytest_xdist_auto_num_workers() -> int:
     """Of `-n auto`: more than there are cores, since a quarter of the tests' time they wait for others."""
@@ -22,6 +24,13 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("no reference data: ../shared is absent")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contracts are checked in dozens of tests, which have no use for how fast an environment is."""
+    monkeypatch.setattr(environment_speed, "SPEED_SECONDS", 0.01)
+    monkeypatch.setattr(environment_speed, "MORE_COPIES", 2)
 
 
 @pytest.fixture

@@ -90,7 +90,6 @@ def test_it_tells_of_each_step_and_is_closed_whatever_that_does(monkeypatch: pyt
 HANGING = """
 import sys, time, ctypes
 from bm3il.actors import simulator
-from bm3il.actors import simulator
 from bm3il.actors.environments.rover_tower import RoverTower
 simulator.DEAF_SECONDS = 0.5
 RoverTower.reset = {how}

@@ -10,7 +10,6 @@ import pytest
 
 from bm3il.actors import simulator
 from bm3il.actors.environments.rover_tower import RoverTower
-from bm3il.launch import environment_speed
 from bm3il.launch.environment_check import check_environment
 from bm3il.launch.environment_template.my_town import MyTown
 from bm3il.protocol.environment import Environment, Starts, TimeStep
@@ -72,7 +71,6 @@ def check_made(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], Env
 
     def run(made: Callable[[int], Environment]) -> int:
         monkeypatch.setattr(simulator, "make_environment", lambda name, copies: made(copies))
-        monkeypatch.setattr(environment_speed, "SPEED_SECONDS", 0.02)
         return check_environment("told")
 
     return run
@@ -190,7 +188,7 @@ class Faulty(MyTown):
     ("fault", "told"),
     [
         ("float64", r"observations of type 'walker' are float32 .*found: float64 .*astype\(np.float32\)"),
-        ("one copy", r"observations of type 'cart' are float32 \[3, 2, 24\]; found: float32 \[2, 24\]"),
+        ("one copy", r"observations of type 'cart' are float32 \[3, 2, 22\]; found: float32 \[2, 22\]"),
         ("nan", "observations of type 'walker' are finite; found: .nan.; to mend it"),
         ("infinite reward", "rewards of type 'cart' are finite; found: .inf"),
         ("nothing allowed", "every active agent of type 'cart' may do something.*'wait'"),
