@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -65,13 +65,12 @@ def _played(environment: Environment, seed: int, choose: Choose) -> Episodes:
     """Copies of all that is shown, each checked by itself."""
     played, spec = Episodes(), environment.spec
     step = environment.reset(seed)
-    _check(environment, step)
+    played.steps.append(_checked(environment, step))
     _expect(
         not np.any(step.terminated | step.truncated),
         "no episode has ended after reset",
         mend="reset clears `terminated` and `truncated`",
     )
-    played.steps.append(copy.deepcopy(step))
     for t in range(spec.episode_length):
         ended = np.asarray(step.terminated | step.truncated)
         actions = choose(played.steps[-1], t)
@@ -79,9 +78,8 @@ def _played(environment: Environment, seed: int, choose: Choose) -> Episodes:
         step = environment.step(actions)
         unchanged = all(np.array_equal(a, b) for a, b in zip(actions, given, strict=True))
         _expect(unchanged, "the actions that are given stay as they are", mend="work on a copy of them")
-        _check(environment, step)
+        played.steps.append(_checked(environment, step))
         _check_ends(step, ended)
-        played.steps.append(copy.deepcopy(step))
         played.actions.append(given)
     ended = np.asarray(step.terminated | step.truncated)
     _expect(
@@ -209,10 +207,13 @@ def _check_ends(step: TimeStep, ended: np.ndarray) -> None:
         _expect(not active[ended].any(), "the agents of an episode that has ended are inactive", mend=mend)
 
 
-def _check(environment: Environment, step: TimeStep) -> None:
+def _checked(environment: Environment, shown: TimeStep) -> TimeStep:
+    """A copy that lasts, and in which what a spec describes is expanded once and not with every look."""
     envs = environment.num_envs
-    if step.columns is not None:  # of which the arrays below are made
-        _check_columns(environment, step)
+    if shown.columns is not None:  # of which the arrays below are made
+        _check_columns(environment, shown)
+    dense = replace(shown, observations=list(shown.observations), action_masks=list(shown.action_masks), columns=None)
+    step = copy.deepcopy(dense)
     for m, t in enumerate(environment.spec.types):
         agents, whose = (envs, t.count), f"of type '{t.name}'"
         _array(f"observations {whose}", step.observations[m], np.float32, (*agents, t.observation_dim))
@@ -230,7 +231,8 @@ def _check(environment: Environment, step: TimeStep) -> None:
         )
     _array("terminated", step.terminated, np.bool_, (envs,))
     _array("truncated", step.truncated, np.bool_, (envs,))
-    step.seen(environment.spec)  # refuses a description without columns
+    shown.seen(environment.spec)  # refuses a description without columns
+    return step
 
 
 def _check_columns(environment: Environment, step: TimeStep) -> None:

@@ -355,7 +355,7 @@ def test_damaged_files_are_refused(tmp_path: Path, demonstrations: Demonstration
         with pytest.raises(InputError, match="expected a safetensors file of demonstrations"):
             Demonstrations.load(path)
     for missing in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(InputError, match="expected a safetensors file of demonstrations"):
+        with pytest.raises(InputError, match="neither a file nor one of those that ship"):
             Demonstrations.load(missing)
 
 
