@@ -303,7 +303,7 @@ def new_environment(args: list[str]) -> int:
     """write a small environment that works, to begin your own with"""
     parser = _parser("new-environment")
     parser.add_argument("name", help="of the environment and its package: my_town")
-    parser.add_argument("--folder", type=Path, help="a new one; default: the name")
+    parser.add_argument("--folder", type=Path, help="a new one; default: NAME-environment")
     options = parser.parse_args(args)
     from bm3il.launch.new_environment import new_environment
 

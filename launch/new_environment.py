@@ -14,6 +14,8 @@ from bm3il.protocol.registry import known_environments
 TEMPLATE = Path(__file__).parent / "environment_template"
 NAME, CLASS = "my_town", "MyTown"
 """What is called so in the template."""
+FOLDER = "-environment"
+"""After the name: beside a folder of just that name, Python would import that in place of what is inside."""
 
 
 def new_environment(name: str, folder: Path | None) -> int:
@@ -22,7 +24,7 @@ def new_environment(name: str, folder: Path | None) -> int:
         raise InputError(f"expected a name of small letters, digits and _, like my_town, got '{name}'")
     if name in known_environments() or name in sys.stdlib_module_names or name == "bm3il":
         raise InputError(f"'{name}' is the name of something else already; take another")
-    folder = folder or Path(name)
+    folder = folder or Path(f"{name}{FOLDER}")
     if folder.exists():
         raise InputError(f"{folder} exists already; name another --folder, or delete it")
     try:
@@ -36,6 +38,6 @@ def new_environment(name: str, folder: Path | None) -> int:
             text = text.replace(old, new)
         write_atomically(folder / source.name.replace(NAME, name), text)
     print(f"{folder}/{name}.py is an environment that works. Next:")
-    print(f"  pip install -e {folder} && pytest {folder}")
+    print(f"  pip install -e {folder if folder.is_absolute() else f'./{folder}'} && pytest {folder}")
     print(f"  bm3il check-environment {name}")
     return 0

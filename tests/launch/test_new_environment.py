@@ -40,3 +40,10 @@ def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="exists already"):
         new_environment("bus_lines", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_is_not_imported_in_place_of_what_is_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert new_environment("bus_lines", None) == 0
+    (folder,) = tmp_path.iterdir()
+    assert not folder.name.isidentifier()
