@@ -18,7 +18,8 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, get_type_hints
 
 from bm3il.protocol.environment import Environment
@@ -118,13 +119,19 @@ def _parted(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _factory(key: str) -> Callable[..., Any]:
+    point = _point(key)
+    try:
+        return point.load()
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"environment '{key}' is {point.value}, which cannot be imported: {error}") from error
+
+
+@cache  # to look through all installed packages takes longer than a short episode; what is not found is not kept
+def _point(key: str) -> EntryPoint:
     points = {point.name: point for point in entry_points(group=GROUP)}
     if key not in points:
         raise unknown_name("environment", key, points)
-    try:
-        return points[key].load()
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"environment '{key}' is {points[key].value}, which cannot be imported: {error}") from error
+    return points[key]
 
 
 def _options_of(factory: Callable[..., Any]) -> dict[str, Any]:

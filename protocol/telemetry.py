@@ -102,7 +102,7 @@ class Telemetry:
         """Seconds of each stage since they were last taken, and of the stages that ended inside the open one."""
         self._waited = ("", 0.0, -math.inf)
         """The last wait, unless something else has begun since: its stage, when it began, and until when it lasted."""
-        self._server, self._server_thread = self._listen(bind or host, port)
+        self._server = self._listen(bind or host, port)
         if token:
             self._server.set_app(_guarded(prometheus_client.make_wsgi_app(self.registry), token))
         self.metrics_address = f"{host}:{self._server.server_port}"
@@ -110,12 +110,12 @@ class Telemetry:
         self._closing = threading.Event()
         self._heartbeat: threading.Thread | None = None
 
-    def _listen(self, address: str, port: int) -> tuple[WSGIServer, threading.Thread]:
+    def _listen(self, address: str, port: int) -> WSGIServer:
         """Serve the metrics. A port may be taken for a moment by the process that this one is started after."""
         give_up = time.monotonic() + PORT_SECONDS
         while True:
             try:
-                return prometheus_client.start_http_server(port, address, self.registry)
+                return prometheus_client.start_http_server(port, address, self.registry)[0]
             except (OSError, OverflowError) as error:
                 if getattr(error, "errno", 0) == errno.EADDRINUSE and time.monotonic() < give_up:
                     time.sleep(PORT_SECONDS / 10)
@@ -224,14 +224,17 @@ class Telemetry:
         return time.monotonic() - self._heard
 
     def close(self) -> None:
-        """Send the last status, end the heartbeat and the metrics endpoint."""
+        """Send the last status, end the heartbeat, and within a second the metrics endpoint."""
         self._now = (END, time.monotonic())
         self._closing.set()
         if self._heartbeat is not None:
             self._heartbeat.join(timeout=2 * HEARTBEAT_SECONDS)
+        # The server looks only twice a second whether it shall end: nobody waits for that.
+        threading.Thread(target=self._end_server, daemon=True).start()
+
+    def _end_server(self) -> None:
         self._server.shutdown()
         self._server.server_close()
-        self._server_thread.join(timeout=HEARTBEAT_SECONDS)
 
     def _beat(self, control: str) -> None:
         client = Client(control, self.sender, _answers, self.count_drop)
