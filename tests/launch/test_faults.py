@@ -14,11 +14,12 @@ from typing import Any
 import psutil
 import pytest
 
-DEADLINE_SECONDS = 90.0
+DEADLINE_SECONDS = 140.0
+"""Of runs of a quarter of a minute on an idle machine: only a hang, or cores that are overrun, take so long."""
 SMALL = [
     *("--preset", "rover_tower_4", "--environment", "rover_tower?pairs=2", "--demonstrations", "rover_tower_4"),
-    *("--seed", "3", "--steps", "3000", "--actor.steps-per-iteration", "100", "--actor.hidden", "16"),
-    *("--learner.hidden", "16", "--learner.heads", "2", "--learner.updates", "8", "--learner.batch-size", "64"),
+    *("--seed", "3", "--steps", "2000", "--actor.steps-per-iteration", "100", "--actor.hidden", "16"),
+    *("--learner.hidden", "16", "--learner.heads", "2", "--learner.updates", "4", "--learner.batch-size", "64"),
     *("--learner.checkpoint-interval", "5", "--reward.hidden", "16", "--reward.updates", "2"),
     *("--reward.batch-size", "64", "--reward.particles", "2", "--evaluation.interval", "10"),
     *("--evaluation.episodes", "20", "--evaluation.final-episodes", "20"),
@@ -124,7 +125,7 @@ def test_a_killed_process_leaves_no_trace_in_the_policy(
     tmp_path: Path, family: list[str], undisturbed: dict[str, Any], role: str
 ) -> None:
     process = start(tmp_path, "run", *family)
-    wait_for(lambda: iterations(tmp_path, "run") >= 12, process)
+    wait_for(lambda: iterations(tmp_path, "run") >= 8, process)
     victim = wait_for(lambda: worker(process, role), process)
     victim.send_signal(signal.SIGKILL)
     output, _ = process.communicate(timeout=DEADLINE_SECONDS)
@@ -139,7 +140,7 @@ def test_an_interrupted_run_resumes_to_the_same_policy(
     tmp_path: Path, family: list[str], undisturbed: dict[str, Any]
 ) -> None:
     process = start(tmp_path, "run", *family)
-    wait_for(lambda: iterations(tmp_path, "run") >= 12, process)
+    wait_for(lambda: iterations(tmp_path, "run") >= 8, process)
     processes, asked = descendants(process), time.monotonic()
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=DEADLINE_SECONDS)
@@ -179,7 +180,7 @@ def test_a_killed_supervisor_leaves_no_orphan_and_resume_gives_the_same_policy(
     tmp_path: Path, family: list[str], undisturbed: dict[str, Any]
 ) -> None:
     process = start(tmp_path, "run", *family)
-    wait_for(lambda: iterations(tmp_path, "run") >= 12, process)
+    wait_for(lambda: iterations(tmp_path, "run") >= 8, process)
     processes = descendants(process)
     process.kill()
     process.communicate(timeout=DEADLINE_SECONDS)
@@ -210,10 +211,10 @@ def test_eight_nodes_compute_what_one_computes(tmp_path: Path, family: list[str]
 @pytest.mark.parametrize("role", ["actor", "reward-server", "learner", "evaluator"])
 def test_an_async_run_outlives_any_process(tmp_path: Path, family: list[str], role: str) -> None:
     process = start(tmp_path, "run", "--mode", "async", "--actors", "2", *family)
-    wait_for(lambda: iterations(tmp_path, "run") >= 12, process)
+    wait_for(lambda: iterations(tmp_path, "run") >= 8, process)
     victim = wait_for(lambda: worker(process, role), process)
     victim.send_signal(signal.SIGKILL)
     output, _ = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 0, output
     result = result_of(tmp_path, "run")
-    assert (result["status"], result["iterations"], result["env_steps"]) == ("finished", 30, 3000)
+    assert (result["status"], result["iterations"], result["env_steps"]) == ("finished", 20, 2000)

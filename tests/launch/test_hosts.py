@@ -21,8 +21,11 @@ from test_faults import SMALL, finished, iterations, result_of, wait_for
 pytestmark = pytest.mark.processes
 
 HOSTS = 4
-SIZE = ["--actors", "4", "--steps", "4000", "--learner.deadline-seconds", "60"]
-DEADLINE_SECONDS = 110.0
+SIZE = [
+    *("--actors", "4", "--steps", "3000", "--learner.deadline-seconds", "60"),
+    *("--learner.clipped.epochs", "2", "--learner.clipped.parts", "4"),
+]
+DEADLINE_SECONDS = 140.0
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from bm3il.learner.cloning import BehaviourCloning
 from bm3il.learner.experience import Evaluated, LocalExperience
 from bm3il.learner.imitation import OffPolicyImitation
 from bm3il.learner.process import run_serial
-from bm3il.learner.settings import CloningSettings, LearnerSettings, Settings
+from bm3il.learner.settings import ClippedSettings, CloningSettings, LearnerSettings, Settings
 from bm3il.learner.training import Training
 from bm3il.protocol.channels import Refused
 from bm3il.protocol.environment import TimeStep
@@ -40,6 +41,7 @@ from bm3il.reward_server.settings import RewardSettings
 torch.set_num_threads(1)
 STEPS_PER_ITERATION = 100
 ITERATIONS = 6
+Undisturbed = Callable[[str], tuple[Path, dict[str, object]]]
 
 
 def run(
@@ -69,7 +71,15 @@ def run(
         endpoints=Endpoints("", "", "", ""),
     )
     actor = ActorSettings(steps_per_iteration=STEPS_PER_ITERATION, hidden=(16,))
-    small = LearnerSettings(hidden=16, heads=2, updates=3, batch_size=32, window_steps=300, checkpoint_interval=2)
+    small = LearnerSettings(
+        hidden=16,
+        heads=2,
+        updates=3,
+        batch_size=32,
+        window_steps=300,
+        checkpoint_interval=2,
+        clipped=ClippedSettings(epochs=1, parts=2, critic_first=1),
+    )
     reward = RewardSettings(particles=2, hidden=(16,), updates=2, batch_size=32, window_steps=300)
     reward = algorithm(name).reward_settings(reward)
     evaluation = EvaluationSettings(interval=2, episodes=20, final_episodes=20)
@@ -85,22 +95,33 @@ def run(
     return json.loads((folder / "result.json").read_text())
 
 
-def test_a_seed_determines_every_bit_of_the_policy(tmp_path: Path) -> None:
-    first, again, other = (
-        run(tmp_path / name, seed=seed)["policy_sha256"] for name, seed in (("a", 1), ("b", 1), ("c", 2))
-    )
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """The folder and the result of an algorithm's run with seed 1, which is trained once for all that ask."""
+
+    @cache
+    def trained(name: str) -> tuple[Path, dict[str, object]]:
+        folder = tmp_path_factory.mktemp("undisturbed") / "run"
+        return folder, run(folder, name)
+
+    return trained
+
+
+def test_a_seed_determines_every_bit_of_the_policy(tmp_path: Path, undisturbed: Undisturbed) -> None:
+    again, other = (run(tmp_path / name, seed=seed)["policy_sha256"] for name, seed in (("b", 1), ("c", 2)))
+    first = undisturbed("bm3il")[1]["policy_sha256"]
     assert first == again
     assert first != other
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
-def test_every_algorithm_runs_to_its_end(tmp_path: Path, name: str) -> None:
-    result = run(tmp_path / "run", name)
+def test_every_algorithm_runs_to_its_end(undisturbed: Undisturbed, name: str) -> None:
+    folder, result = undisturbed(name)
     assert result["status"] == "finished"
     assert result["iterations"] == ITERATIONS
     assert result["env_steps"] == (0 if name == "bc" else ITERATIONS * STEPS_PER_ITERATION)
     assert np.isfinite(result["normalized_return"])  # type: ignore[call-overload]
-    assert (tmp_path / "run" / "curve.png").stat().st_size > 1000
+    assert (folder / "curve.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("name", ["bm3il", "bc"])
@@ -130,14 +151,14 @@ def test_figures_of_the_log_are_called_after_whose_they_are(tmp_path: Path, poli
     assert not {"entropy", "loss"} & set(logged)
 
 
-def test_the_log_tells_where_the_time_went(tmp_path: Path) -> None:
-    run(tmp_path / "run")
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+def test_the_log_tells_where_the_time_went(undisturbed: Undisturbed) -> None:
+    folder = undisturbed("bm3il")[0]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     stages = {"seconds_collect", "seconds_observe", "seconds_query", "seconds_update"}
     assert all(stages <= set(line) for line in lines)
     spent = sum(value for line in lines for name, value in line.items() if name.startswith("seconds_"))
     assert 0.5 * lines[-1]["wall_seconds"] < spent < lines[-1]["wall_seconds"] + 1
-    assert "seconds_update" not in (tmp_path / "run" / "curve.csv").read_text()
+    assert "seconds_update" not in (folder / "curve.csv").read_text()
 
 
 class _Blinded(Simulator):
@@ -149,8 +170,10 @@ class _Blinded(Simulator):
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(ALGORITHMS) if ALGORITHMS[name].imitates])
-def test_imitation_never_reads_a_true_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    seen = run(tmp_path / "seen", name)["policy_sha256"]
+def test_imitation_never_reads_a_true_reward(
+    tmp_path: Path, undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    seen = undisturbed(name)[1]["policy_sha256"]
     monkeypatch.setattr(collector, "Simulator", _Blinded)
     assert run(tmp_path / "blind", name)["policy_sha256"] == seen
 
@@ -162,8 +185,8 @@ def test_an_expert_does_read_true_rewards(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("name", ["bm3il", "bc"])
-def test_stop_and_resume_ends_with_the_same_policy(tmp_path: Path, name: str) -> None:
-    whole = run(tmp_path / "whole", name)
+def test_stop_and_resume_ends_with_the_same_policy(tmp_path: Path, undisturbed: Undisturbed, name: str) -> None:
+    folder, whole = undisturbed(name)
 
     class StopsInTheMiddle(threading.Event):
         """Set from its fourth question on: some iterations in."""
@@ -180,7 +203,7 @@ def test_stop_and_resume_ends_with_the_same_policy(tmp_path: Path, name: str) ->
     resumed = run(tmp_path / "parts", name)
     assert resumed["policy_sha256"] == whole["policy_sha256"]
     assert resumed["return_mean"] == whole["return_mean"]
-    curves = [(tmp_path / part / "curve.csv").read_text().splitlines() for part in ("whole", "parts")]
+    curves = [(of / "curve.csv").read_text().splitlines() for of in (folder, tmp_path / "parts")]
     assert [line.split(",")[:2] for line in curves[0]] == [line.split(",")[:2] for line in curves[1]]
     logged = [json.loads(line)["iteration"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
     assert logged == list(range(1, ITERATIONS + 1))
