@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,8 @@ IDLE_SECONDS = 5.0
 """Without a call after which a process does not play any more, or has not begun to."""
 DEAF_SECONDS = 10.0
 """By which a step that does not even let another thread look at the clock may exceed its time."""
+STDERR = 2
+"""By its number: what stands in for `sys.stderr` need have no file."""
 
 
 class Simulator:
@@ -131,7 +132,7 @@ def _watch(patience_seconds: float, end: Callable[[str], None], done: threading.
         # A call that holds the interpreter stops this thread, too: then another clock, which needs no interpreter. It
         # runs while there are calls, since a learner may be deaf for longer at other times.
         if inside is not None or time.monotonic() - _clock.began < IDLE_SECONDS:
-            faulthandler.dump_traceback_later(patience_seconds + DEAF_SECONDS, exit=True)
+            faulthandler.dump_traceback_later(patience_seconds + DEAF_SECONDS, exit=True, file=STDERR)
         else:
             faulthandler.cancel_dump_traceback_later()
         if inside is not None and time.monotonic() - inside[2] > patience_seconds:
@@ -141,7 +142,7 @@ def _watch(patience_seconds: float, end: Callable[[str], None], done: threading.
 
 def _end(text: str) -> None:
     faulthandler.cancel_dump_traceback_later()
-    faulthandler.dump_traceback(sys.stderr)
+    faulthandler.dump_traceback(STDERR)
     with suppress(OSError):
-        os.write(sys.stderr.fileno(), f"{SimulatorError.__module__}.{SimulatorError.__name__}: {text}\n".encode())
+        os.write(STDERR, f"{SimulatorError.__module__}.{SimulatorError.__name__}: {text}\n".encode())
     os._exit(1)

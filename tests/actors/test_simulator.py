@@ -88,10 +88,11 @@ def test_it_tells_of_each_step_and_is_closed_whatever_that_does(monkeypatch: pyt
 
 
 HANGING = """
-import sys, time, ctypes
+import ctypes, io, sys, time
 from bm3il.actors import simulator
 from bm3il.actors.environments.rover_tower import RoverTower
 simulator.DEAF_SECONDS = 0.5
+sys.stderr = io.StringIO()  # has no file, as somebody's notebook may have it
 RoverTower.reset = {how}
 simulator.end_if_hung(0.5)
 time.sleep(1)  # of our own work it does not matter how long it takes
