@@ -23,6 +23,7 @@ from bm3il.protocol.environment import Starts
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.files import write_whole
 from bm3il.protocol.job import Job
+from bm3il.protocol.registry import copies_at_once
 from bm3il.protocol.seeds import derive_seed
 from bm3il.protocol.specs import EnvironmentSpec
 
@@ -235,9 +236,10 @@ def evaluate(
 
 
 def episodes_at_once(spec: EnvironmentSpec) -> int:
-    """How many are played together, at most: as many as have observations of one moment that memory holds easily."""
+    """How many are played together, at most: as many as have observations of one moment that memory holds easily, and
+    no more than the environment is made for."""
     seen = sum(t.count * t.observation_dim for t in spec.types)
-    return min(EPISODES_AT_ONCE, max(1, NUMBERS_AT_ONCE // seen))
+    return copies_at_once(spec.name, min(EPISODES_AT_ONCE, max(1, NUMBERS_AT_ONCE // seen)))
 
 
 def _affordable(environment: str, most: int, seconds: float, after_step: Callable[[], None]) -> int:

@@ -19,15 +19,19 @@ from bm3il.protocol.recordings.arrays import MAX_UNPACKED_BYTES, opened, read_ar
 from bm3il.protocol.recordings.long_table import read_table
 from bm3il.protocol.recordings.minari import is_minari, read_minari
 from bm3il.protocol.recordings.table import SUFFIXES
-from bm3il.protocol.registry import make_environment
+from bm3il.protocol.registry import copies_at_once, make_environment
 
 ENVIRONMENTS_AT_ONCE = 100
+
+
+def _copies_for(environment: str, episodes: int) -> int:
+    return copies_at_once(environment, max(1, min(episodes, ENVIRONMENTS_AT_ONCE)))
 
 
 def record(environment: str, episodes: int, seed: int, output: Path) -> int:
     """Let the scripted expert of an environment play, and save what it did. Raises InputError."""
     _refuse_existing(output)
-    played = make_environment(environment, max(1, min(episodes, ENVIRONMENTS_AT_ONCE)))
+    played = make_environment(environment, _copies_for(environment, episodes))
     origin = f"scripted expert of {environment}, seed {seed}"
     return _save(recording.record(played, expert_for(played.spec), episodes, seed, origin), output)
 
@@ -37,7 +41,7 @@ def record_run(run: Path, best: bool, greedy: bool, episodes: int, seed: int, ou
     _refuse_existing(output)
     trained = load_trained(run, best)
     name = trained.config.environment
-    played = make_environment(name, max(1, min(episodes, ENVIRONMENTS_AT_ONCE)))
+    played = make_environment(name, _copies_for(name, episodes))
     how = f"{trained.config.algorithm}, iteration {trained.checkpoint.iteration}, {'greedy' if greedy else 'drawn'}"
     origin = f"policy of run {run.name} ({how}) in {name}, seed {seed}"
     return _save(recording.record(played, trained.policy, episodes, seed, origin, greedy), output)

@@ -12,7 +12,7 @@ import torch
 from scipy.stats import t as student
 
 from bm3il.actors.environments.berlin.environment import Berlin
-from bm3il.actors.evaluation import EPISODES_AT_ONCE
+from bm3il.actors.evaluation import episodes_at_once
 from bm3il.actors.rollout import Acts, rollout
 from bm3il.launch.evaluate import FRESH_SEED
 from bm3il.protocol.environment import TimeStep
@@ -69,8 +69,9 @@ def play(name: str, policy: Acts, episodes: int) -> Sample:
     """Fresh episodes in the environment of this name: those that `bm3il evaluate` plays, the same for every policy."""
     returns: list[np.ndarray] = []
     loads: list[np.ndarray] = []
-    for first in range(0, episodes, EPISODES_AT_ONCE):
-        world = make_environment(name, min(EPISODES_AT_ONCE, episodes - first))
+    at_once = episodes_at_once(make_environment(name, 1).spec)
+    for first in range(0, episodes, at_once):
+        world = make_environment(name, min(at_once, episodes - first))
         berlin = unperturbed(world)
         seed = derive_seed(FRESH_SEED, "evaluation", first)
         if isinstance(berlin, Berlin):

@@ -8,7 +8,8 @@ A name is an entry point of the group `bm3il.environments`, so a user's package 
 What follows `:` is passed as the option `target`; options follow `?`, joined by `&`, and are converted to the types
 that the factory's signature names; if that ends with `**arguments`, these are all others, as text. A factory whose
 options name files says so by a function `with_files(option, value, change)`, also for `target`: the value with `change`
-applied to the part of it that is the path of a file; then runs know these files again. Every environment also takes
+applied to the part of it that is the path of a file; then runs know these files again. One whose copies are costly has
+an attribute `most_copies`: evaluations and recorders step no more of them together. Every environment also takes
 `slip` and `noise` (`protocol.perturbation`), and `processes` (`protocol.pool`) if its copies can be divided, unless its
 factory has an option of that name itself.
 """
@@ -70,6 +71,12 @@ def make_share(name: str, num_envs: int, first_copy: int = 0, drawn: bool = Fals
     if not isinstance(environment, Environment):
         raise InputError(f"environment '{key}': {factory!r} does not follow protocol.environment.Environment")
     return environment
+
+
+def copies_at_once(name: str, most: int) -> int:
+    """How many copies whoever plays many episodes steps together: `most`, or `most_copies` of the factory, if it has
+    that and it is fewer, since each of its copies is a process, say."""
+    return min(most, getattr(_factory(name.partition("?")[0].partition(":")[0]), "most_copies", most))
 
 
 def with_absolute_files(name: str) -> tuple[str, list[str]]:

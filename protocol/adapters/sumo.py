@@ -25,6 +25,8 @@ class Sumo:
     and 0 are all; random ones are 20 then.   steps: of an episode.   interval: seconds of a step.
     """
 
+    most_copies = 16  # each has a process, which takes half a second of a core to start, and tens of megabytes
+
     def __init__(
         self, num_envs: int, target: str = "", routes: str = "", vehicles: int = 0, steps: int = 60, interval: int = 10
     ) -> None:

@@ -16,6 +16,7 @@ from bm3il.actors.environments.rover_tower import RoverTower
 from bm3il.actors.evaluation import Evaluator, ReturnEstimate, Scale, evaluate
 from bm3il.actors.policy import UniformPolicy
 from bm3il.actors.settings import EvaluationSettings
+from bm3il.launch import demonstrations
 from bm3il.protocol.demonstrations import Demonstrations, resolve
 from bm3il.protocol.environment import Environment, TimeStep
 from bm3il.protocol.job import Endpoints, Job
@@ -47,6 +48,24 @@ def test_evaluations_repeat_and_their_episodes_differ(monkeypatch: pytest.Monkey
     assert np.array_equal(one, again)
     assert not np.array_equal(one, other)
     assert len(np.unique(one[:, 0])) == 10
+
+
+def test_an_environment_says_how_many_of_it_are_played_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As one does whose copies are processes; recorders hold to it, too."""
+    played: list[int] = []
+    reset = RoverTower.reset
+
+    def counted(world: RoverTower, *args: Any) -> TimeStep:
+        played.append(world.num_envs)
+        return reset(world, *args)
+
+    monkeypatch.setattr(RoverTower, "most_copies", 3, raising=False)
+    monkeypatch.setattr(RoverTower, "reset", counted)
+    environment = "rover_tower?pairs=2"
+    uniform = UniformPolicy(make_environment(environment, 1).spec)
+    assert evaluate(environment, uniform, 7, 1).shape == (7, 4)
+    demonstrations.record(environment, 7, 1, tmp_path / "recorded.safetensors")
+    assert played == [3, 3, 1, 3, 3, 3]
 
 
 def test_what_would_not_fit_the_memory_is_played_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
