@@ -193,7 +193,8 @@ def _world(name: str, groups: Mapping[Values, Sequence[StudyRun]]) -> World:
         for group, runs in groups.items()
     }
     found = {group: scores for group, scores in found.items() if len(scores)}
-    least, most = (of([of(s) for s in found.values()], default=0.0) for of in (min, max))
+    marks = [0.0, 1.0] if score == "normalized_return" else []  # what the axis says that it is from, and to
+    least, most = (of([*marks, *(of(s) for s in found.values())], default=0.0) for of in (min, max))
     span = (most - least) or 1.0
     rows = []
     for group, scores in found.items():

@@ -355,6 +355,7 @@ def test_a_study_tells_what_its_groups_come_to(study: Path) -> None:
     assert [world.name for world in found.worlds] == ["as trained", "slip"]
     clone = found.worlds[0].rows[1]
     assert (clone.group, clone.runs, clone.mean, clone.low) == (("bc",), 1, 0.6, None)
+    assert clone.at == pytest.approx(60), "of an axis from random to the expert"
     (chart,) = found.curves
     assert [line.name for line in chart.lines] == ["bm3il (3)", "bc (1)"]
     assert max(chart.lines[0].x) == 800 * 250, "as far as all of them have come"
