@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from bm3il.protocol.adapters.options import arguments_of
+from bm3il.protocol.adapters.options import arguments_of, one_line
 from bm3il.protocol.adapters.spaces import MASK, kept, parts_of, reader, taker, widths
 from bm3il.protocol.environment import Starts, TimeStep, compact_step
 from bm3il.protocol.errors import InputError
@@ -15,8 +16,12 @@ from bm3il.protocol.observations import forms
 from bm3il.protocol.seeds import small_seed
 from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
 
+log = logging.getLogger(__name__)
+
 AGENT = "agent"
 """Name of the one type, which has one agent."""
+PICTURES = "rgb_array"
+"""The mode of drawing that gives arrays."""
 
 
 class Gymnasium:
@@ -24,7 +29,8 @@ class Gymnasium:
 
     target: what `gymnasium.make` takes; `my_module:MyEnv-v0` imports the module first.   arguments: what it is called
     with, `NAME:VALUE,…`, values as JSON (text without quotes is text).   episode_length: a time limit in place of the
-    environment's own; needed if it has none.   first_copy: number of the first copy (`protocol.pool`).
+    environment's own; needed if it has none.   first_copy: number of the first copy (`protocol.pool`).   drawn: whether
+    `render` will be called, which environments must know beforehand.
 
     Box actions are scaled from [-1, 1] to the box. Masks come from `action_mask` in an environment's info. Observations
     are flattened; entries of a dictionary are named parts (`--reward.sees`). Those of spaces of integers are kept as
@@ -32,14 +38,24 @@ class Gymnasium:
     """
 
     def __init__(
-        self, num_envs: int, target: str = "", arguments: str = "", episode_length: int = 0, first_copy: int = 0
+        self,
+        num_envs: int,
+        target: str = "",
+        arguments: str = "",
+        episode_length: int = 0,
+        first_copy: int = 0,
+        drawn: bool = False,
     ) -> None:
         """Raises InputError for an environment that cannot be made, whose observations have no fixed width, whose
         actions are neither discrete nor a bounded box, and one without a time limit."""
         if num_envs < 1:
             raise InputError(f"gymnasium: expected num_envs ≥ 1, got {num_envs}")
         limit = {"max_episode_steps": episode_length} if episode_length else {}
-        self._envs = [_made(target, arguments_of(arguments) | limit) for _ in range(num_envs)]
+        options = arguments_of(arguments) | limit
+        self._envs = [_made(target, options) for _ in range(num_envs)]
+        if drawn and PICTURES in (self._envs[0].metadata.get("render_modes") or ()):
+            self._envs[0].close()
+            self._envs[0] = _made(target, {"render_mode": PICTURES, **options})
         self.num_envs, self._first_copy = num_envs, first_copy
         seen, acts = self._envs[0].observation_space, self._envs[0].action_space
         given = {"arguments": arguments, "episode_length": episode_length}
@@ -89,6 +105,19 @@ class Gymnasium:
             self._show(e, seen, info)
         return self._settled()
 
+    def render(self) -> np.ndarray | None:
+        """A picture of the first copy, [H, W, 3] uint8; None if it draws none, or lacks the package to draw with."""
+        from gymnasium.error import DependencyNotInstalled
+
+        if self._envs[0].render_mode is None:
+            return None
+        try:
+            picture = self._envs[0].render()
+        except DependencyNotInstalled as error:
+            log.warning("%s draws nothing: %s", self.spec.name, one_line(error))
+            return None
+        return picture if isinstance(picture, np.ndarray) else None
+
     def close(self) -> None:
         """Free what the copies hold."""
         for env in self._envs:
@@ -127,8 +156,4 @@ def _made(target: str, arguments: dict[str, Any]) -> Any:
     try:
         return gymnasium.make(target, disable_env_checker=True, **arguments)
     except Exception as error:  # its own constructor may raise anything
-        raise InputError(f"gymnasium:{target} cannot be made: {type(error).__name__}: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        raise InputError(f"gymnasium:{target} cannot be made: {one_line(error)}") from error

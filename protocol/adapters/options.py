@@ -1,4 +1,4 @@
-"""Options that adapters have in common: arguments of somebody else's environment, and the types of its agents."""
+"""What adapters have in common: arguments of somebody else's environment, the types of its agents, and its errors."""
 
 from __future__ import annotations
 
@@ -47,3 +47,8 @@ def agents_by_type(names: list[Any], types: str) -> dict[str, list[Any]]:
     return {
         f"type{m}" if len(group) > 1 else group[0]: [called[name] for name in group] for m, group in enumerate(table)
     }
+
+
+def one_line(error: Exception) -> str:
+    """What somebody else's code has raised, to be told in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

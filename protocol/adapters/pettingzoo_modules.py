@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-from bm3il.protocol.adapters.options import arguments_of
+from bm3il.protocol.adapters.options import arguments_of, one_line
 from bm3il.protocol.adapters.turns import Turns
 from bm3il.protocol.errors import InputError, unknown_name
 
@@ -46,7 +46,7 @@ def maker(target: str, arguments: str, drawn: bool = False) -> Callable[[], Any]
         except ModuleNotFoundError as error:
             raise _missing(target, error) from error
         except Exception as error:
-            raise InputError(f"pettingzoo:{target} cannot be made{with_these}: {_one_line(error)}") from error
+            raise InputError(f"pettingzoo:{target} cannot be made{with_these}: {one_line(error)}") from error
         _expect_seeds(env, target)
         return env
 
@@ -88,7 +88,7 @@ def _module(target: str) -> ModuleType:
     except ModuleNotFoundError as error:
         raise _missing(target, error) from error
     except Exception as error:  # a module may raise anything
-        raise InputError(f"pettingzoo:{target} cannot be imported: {_one_line(error)}") from error
+        raise InputError(f"pettingzoo:{target} cannot be imported: {one_line(error)}") from error
 
 
 def _missing(target: str, error: ModuleNotFoundError) -> InputError:
@@ -136,7 +136,3 @@ def _expect_seeds(env: Any, target: str) -> None:
             f"pettingzoo:{target} is of an older API: expected reset(seed=None, options=None), got "
             f"reset({', '.join(signature.parameters)})"
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

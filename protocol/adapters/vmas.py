@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bm3il.protocol.adapters.options import agents_by_type, value_of
+from bm3il.protocol.adapters.options import agents_by_type, one_line, value_of
+from bm3il.protocol.adapters.vmas_picture import picture
 from bm3il.protocol.environment import Starts, TimeStep
 from bm3il.protocol.errors import InputError, unknown_name
 from bm3il.protocol.seeds import small_seed
@@ -100,6 +101,10 @@ class Vmas:
         self._truncated = self._truncated | (truncated.numpy() & ~terminated.numpy() & ~ended)
         return self._step(seen, rewards, ended)
 
+    def render(self) -> np.ndarray:
+        """The first copy from above, [H, W, 3] uint8."""
+        return picture(self._env.scenario)
+
     def _taken(self, actions: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """As VMAS takes them: of each agent [E, 1] integers, or [E, A] in its range."""
         taken = [torch.empty(0)] * self._env.n_agents
@@ -160,8 +165,7 @@ def _made(target: str, arguments: dict[str, Any], **options: Any) -> Any:
         try:
             made = vmas.make_env(target, **options, **arguments)
         except Exception as error:  # a scenario may raise anything
-            text = " ".join(str(error).split())
-            raise InputError(f"vmas:{target} cannot be made: {type(error).__name__}: {text}") from error
+            raise InputError(f"vmas:{target} cannot be made: {one_line(error)}") from error
     for warning in told:
         if unused := UNUSED.match(str(warning.message)):
             taken = TAKEN.findall(known[target].read_text(encoding="utf-8"))

@@ -157,3 +157,34 @@ def test_what_cannot_be_made_is_said_in_one_line(name: str, message: str) -> Non
 def test_start_states_are_refused() -> None:
     with pytest.raises(InputError, match="cannot start from given states"):
         make_environment(SMALL, 1).reset(0, {"places": np.zeros((1, 2))})
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_it_is_drawn_where_the_environment_draws() -> None:
+    pytest.importorskip("pygame")
+    world = make_environment("gymnasium:CartPole-v1", 2, drawn=True)
+    world.reset(0)
+    first = world.render()  # type: ignore[attr-defined]
+    assert (first.dtype, first.shape) == (np.uint8, (400, 600, 3))
+    for _ in range(5):
+        world.step([np.ones((2, 1), int)])
+    assert (world.render() != first).any()  # type: ignore[attr-defined]
+    for undrawn in (make_environment("gymnasium:CartPole-v1", 1), make_environment(SMALL, 1, drawn=True)):
+        undrawn.reset(0)
+        assert undrawn.render() is None  # type: ignore[attr-defined]
+
+
+def test_without_the_package_that_draws_there_is_no_picture(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from gymnasium.envs.classic_control import CartPoleEnv
+    from gymnasium.error import DependencyNotInstalled
+
+    def lacking(self: CartPoleEnv) -> None:
+        raise DependencyNotInstalled('pygame is not installed, run `pip install "gymnasium[classic_control]"`')
+
+    monkeypatch.setattr(CartPoleEnv, "render", lacking)
+    world = make_environment("gymnasium:CartPole-v1", 1, drawn=True)
+    world.reset(0)
+    assert world.render() is None  # type: ignore[attr-defined]
+    assert 'pip install "gymnasium[classic_control]"' in caplog.text

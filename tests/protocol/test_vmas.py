@@ -150,3 +150,21 @@ def test_nothing_but_its_adapter_imports_it() -> None:
     ]
     importing = [file.name for file in files if re.search(r"^\s*(?:import|from) vmas\b", file.read_text(), re.M)]
     assert importing == ["vmas.py"]
+
+
+@pytest.mark.parametrize(("place", "pixel"), [((0.9, 0.0), (200, 350)), ((0.0, -0.9), (350, 200))])
+def test_the_first_copy_is_drawn_from_above(place: tuple[float, float], pixel: tuple[int, int]) -> None:
+    environment = make_environment("vmas:navigation?n_agents=1", 2, drawn=True)
+    assert isinstance(environment, Vmas)
+    environment.reset(0)
+    world = environment._env.world
+    (agent,), (goal,) = world.agents, world.landmarks
+    for entity, (x, y) in ((agent, place), (goal, (-0.5, 0.5))):
+        position = entity.state.pos.clone()
+        position[0, 0], position[0, 1] = x, y
+        entity.set_pos(position, batch_index=None)
+    picture = environment.render()
+    assert (picture.dtype, picture.shape) == (np.uint8, (400, 400, 3))
+    np.testing.assert_allclose(picture[pixel], np.multiply(agent.color, 255), atol=1)
+    np.testing.assert_allclose(picture[117, 117], np.multiply(goal.color, 255), atol=1)
+    assert (picture[200, 200] == 255).all()
