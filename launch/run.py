@@ -38,6 +38,8 @@ from bm3il.protocol.telemetry import Telemetry
 from bm3il.reward_server.sees import check_imagined, columns_seen
 
 SERIAL_SHOW_SECONDS = 0.5
+CLONE_WEIGHT = 0.3
+"""Of imitation that starts from the clone, in the world that was demonstrated: docs/tuning.md has figures."""
 
 
 def train(config: Config) -> int:
@@ -110,6 +112,7 @@ def check(config: Config) -> tuple[Config, EnvironmentSpec]:
     spec = make_environment(config.environment, 1).spec
     if not all(kind.discrete for kind in spec.types):
         config = replace(config, learner=replace(config.learner, query="state_action"))
+    config = _near_the_clone(config, spec)
     if config.reward.source == "learned":
         columns_seen(spec, config.reward.sees)
         check_imagined(spec, config.reward.imagined)
@@ -124,6 +127,16 @@ def check(config: Config) -> tuple[Config, EnvironmentSpec]:
                 f"'{spec.changes}'"
             )
     return config, spec
+
+
+def _near_the_clone(config: Config, spec: EnvironmentSpec) -> Config:
+    """With the weight that holds policies near the clone, if none was named."""
+    learner = config.learner
+    if learner.clipped.clone_weight is not None:
+        return config
+    held = algorithm(config.algorithm).imitates and learner.start == "cloned" and not spec.changes
+    clipped = replace(learner.clipped, clone_weight=CLONE_WEIGHT if held else 0.0)
+    return replace(config, learner=replace(learner, clipped=clipped))
 
 
 def _check_devices(config: Config) -> None:

@@ -86,7 +86,7 @@ def changed_world(config: Config, environment: str, seed: int, steps: int) -> Co
             config.learner,
             policy="clipped",
             start="cloned",
-            clipped=replace(config.learner.clipped, clip=0.1, critic_first=3),
+            clipped=replace(config.learner.clipped, clip=0.1, critic_first=3, clone_weight=0.0),
             policy_learning_rate=1e-3,
             critic_learning_rate=1e-3,
             final_learning_rate=0.3,

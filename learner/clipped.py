@@ -318,7 +318,7 @@ class ClippedActorCritic:
                 weight[tile],
                 settings.clip,
                 settings.entropy_weight,
-                settings.clone_weight,
+                settings.clone_weight or 0.0,
                 None if clone is None else options.logits(clone[tile]),
             )
             total.add_(loss)
@@ -348,6 +348,7 @@ class ClippedActorCritic:
         loss, d_ratio = losses.clipped_gain(log_ratio.detach(), advantage, settings.clip, weight)
         surrogate = (d_ratio * log_ratio).sum() - settings.entropy_weight * entropy
         if clone is not None:
+            assert settings.clone_weight is not None
             surrogate = surrogate + settings.clone_weight * (weight * gaussian.divergence(output, clone)).sum()
         surrogate.backward()
         return loss - settings.entropy_weight * entropy.detach(), entropy.detach()

@@ -25,8 +25,10 @@ class ClippedSettings:
     """λ of the generalised advantages: 0 trusts the critics after one step, 1 the rewards to the end."""
     entropy_weight: NonNegative = 0.005
     """Weight of the policies' entropy beside the normalised advantage."""
-    clone_weight: NonNegative = 0.0
-    """Weight of the divergence KL(π ‖ π_clone) from the clone that the run started from."""
+    clone_weight: NonNegative | None = None
+    """Weight of the divergence KL(π ‖ π_clone) from the clone that the run started from. None: 0.3 for imitation in the
+    world that was demonstrated, where a clone is hard to better; 0 in one that is a change of it, where the clone is
+    what is wrong, and for runs on true rewards."""
     critic_first: Natural = 5
     """Iterations at the start in which only the critics learn: they know nothing of the clone yet."""
 

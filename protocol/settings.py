@@ -29,7 +29,7 @@ def check_bounds(settings: Any, path: str = "") -> None:
         value = getattr(settings, name)
         if is_dataclass(value):
             check_bounds(value, f"{path}{name}.")
-        numbers = value if isinstance(value, tuple) else (value,)
+        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
         for bound in _bounds(hint):
             if not all(_holds(bound, number) for number in numbers):
                 raise InputError(f"--{flag(path + name)} must be {_words(bound)}, got {value}")

@@ -234,6 +234,23 @@ def test_clipped_updates_and_the_clone_need_what_they_need(flags: list[str], exp
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("flags", "weight"),
+    [
+        ([], 0.3),
+        (["--environment", "rover_tower?pairs=4&slip=0.1"], 0.0),
+        (["--learner.start", "random"], 0.0),
+        (["--algorithm", "maac"], 0.0),
+        (["--learner.clipped.clone-weight", "0"], 0.0),
+        (["--learner.clipped.clone-weight", "0.1", "--environment", "rover_tower?pairs=4&slip=0.1"], 0.1),
+    ],
+)
+def test_imitation_is_held_near_the_clone_in_the_world_that_it_knows(flags: list[str], weight: float) -> None:
+    usual = ["--preset", "own", "--demonstrations", "rover_tower_8", "--environment", "rover_tower?pairs=4"]
+    config, _ = check(parse_config([*usual, *flags]))
+    assert config.learner.clipped.clone_weight == weight
+
+
 @pytest.mark.parametrize("name", ["berlin_slip", "berlin_closed"])
 def test_presets_of_changed_worlds_hold_the_recipe_of_whatif(name: str) -> None:
     preset = load_preset(name)
