@@ -257,8 +257,12 @@ def demonstrations(args: list[str]) -> int:
     record.add_argument("--episodes", type=int, default=100)
     record.add_argument("--seed", type=int, default=0)
     record.add_argument("--output", type=Path, required=True)
-    imports = actions.add_parser("import", help="from a table, an npz, or a data set of Minari; see docs/recordings.md")
-    imports.add_argument("file", help="….csv, .tsv or .parquet, .npz, minari:ID")
+    imports = actions.add_parser(
+        "import", help="from a table, an npz, a data set of Minari, or routes; see docs/recordings.md"
+    )
+    imports.add_argument(
+        "file", nargs="+", help="….csv, .tsv or .parquet, .npz, minari:ID; of SUMO's routes .xml, one for each episode"
+    )
     imports.add_argument("--environment", default="", help="in which it was recorded")
     imports.add_argument(
         "--mapping", type=Path, help="a YAML file: what the table calls columns, types, agents, actions"
@@ -275,7 +279,7 @@ def demonstrations(args: list[str]) -> int:
     if options.action == "inspect":
         return demonstrations.inspect(options.file)
     if options.action == "import":
-        return demonstrations.import_file(options.file, options.environment, options.mapping, options.output)
+        return demonstrations.import_files(options.file, options.environment, options.mapping, options.output)
     if options.action == "clean":
         return demonstrations.clean(options.file, options.output)
     if (options.environment is None) == (options.run is None):

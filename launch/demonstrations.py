@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from bm3il.actors.experts.importers import DAY, import_day, import_rover_tower
 from bm3il.actors.experts.scripted import expert_for
 from bm3il.launch.inspection import print_types
 from bm3il.launch.trained import load_trained
+from bm3il.protocol.adapters.sumo import Sumo
 from bm3il.protocol.demonstrations import Demonstrations, resolve
 from bm3il.protocol.errors import InputError
+from bm3il.protocol.perturbation import unperturbed
 from bm3il.protocol.recordings.arrays import MAX_UNPACKED_BYTES, opened, read_arrays
 from bm3il.protocol.recordings.long_table import read_table
 from bm3il.protocol.recordings.minari import is_minari, read_minari
@@ -22,6 +25,8 @@ from bm3il.protocol.recordings.table import SUFFIXES
 from bm3il.protocol.registry import copies_at_once, make_environment
 
 ENVIRONMENTS_AT_ONCE = 100
+ROUTES = (".xml", ".xml.gz")
+"""How files of SUMO end."""
 
 
 def _copies_for(environment: str, episodes: int) -> int:
@@ -47,13 +52,15 @@ def record_run(run: Path, best: bool, greedy: bool, episodes: int, seed: int, ou
     return _save(recording.record(played, trained.policy, episodes, seed, origin, greedy), output)
 
 
-def import_file(file: str, environment: str, mapping: Path | None, output: Path) -> int:
-    """Convert what somebody else recorded: a table, an npz, a data set of Minari (docs/recordings.md).
+def import_files(files: Sequence[str], environment: str, mapping: Path | None, output: Path) -> int:
+    """Convert what somebody else recorded: a table, an npz, a data set of Minari (docs/recordings.md), or files of
+    SUMO's routes, an episode each (docs/sumo.md).
 
     environment: in which it was recorded; it may be left out for an npz of the paper authors' Rover Tower experts.
     Raises InputError.
     """
     _refuse_existing(output)
+    file, *others = files
     path = Path(file)
     if mapping is not None and path.suffix.lower() not in SUFFIXES:
         raise InputError(f"--mapping names the columns of a table ({', '.join(SUFFIXES)}), and {file} is none")
@@ -61,15 +68,19 @@ def import_file(file: str, environment: str, mapping: Path | None, output: Path)
         if path.suffix != ".npz":
             raise InputError(f"{file}: name the environment it was recorded in with --environment")
         return _save(import_rover_tower(path), output)
+    if others and not all(name.endswith(ROUTES) for name in files):
+        raise InputError(f"expected one file, or routes of SUMO ({', '.join(ROUTES)}), got {', '.join(files)}")
     notes: list[str] = []
-    if is_minari(file):
+    if file.endswith(ROUTES):
+        demonstrations, notes = _import_routes([Path(name) for name in files], environment)
+    elif is_minari(file):
         demonstrations = read_minari(file, make_environment(environment, 1).spec)
     elif path.suffix.lower() in SUFFIXES:
         demonstrations, notes = read_table(path, make_environment(environment, 1), mapping)
     elif path.suffix == ".npz":
         demonstrations, notes = _import_npz(path, environment)
     else:
-        known = ", ".join((*SUFFIXES, ".npz"))
+        known = ", ".join((*SUFFIXES, ".npz", ROUTES[0]))
         raise InputError(f"{file}: expected a file that ends with {known}, or a data set of Minari, as minari:ID")
     for note in notes:
         print(note)
@@ -83,6 +94,18 @@ def _import_npz(path: Path, environment: str) -> tuple[Demonstrations, list[str]
     if is_day:
         return import_day(path, environment)
     return read_arrays(path, make_environment(environment, 1).spec), []
+
+
+def _import_routes(files: Sequence[Path], environment: str) -> tuple[Demonstrations, list[str]]:
+    """Of vehicles that take recorded ways through a network of SUMO's once more."""
+    network = unperturbed(make_environment(environment, 1))
+    if not isinstance(network, Sumo):
+        raise InputError(f"{files[0]}: routes are driven in a network of SUMO, sumo:town.net.xml, got '{environment}'")
+    again = network.drives_again(files)
+    origin = f"driven again from {files[0].name}" + (f" to {files[-1].name}" if len(files) > 1 else "")
+    demonstrations = recording.record(again, again, len(files), 0, origin)
+    notes = [f"turns that are no action (a turn around, say), left out: {again.left_out}"] if again.left_out else []
+    return demonstrations, notes
 
 
 def clean(file: Path, output: Path) -> int:

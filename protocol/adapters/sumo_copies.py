@@ -10,12 +10,15 @@ import os
 import socket
 import sys
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
+from itertools import cycle
 from typing import NoReturn
 
 import numpy as np
 
-from bm3il.protocol.adapters.sumo_network import Network, numbered, random_demand, recorded_demand
+from bm3il.protocol.adapters.sumo_network import Network, numbered, random_demand, recorded_day, recorded_demand
 from bm3il.protocol.adapters.sumo_world import AHEAD, GOAL, OWN, View, World
 from bm3il.protocol.adapters.wire import HELO, RESET, SHOW, SPEC, VERSION
 
@@ -70,22 +73,31 @@ def _play(world: World, line: socket.socket, vehicles: int) -> NoReturn:
 class Server:
     """Answers questions of the wire."""
 
-    def __init__(self, path: str, routes: str, vehicles: int, steps: int, interval: int) -> None:
-        """See `protocol.adapters.sumo.Sumo`. Raises whatever tells that its files cannot be used."""
-        self._network, self._steps = Network(path), steps
+    def __init__(
+        self, path: str, routes: str, vehicles: int, steps: int, interval: int, follow: Sequence[str] = ()
+    ) -> None:
+        """See `protocol.adapters.sumo.Sumo`.
+
+        follow: files of recorded ways, an episode each, which are driven instead: of E copies, number e drives the
+        files e, e + E, e + 2E, … in turn. What a vehicle does next is then a number more of what it sees.
+        Raises whatever tells that its files cannot be used.
+        """
+        self._network, self._steps, self._path, self._interval = Network(path), steps, path, interval
         if routes:
             self._demand = recorded_demand(self._network, routes, vehicles)
         else:
             self._demand = random_demand(self._network, vehicles, RANDOM_DEPARTURES * steps * interval)
-        self._world = World(self._network, path, self._demand, interval)
+        self._days = [recorded_day(self._network, file, self._demand) for file in follow]
         self._copies: list[Copy] = []
 
     def answer(self, kind: bytes, body: bytes) -> tuple[bytes, bytes]:
         """Kind and body of the answer."""
         if kind == HELO:
-            for _ in range(json.loads(body)["environments"]):
-                vehicles = len(self._demand.kinds)
-                self._copies.append(Copy(self._world, self._network, vehicles, list(self._copies)))
+            copies = json.loads(body)["environments"]
+            for e in range(copies):
+                days = cycle(self._days[e::copies]) if self._days else None
+                world = World(self._network, self._path, replace(self._demand, days=days), self._interval)
+                self._copies.append(Copy(world, self._network, len(self._demand.kinds), list(self._copies)))
             return SPEC, json.dumps(self._spec()).encode()
         if kind == RESET:
             questions = np.frombuffer(body, "<u4")[:, None]
@@ -99,6 +111,8 @@ class Server:
 
     def _spec(self) -> dict[str, object]:
         parts = [("own", OWN), ("destination", GOAL), *((f"ahead.{k}", AHEAD) for k in range(self._network.most))]
+        if self._days:
+            parts.append(("taken", 1))
         common = {
             "observation_dim": sum(width for _, width in parts),
             "action_dim": 1 + self._network.most,
@@ -111,8 +125,11 @@ class Server:
 
     def _shown(self, views: list[View]) -> bytes:
         ends = np.cumsum([count for _, count in numbered(self._demand.kinds)])[:-1]
-        floats: list[bytes] = []
-        for name in ("seen", "rewards", "masks", "active"):
-            together = np.stack([getattr(view, name) for view in views])
-            floats += [part.tobytes() for part in np.split(together, ends, axis=1)]
+        arrays = {
+            name: np.stack([getattr(view, name) for view in views]) for name in ("seen", "rewards", "masks", "active")
+        }
+        if self._days:
+            taken = np.stack([view.taken for view in views])
+            arrays["seen"] = np.concatenate([arrays["seen"], taken[..., None]], axis=2)
+        floats = [part.tobytes() for array in arrays.values() for part in np.split(array, ends, axis=1)]
         return b"".join(floats) + bytes(view.ended for view in views) + bytes(len(views))

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -26,6 +27,7 @@ class Network:
     ids: names.   lengths [R] m.   limits [R] m/s.   middles [R, 2] in 0..1 of the longer side.   headings [R, 2] unit
     vectors.   successors: of each edge the numbers of those that may follow, from left to right.   most: how many of
     them there are, at most.   connected: the numbers of edges from all of which there is a way to all of them.
+    leads_to: name → names, of all edges, also those that no car may use.
     """
 
     def __init__(self, path: str) -> None:
@@ -35,6 +37,7 @@ class Network:
         if not edges:
             raise ValueError(f"{path}: there is no edge for passenger cars")
         self.ids = [edge.getID() for edge in edges]
+        self.leads_to = {edge.getID(): {each.getID() for each in edge.getOutgoing()} for edge in net.getEdges()}
         self.number = {name: n for n, name in enumerate(self.ids)}
         self.lengths = np.array([edge.getLength() for edge in edges])
         self.limits = np.array([max(edge.getSpeed(), 0.1) for edge in edges])
@@ -88,11 +91,19 @@ class Network:
 
 @dataclass(frozen=True)
 class Trip:
-    """From the start of one edge to the end of another, from so many seconds of an episode on."""
+    """From the start of one edge to the end of another, from so many seconds of an episode on.
+
+    way: names of all its edges, if it shall be driven as it was recorded.
+    """
 
     depart: float
     origin: int
     destination: int
+    way: tuple[str, ...] = ()
+
+
+AT_HOME = Trip(np.inf, -1, -1)
+"""Of a vehicle that does not drive."""
 
 
 @dataclass
@@ -100,16 +111,21 @@ class Demand:
     """Who drives.
 
     types: name → attributes of the vehicles, as a `vType` has them.   kinds: of each vehicle, type by type.
-    trips: of each vehicle; None: random ones.
+    names: of each vehicle, as its file has them; none of those on random trips.   trips: of each vehicle; None: random
+    ones.   days: trips of recorded episodes, one after the other, instead.
     """
 
     types: dict[str, Mapping[str, str]]
     kinds: list[str]
+    names: list[str] = field(default_factory=list)
     trips: list[Trip] | None = None
     window: float = field(default=0.0)
+    days: Iterator[list[Trip]] | None = None
 
     def drawn(self, network: Network, random: np.random.Generator) -> list[Trip]:
         """The trips of an episode. Random ones start within the window, of seconds."""
+        if self.days is not None:
+            return next(self.days)
         if self.trips is not None:
             return self.trips
         found = []
@@ -123,7 +139,7 @@ def random_demand(network: Network, vehicles: int, window: float) -> Demand:
     """Cars on random trips."""
     if len(network.connected) < 2:
         raise ValueError("no two edges of the network can be reached from each other")
-    return Demand({"car": {}}, ["car"] * (vehicles or VEHICLES), None, window)
+    return Demand({"car": {}}, ["car"] * (vehicles or VEHICLES), window=window)
 
 
 def recorded_demand(network: Network, path: str, vehicles: int) -> Demand:
@@ -131,8 +147,53 @@ def recorded_demand(network: Network, path: str, vehicles: int) -> Demand:
 
     Raises ValueError, naming it, for one that the network has no way for, and for a file without any.
     """
+    types, found = _read_routes(network, path)
+    found = sorted(found[: vehicles or None], key=lambda each: each.kind)
+    kinds = [each.kind for each in found]
+    return Demand(
+        types={kind: types.get(kind, {}) for kind in dict.fromkeys(kinds)},
+        kinds=kinds,
+        names=[each.name for each in found],
+        trips=[replace(each.trip, way=()) for each in found],
+    )
+
+
+def recorded_day(network: Network, path: str, demand: Demand) -> list[Trip]:
+    """The trips of the vehicles of `demand` as a file of routes has them, the first at second 0: who has the same name
+    there; those on random trips in the order of departure. Vehicles that are not in the file are at home.
+
+    Raises ValueError as `recorded_demand`, and for a vehicle without a way, or that is none of those of `demand`.
+    """
+    _, found = _read_routes(network, path)
+    names = demand.names or [each.name for each in found]
+    if len(names) > len(demand.kinds):
+        raise ValueError(f"{path}: expected at most {len(demand.kinds)} vehicles, got {len(names)}; see vehicles=")
+    number = {name: n for n, name in enumerate(names)}
+    day = [AT_HOME] * len(demand.kinds)
+    for each in found:
+        if each.name not in number:
+            raise ValueError(f"{path}: there is no vehicle '{each.name}' in the environment's routes; list it there")
+        if not each.trip.way:
+            raise ValueError(f"{path}: expected the edges that vehicle {each.name} took, got its ends alone")
+        for before, after in pairwise(each.trip.way):
+            if after not in network.leads_to.get(before, ()):
+                raise ValueError(f"{path}: vehicle {each.name}: in the network, '{before}' does not lead to '{after}'")
+        day[number[each.name]] = each.trip
+    return day
+
+
+@dataclass(frozen=True)
+class Vehicle:
+    """A vehicle or trip of a file of routes."""
+
+    name: str
+    kind: str
+    trip: Trip
+
+
+def _read_routes(network: Network, path: str) -> tuple[dict[str, Mapping[str, str]], list[Vehicle]]:
+    """Attributes of the types of a file of routes, and its vehicles and trips by departure, the first at second 0."""
     types: dict[str, Mapping[str, str]] = {}
-    found: list[tuple[str, Trip]] = []
     routes: dict[str, list[str]] = {}
     data = Path(path).read_bytes()
     root = ElementTree.fromstring(gzip.decompress(data) if path.endswith(".gz") else data)
@@ -141,23 +202,21 @@ def recorded_demand(network: Network, path: str, vehicles: int) -> Demand:
             types[each.get("id", "")] = dict(each.attrib)
         elif each.tag == "route" and each.get("id"):
             routes[each.get("id", "")] = each.get("edges", "").split()
-    for each in root:
-        if each.tag in ("trip", "vehicle"):
-            found.append((each.get("type", "car"), _trip(network, each, routes)))
+    found = [
+        Vehicle(each.get("id", ""), each.get("type", "car"), _trip(network, each, routes))
+        for each in root
+        if each.tag in ("trip", "vehicle")
+    ]
     if not found:
         raise ValueError(f"{path}: there is no trip and no vehicle in it (flows are not taken)")
-    found = sorted(found, key=lambda entry: entry[1].depart)[: vehicles or None]
-    begin = found[0][1].depart
-    found.sort(key=lambda entry: entry[0])
-    trips = [Trip(trip.depart - begin, trip.origin, trip.destination) for _, trip in found]
-    kinds = [kind for kind, _ in found]
-    return Demand({kind: types.get(kind, {}) for kind in dict.fromkeys(kinds)}, kinds, trips)
+    found.sort(key=lambda each: each.trip.depart)
+    begin = found[0].trip.depart
+    return types, [replace(each, trip=replace(each.trip, depart=each.trip.depart - begin)) for each in found]
 
 
 def _trip(network: Network, element: ElementTree.Element, routes: Mapping[str, list[str]]) -> Trip:
     name = f"{element.tag} {element.get('id')}"
-    inner = element.find("route")
-    way = inner.get("edges", "").split() if inner is not None else routes.get(element.get("route", ""), [])
+    way = _way(element, routes)
     ends = (element.get("from"), element.get("to")) if element.tag == "trip" else (way[0], way[-1]) if way else ()
     if len(ends) != 2 or not all(ends):
         raise ValueError(f"{name}: expected edges that it starts and ends on")
@@ -168,9 +227,15 @@ def _trip(network: Network, element: ElementTree.Element, routes: Mapping[str, l
     if not np.isfinite(network.to(destination)[origin]):
         raise ValueError(f"{name}: there is no way from {ends[0]} to {ends[1]}")
     try:
-        return Trip(float(element.get("depart", "")), origin, destination)
+        return Trip(float(element.get("depart", "")), origin, destination, tuple(way))
     except ValueError as error:
         raise ValueError(f"{name}: expected seconds as its depart, got {element.get('depart')!r}") from error
+
+
+def _way(element: ElementTree.Element, routes: Mapping[str, list[str]]) -> list[str]:
+    """The edges of a vehicle. One that changed its mind has a distribution of routes, of which it drove the last."""
+    inner = element.findall("route") or element.findall("routeDistribution/route")
+    return inner[-1].get("edges", "").split() if inner else routes.get(element.get("route", ""), [])
 
 
 def numbered(kinds: list[str]) -> Iterator[tuple[str, int]]:

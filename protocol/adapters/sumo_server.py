@@ -15,6 +15,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path")
     parser.add_argument("--routes", default="")
+    parser.add_argument("--follow", nargs="*", default=())
     for option in ("vehicles", "steps", "interval"):
         parser.add_argument(f"--{option}", type=int, required=True)
     given = vars(parser.parse_args())

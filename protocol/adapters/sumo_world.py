@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import libsumo
 import numpy as np
 
-from bm3il.protocol.adapters.sumo_network import Demand, Network, Trip
+from bm3il.protocol.adapters.sumo_network import AT_HOME, Demand, Network, Trip
 
 STAY, ARRIVED = 0, 10.0
 """The action of those who have nothing to decide; what an arrival is worth, in minutes on the way."""
+TAKEN_NONE = -1
 OWN, GOAL, AHEAD = 7, 4, 6
 """Numbers that a vehicle sees of itself, of its destination, and of each edge that may follow."""
 MOST_MINUTES = 10.0
@@ -30,9 +31,13 @@ SET = {
 
 @dataclass
 class View:
-    """What the N vehicles see, get and may do: [N, O] and [N] float32, [N, A] and [N] bool; and whether all is over."""
+    """What the N vehicles see, get and may do: [N, O] and [N] float32, [N, A] and [N] bool; and whether all is over.
+
+    taken: [N] float32, what vehicles on recorded ways do next; TAKEN_NONE if that is no action.
+    """
 
     seen: np.ndarray
+    taken: np.ndarray
     rewards: np.ndarray
     masks: np.ndarray
     active: np.ndarray
@@ -42,6 +47,7 @@ class View:
     def empty(cls, network: Network, vehicles: int) -> View:
         return cls(
             seen=np.zeros((vehicles, OWN + GOAL + AHEAD * network.most), np.float32),
+            taken=np.zeros(vehicles, np.float32),
             rewards=np.zeros(vehicles, np.float32),
             masks=np.ones((vehicles, 1 + network.most), bool),
             active=np.zeros(vehicles, bool),
@@ -50,14 +56,14 @@ class View:
 
     def tobytes(self) -> bytes:
         """Floats before bits."""
-        arrays = (self.seen, self.rewards, self.masks, self.active, np.array([self.ended]))
+        arrays = (self.seen, self.taken, self.rewards, self.masks, self.active, np.array([self.ended]))
         return b"".join(array.tobytes() for array in arrays)
 
     @classmethod
     def of(cls, network: Network, vehicles: int, data: bytes) -> View:
         """The inverse of `tobytes`."""
         found, first = cls.empty(network, vehicles), 0
-        for name in ("seen", "rewards", "masks", "active"):
+        for name in ("seen", "taken", "rewards", "masks", "active"):
             array = getattr(found, name)
             array[...] = np.frombuffer(data, array.dtype, array.size, first).reshape(array.shape)
             first += array.nbytes
@@ -69,7 +75,7 @@ class World:
     """A network with N vehicles, named by their numbers.
 
     A vehicle is always on the fastest free way to its destination. Where an edge ends within a step, it chooses which
-    one shall follow, and from there the way is planned anew.
+    one shall follow, and from there the way is planned anew. One on a recorded way keeps to that, whatever it is told.
     """
 
     def __init__(self, network: Network, path: str, demand: Demand, interval: int) -> None:
@@ -93,10 +99,13 @@ class World:
                 if name in SET:
                     SET[name](kind, value)
         self._trips = self._demand.drawn(self._network, np.random.default_rng(seed))
-        for n, (kind, trip) in enumerate(zip(self._demand.kinds, self._trips, strict=True)):
-            self._add(n, kind, trip)
         self._edges = np.full(len(self._trips), -1)
         self._arrived, self._deciding = np.zeros((2, len(self._trips)), bool)
+        for n, (kind, trip) in enumerate(zip(self._demand.kinds, self._trips, strict=True)):
+            if trip is AT_HOME:
+                self._arrived[n] = True
+            else:
+                self._add(n, kind, trip)
         libsumo.simulationStep()  # those who depart at once are there
         return self._view(np.zeros(len(self._trips)))
 
@@ -115,13 +124,15 @@ class World:
         return self._view(-seconds / 60)
 
     def _add(self, n: int, kind: str, trip: Trip) -> None:
-        edges = [self._network.ids[edge] for edge in self._network.path(trip.origin, trip.destination)]
+        edges = trip.way or [self._network.ids[edge] for edge in self._network.path(trip.origin, trip.destination)]
         libsumo.route.add(str(n), edges)
         libsumo.vehicle.add(str(n), str(n), typeID=kind, depart=str(trip.depart))
 
     def _turn(self, n: int, choice: int) -> None:
-        edge, following = self._edges[n], self._network.successors[self._edges[n]]
-        way = self._network.path(following[choice], self._trips[n].destination)
+        edge, following, trip = self._edges[n], self._network.successors[self._edges[n]], self._trips[n]
+        if trip.way:
+            return
+        way = self._network.path(following[choice], trip.destination)
         libsumo.vehicle.setRoute(str(n), [self._network.ids[each] for each in (edge, *way)])
 
     def _view(self, rewards: np.ndarray) -> View:
@@ -146,10 +157,10 @@ class World:
         near = place + self._interval * net.limits[edge] >= net.lengths[edge]
         decides = near and not between and edge != goal
         rest = net.to(goal)
-        way = net.middles[goal] - net.middles[edge]
+        line = net.middles[goal] - net.middles[edge]
         speed = libsumo.vehicle.getSpeed(name) / net.limits[edge]
         view.seen[n, :OWN] = [*net.middles[edge], *net.headings[edge], place / net.lengths[edge], speed, decides]
-        view.seen[n, OWN : OWN + GOAL] = [*way, np.hypot(*way), min(rest[edge] / 60, MOST_MINUTES)]
+        view.seen[n, OWN : OWN + GOAL] = [*line, np.hypot(*line), min(rest[edge] / 60, MOST_MINUTES)]
         self._deciding[n] = decides
         view.masks[n] = False
         view.masks[n, STAY] = not decides
@@ -163,6 +174,10 @@ class World:
                 full = libsumo.edge.getLastStepOccupancy(net.ids[following])
                 slow = 1 - min(net.seconds[following] / self._seconds(following), 1)
                 view.seen[n, first : first + AHEAD] = [1, delay, full, slow, *net.turn(edge, following)]
+        if decides and (way := self._trips[n].way):
+            after = net.number.get(way[libsumo.vehicle.getRouteIndex(name) + 1])
+            choice = 1 + net.successors[edge].index(after) if after in net.successors[edge] else STAY
+            view.taken[n] = choice if view.masks[n, choice] else TAKEN_NONE
 
     def _seconds(self, edge: int) -> float:
         """That a ride takes now; asked once a step."""

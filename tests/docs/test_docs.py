@@ -18,8 +18,8 @@ PAGES = [*sorted(ROOT.glob("*.md")), *(page for page in DOCS if not page.is_syml
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FENCE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9.-]*[a-z0-9]")
-FOREIGN = {"--no-kill", "--rows", "--worlds"}
-"""Of Slurm, and of benchmarks."""
+FOREIGN = {"--no-kill", "--rows", "--worlds", "--vehroute-output"}
+"""Of Slurm, of benchmarks, and of SUMO."""
 
 
 def headings(page: Path) -> set[str]:

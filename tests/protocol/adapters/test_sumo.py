@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,20 @@ import pytest
 
 from bm3il.actors.experts.scripted import expert_for
 from bm3il.actors.policy import UniformPolicy
-from bm3il.actors.rollout import returns
+from bm3il.actors.rollout import returns, rollout
+from bm3il.launch.cli import main
 from bm3il.launch.environment_check import check_environment
 from bm3il.protocol.adapters import sumo
+from bm3il.protocol.adapters.sumo import Sumo
+from bm3il.protocol.demonstrations import Demonstrations
 from bm3il.protocol.errors import InputError, SimulatorError
+from bm3il.protocol.perturbation import unperturbed
 from bm3il.protocol.registry import make_environment, with_absolute_files
 
 if find_spec("libsumo") is None:  # to import it is left to processes of its own
     pytest.skip("libsumo is not installed", allow_module_level=True)
 
-from bm3il.protocol.adapters.sumo_network import Network, Trip, recorded_demand
+from bm3il.protocol.adapters.sumo_network import AT_HOME, Network, Trip, random_demand, recorded_day, recorded_demand
 
 GRID = Path(__file__).parent / "grid.net.xml"
 FEW = f"sumo:{GRID}?vehicles=6&steps=30"
@@ -32,6 +37,17 @@ ROUTES = """<routes>
   <trip id="late" type="car" depart="130" from="A0A1" to="B1C1"/>
   <vehicle id="a" type="truck" depart="100" route="long"/>
   <vehicle id="b" type="car" depart="100"><route edges="B0C0 C0C1 C1C2 C2B2"/></vehicle>
+</routes>"""
+
+
+DETOUR = "A0A1 A1B1 B1B0 B0C0 C0C1"
+DAY = f"""<routes>
+  <vType id="car" sigma="0"/>
+  <vehicle id="late" type="car" depart="107"><routeDistribution>
+    <route replacedOnEdge="A0A1" edges="A0A1 A1B1 B1C1 C1C0"/>
+    <route edges="{DETOUR}" exitTimes="1 2 3 4 5"/>
+  </routeDistribution></vehicle>
+  <vehicle id="early" type="car" depart="100"><route edges="B0B1 B1C1 C1C2"/></vehicle>
 </routes>"""
 
 
@@ -110,6 +126,94 @@ def test_trips_begin_with_the_first_and_stand_type_by_type(network: Network, tmp
     assert demand.trips == [Trip(at, network.number[origin], network.number[goal]) for at, origin, goal in ends]
     assert demand.kinds == ["car", "car", "truck"]
     assert recorded_demand(network, str(tmp_path / "day.rou.xml"), 2).kinds == ["car", "truck"]
+
+
+@pytest.fixture
+def day(tmp_path: Path) -> Path:
+    file = tmp_path / "day.vehroutes.xml"
+    file.write_text(DAY, encoding="utf-8")
+    return file
+
+
+def test_recorded_ways_are_driven_again_and_become_actions(day: Path) -> None:
+    name = f"sumo:{GRID}?routes={day}&steps=30"
+    again = unperturbed(make_environment(name, 1)).drives_again([day, day])  # type: ignore[attr-defined]
+    recorded = rollout(again, again, seed=3)
+    assert recorded.lengths.max() < 30  # all have arrived
+    actions, active = recorded.actions[0], recorded.active[0]
+    turns = [[action for action, _ in groupby(actions[active[:-1, 0, x], 0, x]) if action] for x in (0, 1)]
+    assert turns == [[3, 1], [2, 3, 1, 1]]
+    assert again.left_out == 0
+    environment = make_environment(name, 2)
+    now = environment.reset(3)
+    for t in range(int(recorded.lengths[0])):  # by the actions alone
+        np.testing.assert_array_equal(now.observations[0], recorded.observations[0][t])
+        now = environment.step([actions[t]])
+        np.testing.assert_array_equal(now.rewards[0], recorded.rewards[0][t])
+
+
+def test_a_turn_that_is_no_action_is_driven_and_left_out(
+    day: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn, network = 'from="A1B1" to="B1B0" fromLane="0" toLane="0" via=":B1_9_0" dir="r"', tmp_path / "town.net.xml"
+    text = GRID.read_text(encoding="utf-8")
+    assert turn in text
+    network.write_text(text.replace(turn, turn.replace('"r"', '"t"')), encoding="utf-8")  # as if it turned around
+    monkeypatch.setattr(Sumo, "most_copies", 2)
+    name = f"sumo:{network}?routes={day}&steps=30"
+    again = unperturbed(make_environment(name, 1)).drives_again([day] * 3)  # type: ignore[attr-defined]
+    there = np.concatenate([rollout(again, again, seed).active[0] for seed in (3, 4)], axis=1)[:, :3]
+    missing = [np.ptp(np.flatnonzero(x)) + 1 - x.sum() for x in there.reshape(len(there), -1).T]
+    assert missing[::2] == [0, 0, 0]
+    assert min(missing[1::2]) > 0
+    assert again.left_out == sum(missing)  # the fourth episode is a file once more
+
+
+def test_days_are_matched_by_the_names_of_vehicles(network: Network, day: Path, tmp_path: Path) -> None:
+    demand = recorded_demand(network, str(day), 0)
+    assert [trip.depart for trip in recorded_day(network, str(day), demand)] == [0, 7]
+    other = tmp_path / "other.xml"
+    other.write_text(DAY.replace('"early"', '"stranger"'), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"other\.xml: there is no vehicle 'stranger'"):
+        recorded_day(network, str(other), demand)
+    other.write_text(f'<routes><vehicle id="late" depart="3"><route edges="{DETOUR}"/></vehicle></routes>', "utf-8")
+    absent, late = recorded_day(network, str(other), demand)
+    assert absent is AT_HOME
+    assert late.way == tuple(DETOUR.split())
+    assert recorded_day(network, str(day), random_demand(network, 3, 0))[2] is AT_HOME
+    with pytest.raises(ValueError, match="expected at most 1 vehicles, got 2"):
+        recorded_day(network, str(day), random_demand(network, 1, 0))
+    other.write_text(DAY.replace("A1B1 B1B0", "A1B1 C1C0"), encoding="utf-8")
+    with pytest.raises(ValueError, match="vehicle late: in the network, 'A1B1' does not lead to 'C1C0'"):
+        recorded_day(network, str(other), demand)
+    other.write_text('<routes><trip id="late" depart="3" from="A0A1" to="C0C1"/></routes>', "utf-8")
+    with pytest.raises(ValueError, match="expected the edges that vehicle late took"):
+        recorded_day(network, str(other), demand)
+
+
+def test_files_of_routes_are_imported_an_episode_each(
+    day: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, name = tmp_path / "days.safetensors", f"sumo:{GRID}?routes={day}"
+    assert main(["demonstrations", "import", *[str(day)] * 3, "--environment", name, "--output", str(output)]) == 0
+    capsys.readouterr()
+    assert Demonstrations.load(output).num_episodes == 3
+    for files, environment, text in (
+        ([day, "a.csv"], name, "expected one file, or routes of SUMO"),
+        ([day], "rover_tower", "routes are driven in a network of SUMO"),
+        (["lost.xml"], name, "there is no file lost.xml"),
+    ):
+        words = [
+            "demonstrations",
+            "import",
+            *map(str, files),
+            "--environment",
+            environment,
+            "--output",
+            "x.safetensors",
+        ]
+        assert main(words) == 2
+        assert text in capsys.readouterr().err
 
 
 def test_edges_follow_from_left_to_right_and_ways_are_the_fastest(network: Network) -> None:
