@@ -43,7 +43,8 @@ class Trained:
         if difference := trained_in.difference(spec, counts=self.config.tells_agents_apart):
             raise InputError(
                 f"'{spec.name}' does not fit this run: {difference}; its world is '{trained_in.name}', and changes of "
-                "that fit: add slip= (noise= for continuous actions), of berlin also closed=, capacity=, demand="
+                "that fit: add slip= (noise= for continuous actions), of berlin and sumo closed=, of berlin capacity=, "
+                "demand="
             )
         return policy_of(self.config, self.policy.to_arrays(), spec)
 

@@ -167,8 +167,8 @@ def _check_change(before: EnvironmentSpec, after: EnvironmentSpec) -> None:
     why = f"is no change of the run's world, '{before.name}': {difference}" if difference else "is the run's own world"
     example = f"{before.name}{'&' if '?' in before.name else '?'}slip=0.05"
     raise InputError(
-        f"'{after.name}' {why}; what fits is that world with slip= (noise= for continuous actions), of berlin also "
-        f"with closed=, capacity=, demand=, e.g. '{example}'"
+        f"'{after.name}' {why}; what fits is that world with slip= (noise= for continuous actions), of berlin and "
+        f"sumo also with closed=, of berlin with capacity=, demand=, e.g. '{example}'"
     )
 
 

@@ -25,19 +25,28 @@ class Sumo:
 
     target: a network, `.net.xml` or `.net.xml.gz`.   routes: trips or vehicles of a `.rou.xml`, each of them an agent
     of the type that it has there, instead of random trips.   vehicles: how many; of those in `routes` the first ones,
-    and 0 are all; random ones are 20 then.   steps: of an episode.   interval: seconds of a step.
+    and 0 are all; random ones are 20 then.   steps: of an episode.   interval: seconds of a step.   closed: names of
+    edges, with commas between them, that nobody may enter.
     """
 
     most_copies = 16  # each has a process, which takes half a second of a core to start, and tens of megabytes
 
     def __init__(
-        self, num_envs: int, target: str = "", routes: str = "", vehicles: int = 0, steps: int = 60, interval: int = 10
+        self,
+        num_envs: int,
+        target: str = "",
+        routes: str = "",
+        vehicles: int = 0,
+        steps: int = 60,
+        interval: int = 10,
+        closed: str = "",
     ) -> None:
         """Raises InputError for files that there are not, or without SUMO; SimulatorError for what SUMO cannot read."""
         given = {"routes": routes, "vehicles": vehicles, "steps": steps, "interval": interval}
         usual = {"routes": "", "vehicles": 0, "steps": 60, "interval": 10}
-        query = "&".join(f"{option}={value}" for option, value in given.items() if value != usual[option])
-        name = f"sumo:{target}" + (f"?{query}" if query else "")
+        query = [f"{option}={value}" for option, value in given.items() if value != usual[option]]
+        unchanged = _name(target, query)
+        name = _name(target, [*query, f"closed={closed}"]) if closed else unchanged
         if not target:
             raise InputError("sumo: name a network, as in sumo:town.net.xml")
         for file in filter(None, (target, routes)):
@@ -49,9 +58,11 @@ class Sumo:
         if find_spec("libsumo") is None:
             raise InputError("sumo: libsumo is not installed: pip install 'bm3il[sumo]'")
         self._words = [sys.executable, "-m", "bm3il.protocol.adapters.sumo_server", target]
-        self._words += [f"--{option}={value}" for option, value in given.items()]
+        self._words += [f"--{option}={value}" for option, value in {**given, "closed": closed}.items()]
         self._copies = Copies(name, shlex.join(self._words), num_envs, 1, SECONDS, START_SECONDS)
         self.spec, self.num_envs = self._copies.spec, num_envs
+        if closed:
+            self.spec = replace(self.spec, changes=unchanged)
 
     @staticmethod
     def with_files(option: str, value: str, change: Callable[[str], str]) -> str:
@@ -76,6 +87,10 @@ class Sumo:
         Raises InputError for a file that there is not, SimulatorError for what cannot be driven in this network.
         """
         return DrivesAgain(self.spec, self._words, files)
+
+
+def _name(target: str, query: Sequence[str]) -> str:
+    return f"sumo:{target}" + (f"?{'&'.join(query)}" if query else "")
 
 
 class DrivesAgain:

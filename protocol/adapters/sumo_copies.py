@@ -74,7 +74,14 @@ class Server:
     """Answers questions of the wire."""
 
     def __init__(
-        self, path: str, routes: str, vehicles: int, steps: int, interval: int, follow: Sequence[str] = ()
+        self,
+        path: str,
+        routes: str,
+        closed: str,
+        vehicles: int,
+        steps: int,
+        interval: int,
+        follow: Sequence[str] = (),
     ) -> None:
         """See `protocol.adapters.sumo.Sumo`.
 
@@ -82,7 +89,12 @@ class Server:
         files e, e + E, e + 2E, … in turn. What a vehicle does next is then a number more of what it sees.
         Raises whatever tells that its files cannot be used.
         """
-        self._network, self._steps, self._path, self._interval = Network(path), steps, path, interval
+        self._network, self._steps, self._path, self._interval = (
+            Network(path, closed.split(",") if closed else ()),
+            steps,
+            path,
+            interval,
+        )
         if routes:
             self._demand = recorded_demand(self._network, routes, vehicles)
         else:

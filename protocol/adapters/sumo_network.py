@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -15,6 +15,8 @@ import numpy as np
 import sumolib
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components, dijkstra
+
+from bm3il.protocol.errors import nearest
 
 CARS, TURN_AROUND = "passenger", "t"
 VEHICLES = 20
@@ -27,18 +29,25 @@ class Network:
     ids: names.   lengths [R] m.   limits [R] m/s.   middles [R, 2] in 0..1 of the longer side.   headings [R, 2] unit
     vectors.   successors: of each edge the numbers of those that may follow, from left to right.   most: how many of
     them there are, at most.   connected: the numbers of edges from all of which there is a way to all of them.
-    leads_to: name → names, of all edges, also those that no car may use.
+    leads_to: name → names, of all edges, also those that no car may use.   closed: numbers of edges that nobody may
+    enter; they are successors still, so that actions mean what they mean where they are open.
     """
 
-    def __init__(self, path: str) -> None:
-        """Raises ValueError for a file without such edges, and what its parser raises for others."""
+    def __init__(self, path: str, closed: Sequence[str] = ()) -> None:
+        """closed: names of edges. Raises ValueError for one that there is not, and for a file without edges for cars;
+        and what its parser raises for others."""
         net = sumolib.net.readNet(path)
         edges = [edge for edge in net.getEdges() if not edge.isSpecial() and edge.allows(CARS)]
         if not edges:
             raise ValueError(f"{path}: there is no edge for passenger cars")
         self.ids = [edge.getID() for edge in edges]
-        self.leads_to = {edge.getID(): {each.getID() for each in edge.getOutgoing()} for edge in net.getEdges()}
+        self.leads_to = {
+            edge.getID(): {each.getID() for each in edge.getOutgoing()} - set(closed) for edge in net.getEdges()
+        }
         self.number = {name: n for n, name in enumerate(self.ids)}
+        if lost := next((name for name in closed if name not in self.number), None):
+            raise ValueError(f"there is no edge '{lost}' to close; {nearest(lost, self.ids)}")
+        self.closed = {self.number[name] for name in closed}
         self.lengths = np.array([edge.getLength() for edge in edges])
         self.limits = np.array([max(edge.getSpeed(), 0.1) for edge in edges])
         ends = np.array([(edge.getFromNode().getCoord()[:2], edge.getToNode().getCoord()[:2]) for edge in edges])
@@ -48,7 +57,7 @@ class Network:
         self.headings = way / np.maximum(np.linalg.norm(way, axis=1, keepdims=True), 1e-9)
         self.successors = [self._successors(n, edge) for n, edge in enumerate(edges)]
         self.most = max(map(len, self.successors))
-        pairs = [(n, m) for n, following in enumerate(self.successors) for m in following]
+        pairs = [(n, m) for n, following in enumerate(self.successors) for m in following if m not in self.closed]
         if not pairs:
             raise ValueError(f"{path}: no edge leads to another")
         before, after = np.array(pairs).T
@@ -72,7 +81,8 @@ class Network:
         """The edges of the fastest free ride, both included."""
         found, rest = [edge], self.to(destination)
         while found[-1] != destination:
-            found.append(min(self.successors[found[-1]], key=lambda m: self.seconds[m] + rest[m]))
+            open_ones = [m for m in self.successors[found[-1]] if m not in self.closed]
+            found.append(min(open_ones, key=lambda m: self.seconds[m] + rest[m]))
         return found
 
     def _to(self, destination: int) -> np.ndarray:
@@ -223,6 +233,8 @@ def _trip(network: Network, element: ElementTree.Element, routes: Mapping[str, l
     for edge in ends:
         if edge not in network.number:
             raise ValueError(f"{name}: the network has no edge '{edge}' for passenger cars")
+        if network.number[edge] in network.closed:
+            raise ValueError(f"{name}: expected to start and end on open edges, '{edge}' is closed")
     origin, destination = (network.number[str(edge)] for edge in ends)
     if not np.isfinite(network.to(destination)[origin]):
         raise ValueError(f"{name}: there is no way from {ends[0]} to {ends[1]}")

@@ -14,7 +14,8 @@ def main() -> None:
     """Serve until the end of standard input."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path")
-    parser.add_argument("--routes", default="")
+    for option in ("routes", "closed"):
+        parser.add_argument(f"--{option}", default="")
     parser.add_argument("--follow", nargs="*", default=())
     for option in ("vehicles", "steps", "interval"):
         parser.add_argument(f"--{option}", type=int, required=True)

@@ -164,7 +164,10 @@ class World:
         self._deciding[n] = decides
         view.masks[n] = False
         view.masks[n, STAY] = not decides
-        delays = [self._seconds(following) + rest[following] for following in net.successors[edge]]
+        delays = [
+            np.inf if following in net.closed else self._seconds(following) + rest[following]
+            for following in net.successors[edge]
+        ]
         best = min(delays, default=0.0)
         for k, following in enumerate(net.successors[edge]):
             if np.isfinite(delays[k]):

@@ -216,6 +216,40 @@ def test_files_of_routes_are_imported_an_episode_each(
         assert text in capsys.readouterr().err
 
 
+def test_nobody_enters_a_closed_edge_and_actions_mean_the_same(network: Network) -> None:
+    closed = Network(str(GRID), ["B1C1", "C1B1"])
+    assert closed.successors == network.successors
+    origin, goal = (network.number[name] for name in ("A1B1", "C1C2"))
+    ways = [[each.ids[edge] for edge in each.path(origin, goal)] for each in (network, closed)]
+    assert ways[0] == ["A1B1", "B1C1", "C1C2"]
+    assert ways[1] in (["A1B1", "B1B2", "B2C2", "C2C1", "C1C2"], ["A1B1", "B1B0", "B0C0", "C0C1", "C1C2"])
+    assert not {closed.number["B1C1"], closed.number["C1B1"]} & set(closed.connected)
+    with pytest.raises(ValueError, match="there is no edge 'B1C9' to close; did you mean"):
+        Network(str(GRID), ["B1C9"])
+
+
+def test_a_closed_edge_is_a_change_of_the_same_world(network: Network, day: Path) -> None:
+    name = f"sumo:{GRID}?routes={day}&steps=30"
+    environment, changed = make_environment(name, 1), make_environment(f"{name}&closed=B1B0", 1)
+    assert changed.spec.changes == environment.spec.name
+    assert changed.spec.name == f"{environment.spec.name}&closed=B1B0"
+    assert environment.spec.difference(changed.spec) is None
+    for each, is_open in ((environment, True), (changed, False)):
+        now, where = each.reset(3), network.middles[network.number["A1B1"]]
+        for _ in range(20):  # the late one goes to the right at A1
+            seen, masks = now.observations[0][0, 1], now.action_masks[0][0, 1]
+            if seen[6] and np.allclose(seen[:2], where):
+                break
+            early = int(now.action_masks[0][0, 0].argmax())
+            now = each.step([np.array([[early, 2 if masks[2] else int(masks.argmax())]])])
+        assert masks.tolist() == [False, True, True, is_open]
+        assert seen[23:].any() == is_open
+    with pytest.raises(SimulatorError, match="vehicle late: expected to start and end on open edges, 'C0C1' is closed"):
+        make_environment(f"{name}&closed=C0C1", 1)
+    with pytest.raises(SimulatorError, match="vehicle late: in the network, 'A1B1' does not lead to 'B1B0'"):
+        unperturbed(changed).drives_again([day])  # type: ignore[attr-defined]
+
+
 def test_edges_follow_from_left_to_right_and_ways_are_the_fastest(network: Network) -> None:
     assert (len(network.ids), network.most, len(network.connected)) == (24, 3, 24)
     ahead = network.successors[network.number["B0B1"]]  # northwards, into the middle
