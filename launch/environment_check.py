@@ -148,7 +148,8 @@ def _first_difference(first: Episodes, again: Episodes, copies: Sequence[int] | 
 def _of_other_plays(environment: Environment, first: Episodes) -> Iterator[str]:
     """What other seeds, and other actions in one of the copies, tell."""
     other = environment.reset(SEED + 1)
-    if not _differing(first.steps[0], other):
+    is_anybody_there = any(active.any() for active in other.active)  # else it is not seen yet how it starts
+    if is_anybody_there and not _differing(first.steps[0], other):
         yield (
             "two seeds start in the same state. If starts should differ, draw them in reset by its seed: else the "
             "policy learns one start by heart"

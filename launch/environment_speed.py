@@ -34,8 +34,8 @@ def speed(name: str) -> tuple[str, list[str]]:
     slow = []
     if own_of_many > 0.5 and many / own_of_many < FEW_TIMES * one / own:
         slow.append(
-            f"{MORE_COPIES} copies at once are hardly faster than one after the other. Step them as arrays, or take "
-            "more actors, one for each core (--actors)"
+            f"{MORE_COPIES} copies at once are hardly faster than one after the other. If it is yours, step them as "
+            "arrays; else take more actors, one for each core (--actors)"
         )
     return text, slow
 

@@ -133,6 +133,8 @@ class Faulty(MyTown):
                 actions[0] += 2
             case "ears of the dead":
                 actions[0] = np.where(self._asleep(), 2 - actions[0], actions[0])
+            case "empty at first" if self._steps == 0:
+                actions = [np.zeros_like(action) for action in actions]
             case "copies mixed":
                 actions[0] = (
                     actions[0][self.num_envs // 2][None].repeat(self.num_envs, 0) if self._steps == 2 else actions[0]
@@ -164,6 +166,9 @@ class Faulty(MyTown):
                 now.truncated[:] = True
             case "wakes up" if self._steps == 7:
                 now.terminated[0] = True
+            case "empty at first" if self._steps == 0:
+                for seen, masks, active in zip(now.observations, now.action_masks, now.active, strict=True):
+                    seen[:], masks[:], active[:] = 0, True, False
             case "ears of the dead":
                 now.active[0][self._asleep()] = False
             case "rewards for ever":
@@ -221,6 +226,7 @@ def test_a_fault_is_named_with_how_to_mend_it(
     ("fault", "hint"),
     [
         ("", ""),
+        ("empty at first", ""),
         ("one start", "two seeds start in the same state"),
         ("copies mixed", "what one copy of the environment does changes others: other observations after 3 steps"),
         ("large", "observations hold numbers up to 4000"),
