@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -18,6 +21,7 @@ from bm3il.actors.policy import Policy, UniformPolicy
 from bm3il.actors.rollout import Acts
 from bm3il.launch.config import Config
 from bm3il.launch.files import load_demonstrations
+from bm3il.launch.progress import duration
 from bm3il.launch.run_folder import write_atomically
 from bm3il.launch.surroundings import lasting_output
 from bm3il.launch.trained import Trained, load_trained
@@ -27,6 +31,8 @@ from bm3il.protocol.perturbation import unperturbed
 from bm3il.protocol.registry import make_environment, with_absolute_files
 from bm3il.protocol.specs import EnvironmentSpec
 
+FIRST_SECONDS, MOST_SECONDS = 5.0, 60.0
+"""After how long is told first, and later at the least, how far an evaluation is."""
 FRESH_SEED = 1_000_003
 """Start states that no training run of a small seed evaluates on."""
 
@@ -45,9 +51,26 @@ class Episodes:
     groups: np.ndarray | None = None
     expert: np.ndarray | None = None
 
-    def returns(self, policy: Acts, greedy: bool = False) -> np.ndarray:
-        """True returns [episodes, N]."""
-        return evaluate(self.environment, policy, self.count, FRESH_SEED, greedy, self.starts)
+    def returns(self, who: str, policy: Acts, greedy: bool = False) -> np.ndarray:
+        """True returns [episodes, N]. who: whose they are, for whoever waits."""
+        told = _Told(who)
+        return evaluate(self.environment, policy, self.count, FRESH_SEED, greedy, self.starts, at_work=told)
+
+
+class _Told:
+    """Says on standard error how far an evaluation is, ever more seldom, if it takes long."""
+
+    def __init__(self, who: str) -> None:
+        self._who, self._began, self._next = who, time.monotonic(), FIRST_SECONDS
+
+    def __call__(self, played: int, wanted: int) -> None:
+        """After a step: so many episodes are played, of so many."""
+        took = time.monotonic() - self._began
+        if took < self._next:
+            return
+        self._next = took + min(took, MOST_SECONDS)
+        left = f", left {duration(took / played * (wanted - played))}" if played else ""
+        print(f"{self._who}: {played:,} of {wanted:,} episodes{left} (--episodes says how many)", file=sys.stderr)
 
 
 def main(
@@ -100,17 +123,19 @@ def judged(trained: Trained, environment: str, episodes: int) -> list[dict[str, 
 def _rows(starts: str, episodes: Episodes, policy: Policy, expert: Acts | None) -> list[dict[str, Any]]:
     """Drawn and greedy actions, beside random and an expert: the one given, else the one whose return is known."""
     spec = policy.layout.spec
-    random = episodes.returns(UniformPolicy(spec)).mean(axis=0)
-    scale = Scale(spec, random, episodes.expert if expert is None else episodes.returns(expert).mean(axis=0))
+    random = episodes.returns("random", UniformPolicy(spec)).mean(axis=0)
+    known = episodes.expert if expert is None else episodes.returns("expert", expert).mean(axis=0)
+    scale = Scale(spec, random, known)
     rows = []
     for greedy in (False, True):
-        returns = episodes.returns(policy, greedy)
+        actions = "greedy" if greedy else "drawn"
+        returns = episodes.returns(f"policy, {actions}", policy, greedy)
         estimate = ReturnEstimate.of(returns, episodes.groups)
         rows.append(
             {
                 "environment": spec.name,
                 "starts": starts,
-                "actions": "greedy" if greedy else "drawn",
+                "actions": actions,
                 "episodes": episodes.count,
                 "return_mean": estimate.mean,
                 "return_stderr": estimate.stderr,
@@ -165,9 +190,9 @@ def _draw(trained: Trained, name: str, policy: Policy, folder: Path, hour: float
 
 
 def _print(what: str, rows: list[dict[str, Any]]) -> None:
-    table = Table(title=f"{what}: true return per agent and episode")
+    table = Table(title=f"{what}: true return per agent and episode", box=SIMPLE_HEAD, padding=0)
     for column in ("starts", "actions", "episodes", "of", "return", "± s.e.", "random", "expert", "normalised"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for row in rows:
         for name, told in {"all": row, **row["types"]}.items():
             first = name == "all"
