@@ -26,14 +26,15 @@ class AsParallel(ParallelEnv[str, Any, Any]):
     """
 
     def __init__(self, environment: Environment) -> None:
+        """places: of each agent by its name, the number of its type, and its own there."""
         self.inner, self.spec = environment, environment.spec
         self.metadata = {"name": self.spec.name, "is_parallelizable": True, "render_modes": []}
         self.render_mode = None
         self.max_cycles = self.spec.episode_length
-        self._places = {f"{t.name}_{x}": (m, x) for m, t in enumerate(self.spec.types) for x in range(t.count)}
-        self.possible_agents, self.agents = list(self._places), list[str]()
-        self.observation_spaces = {name: _seen_by(self.spec.types[m]) for name, (m, _) in self._places.items()}
-        self.action_spaces = {name: _done_by(self.spec.types[m]) for name, (m, _) in self._places.items()}
+        self.places = {f"{t.name}_{x}": (m, x) for m, t in enumerate(self.spec.types) for x in range(t.count)}
+        self.possible_agents, self.agents = list(self.places), list[str]()
+        self.observation_spaces = {name: _seen_by(self.spec.types[m]) for name, (m, _) in self.places.items()}
+        self.action_spaces = {name: _done_by(self.spec.types[m]) for name, (m, _) in self.places.items()}
         self._random = np.random.default_rng()
 
     def observation_space(self, agent: str) -> spaces.Space[Any]:
@@ -62,7 +63,7 @@ class AsParallel(ParallelEnv[str, Any, Any]):
         self._show(now := self.inner.step(self._joint(actions)))
         terminated, truncated = bool(now.terminated[0]), bool(now.truncated[0])
         here = [*before, *(name for name in self._active if name not in before)]
-        rewards = {name: float(now.rewards[m][0, x]) for name in here for m, x in (self._places[name],)}
+        rewards = {name: float(now.rewards[m][0, x]) for name in here for m, x in (self.places[name],)}
         died = {name: terminated or name not in self._active for name in here}
         cut = {name: truncated and not died[name] for name in here}
         self.agents = [name for name in here if not (died[name] or cut[name])]
@@ -77,12 +78,12 @@ class AsParallel(ParallelEnv[str, Any, Any]):
         self._seen, self._masks = (
             [np.array(part[0]) for part in parts] for parts in (now.observations, now.action_masks)
         )
-        self._active = [name for name, (m, x) in self._places.items() if now.active[m][0, x]]
+        self._active = [name for name, (m, x) in self.places.items() if now.active[m][0, x]]
 
     def _observed(self, agents: list[str]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name in agents:
-            m, x = self._places[name]
+            m, x = self.places[name]
             seen = self._seen[m][x] if name in self._active else np.zeros_like(self._seen[m][x])
             found[name] = (
                 {OBSERVATION: seen, MASK: self._masks[m][x].astype(np.int8)} if _has_masks(self.spec.types[m]) else seen
@@ -96,7 +97,7 @@ class AsParallel(ParallelEnv[str, Any, Any]):
             for t, mask in zip(self.spec.types, self._masks, strict=True)
         ]
         for name, action in actions.items():
-            m, x = self._places[name]
+            m, x = self.places[name]
             if not self.spec.types[m].discrete:
                 joint[m][x] = action
             elif self._masks[m][x, int(action)]:

@@ -30,7 +30,8 @@ class _Moment:
 
 
 class Recorder:
-    """A parallel environment of PettingZoo that remembers the episodes that anybody plays in it:
+    """A parallel environment of PettingZoo, or `bm3il.as_parallel_env(NAME)`, that remembers the episodes that anybody
+    plays in it:
 
         env = bm3il.Recorder(simple_tag_v3.parallel_env(), "pettingzoo:mpe2.simple_tag_v3")
         observations, infos = env.reset(seed=1)
@@ -43,11 +44,15 @@ class Recorder:
     """
 
     def __init__(self, env: Any, name: str) -> None:
-        """Raises InputError if `name` is no parallel environment of PettingZoo, or one of other agents."""
+        """Raises InputError if `env` is neither of them, or `name` one of other agents."""
         world = unperturbed(make_environment(name, 1))
-        if not isinstance(world, PettingZooParallel):
-            raise InputError(f"a recorder is for environments of PettingZoo, pettingzoo:MODULE, got '{name}'")
-        self.env, self._spec, self._places = env, world.spec, world.places
+        places = getattr(world if isinstance(world, PettingZooParallel) else env, "places", None)
+        if places is None:
+            raise InputError(
+                "a recorder is for environments of PettingZoo, pettingzoo:MODULE, and for bm3il.as_parallel_env(NAME), "
+                f"got another, and '{name}'"
+            )
+        self.env, self._spec, self._places = env, world.spec, places
         if unknown := [str(agent) for agent in env.possible_agents if agent not in self._places]:
             known = ", ".join(map(str, self._places))
             raise InputError(f"'{name}' has the agents {known}, and not {', '.join(unknown)}: name what is recorded")

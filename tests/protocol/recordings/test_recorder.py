@@ -176,3 +176,24 @@ def test_it_trains_from_what_was_recorded(tmp_path: Path) -> None:
     assert main(["train", "--environment", TAG, "--demonstrations", file, *tiny, *few, *some, *place]) == 0
     result = json.loads((tmp_path / "tag" / "result.json").read_text())
     assert (result["status"], result["iterations"]) == ("finished", 2)
+
+
+def test_any_environment_of_ours_is_recorded_as_parallel_env() -> None:
+    """With its masks, and as its spec describes what is observed."""
+    name = "berlin?scenario=berlin46&types=2&agents=4&sight=near"
+    env = bm3il.Recorder(bm3il.as_parallel_env(name), name)
+    seen, _ = env.reset(seed=4)
+    for _ in range(3):
+        env.step({agent: int(np.flatnonzero(seen[agent]["action_mask"])[-1]) for agent in env.agents})
+        seen = env._observations
+    found, world = env.demonstrations(), make_environment(name, 1)
+    now = world.reset(4)
+    assert found.spec == world.spec
+    for step in range(3):
+        last = [mask.shape[-1] - 1 - mask[..., ::-1].argmax(-1) for mask in now.action_masks]
+        for m, chosen in enumerate(last):
+            np.testing.assert_array_equal(found.observations[m][step], now.observations[m][0])
+            np.testing.assert_array_equal(found.actions[m][step], chosen[0])
+        now = world.step(last)
+    with pytest.raises(bm3il.InputError, match=r"and for bm3il\.as_parallel_env"):
+        bm3il.Recorder(simple_tag_v3.parallel_env(), name)
