@@ -119,7 +119,8 @@ def _rows(learner: Status | None) -> list[tuple[str, str]]:
     values = learner.values
     if "cloning_iterations" in values:
         rows = [("cloning", f"{values['cloning_iteration']:.0f}/{values['cloning_iterations']:.0f}")]
-        still = values["cloning_left_seconds"]
+        # Unknown in the first iteration, and left out by the director, as all that is not finite.
+        still = values.get("cloning_left_seconds", math.inf)
         return [*rows, ("left", duration(still))] if math.isfinite(still) else rows
     if learner.stage in ("final_evaluation", "wait_for_evaluation") and "evaluated_episodes" in values:
         played, wanted = values["evaluated_episodes"], values.get("episodes_to_evaluate", 0.0)

@@ -51,6 +51,7 @@ def test_the_last_evaluation_shows_how_far_it_is() -> None:
             {"cloning_iteration": 0.0, "cloning_iterations": 40.0, "cloning_left_seconds": math.inf},
             "cloning 0/40\n",
         ),
+        ({"cloning_iteration": 0.0, "cloning_iterations": 40.0}, "cloning 0/40\n"),
         (
             {"cloning_iteration": 3.0, "cloning_iterations": 40.0, "cloning_left_seconds": 61.0},
             "cloning 3/40  left 1:01\n",
