@@ -17,10 +17,15 @@ from typing import IO
 from bm3il.launch import lifeline
 from bm3il.launch.surroundings import module_command
 from bm3il.launch.topology import Process
+from bm3il.protocol.errors import SimulatorError
 from bm3il.protocol.telemetry import DONE_FD, TRAINED
 
 TAIL_BYTES, TAIL_LINES = 16_384, 80
 """Of its log, to show how a process ended: a traceback through torch has so many lines."""
+
+SIMULATOR_FAILED = f"{SimulatorError.__module__}.{SimulatorError.__qualname__}: "
+RAISED_FROM = "\nThe above exception was the direct cause of the following exception:\n"
+"""As Python writes them."""
 
 GUARD_SECONDS = 2.0
 """Until whoever guards a process has ended it and all that it started."""
@@ -131,15 +136,23 @@ class Child:
             self._popen.wait()
 
     def last_words(self) -> str:
-        """The last line of its log."""
+        """The last line of its log; of a simulator's failure without the error's name."""
         lines = self._tail().strip().splitlines()
-        return lines[-1] if lines else "its log says nothing; is the disk full?"
+        return lines[-1].removeprefix(SIMULATOR_FAILED) if lines else "its log says nothing; is the disk full?"
 
     def last_traceback(self) -> str:
-        """The last traceback in its log, or the last lines if there is none."""
+        """The last traceback in its log, or the last lines if there is none.
+
+        Of a simulator's failure it is the traceback of what it raised, if it did: how it came to be called is no help.
+        """
         text = self._tail()
         starts = [match.start() for match in re.finditer(r"^(Traceback \(most recent|Fatal Python error)", text, re.M)]
-        if starts:
+        blamed, raised = text.rfind(f"\n{SIMULATOR_FAILED}"), text.rfind(RAISED_FROM)
+        if starts and blamed > starts[-1]:
+            chained = len(starts) > 1 and starts[-2] < raised < starts[-1]
+            cause = text[starts[-2] : raised].rstrip() if chained else ""
+            text = cause + text[blamed:].replace(SIMULATOR_FAILED, "", 1)
+        elif starts:
             text = text[starts[-1] :]
         return "\n".join(text.strip().splitlines()[-TAIL_LINES:])
 

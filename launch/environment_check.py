@@ -49,7 +49,7 @@ def check_environment(name: str) -> int:
         environment.close()
         how_fast, slow = speed(name)
     except SimulatorError as error:
-        raise InputError(f"{error}{_place(error)}; an environment raises nothing while it is played") from error
+        raise InputError(f"{error}{_place(error)}") from error
     spec = environment.spec
     what = f"{spec.num_agents} agents of {spec.num_types} types" + (
         f", a change of {spec.changes}" * bool(spec.changes)
@@ -296,10 +296,12 @@ def _differing(a: TimeStep, b: TimeStep, copies: Sequence[int] | slice = slice(N
 
 
 def _place(error: SimulatorError) -> str:
-    """File and line of what an environment raised."""
+    """File and line of what an environment raised, and that it shall not, as the end of a sentence."""
     cause = error.__cause__
     frames = traceback.extract_tb(cause.__traceback__) if cause is not None else []
-    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    if not frames:  # it is another program, whose fault the error names
+        return ""
+    return f" ({frames[-1].filename}, line {frames[-1].lineno}); an environment raises nothing while it is played"
 
 
 def _expect(holds: bool, promise: str, found: str = "it is not so", mend: str = "") -> None:

@@ -23,6 +23,8 @@ MAX_FRUITLESS_STARTS = 6
 """Of a process that gets nothing done in between, however long each one takes to fail."""
 TELL_WHAT_THEY_DO = ("actor", "evaluator", "learner")
 RESTART_DELAY_SECONDS = 0.5
+SHORT = 400
+"""Characters of why a process is started again."""
 """So that a process that dies at once does not take a core from those that work."""
 LEARNER_GRACE_SECONDS, OTHERS_GRACE_SECONDS = 5.5, 1.5
 """From the wish to stop to SIGKILL. The learner ends its iteration and writes a checkpoint, for which it gets more time
@@ -35,6 +37,11 @@ AFTER_LEARNER_SECONDS = OTHERS_GRACE_SECONDS + 3.0
 POLL_SECONDS = 0.05
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+def _in_short(text: str) -> str:
+    """Both ends of it: the first words name who failed, the last say why."""
+    return text if len(text) <= SHORT else f"{text[: SHORT // 2]} … {text[-SHORT // 2 :]}"
 
 
 def patience(status: Status | None) -> float:
@@ -187,7 +194,7 @@ class Supervisor:
                 f"{name} {how}; it was started {child.fruitless_starts} times and got nothing done; log: {child.log}\n"
                 + child.last_traceback(),
             )
-        why = f" ({child.last_words()[:200]})" if code > 0 else ""  # who is killed has no last words
+        why = f" ({_in_short(child.last_words())})" if code > 0 else ""  # who is killed has no last words
         self._say(f"{name} {how}; starting it again{why}")
         self._tell("restart", f"{how}; starting it again{why}", name)
         self._metrics.restarted(name)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect
 from collections.abc import Sequence
-from itertools import pairwise
+from functools import partial
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -118,7 +120,9 @@ class Copies:
         """The newest step, of all processes."""
         now, sizes = _blank(self.spec, self.num_envs), [part.stop - part.start for part in self._parts]
         bodies = [  # all of them before one is refused: the next answer heard is to the next question
-            session.hear(SHOW, self._seconds, self._described.show_bytes(envs))
+            session.hear(
+                SHOW, self._seconds, self._described.show_bytes(envs), partial(self._described.show_in_words, envs)
+            )
             for session, envs in zip(self._sessions, sizes, strict=True)
         ]
         for body, part, envs in zip(bodies, self._parts, sizes, strict=True):
@@ -146,7 +150,8 @@ class Copies:
             seen[~active], masks[~active] = 0, True
             if not np.isfinite(seen).all():
                 e, x, o = np.argwhere(~np.isfinite(seen))[0]
-                self._refuse(f"{_agent(t, e, x)} observes {seen[e, x, o]} as its number {o}, expected finite numbers")
+                what = f"{seen[e, x, o]} as its number {o}{_of_part(t, o)}"
+                self._refuse(f"{_agent(t, e, x)} observes {what}, expected finite numbers")
             if not (free := masks.any(axis=-1)).all():
                 self._refuse(f"{_agent(t, *np.argwhere(~free)[0])} is active, and its mask allows nothing")
         return now
@@ -157,6 +162,12 @@ class Copies:
 
 def _agent(kind: TypeSpec, e: int, x: int) -> str:
     return f"agent {x} of type '{kind.name}' in copy {e}"
+
+
+def _of_part(kind: TypeSpec, number: int) -> str:
+    """Of which part a number of an observation is, if the parts have names."""
+    ends = list(accumulate(part.width for part in kind.parts))
+    return f" ('{kind.parts[bisect(ends, number)].name}')" if ends else ""
 
 
 def _blank(spec: EnvironmentSpec, envs: int) -> TimeStep:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from bm3il.protocol.adapters.wire import ANSWERS, FAIL, HEAD, MAX_TEXT_BYTES, Line
@@ -23,6 +24,8 @@ CLOSE_SECONDS = 1.0
 """For which a simulator may go on after its standard input has ended, before it is killed."""
 TAIL_BYTES, TAIL_LINES = 4096, 5
 """Of what it wrote to standard error, to be shown when it fails."""
+OF_A_STACK = re.compile(r"\s+at |\W*$|Node\.js v")
+"""How lines begin that say where, and not what: frames of Node and Java, which follow the error, marks and braces."""
 
 # In a run its actor's guard ends it (`launch.lifeline`); elsewhere the kernel, on Linux, together with the thread that
 # started it.
@@ -64,8 +67,13 @@ class Session:
         with self._blamed("take", kind, seconds):
             self._line.send(kind, body, time.monotonic() + seconds)
 
-    def hear(self, kind: bytes, seconds: float, count: int | None = None) -> bytearray:
-        """The body of its answer, which must be of this kind and so many bytes long (None: of any modest length)."""
+    def hear(
+        self, kind: bytes, seconds: float, count: int | None = None, made_of: Callable[[], str] = str
+    ) -> bytearray:
+        """The body of its answer, which must be of this kind and so many bytes long (None: of any modest length).
+
+        made_of: says for people what these bytes are.
+        """
         with self._blamed("answer with", kind, seconds):
             deadline = time.monotonic() + seconds
             head = bytes(self._line.receive(HEAD.size, deadline))
@@ -81,7 +89,7 @@ class Session:
             limit = f"at most {MAX_TEXT_BYTES}" if count is None else str(count)
             if found != kind or (length > MAX_TEXT_BYTES if count is None else length != count):
                 expected = f"expected {kind.decode()} of {limit} bytes"
-                raise ValueError(f"{expected}, got {found.decode()} of {length}")
+                raise ValueError(f"{expected}, got {found.decode()} of {length}{made_of()}")
             return self._line.receive(length, deadline)
 
     def hang_up(self) -> None:
@@ -140,8 +148,10 @@ class _Tail:
         """Its last lines, as the end of a sentence."""
         if self._thread is not None:
             self._thread.join(CLOSE_SECONDS / 4)  # of one that has ended, all is read
-        lines = self._bytes.decode(errors="replace").strip().splitlines()[-TAIL_LINES:]
-        return f"; its last words: {' | '.join(lines)}" if lines else ""
+        lines = [
+            line.strip() for line in self._bytes.decode(errors="replace").splitlines() if not OF_A_STACK.match(line)
+        ]
+        return f"; its last words: {' | '.join(lines[-TAIL_LINES:])}" if lines else ""
 
 
 def _connected(name: str, target: str, seconds: float) -> socket.socket:

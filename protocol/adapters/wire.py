@@ -113,6 +113,14 @@ class Described:
         """Length of the body of a `SHOW`."""
         return sum(prod(shape) * np.dtype(dtype).itemsize for _, _, dtype, shape in self.table(envs))
 
+    def show_in_words(self, envs: int) -> str:
+        """What the body of a `SHOW` is made of, as the end of a sentence."""
+        arrays = []
+        for field, m, dtype, shape in self.table(envs):
+            of_type = f" of {self.spec.types[m].name}" * (len(shape) > 1)
+            arrays.append(f"{field}{of_type} {'×'.join(map(str, shape))} {np.dtype(dtype)}")
+        return f"; it is made of {', '.join(arrays)}"
+
 
 def described(text: bytes, name: str) -> Described:
     """From the body of a `SPEC`, untrusted, for the environment of this name.

@@ -74,6 +74,45 @@ def end(supervisor: Supervisor) -> Outcome:
     return outcome
 
 
+@pytest.mark.parametrize(
+    ("failure", "shown"),
+    [
+        ("raise SimulatorError('it ended')", ["it ended"]),
+        (
+            "\ntry: 1 / 0\nexcept ZeroDivisionError as error: raise SimulatorError('it raised') from error",
+            ["Traceback (most recent call last):", "ZeroDivisionError: division by zero", "it raised"],
+        ),
+    ],
+)
+def test_a_run_whose_simulator_keeps_failing_ends_with_what_the_simulator_did_and_not_with_our_calls(
+    tmp_path: Path, telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch, failure: str, shown: list[str]
+) -> None:
+    monkeypatch.setattr(module, "RESTART_DELAY_SECONDS", 0.0)
+    said: list[str] = []
+    crash = f"from bm3il.protocol.errors import SimulatorError\n{failure}"
+    supervisor = start(tmp_path, telemetry, {"learner": [SLEEP], "actor": [crash]}, said)
+    outcome = watch(supervisor)
+    end(supervisor)
+    assert outcome is not None
+    lines = outcome.text.splitlines()[1:]
+    assert [line for line in lines if not line.startswith(" ")] == shown
+    assert said[0].startswith(f"actor-0 ended with code 1; starting it again ({shown[-1]})")
+
+
+def test_of_a_long_failure_both_ends_are_told(
+    tmp_path: Path, telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RESTART_DELAY_SECONDS", 0.0)
+    said: list[str] = []
+    crash = "raise RuntimeError('simulator ' + 'x' * 1000 + ' is under water')"
+    supervisor = start(tmp_path, telemetry, {"learner": [SLEEP], "actor": [crash]}, said)
+    watch(supervisor)
+    end(supervisor)
+    assert said[0].startswith("actor-0 ended with code 1; starting it again (RuntimeError: simulator xxx")
+    assert said[0].endswith("xxx is under water)")
+    assert len(said[0]) < 500
+
+
 def test_a_process_that_keeps_crashing_ends_the_run_with_its_traceback(
     tmp_path: Path, telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,7 @@
 //
 //     node queues.js [--fault KIND@STEP [--once FOLDER]] [--listen PORT] [--most ENVIRONMENTS]
 //
-// KIND: nan, short, double, silence, exit, bits, chatter, fail, endless, stuck, deaf, spec, version, misspelt.
+// KIND: nan, short, double, silence, exit, bits, chatter, fail, endless, stuck, deaf, throw, spec, version, misspelt.
 // FOLDER is taken away by the first that fails; without it nobody does.
 'use strict';
 
@@ -120,6 +120,7 @@ class Session { // the copies of one connection
     if (due === 'stuck') bits.fill(0, 0, 3);
     if (due === 'bits') bits[1] = 2;
     if (due === 'short') bits.pop();
+    if (due === 'throw') throw new Error('the server room is under water');
     const floats = due === 'double' ? Float64Array : Float32Array;
     return message('SHOW', Buffer.concat([Buffer.from(floats.from(numbers).buffer), Buffer.from(bits)]));
   }

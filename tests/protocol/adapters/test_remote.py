@@ -156,11 +156,19 @@ def test_an_episode_without_an_end_is_cut_off(walkers: str) -> None:
 @pytest.mark.parametrize(
     ("fault", "text"),
     [
-        ("nan@2", r"agent 1 of type 'dispatcher' in copy 0 observes nan as its number 1, expected finite numbers"),
+        (
+            "nan@2",
+            r"agent 1 of type 'dispatcher' in copy 0 observes nan as its number 1 \('queues'\), expected finite num",
+        ),
         ("nan@0", "observes nan"),
         ("stuck@2", "agent 0 of type 'dispatcher' in copy 0 is active, and its mask allows nothing"),
         ("bits@2", "action_masks must be bytes of 0 and 1, got 2"),
-        ("short@2", r"expected SHOW of 314 bytes, got SHOW of 313"),
+        ("throw@2", r"its last words: .* \| Error: the server room is under water$"),
+        (
+            "short@2",
+            r"expected SHOW of 314 bytes, got SHOW of 313; it is made of observations of dispatcher 2×3×5 float32, "
+            r"observations of server 2×2×7 float32, rewards .* active of server 2×2 uint8, terminated 2 uint8, trunc",
+        ),
         ("double@2", r"expected SHOW of 314 bytes, got SHOW of 586"),
         ("endless@2", r"expected SHOW of 314 bytes, got SHOW of 4294967295"),
         ("chatter@2", r"expected the head of SHOW, got b'three jo'; does it print to its standard output"),
