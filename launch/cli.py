@@ -294,13 +294,16 @@ def check_environment(args: list[str]) -> int:
     """check what the contract promises of an environment, and how fast it is"""
     parser = _parser("check-environment")
     parser.add_argument("environment")
+    parser.add_argument(
+        "--demonstrations", default="", help="do these look like it? a file, or a name that comes along"
+    )
     options = parser.parse_args(args)
     from bm3il.actors.settings import ActorSettings
     from bm3il.actors.simulator import ending_if_hung
     from bm3il.launch.environment_check import check_environment
 
     with ending_if_hung(ActorSettings().step_seconds):
-        return check_environment(options.environment)
+        return check_environment(options.environment, options.demonstrations)
 
 
 def new_environment(args: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,13 @@ from rich.table import Table
 from bm3il.actors.experts import recording
 from bm3il.actors.experts.importers import DAY, import_day, import_rover_tower
 from bm3il.actors.experts.scripted import expert_for
+from bm3il.actors.simulator import Simulator
 from bm3il.launch.inspection import print_types
 from bm3il.launch.trained import load_trained
 from bm3il.protocol.adapters.sumo import Sumo
 from bm3il.protocol.demonstrations import Demonstrations, resolve
-from bm3il.protocol.errors import InputError
+from bm3il.protocol.errors import InputError, SimulatorError
+from bm3il.protocol.likeness import unlike
 from bm3il.protocol.perturbation import unperturbed
 from bm3il.protocol.recordings.arrays import MAX_UNPACKED_BYTES, opened, read_arrays
 from bm3il.protocol.recordings.long_table import read_table
@@ -82,9 +85,16 @@ def import_files(files: Sequence[str], environment: str, mapping: Path | None, o
     else:
         known = ", ".join((*SUFFIXES, ".npz", ROUTES[0]))
         raise InputError(f"{file}: expected a file that ends with {known}, or a data set of Minari, as minari:ID")
-    for note in notes:
+    for note in [*notes, *hints(demonstrations, environment)]:
         print(note)
     return _save(demonstrations, output)
+
+
+def hints(demonstrations: Demonstrations, environment: str) -> list[str]:
+    """How they differ from what the environment shows; nothing where it cannot be played, which is not our business."""
+    with suppress(SimulatorError):
+        return [f"hint: {text}" for text in unlike(demonstrations, Simulator(environment, 1), steps=True)]
+    return []
 
 
 def _import_npz(path: Path, environment: str) -> tuple[Demonstrations, list[str]]:

@@ -14,8 +14,10 @@ import numpy as np
 
 from bm3il.actors.simulator import Simulator
 from bm3il.launch.environment_speed import speed
+from bm3il.protocol.demonstrations import Demonstrations, resolve
 from bm3il.protocol.environment import Environment, TimeStep
 from bm3il.protocol.errors import InputError, ProtocolError, SimulatorError
+from bm3il.protocol.likeness import unlike
 from bm3il.protocol.observations import forms
 from bm3il.protocol.registry import make_environment
 from bm3il.protocol.specs import EnvironmentSpec
@@ -35,17 +37,24 @@ class Episodes:
     actions: list[list[np.ndarray]] = field(default_factory=list)
 
 
-def check_environment(name: str) -> int:
+def check_environment(name: str, demonstrations: str = "") -> int:
     """Play random episodes and check shapes, dtypes, masks, ends and repeatability, and the world that it changes.
+
+    demonstrations: to be compared with what it shows.
 
     Raises InputError with the first promise that is broken, and how to mend it.
     """
+    recorded = Demonstrations.load(resolve(demonstrations)) if demonstrations else None
     try:
         environment = Simulator(name, COPIES)
+        if recorded is not None:
+            recorded.check_against(environment.spec)
         first = _played(environment, SEED, _drawn(environment.spec))
         _check_again(name, environment, first)
         _check_changes(environment.spec)
         hints = [*_of_other_plays(environment, first), *_of_numbers(first)]
+        if recorded is not None:
+            hints += unlike(recorded, Simulator(name, 1), steps=True)
         environment.close()
         how_fast, slow = speed(name)
     except SimulatorError as error:

@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,9 +30,11 @@ from bm3il.launch.surroundings import lasting_output, private_folder
 from bm3il.launch.topology import LOOPBACK, Node, Plan, ipc_addresses, listeners, make_job, processes_of
 from bm3il.learner.algorithms import algorithm
 from bm3il.learner.checkpoint import CheckpointFolder, configuration_differences
-from bm3il.protocol.demonstrations import resolve
+from bm3il.protocol.demonstrations import Demonstrations, resolve, shipped_demonstrations
+from bm3il.protocol.environment import Environment
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.job import Endpoints
+from bm3il.protocol.likeness import unlike
 from bm3il.protocol.messages import Sender
 from bm3il.protocol.registry import make_environment
 from bm3il.protocol.specs import EnvironmentSpec
@@ -40,11 +44,13 @@ from bm3il.reward_server.sees import check_imagined, columns_seen
 SERIAL_SHOW_SECONDS = 0.5
 CLONE_WEIGHT = 0.3
 """Of imitation that starts from the clone, in the world that was demonstrated: docs/tuning.md has figures."""
+HINT_SECONDS = 5.0
+"""For which a run waits, at most, to learn whether its recordings look like its environment."""
 
 
 def train(config: Config) -> int:
     """Start a new run; returns the exit code. Raises InputError before anything is started; nothing is left then."""
-    config, spec = check(remembered(config))
+    config, spec = check(remembered(config), print)
     _check_devices(config)
     config, needed = run_folder.named(config), needs(config, spec)
     _check_room(config, needed)
@@ -100,8 +106,10 @@ def _check_budget(folder: Path, config: Config, played: int) -> None:
         raise InputError(f"--steps must be above the {played} that {folder} has played, got {config.steps}")
 
 
-def check(config: Config) -> tuple[Config, EnvironmentSpec]:
+def check(config: Config, hint: Callable[[str], None] = lambda _: None) -> tuple[Config, EnvironmentSpec]:
     """The configuration as it will run, and its environment's description.
+
+    hint: is told in what the demonstrations do not look like the environment.
 
     Raises InputError for what cannot work, before anything starts.
     """
@@ -109,7 +117,8 @@ def check(config: Config) -> tuple[Config, EnvironmentSpec]:
     if config.mode == "serial" and config.nodes > 1:
         raise InputError("--mode serial runs in one process: leave out --nodes")
     check_files(config)
-    spec = make_environment(config.environment, 1).spec
+    environment = make_environment(config.environment, 1)
+    spec = environment.spec
     if not all(kind.discrete for kind in spec.types):
         config = replace(config, learner=replace(config.learner, query="state_action"))
     config = _near_the_clone(config, spec)
@@ -126,6 +135,8 @@ def check(config: Config) -> tuple[Config, EnvironmentSpec]:
                 f"{difference}; take --parameter-sharing type without --actor.agent-identity, or as many agents, as in "
                 f"'{spec.changes}'"
             )
+        if config.demonstrations not in shipped_demonstrations():
+            _compare_starts(recorded, environment, hint)
     return config, spec
 
 
@@ -137,6 +148,19 @@ def _near_the_clone(config: Config, spec: EnvironmentSpec) -> Config:
     held = algorithm(config.algorithm).imitates and learner.start == "cloned" and not spec.changes
     clipped = replace(learner.clipped, clone_weight=CLONE_WEIGHT if held else 0.0)
     return replace(config, learner=replace(learner, clipped=clipped))
+
+
+def _compare_starts(recorded: Demonstrations, environment: Environment, hint: Callable[[str], None]) -> None:
+    """Tell what is seldom meant. If the environment raises, or hangs, that is for the actor who plays it to say."""
+
+    def compare() -> None:
+        with suppress(Exception):
+            for text in unlike(recorded, environment, steps=False):
+                hint(f"hint: {text}")
+
+    comparison = threading.Thread(target=compare, name="likeness", daemon=True)
+    comparison.start()
+    comparison.join(HINT_SECONDS)
 
 
 def _check_devices(config: Config) -> None:

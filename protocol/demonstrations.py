@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from bm3il.protocol import demonstration_file
 from bm3il.protocol.demonstration_checks import check_block, check_episodes, without_forbidden
@@ -82,6 +83,16 @@ class Demonstrations:
     def action_masks(self) -> list[np.ndarray]:
         """Per type [rows, X_m, A_m] bool, expanded."""
         return self.spec.by_type([seen.masks().numpy() for seen in self._seen()], axis=1)
+
+    def observed(self, rows: np.ndarray) -> list[np.ndarray]:
+        """What was observed in these rows: per type [len(rows), X_m, O_m] float32, expanded."""
+        index = torch.from_numpy(rows)
+        return self.spec.by_type([seen.select(index).dense().numpy() for seen in self._seen()], axis=1)
+
+    def allowed(self, rows: np.ndarray) -> list[np.ndarray]:
+        """What was allowed in these rows: per type [len(rows), X_m, A_m] bool, expanded."""
+        index = torch.from_numpy(rows)
+        return self.spec.by_type([seen.select(index).masks().numpy() for seen in self._seen()], axis=1)
 
     @property
     def actions(self) -> list[np.ndarray]:

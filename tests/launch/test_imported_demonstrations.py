@@ -16,6 +16,7 @@ from bm3il.actors.experts.scripted import RoverTowerExpert
 from bm3il.launch.cli import main
 from bm3il.launch.inspection import print_types
 from bm3il.protocol.demonstrations import Demonstrations
+from bm3il.protocol.recordings.columns import part_columns
 from bm3il.protocol.registry import make_environment
 from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
 from tests.launch.test_cli import fails
@@ -38,6 +39,30 @@ def imported(file: str | Path, output: Path, *options: str) -> Demonstrations:
     where = () if "--environment" in options else ("--environment", ROVERS)
     assert main(["demonstrations", "import", str(file), "--output", str(output), *where, *options]) == 0
     return Demonstrations.load(output)
+
+
+def test_recordings_in_another_unit_are_told_on_import_at_the_check_and_at_the_start_of_a_run(
+    tmp_path: Path, recorded: Demonstrations, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hint = "hint: for 'rover' the recordings begin with other numbers than the environment: "
+    parts = [part for t in recorded.spec.types for part in t.parts if part.kind == "own"]
+    own = {column for part in parts for column in part_columns(part)}
+
+    def hints() -> list[bool]:
+        return [line.startswith(hint) for line in capsys.readouterr().out.splitlines() if line.startswith("hint")]
+
+    for name, far in (("alike", 0), ("apart", 100)):
+        seen = [{k: v + far if k in own and v is not None else v for k, v in row.items()} for row in rows_of(recorded)]
+        imported(write(tmp_path / f"{name}.csv", seen), tmp_path / f"{name}.safetensors")
+        assert hints()[:1] == [True] * bool(far)
+        assert main(["check-environment", ROVERS, "--demonstrations", f"{name}.safetensors"]) == 0
+        assert hints()[:1] == [True] * bool(far)
+        train = ["train", "--preset", "own", "--environment", ROVERS, "--demonstrations", f"{name}.safetensors"]
+        brief = ["--mode", "serial", "--algorithm", "bc", "--cloning.iterations", "1", "--cloning.updates", "1"]
+        few = ["--evaluation.episodes", "2", "--evaluation.final-episodes", "2", "--evaluation.starts", "fresh"]
+        assert main([*train, *brief, *few, "--run", name]) == 0
+        assert hints()[:1] == [True] * bool(far)
 
 
 def test_a_table_is_imported_and_trains(
