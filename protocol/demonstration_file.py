@@ -89,7 +89,12 @@ def read(path: str | Path) -> Contents:
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except (OSError, SafetensorError, ValueError) as error:
-        raise InputError(f"{path}: expected a safetensors file of demonstrations: {error}") from error
+        raise _foreign(path, error) from error
+
+
+def _foreign(path: str | Path, error: Exception) -> InputError:
+    how = "a table, or arrays, `bm3il demonstrations import` makes into one"
+    return InputError(f"{path}: expected a safetensors file of demonstrations: {error}; {how}")
 
 
 def count_rows(path: str | Path) -> tuple[int, int]:
@@ -98,7 +103,7 @@ def count_rows(path: str | Path) -> tuple[int, int]:
         with safe_open(path, framework="pt") as file:
             lengths = Tensors(file).read("episode_lengths", "I64")
     except (OSError, SafetensorError, ValueError) as error:
-        raise InputError(f"{path}: expected a safetensors file of demonstrations: {error}") from error
+        raise _foreign(path, error) from error
     return len(lengths), int(lengths.sum())
 
 

@@ -165,7 +165,7 @@ class Demonstrations:
         if difference := spec.difference(self.spec, counts=not spec.changes):
             raise InputError(
                 f"demonstrations of '{self.spec.name}' do not fit the environment '{spec.name}': {difference}; "
-                "choose the environment they were recorded in, or record others with `bm3il demonstrations record`"
+                "choose the environment they were recorded in, or record or import others (`bm3il demonstrations`)"
             )
 
     def in_form_of(self, spec: EnvironmentSpec) -> Demonstrations:

@@ -352,7 +352,9 @@ def test_damaged_files_are_refused(tmp_path: Path, demonstrations: Demonstration
     whole = path.read_bytes()
     for damaged in (b"", b"abc", whole[:7], whole[:100], whole[: len(whole) // 2], whole[:-1], whole + b"x"):
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match="expected a safetensors file of demonstrations"):
+        with pytest.raises(
+            InputError, match=r"expected a safetensors file of demonstrations: .* `bm3il demonstrations import` makes"
+        ):
             Demonstrations.load(path)
     for missing in (tmp_path, tmp_path / "absent"):
         with pytest.raises(InputError, match="neither a file nor one of those that ship"):

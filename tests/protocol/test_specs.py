@@ -57,7 +57,10 @@ def test_what_is_no_spec_is_refused(value: Any) -> None:
 
 def test_first_difference_is_told() -> None:
     assert SPEC.difference(replace(SPEC, name="city", episode_length=9)) is None
-    assert SPEC.difference(replace(SPEC, view="near")) == "expected '', found 'near'"
+    assert (
+        SPEC.difference(replace(SPEC, view="near"))
+        == "expected observations that mean nothing in particular, found 'near'"
+    )
     assert SPEC.difference(replace(SPEC, types=SPEC.types[:1])) == "expected 2 agent types, found 1"
     changes = {"name": "car", "count": 9, "observation_dim": 9, "action_dim": 9, "discrete": True}
     for field, value in changes.items():
