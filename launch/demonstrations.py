@@ -138,7 +138,7 @@ def inspect(name: str) -> int:
 
 def _refuse_existing(output: Path) -> None:
     if output.exists():
-        raise InputError(f"{output} exists; take another --output")
+        raise InputError(f"{output} exists; remove it, or take another --output")
 
 
 def _save(demonstrations: Demonstrations, output: Path) -> int:
@@ -164,10 +164,13 @@ def _print(demonstrations: Demonstrations, path: Path) -> None:
     ]
     for name, value in rows:
         console.print(f"{name:<14}{value}", markup=False, soft_wrap=True)
-    table = Table("type", "agents", "observation width", "actions")
-    for t in demonstrations.spec.types:
+    table = Table("type", "agents", "observation width", "actions", "return")
+    for m, t in enumerate(demonstrations.spec.types):
         actions = f"{t.action_dim} discrete" if t.discrete else f"{t.action_dim} continuous"
-        table.add_row(t.name, str(t.count), str(t.observation_dim), actions)
+        returns = demonstrations.returns[:, demonstrations.spec.agents(m)]
+        known = returns[np.isfinite(returns).all(axis=1)]
+        mean = f"{known.mean(dtype=np.float64):.1f}" if known.size else "unknown"
+        table.add_row(t.name, str(t.count), str(t.observation_dim), actions, mean)
     console.print(table)
 
 

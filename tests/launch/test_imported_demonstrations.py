@@ -151,6 +151,18 @@ def test_inspect_tells_of_each_type_when_it_takes_part_and_what_it_does(capsys: 
     assert "0 of 6" in capsys.readouterr().out
 
 
+def test_returns_are_told_of_each_type_and_only_where_they_are_known(
+    tmp_path: Path, recorded: Demonstrations, capsys: pytest.CaptureFixture[str]
+) -> None:
+    returns = np.tile(np.float32([2, 4, -7, -8]), (3, 1))
+    returns[0] += 99
+    returns[0, 3] = np.nan  # so the first episode of towers is not known
+    replace(recorded, returns=returns).save(tmp_path / "a.safetensors")
+    assert main(["demonstrations", "inspect", str(tmp_path / "a.safetensors")]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines() if "discrete" in line]
+    assert [(words[1], words[-2]) for words in shown] == [("rover", "36.0"), ("tower", "-7.5")]
+
+
 def test_inspect_tells_of_every_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demonstrations", "inspect", "berlin46"]) == 0
     assert "500 of 500" in capsys.readouterr().out
