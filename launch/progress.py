@@ -117,11 +117,10 @@ def _rows(learner: Status | None) -> list[tuple[str, str]]:
     if learner is None:
         return [("stage", "starting the processes")]
     values = learner.values
-    if "cloning_iterations" in values:
+    if {"cloning_iteration", "cloning_iterations"} <= values.keys():  # they come and go one by one
         rows = [("cloning", f"{values['cloning_iteration']:.0f}/{values['cloning_iterations']:.0f}")]
-        # Unknown in the first iteration, and left out by the director, as all that is not finite.
-        still = values.get("cloning_left_seconds", math.inf)
-        return [*rows, ("left", duration(still))] if math.isfinite(still) else rows
+        still = values.get("cloning_left_seconds")
+        return rows if still is None else [*rows, ("left", duration(still))]
     if learner.stage in ("final_evaluation", "wait_for_evaluation") and "evaluated_episodes" in values:
         played, wanted = values["evaluated_episodes"], values.get("episodes_to_evaluate", 0.0)
         return [("final evaluation", f"{played:,.0f}/{wanted:,.0f} episodes")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Sequence
 from operator import itemgetter
@@ -25,7 +24,7 @@ from bm3il.protocol.seeds import derive_seed
 from bm3il.protocol.telemetry import Telemetry
 
 SHOWN = "cloning_iteration", "cloning_iterations", "cloning_left_seconds"
-"""The numbers of a status while a run's first policy is made."""
+"""The numbers of a status while a run's first policy is made; the last is known from the second iteration on."""
 
 
 class Cloning:
@@ -96,8 +95,10 @@ def clone(
     try:
         for iteration in range(run.iterations):
             abort()
-            left = (time.monotonic() - began) / iteration * (run.iterations - iteration) if iteration else math.inf
-            telemetry.numbers |= dict(zip(SHOWN, (iteration, run.iterations, left), strict=True))
+            telemetry.numbers |= {"cloning_iteration": iteration, "cloning_iterations": run.iterations}
+            if iteration:
+                left = (time.monotonic() - began) / iteration * (run.iterations - iteration)
+                telemetry.numbers["cloning_left_seconds"] = left
             run.iterate(iteration / run.iterations, abort)
     finally:
         for name in SHOWN:

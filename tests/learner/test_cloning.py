@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -52,6 +54,7 @@ def test_a_clone_tells_how_far_it_is_while_it_is_made() -> None:
     clone(policy, demonstrations, settings, 0, telemetry, lambda: seen.append(dict(telemetry.numbers)))
     telemetry.close()
     assert [numbers.get("cloning_iteration") for numbers in seen][:2] == [None, 0]
+    assert all(math.isfinite(number) for numbers in seen for number in numbers.values())  # others never arrive
     assert seen[-1]["cloning_iterations"] == 3
     assert seen[-1]["cloning_left_seconds"] > 0
     assert not [name for name in telemetry.numbers if name.startswith("cloning_")]
