@@ -137,8 +137,8 @@ def _other_masks(
         forbids = any((~now.action_masks[m] & now.active[m][..., None]).any() for now in shown)
         if forbids and allowed[m][recorded.active[m][rows]].all():
             yield (
-                f"'{spec.name}' forbids actions to '{t.name}', and the recordings say of none that it was forbidden: a "
-                "clone then has to learn the masks, too. Columns mask.0, mask.1, … tell them"
+                f"masks of '{t.name}' were not written down, and '{spec.name}' forbids some actions: a clone then must "
+                "learn what is forbidden, too. Columns mask.0, mask.1, … tell it"
             )
 
 

@@ -166,3 +166,19 @@ def test_returns_are_told_of_each_type_and_only_where_they_are_known(
 def test_inspect_tells_of_every_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demonstrations", "inspect", "berlin46"]) == 0
     assert "500 of 500" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("masked", "told"), [("", False), ("some", True)])
+def test_masks_that_nobody_wrote_down_are_told_where_the_environment_has_some(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, masked: str, told: bool
+) -> None:
+    pytest.importorskip("gymnasium")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "protocol")
+    name = "gymnasium:small_worlds:Small-v0" + f"?arguments=masked:{masked}" * bool(masked)
+    row = {"episode": 0, "observation.0": 0.5, "observation.1": 0, "action": 2}
+    masks = {"mask.0": 1, "mask.1": 0, "mask.2": 1}
+    without = write(tmp_path / "without.csv", [row | {"step": step} for step in range(3)])
+    having = write(tmp_path / "having.csv", [row | {"step": step} | masks for step in range(3)])
+    for table, expected in ((without, told), (having, False)):
+        imported(table, table.with_suffix(".safetensors"), "--environment", name)
+        assert ("masks of 'agent' were not written down" in capsys.readouterr().out) == expected

@@ -99,7 +99,7 @@ def test_what_is_small_on_both_sides_may_differ() -> None:
 
 def test_recordings_without_the_masks_of_the_world_are_told() -> None:
     (hint,) = unlike(recorded_in(Ward()), Ward(masked=True), steps=True)
-    assert hint.startswith("'ward' forbids actions to 'doctor', and the recordings say of none that it was forbidden")
+    assert hint.startswith("masks of 'doctor' were not written down, and 'ward' forbids some actions")
 
 
 def test_a_slow_world_is_reset_once(monkeypatch: pytest.MonkeyPatch) -> None:
