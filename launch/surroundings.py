@@ -8,11 +8,12 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from bm3il.protocol.errors import InputError
+from bm3il.protocol.working_folder import look_there_last
 
 Value = TypeVar("Value")
 
@@ -39,9 +40,7 @@ def settle() -> None:
     The working folder comes last in the search for modules, so that environments which lie there are found and nothing
     of ours is hidden. Output loses the letters that the locale does not have, instead of ending the program.
     """
-    with suppress(OSError):  # the working folder was deleted
-        if not {"", os.getcwd()} & set(sys.path):
-            sys.path.append(os.getcwd())
+    look_there_last()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")

@@ -18,11 +18,13 @@ from bm3il.protocol.errors import InputError
 from bm3il.protocol.pool import BAD, GOOD, array_table, arrays_in
 from bm3il.protocol.registry import make_share
 from bm3il.protocol.trajectories import columns_of
+from bm3il.protocol.working_folder import look_there_last
 
 
 def main(arguments: Sequence[str]) -> None:
     """Answer until asked to close. arguments: the name of the environment, the first of its copies, the one after the
     last, E, and the descriptors of the socket and of the shared memory."""
+    look_there_last()
     name, *numbers = arguments
     first, end, num_envs, socket, memory = map(int, numbers)
     threading.Thread(target=_end_with, args=(socket,), daemon=True).start()

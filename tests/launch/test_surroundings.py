@@ -69,6 +69,38 @@ def test_an_environment_in_the_working_folder_is_found(tmp_path: Path) -> None:
     assert (code, "all checks passed" in output) == (0, True), errors
 
 
+EDITABLE = """
+import importlib.util
+import sys
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return importlib.util.spec_from_file_location(name, {file!r}) if name == "mine_v0" else None
+
+sys.meta_path.append(Finder)
+"""
+
+
+@pytest.mark.parametrize("options", ["", "&processes=2"])
+def test_an_environment_in_the_working_folder_does_not_hide_one_that_is_installed_by_a_link(
+    tmp_path: Path, options: str
+) -> None:
+    """pip's finders of what is installed with -e are asked after all of sys.path."""
+    site, linked, working = tmp_path / "site", tmp_path / "linked", tmp_path / "working"
+    for folder, name, text in (
+        (site, "sitecustomize", EDITABLE.format(file=str(linked / "mine_v0.py"))),
+        (linked, "mine_v0", MINE),
+        (working, "mine_v0", "raise RuntimeError('an old copy')"),
+    ):
+        folder.mkdir()
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+    name = "pettingzoo:mine_v0?arguments=max_cycles:3" + options
+    code, output, errors = ended(bm3il(working, "check-environment", name, env={"PYTHONPATH": path}))
+    assert (code, "all checks passed" in output) == (0, True), errors
+
+
 @pytest.mark.processes
 def test_a_closed_terminal_is_a_request_to_stop(tmp_path: Path) -> None:
     process = bm3il(tmp_path, *SERIAL, "--run", "long", "--steps", "1000000")
