@@ -6,12 +6,12 @@ A name is an entry point of the group `bm3il.environments`, so a user's package 
     my_town = "my_package.town:Town"        # called as Town(num_envs=E, **options)
 
 What follows `:` is passed as the option `target`; options follow `?`, joined by `&`, and are converted to the types
-that the factory's signature names; if that ends with `**arguments`, these are all others, as text. A factory whose
-options name files says so by a function `with_files(option, value, change)`, also for `target`: the value with `change`
-applied to the part of it that is the path of a file; then runs know these files again. One whose copies are costly has
-an attribute `most_copies`: evaluations and recorders step no more of them together. Every environment also takes
-`slip` and `noise` (`protocol.perturbation`), and `processes` (`protocol.pool`) if its copies can be divided, unless its
-factory has an option of that name itself.
+that the factory's signature names, or of their defaults; if that ends with `**arguments`, these are all others, as
+text. A factory whose options name files says so by a function `with_files(option, value, change)`, also for `target`:
+the value with `change` applied to the part of it that is the path of a file; then runs know these files again. One
+whose copies are costly has an attribute `most_copies`: evaluations and recorders step no more of them together. Every
+environment also takes `slip` and `noise` (`protocol.perturbation`), and `processes` (`protocol.pool`) if its copies
+can be divided, unless its factory has an option of that name itself.
 """
 
 from __future__ import annotations
@@ -142,10 +142,15 @@ def _point(key: str) -> EntryPoint:
 
 
 def _options_of(factory: Callable[..., Any]) -> dict[str, Any]:
-    """Option → its type, as the signature has them."""
-    named = {name for name, parameter in _parameters(factory).items() if parameter.kind is not parameter.VAR_KEYWORD}
+    """Option → its type, as the signature has them: annotated, or else that of its default."""
     hints = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
-    return {name: kind for name, kind in hints.items() if name in named - {"num_envs", FIRST_COPY, DRAWN}}
+    return {
+        name: hints.get(name, type(parameter.default))
+        for name, parameter in _parameters(factory).items()
+        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        and name not in ("num_envs", FIRST_COPY, DRAWN)
+        and (name in hints or parameter.default is not parameter.empty)
+    }
 
 
 def _takes_any(factory: Callable[..., Any]) -> bool:

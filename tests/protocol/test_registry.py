@@ -36,6 +36,13 @@ class IcyTown(TownEnvironment):
         self.options = {"slip": slip}
 
 
+class PlainTown(TownEnvironment):
+    """Says nothing of types."""
+
+    def __init__(self, num_envs, size=1, rate=1.0, rain=False, *, name="x"):  # type: ignore[no-untyped-def]
+        self.options = {"size": size, "rate": rate, "rain": rain, "name": name}
+
+
 @pytest.fixture(autouse=True)
 def towns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Entry points as another package would add them."""
@@ -43,6 +50,7 @@ def towns(monkeypatch: pytest.MonkeyPatch) -> None:
     added = [
         EntryPoint("town", f"{__name__}:TownEnvironment", registry.GROUP),
         EntryPoint("icy_town", f"{__name__}:IcyTown", registry.GROUP),
+        EntryPoint("plain_town", f"{__name__}:PlainTown", registry.GROUP),
         EntryPoint("no_town", f"{__name__}:Town", registry.GROUP),
         EntryPoint("lost_town", "lost_module:Town", registry.GROUP),
         EntryPoint("misspelt_town", f"{__name__}:Tonw", registry.GROUP),
@@ -62,6 +70,12 @@ def test_options_take_the_types_of_the_signature() -> None:
     town = make_environment("town:mpe2.spread?size=3&rate=0.5&rain=true", 2)
     assert isinstance(town, TownEnvironment)
     assert town.options == {"num_envs": 2, "target": "mpe2.spread", "size": 3, "rate": 0.5, "rain": True}
+
+
+def test_options_without_annotations_take_the_types_of_their_defaults() -> None:
+    town = make_environment("plain_town?size=3&rate=2&rain=true&name=y", 2)
+    assert isinstance(town, PlainTown)
+    assert town.options == {"size": 3, "rate": 2.0, "rain": True, "name": "y"}
 
 
 def test_what_a_factory_calls_slip_is_its_own() -> None:
