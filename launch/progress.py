@@ -84,9 +84,13 @@ class Progress:
         if result.get("env_steps") and result.get("steps"):
             words.append(f"with {result['env_steps']:,} steps played, of {result['steps']:,}")
         self.note(" ".join(words))
-        if returns:
+        if _all_zero(result):
+            self.note(
+                "no reward but 0 was seen: what the policy does tells how good it is, returns do not (docs/faq.md)"
+            )
+        elif returns:
             self.note("return per agent and episode: " + ", ".join(returns))
-        if result.get("types"):
+        if result.get("types") and not _all_zero(result):
             self.note(f"normalised, of types: {_of_types(result['types'])}")
         if result["status"] == "finished" and result.get("return_mean") is None:
             self.note(f"the final policy was not evaluated; `bm3il evaluate {folder}` does it")
@@ -132,6 +136,11 @@ def _rows(learner: Status | None) -> list[tuple[str, str]]:
     rows.append(("return", _return(values)))
     if of_types := {n.removeprefix(OF_TYPE): {NORMALIZED: v} for n, v in values.items() if n.startswith(OF_TYPE)}:
         rows.append(("of types", _of_types(of_types)))
+    if "held_out_loss" in values:
+        rows.append(("held-out loss", f"{values['held_out_loss']:.3f}"))
+    if {"accuracy_agent", "accuracy_expert"} <= values.keys():
+        apart = (values["accuracy_agent"] + values["accuracy_expert"]) / 2
+        rows.append(("told apart", f"{apart:.0%} (50%: alike)"))
     rows.append(("policy lag", f"{values.get('policy_lag', 0.0):.1f}"))
     rows.append(("steps/s", f"{values.get('steps_per_second', 0.0):,.0f}"))
     stages = [f"{s} {1000 * values[f'seconds_{s}']:.0f}" for s in STAGES if f"seconds_{s}" in values]
@@ -141,7 +150,14 @@ def _rows(learner: Status | None) -> list[tuple[str, str]]:
     return rows
 
 
+def _all_zero(values: Mapping[str, Any]) -> bool:
+    """Whether neither the policy nor random actions were ever paid: returns then tell nothing."""
+    return values.get("return_mean") == values.get("random_return") == 0
+
+
 def _return(values: Mapping[str, float]) -> str:
+    if _all_zero(values):
+        return "unknown (no reward but 0 was seen)"
     text = f"{values['return_mean']:.1f}" if "return_mean" in values else "–"
     bounds = [
         f"{name} {values[f'{name}_return']:.1f}" for name in ("random", "clone", "expert") if f"{name}_return" in values

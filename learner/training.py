@@ -32,6 +32,8 @@ from bm3il.protocol.telemetry import OF_TYPE, Telemetry
 log = logging.getLogger(__name__)
 
 MOST_TYPES_SHOWN = 10
+SHOWN_FIGURES = "held_out_loss", "accuracy_agent", "accuracy_expert"
+"""What tells how far the imitation is, also where no true reward is known."""
 """With every heartbeat: the curve and the result have those of all."""
 
 Arrays = dict[str, np.ndarray]
@@ -272,6 +274,7 @@ class Training:
             "clone_return": facts.clone_return,
         }
         self._telemetry.numbers |= {name: value for name, value in known.items() if value is not None}
+        self._telemetry.numbers |= {name: figures[name] for name in SHOWN_FIGURES if name in figures}
         self._telemetry.done(facts.iteration)
         self._record.log_iteration(
             facts.iteration, merged(self._figures[facts.iteration], self._telemetry.take_spent())

@@ -53,6 +53,16 @@ def test_the_last_evaluation_shows_how_far_it_is() -> None:
             "cloning 3/40  left 1:01\n",
         ),
         ({"iteration": 2.0, "iterations": 9.0}, "iteration 2/9  return –  policy lag 0.0  steps/s 0  stages, ms \n"),
+        (
+            {"iteration": 2.0, "iterations": 9.0, "held_out_loss": 0.41},
+            "iteration 2/9  return –  held-out loss 0.410  policy lag 0.0  steps/s 0  stages, ms \n",
+        ),
+        (
+            {"iteration": 2.0, "iterations": 9.0, "accuracy_agent": 0.5, "accuracy_expert": 0.62}
+            | {"return_mean": 0.0, "random_return": 0.0, "clone_return": 0.0},
+            "iteration 2/9  return unknown (no reward but 0 was seen)  told apart 56% (50%: alike)  policy lag 0.0  "
+            "steps/s 0  stages, ms \n",
+        ),
     ],
 )
 def test_a_line_says_how_far_it_is(values: dict[str, float], expected: str) -> None:
@@ -79,3 +89,13 @@ def test_types_are_told_apart_and_of_many_the_lowest_and_the_highest() -> None:
     assert "normalised, of types: 0.000 (t0) to 0.800 (t8)\n" in text.getvalue()
     progress.summary(Path("none"), {"status": "finished", "types": {"rover": {"normalized_return": None}}})
     assert "of types: not known\n" in text.getvalue()
+
+
+def test_the_summary_of_a_run_without_a_true_reward_shows_no_returns() -> None:
+    text = io.StringIO()
+    types = {"rover": {"normalized_return": None}}
+    result = {"status": "finished", "return_mean": 0.0, "random_return": 0.0, "types": types}
+    Progress(Console(file=text, width=1000)).summary(Path("none"), result)
+    assert "no reward but 0 was seen" in text.getvalue()
+    assert "normalised" not in text.getvalue()
+    assert "0.0" not in text.getvalue()

@@ -124,9 +124,11 @@ def test_every_algorithm_runs_to_its_end(undisturbed: Undisturbed, name: str) ->
     assert (folder / "curve.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("name", ["bm3il", "bc"])
-def test_between_two_stages_a_run_does_not_tell_of_its_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+@pytest.mark.parametrize(
+    ("name", "figures"), [("bm3il", {"accuracy_agent", "accuracy_expert"}), ("bc", {"held_out_loss"})]
+)
+def test_between_two_stages_a_run_tells_of_its_figures_and_not_of_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, figures: set[str]
 ) -> None:
     told, note = [], Training._note
 
@@ -137,6 +139,7 @@ def test_between_two_stages_a_run_does_not_tell_of_its_start(
     monkeypatch.setattr(Training, "_note", noted)
     run(tmp_path / "run", name)
     assert [status.stage for status in told] == ["between"] * ITERATIONS
+    assert figures <= told[-1].values.keys()
     stages = {key for status in told for key in status.values if key.startswith("seconds_")}
     assert {"seconds_restore", "seconds_update", "seconds_publish", "seconds_checkpoint"} <= stages
 
