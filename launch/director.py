@@ -146,12 +146,15 @@ class Director:
 
     def states(self) -> dict[str, State]:
         """Of every process of the run, and of those who joined."""
-        now, patience = time.monotonic(), SILENT_SECONDS
-        if not self._takes_more and "learner-0" in self.statuses:  # in lockstep it is each one's turn once an iteration
-            patience = 2 * self.statuses["learner-0"].values.get("seconds_iteration", 0.0)
+        now, patience, learner = time.monotonic(), SILENT_SECONDS, self.statuses.get("learner-0")
+        if not self._takes_more and learner is not None:  # in lockstep it is each one's turn once an iteration
+            patience = 2 * learner.values.get("seconds_iteration", 0.0)
+        patiences = dict.fromkeys(self._names | set(self.statuses), patience)
+        if learner is not None and "iteration" not in learner.values:  # it loads and clones, and nobody else has work
+            patiences = {name: patience if name == "learner-0" else math.inf for name in patiences}
         return {
-            name: judge(self.statuses.get(name), now - self._heard.get(name, self._began), patience)
-            for name in sorted(self._names | set(self.statuses))
+            name: judge(self.statuses.get(name), now - self._heard.get(name, self._began), patiences[name])
+            for name in sorted(patiences)
         }
 
     def lost_nodes(self) -> list[int]:

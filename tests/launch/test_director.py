@@ -27,7 +27,7 @@ from bm3il.protocol.telemetry import END, Telemetry
 @pytest.fixture
 def director(tmp_path: Path) -> Iterator[Director]:
     config = load_preset("rover_tower_8")
-    nodes, processes = (Node("here"), Node("there")), (Process("learner", 0, 0),)
+    nodes, processes = (Node("here"), Node("there")), (Process("learner", 0, 0), Process("actor", 0, 1))
     plan = Plan("run", str(tmp_path), config.to_yaml(), "", nodes, processes, ipc_addresses(tmp_path, processes))
     telemetry = Telemetry("supervisor", 0, Sender("run", "supervisor-0"))
     director = Director(plan, telemetry)
@@ -104,6 +104,21 @@ def test_a_trouble_is_told_once_until_it_is_over_for_good(director: Director, tm
     events = [e for e in read_events(tmp_path, 9) if e["process"] == "learner-0"]
     assert [(e["event"], e["state"]) for e in events] == [("state", "starved"), ("state", "alive")]
     assert events[0]["text"] == "starved: has been in 'wait_for_chunks' for 12 s: it waits for others"
+
+
+@pytest.mark.parametrize(
+    ("values", "starved"),
+    [({}, []), ({"cloning_iterations": 40.0}, []), ({"iteration": 1.0}, ["actor-0"])],
+)
+def test_who_waits_for_the_learner_s_first_policy_is_in_no_trouble(
+    director: Director, tmp_path: Path, values: dict[str, float], starved: list[str]
+) -> None:
+    waits = {"stage_seconds": 30.0}
+    tell(director, tmp_path, "learner-0", Status("learner", 0, 0, 1, "update", "", values))
+    tell(director, tmp_path, "actor-0", Status("actor", 0, 0, 1, "wait_for_weights", "", waits))
+    assert [name for name, state in director.states().items() if state.troubled] == starved
+    tell(director, tmp_path, "learner-0", Status("learner", 0, 0, 1, "wait_for_particles", "", values | waits))
+    assert director.states()["learner-0"].name == "starved", "what the learner itself waits for is missing"
 
 
 def test_who_is_heard_again_was_away_since_its_last_sign(director: Director, tmp_path: Path) -> None:
