@@ -38,6 +38,6 @@ def new_environment(name: str, folder: Path | None) -> int:
             text = text.replace(old, new)
         write_atomically(folder / source.name.replace(NAME, name), text)
     print(f"{folder}/{name}.py is an environment that works. Next:")
-    print(f"  pip install -e {folder if folder.is_absolute() else f'./{folder}'} && pytest {folder}")
+    print(f"  pip install -e {folder if folder.is_absolute() else f'./{folder}'} pytest && python -m pytest {folder}")
     print(f"  bm3il check-environment {name}")
     return 0

@@ -125,7 +125,7 @@ def _demonstrated(trained: Trained, episode: int) -> Starts:
 
 
 def _print(spec: EnvironmentSpec, episodes: Mapping[str, Episode]) -> None:
-    steps = ", ".join(str(episode.steps) for episode in episodes.values())
+    steps = " and ".join(dict.fromkeys(str(episode.steps) for episode in episodes.values()))
     table = Table("type")
     for who in episodes:
         table.add_column(who, justify="right")

@@ -59,7 +59,7 @@ class TimeStep:
             if not form.is_plain:
                 raise InputError(
                     f"the spec of '{spec.name}' says what observations are made of, so its time steps must hold "
-                    "`columns`: see protocol.environment.compact_step"
+                    "`columns`: make them by protocol.environment.compact_step, or leave the kinds of its parts out"
                 )
             parts = {"own": self.observations, "masks": self.action_masks}
             columns = {name: np.concatenate([part[m] for m in types], axis=1) for name, part in parts.items()}
@@ -77,8 +77,12 @@ def compact_step(
 ) -> TimeStep:
     """A time step of an environment whose spec says what observations are made of.
 
-    columns: per block of the spec its columns, in arrays that may be overwritten by the next step. Observations and
-    masks are expanded from them when somebody looks at those of the step, each time anew.
+    columns: per block (`spec.blocks`: types that see and do alike things) what its agents have, [E, X, …] with those of
+    all its types side by side: `own` [E, X, D] float32, all parts of kind own; `uint8` and `int16`, the same of theirs;
+    `codes` [E, X, C], of each code its number, or its width for "none", in the smallest of uint8, int16 and int32 that
+    holds them; `shared` [E, S] float32; `masks` [E, X, A] bool, unless the type's `mask` says them. The arrays may be
+    overwritten by the next step. Observations and masks are expanded from them when somebody looks at those of the
+    step, each time anew.
     """
     observations = _Expanded(spec, columns, Observations.dense)
     action_masks = _Expanded(spec, columns, Observations.masks)
