@@ -199,7 +199,7 @@ def study(args: list[str]) -> int:
 def compare(args: list[str]) -> int:
     """finished runs, or those of studies, beside each other: what differs, how good they are"""
     parser = _parser("compare")
-    parser.add_argument("paths", type=Path, nargs="+", metavar="RUN_OR_STUDY", help="folders")
+    parser.add_argument("paths", type=Path, nargs="+", metavar="RUN_OR_STUDY", help="folders, or files of results")
     parser.add_argument("--by", default="", metavar="KEY", help="e.g. algorithm: others that differ are tasks then")
     parser.add_argument("--world", default="", help="only in this one, e.g. slip=0.1, or 'as trained'")
     parser.add_argument(

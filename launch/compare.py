@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bm3il.launch.compared import SCORES, UNITS, Figures, Group, Grouping, Result, read_results
+from bm3il.launch.compared import SCORES, UNITS, Figures, Group, Grouping, Result, Scores, read_results
 from bm3il.launch.compared_picture import draw_curves
 from bm3il.launch.run_folder import write_atomically
 from bm3il.launch.statistics import (
@@ -30,7 +30,8 @@ from bm3il.launch.statistics import (
     interquartile_mean,
     interquartile_mean_interval,
 )
-from bm3il.launch.study import AS_TRAINED, TOLD
+from bm3il.launch.study import TOLD
+from bm3il.launch.study_run import AS_TRAINED
 from bm3il.launch.surroundings import lasting_output
 from bm3il.protocol.errors import InputError, unknown_name
 
@@ -85,26 +86,53 @@ def figures(group: Group, first: Group, world: str, score: str) -> Figures:
     scores = group.scores(world, score)
     strata = list(scores.values())
     told: Figures = {"world": world, "group": group.name, "runs": sum(map(len, strata)), "score": score}
+    told |= robust("iqm", scores)
     if strata:
         together = np.concatenate(strata)
-        low, high = interquartile_mean_interval(strata)
-        told |= {"iqm": float(interquartile_mean(together)), "iqm_low": float(low), "iqm_high": float(high)}
         told |= {"mean": float(together.mean()), "least": float(together.min()), "most": float(together.max())}
-    theirs = first.scores(world, score)
-    if group is not first and (common := [task for task in scores if task in theirs]):
-        sides = [scores[task] for task in common], [theirs[task] for task in common]
-        ends = improvement_interval(*sides)
-        told |= {"improvement": improvement(*sides), "improvement_low": ends[0], "improvement_high": ends[1]}
+    if group is not first:
+        told |= better("improvement", scores, first.scores(world, score))
     for name in ("return_mean", "greedy_return_mean"):
         told[name] = _mean([run.figure(world, name) for run in group.results])
-    return told | (_of_training(group.results, score) if world == AS_TRAINED else {})
+    return told | (_of_training(group, first, score) if world == AS_TRAINED else {})
 
 
-def _of_training(results: Sequence[Result], score: str) -> Figures:
-    """Means over runs; of a level the number of runs that reached it, too."""
+def robust(name: str, scores: Scores) -> Figures:
+    """The interquartile mean of scores, and both ends of its interval; nothing if there are none."""
+    if not scores:
+        return {}
+    strata = list(scores.values())
+    low, high = interquartile_mean_interval(strata)
+    return {
+        name: float(interquartile_mean(np.concatenate(strata))),
+        f"{name}_low": float(low),
+        f"{name}_high": float(high),
+    }
+
+
+def better(name: str, ours: Scores, theirs: Scores) -> Figures:
+    """The probability that a run of ours is better than one of theirs, on the tasks that both know, and its interval;
+    nothing if there are none."""
+    if not (common := [task for task in ours if task in theirs]):
+        return {}
+    sides = [ours[task] for task in common], [theirs[task] for task in common]
+    low, high = improvement_interval(*sides)
+    return {name: improvement(*sides), f"{name}_low": low, f"{name}_high": high}
+
+
+def areas(group: Group, score: str) -> Scores:
+    """The mean heights of the curves of a group's runs."""
+    return group.figures_of(lambda run: area_under(run.curve["env_steps"], run.curve[score]))
+
+
+def _of_training(group: Group, first: Group, score: str) -> Figures:
+    """Of the area under the curve as of returns, else means over runs; of a level the number of runs that reached it,
+    too."""
+    results, heights = group.results, areas(group, score)
     curves = [(run.curve["env_steps"], run.curve["wall_seconds"], run.curve[score]) for run in results]
-    told = {"wall_seconds": _mean([run.wall_seconds for run in results])}
-    told["area"] = _mean([area_under(steps, scores) for steps, _, scores in curves])
+    told = {"wall_seconds": _mean([run.wall_seconds for run in results]), "area": math.nan} | robust("area", heights)
+    if group is not first:
+        told |= better("area_improvement", heights, areas(first, score))
     for level in LEVELS if score == SCORES[0] and not math.isnan(told["area"]) else ():
         for name, column in (("steps", 0), ("seconds", 1)):
             told[f"{name}_to_{level}"] = _mean([first_at(curve[column], curve[2], level) for curve in curves])
@@ -130,6 +158,7 @@ def _print(grouping: Grouping, first: Group, rows: Sequence[Figures], left_out: 
     for world in dict.fromkeys(row["world"] for row in rows):
         console.print(_table(head, world, [row for row in rows if row["world"] == world]))
     if learned := [row for row in rows if not math.isnan(row.get("area", math.nan))]:
+        console.print(_area_table(head, learned))
         console.print(_training_table(head, learned))
 
 
@@ -143,15 +172,23 @@ def _table(head: str, world: str, rows: Sequence[Figures]) -> Table:
     return table
 
 
+def _area_table(head: str, rows: Sequence[Figures]) -> Table:
+    table = Table(title=Text(f"area under the curve: {UNITS[rows[0]['score']]}"), title_justify="left")
+    for number, name in enumerate((head, "IQM", "P")):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(Text(row["group"]), _interval(row, "area"), _interval(row, "area_improvement", 2))
+    return table
+
+
 def _training_table(head: str, rows: Sequence[Figures]) -> Table:
     table = Table(title="on the way: joint environment steps, mean over runs", title_justify="left")
     levels = [level for level in LEVELS if f"reached_{level}" in rows[0]]
-    for number, name in enumerate((head, "area under curve", *(f"to {level}" for level in levels), "wall, s")):
+    for number, name in enumerate((head, *(f"to {level}" for level in levels), "wall, s")):
         table.add_column(name, justify="right" if number else "left")
     for row in rows:
         table.add_row(
             Text(row["group"]),
-            _number(row, "area"),
             *(_reached(row, level) for level in levels),
             _number(row, "wall_seconds", 0),
         )

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bm3il.launch import run_folder
-from bm3il.launch.config import flattened
 from bm3il.launch.pool import finished
-from bm3il.launch.study import AS_TRAINED, OF_RESULT, TOLD
-from bm3il.launch.study_file import text_of
-from bm3il.launch.study_run import evaluations
+from bm3il.launch.study import TOLD
+from bm3il.launch.study_file import Settings, text_of
+from bm3il.launch.study_rows import CURVE, Row, Rows, identity
+from bm3il.launch.study_run import all_evaluations
 from bm3il.protocol.errors import InputError, unknown_name
 
-NO_DIFFERENCE = ("seed", "run", "runs_folder", "files")
-"""Settings that make no other method."""
 UNITS = {"normalized_return": "normalised return", "return_mean": "true return per agent and episode"}
 SCORES = tuple(UNITS)
-CURVE = ("env_steps", "wall_seconds", *SCORES)
 
 Figures = dict[str, Any]
+Scores = dict[tuple[str, ...], np.ndarray]
+"""[runs] by task."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +43,26 @@ class Result:
     @classmethod
     def of(cls, folder: Path) -> Result:
         """Raises InputError if this is no run."""
-        values = asdict(run_folder.read_config(folder))
-        told = {name: value for name, value in values.items() if name not in NO_DIFFERENCE}
-        settings = {key: text_of(value) for key, value in flattened(told).items()}
+        settings = _in_words(identity(run_folder.read_config(folder)))
         result, rows = run_folder.read_result(folder), run_folder.curve(folder)
-        final = {AS_TRAINED: {name: result.get(key) for name, key in OF_RESULT.items()}}
         curve = {name: np.array([_number(row.get(name)) for row in rows], float) for name in CURVE}
-        return cls(folder, settings, final | evaluations(folder), curve, _number(result.get("wall_seconds")))
+        return cls(folder, settings, all_evaluations(folder), curve, _number(result.get("wall_seconds")))
+
+    @classmethod
+    def of_row(cls, row: Row) -> Result:
+        """Of a run that may be gone, by what a file of results keeps."""
+        settings = _in_words(row.config)
+        curve = {name: np.array([_number(value) for value in values], float) for name, values in row.curve.items()}
+        return cls(Path(row.run), settings, row.evaluations, curve, _number(row.wall_seconds))
 
     def figure(self, world: str, name: str) -> float:
         """Of an evaluation; NaN if it is not known."""
         return _number(self.evaluations.get(world, {}).get(name))
+
+
+def _in_words(identity: Settings) -> dict[str, str]:
+    """The settings that make a method."""
+    return {key: text_of(value) for key, value in identity.items() if key != "seed"}
 
 
 def _number(value: Any) -> float:
@@ -69,19 +77,30 @@ def read_results(paths: Sequence[Path]) -> tuple[list[Result], list[Path]]:
 
     Raises InputError for a folder that is neither, and if nothing is finished.
     """
-    folders = list(dict.fromkeys(run.resolve() for path in paths for run in _runs_of(path)))
-    done = [folder for folder in folders if finished(folder)]
+    folders: dict[Path, Row | None] = {}
+    for path in paths:
+        folders |= _runs_of(path)
+    done = {folder: row for folder, row in folders.items() if finished(folder) or row}
     if not done:
         raise InputError(f"none of {len(folders)} runs is finished (`bm3il list {paths[0]}`)")
-    return [Result.of(folder) for folder in done], [folder for folder in folders if folder not in done]
+    results = [Result.of_row(row) if row else Result.of(folder) for folder, row in done.items()]
+    return results, [folder for folder in folders if folder not in done]
 
 
-def _runs_of(path: Path) -> list[Path]:
+def _runs_of(path: Path) -> dict[Path, Row | None]:
+    """The folders of runs, each with its row if that is all there is of it."""
+    if path.is_file():
+        return {path / row.run: row for row in Rows.read(path).rows}
     if (path / "config.yaml").exists():
-        return [path]
+        return {path.resolve(): None}
     try:
         told = json.loads((path / TOLD).read_text(encoding="utf-8"))
-        return [path / Path(run["run"]).name for run in told["runs"]]
+        names = [Path(run["run"]).name for run in told["runs"]]
+        kept = {row.run: row for row in Rows.read(Path(told["results"])).rows} if told.get("results") else {}
+        places = {name: (path / name).resolve() for name in names}
+        return {place: None if finished(place) else kept.get(name) for name, place in places.items()}
+    except InputError:
+        raise
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path} is neither the folder of a run nor of a study") from error
 
@@ -104,9 +123,13 @@ class Group:
     def results(self) -> list[Result]:
         return [result for of_task in self.strata.values() for result in of_task]
 
-    def scores(self, world: str, figure: str) -> dict[tuple[str, ...], np.ndarray]:
+    def scores(self, world: str, figure: str) -> Scores:
         """[runs] of each task where it is known."""
-        arrays = {t: np.array([run.figure(world, figure) for run in runs]) for t, runs in self.strata.items()}
+        return self.figures_of(lambda run: run.figure(world, figure))
+
+    def figures_of(self, of: Callable[[Result], float]) -> Scores:
+        """[runs] of each task where a figure of a run is known."""
+        arrays = {task: np.array([of(run) for run in runs]) for task, runs in self.strata.items()}
         known = {task: scores[~np.isnan(scores)] for task, scores in arrays.items()}
         return {task: scores for task, scores in known.items() if len(scores)}
 

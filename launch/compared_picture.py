@@ -21,7 +21,7 @@ from bm3il.launch.statistics import (
     interquartile_mean_interval,
     on_common_steps,
 )
-from bm3il.launch.study import AS_TRAINED
+from bm3il.launch.study_run import AS_TRAINED
 
 COLOURS = ("#1f5fa8", "#b5651d", "#2e8b57", "#a83279", "#7a7a00", "#5b4b9a", "#00869a", "#c0392b")
 STYLES = ("-", "--", ":", "-.")
@@ -32,7 +32,7 @@ DOTS_PER_INCH = 150
 def draw_curves(grouping: Grouping, score: str, path: Path) -> bool:
     """Interquartile means over the runs of each group against environment steps, with bootstrapped bands; a group that
     plays none, of clones, is a line at what it ends with. False if no run has a curve."""
-    curves = [_band(group, score) for group in grouping.groups]
+    curves = [band(group, score) for group in grouping.groups]
     if not any(curves):
         return False
     figure = Figure(figsize=(8, 4.5), dpi=DOTS_PER_INCH, layout="constrained")
@@ -61,7 +61,7 @@ def draw_curves(grouping: Grouping, score: str, path: Path) -> bool:
     return True
 
 
-def _band(group: Group, score: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+def band(group: Group, score: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
     """Steps [P], interquartile mean, and both ends of its interval; None of runs that play no steps."""
     known = [[_known(run.curve["env_steps"], run.curve[score]) for run in runs] for runs in group.strata.values()]
     played = [[curve for curve in of_task if len(curve[0]) > 1 and curve[0][-1] > curve[0][0]] for of_task in known]

@@ -2,7 +2,8 @@
 
 RUNS/NAME/ holds a folder of each run, `study.yaml`, a copy of the file, and `study.json`: of every run its folder, what
 distinguishes it, how it stands (`waiting`, `running`, `finished`, `failed` and why, `interrupted`), and its returns in
-the worlds, of which `as trained` is the final evaluation of the training.
+the worlds, of which `as trained` is the final evaluation of the training. A study whose file names `results` takes what
+that holds as done, without a folder, and adds to it what finishes; see `study_rows`.
 """
 
 from __future__ import annotations
@@ -25,15 +26,14 @@ from bm3il.launch.outcome import CRASHED, FINISHED, INTERRUPTED
 from bm3il.launch.pool import LOG, Work, finished, run_all
 from bm3il.launch.run import differences, iterations
 from bm3il.launch.study_file import Study, Trial, text_of
-from bm3il.launch.study_run import COPY, evaluations
+from bm3il.launch.study_rows import Row, Rows
+from bm3il.launch.study_run import COPY, all_evaluations, evaluations
 from bm3il.launch.supervisor import StopRequests
 from bm3il.launch.surroundings import cores, lasting_output, module_command
 from bm3il.launch.topology import processes_of
 from bm3il.protocol.errors import InputError
 
-VERSION, TOLD, AS_TRAINED = 1, "study.json", "as trained"
-OF_RESULT = {"return_mean": "return_mean", "normalized_return": "normalized_return", "episodes": "return_episodes"}
-"""Figures of an evaluation, and how `result.json` names them."""
+VERSION, TOLD = 1, "study.json"
 
 
 def main(file: Path, jobs: int | None, runs_folder: Path, dry_run: bool) -> int:
@@ -47,19 +47,23 @@ def main(file: Path, jobs: int | None, runs_folder: Path, dry_run: bool) -> int:
         raise InputError(f"--jobs must be at least 1, got {jobs}")
     folder = runs_folder / study.name
     check_same(study, folder)
-    trials = study.trials(folder)
-    record, console = Record(study, folder, trials), Console(highlight=False, soft_wrap=True)
+    every = study.trials(folder)
+    record, console = Record(study, folder, every), Console(highlight=False, soft_wrap=True)
     if dry_run:
         console.print(table(record.rows()))
+        console.print(_estimate(record, jobs or cores()))
         return FINISHED
-    threads = max(threads_of(trial.config) for trial in trials)
-    jobs = min(len(trials), jobs or max(1, cores() // threads))
-    work = Work(_command, record.is_done, max(trial.config.threads_of("learner") for trial in trials))
+    threads = max(threads_of(trial.config) for trial in every)
+    jobs = min(len(every), jobs or max(1, cores() // threads))
+    work = Work(_command, record.is_done, max(trial.config.threads_of("learner") for trial in every))
     stopped = StopRequests()
     with _held(folder), stopped.heard(), lasting_output():
+        trials = [trial for trial in every if not record.kept(trial)]
         _open(trials, file, folder)
+        record.open_results()
         record.write()
-        console.print(f"{folder}: {len(trials)} runs, {jobs} at once, {threads} threads each", markup=False)
+        console.print(f"{folder}: {len(every)} runs, {jobs} at once, {threads} threads each", markup=False)
+        console.print(_estimate(record, jobs))
         size = {record.place(trial): iterations(trial.config, trial.spec) for trial in trials}
         kinds = {record.place(trial): str(trial.settings) for trial in trials}
         with Board(size, kinds, jobs, console) as board:
@@ -120,6 +124,15 @@ def _open(trials: Sequence[Trial], file: Path, folder: Path) -> None:
         run_folder.create(trial.config)
 
 
+def _estimate(record: Record, jobs: int) -> str:
+    """What is left to do, in words."""
+    left = sum(not record.is_done(record.place(trial)) for trial in record.trials)
+    if not (each := record.study.core_seconds):
+        return f"{left} to do"
+    core_hours = left * each / 3600
+    return f"{left} to do, about {core_hours:.1f} core-hours: {core_hours / jobs:.1f} hours, {jobs} at once"
+
+
 def _command(place: Path) -> list[str]:
     return module_command("bm3il.launch.study_run", str(place))
 
@@ -151,12 +164,26 @@ class Record:
     trials: Sequence[Trial]
     _written: tuple[Any, ...] = field(default=(), repr=False)
 
+    def __post_init__(self) -> None:
+        self._rows = Rows.read(self.study.results) if self.study.results else None
+        self._trials = {self.place(trial): trial for trial in self.trials}
+
+    def kept(self, trial: Trial) -> Row | None:
+        """What the file of results holds of a run that was judged in all worlds."""
+        row = self._rows.find(trial.config) if self._rows else None
+        worlds = self.study.worlds
+        whole = row and (not worlds or (set(worlds) <= set(row.evaluations) and row.episodes == self.study.episodes))
+        return row if whole else None
+
     def place(self, trial: Trial) -> Path:
         """The folder of a run."""
         return self.folder / trial.name
 
     def is_done(self, place: Path) -> bool:
         """Whether the run is trained, and judged in all worlds."""
+        return self._is_here(place) or self.kept(self._trials[place]) is not None
+
+    def _is_here(self, place: Path) -> bool:
         return finished(place) and set(self.study.worlds) <= set(evaluations(place))
 
     def rows(self, running: Collection[Path] = (), failed: Mapping[Path, str] | None = None) -> list[dict[str, Any]]:
@@ -167,9 +194,26 @@ class Record:
         """Anew, if it has changed who runs or has failed. Raises InputError if it cannot be written."""
         if (now := (set(running), dict(failed or {}))) == self._written:
             return
+        self._keep()
         told = {"version": VERSION, "name": self.study.name, "runs": self.rows(running, failed)}
+        if self._rows:
+            told["results"] = str(self._rows.path.resolve())
         run_folder.write_atomically(self.folder / TOLD, json.dumps(told, indent=1) + "\n")
         self._written = now
+
+    def open_results(self) -> None:
+        """Write the file of results as it is. Raises InputError, before any run is trained, if that cannot be."""
+        if self._rows:
+            self._rows.add([])
+
+    def _keep(self) -> None:
+        """Rows of what has finished here go to the file of results."""
+        if self._rows is None:
+            return
+        fresh = [t for place, t in self._trials.items() if self._is_here(place) and not self.kept(t)]
+        if fresh:
+            episodes = self.study.episodes
+            self._rows.add([Row.of(self.place(trial), trial.settings, trial.config, episodes) for trial in fresh])
 
     def _row(self, trial: Trial, running: Collection[Path], failed: Mapping[Path, str]) -> dict[str, Any]:
         place = self.place(trial)
@@ -181,10 +225,9 @@ class Record:
             state = "finished"
         else:
             state = "interrupted" if (place / LOG).exists() else "waiting"
-        known: dict[str, Any] = evaluations(place)
-        if finished(place):
-            result = run_folder.read_result(place)
-            known = {AS_TRAINED: {name: result.get(key) for name, key in OF_RESULT.items()}} | known
+        known: dict[str, Any] = all_evaluations(place) if finished(place) else {}
+        if not known and (row := self.kept(trial)):
+            known = row.evaluations
         return {
             "run": trial.name,
             "settings": trial.settings,

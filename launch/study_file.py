@@ -8,9 +8,11 @@
     seeds: [1, 2, 3]
     worlds: [slip=0.1, "rover_tower?pairs=2&slip=0.2"]
     episodes: 200                                     # fresh ones, in each of the worlds
+    results: results/tower.json                       # beside this file: rows of finished runs, see `study_rows`
+    core_seconds: 60                                  # that a run takes, for the estimate
 
-A world is an environment, or options alone that change each run's own. Runs are of mode serial unless settings say
-something else.
+A world is an environment, or options alone that change each run's own, or `own`, the run's own one: in all of them, the
+expert beside it has planned there. Runs are of mode serial unless settings say something else.
 """
 
 from __future__ import annotations
@@ -31,10 +33,11 @@ from bm3il.protocol.errors import InputError, unknown_name
 from bm3il.protocol.registry import make_environment
 from bm3il.protocol.specs import EnvironmentSpec
 
-KEYS = ("name", "settings", "grid", "seeds", "worlds", "episodes")
+KEYS = ("name", "settings", "grid", "seeds", "worlds", "episodes", "results", "core_seconds")
 OWN = {"seed": "seeds", "run": "name", "runs_folder": "--runs-folder"}
 """Settings that a study has in place of its runs, and how."""
 EPISODES = 200
+OWN_WORLD = "own"
 LONGEST_NAME = 120
 Settings = dict[str, Any]
 """By dotted key."""
@@ -58,7 +61,8 @@ class Trial:
 class Study:
     """What the file says, in its order.
 
-    grids: of each setting the values that it takes.   source: the file, for errors.
+    grids: of each setting the values that it takes.   results: the file that keeps rows of finished runs.
+    core_seconds: that a run takes, about.   source: the file, for errors.
     """
 
     name: str
@@ -67,6 +71,8 @@ class Study:
     seeds: tuple[int, ...]
     worlds: tuple[str, ...]
     episodes: int
+    results: Path | None
+    core_seconds: int | None
     source: str
 
     @classmethod
@@ -80,16 +86,16 @@ class Study:
         except yaml.YAMLError as error:
             raise InputError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
         try:
-            return cls._of(values, path.stem, source)
+            return cls._of(values, path, source)
         except InputError as error:
             raise InputError(f"{source}: {error}") from error
 
     @classmethod
-    def _of(cls, values: Any, stem: str, source: str) -> Study:
+    def _of(cls, values: Any, path: Path, source: str) -> Study:
         for key in _mapping("the file", values):
             if key not in KEYS:
                 raise unknown_name("key", str(key), KEYS)
-        name, episodes = values.get("name", stem), values.get("episodes", EPISODES)
+        name, episodes = values.get("name", path.stem), values.get("episodes", EPISODES)
         if not isinstance(name, str) or not is_plain(name) or len(name) > LONGEST_NAME:
             raise InputError(f"name must be a plain folder name, got {name!r}")
         if not _is_whole(episodes) or episodes < 1:
@@ -107,8 +113,14 @@ class Study:
             raise InputError(f"seeds must be a list of whole numbers from 0 on, got {seeds!r}")
         if not all(isinstance(world, str) and world for world in worlds):
             raise InputError(f"worlds must be a list of environments or of their options, got {worlds!r}")
+        results, core_seconds = values.get("results"), values.get("core_seconds")
+        if results is not None and not (isinstance(results, str) and results.endswith(".json")):
+            raise InputError(f"results must be the path of a .json file, from the study's own folder, got {results!r}")
+        if core_seconds is not None and not (_is_whole(core_seconds) and core_seconds > 0):
+            raise InputError(f"core_seconds must be a whole number, at least 1, got {core_seconds!r}")
         once = tuple(dict.fromkeys(seeds)), tuple(dict.fromkeys(worlds))
-        return cls(name, settings, tuple(grids), *once, episodes, source)
+        kept = path.parent / results if results else None
+        return cls(name, settings, tuple(grids), *once, episodes, kept, core_seconds, source)
 
     def trials(self, folder: Path) -> list[Trial]:
         """All runs, the first seed of all settings first. Their folders lie in `folder`.
@@ -157,7 +169,9 @@ class Study:
 
 def in_world(environment: str, world: str) -> str:
     """The environment in which a run of `environment` is judged: the world, or, if it is options alone, the run's own
-    with these in place of its own of the same names."""
+    with these in place of its own of the same names, or, if it is `own`, the run's."""
+    if world == OWN_WORLD:
+        return environment
     if "=" not in world.partition("?")[0]:
         return world
     path, _, own = environment.partition("?")

@@ -2,7 +2,8 @@
 then judges what it learned in the study's worlds.
 
 `worlds.json` in its folder: of each world, as the study names it, what `bm3il evaluate` tells of drawn actions there,
-and `greedy_return_mean`; of the policy with `policy_sha256`.
+and `greedy_return_mean`; of the policy with `policy_sha256`. `core_seconds`: a number, the processor time of all its
+starts; one that was killed by SIGKILL is not counted.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from bm3il.launch.surroundings import settle
 from bm3il.launch.trained import load_trained
 from bm3il.protocol.errors import InputError
 
-COPY, WORLDS = "study.yaml", "worlds.json"
-"""The study in its own folder; in a run's folder, how good its policy is in the worlds."""
+COPY, WORLDS, SPENT = "study.yaml", "worlds.json", "core_seconds"
+"""The study in its own folder; in a run's folder, how good its policy is in the worlds, and what it cost."""
+AS_TRAINED = "as trained"
+OF_RESULT = {"return_mean": "return_mean", "normalized_return": "normalized_return", "episodes": "return_episodes"}
+"""Figures of the evaluation at the end of the training, and how `result.json` names them."""
 
 
 def evaluations(folder: Path) -> dict[str, dict[str, Any]]:
@@ -35,6 +39,20 @@ def evaluations(folder: Path) -> dict[str, dict[str, Any]]:
         return {world: figures for world, figures in worlds.items() if isinstance(figures, dict)}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
+
+
+def all_evaluations(folder: Path) -> dict[str, dict[str, Any]]:
+    """Of a finished run, that at the end of its training among them."""
+    result = read_result(folder)
+    return {AS_TRAINED: {name: result.get(key) for name, key in OF_RESULT.items()}} | evaluations(folder)
+
+
+def core_seconds(folder: Path) -> float | None:
+    """What a run has cost, or None if nobody knows."""
+    try:
+        return float((folder / SPENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def judge(folder: Path, study: Study) -> None:
@@ -60,6 +78,8 @@ def main(folder: Path) -> int:
     except InputError as error:
         print(f"bm3il: {error}", file=sys.stderr, flush=True)
         return INPUT_ERROR
+    finally:
+        write_atomically(folder / SPENT, f"{(core_seconds(folder) or 0.0) + sum(os.times()[:4]):.1f}\n")
 
 
 if __name__ == "__main__":

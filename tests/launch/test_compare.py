@@ -57,12 +57,15 @@ def test_figures_are_of_the_runs_of_a_group(tmp_path: Path, capsys: pytest.Captu
     assert float(a["iqm_low"]) < 0.25 < float(a["iqm_high"])
     assert (a["improvement"], float(b["improvement"]), float(b["improvement_low"])) == ("", 1, 1)
     assert [float(row["area"]) for row in (a, b)] == pytest.approx([0.125, 0.325])
+    assert float(a["area_low"]) < 0.125 < float(a["area_high"])
+    assert (a["area_improvement"], float(b["area_improvement"]), float(b["area_improvement_low"])) == ("", 1, 1)
     assert (a["steps_to_0.5"], a["reached_0.5"], b["steps_to_0.5"], b["seconds_to_0.5"]) == ("", "0", "1000.0", "8.0")
     assert (b["steps_to_0.8"], b["reached_0.8"]) == ("", "0")
     assert matplotlib.image.imread(tmp_path / "out" / "compare.png").std() > 0.05  # something is on it
     said = capsys.readouterr().out
     assert "better than one of ma-gail" in said
     assert "0 of 4 runs" in said
+    assert "area under the curve: normalised return" in said
     assert max(map(len, said.splitlines()[:-2])) <= 80  # the last two are paths
 
 
