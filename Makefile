@@ -14,7 +14,7 @@ FLAGS = $(call flag,PRESET,preset) $(call flag,NODES,nodes) $(call flag,ALGORITH
 OF_LAUNCH := NODES PRESET ALGORITHM ENVIRONMENT DEMONSTRATIONS RUN SEED STEPS ACTORS MODE HOSTFILE ARGS
 
 # A misspelt variable would be ignored, and another run trained than was asked for.
-KNOWN := $(OF_LAUNCH) SECONDS KIND PYTHON VENV
+KNOWN := $(OF_LAUNCH) SECONDS KIND QUICK PYTHON VENV
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 NEAREST = import sys; from bm3il.protocol.errors import unknown_name; print(unknown_name("variable", sys.argv[1], sys.argv[2:]))
 UNKNOWN := $(firstword $(filter-out $(KNOWN),$(GIVEN)))
@@ -23,10 +23,10 @@ $(error $(or $(shell $(PYTHON) -c '$(NEAREST)' '$(UNKNOWN)' $(KNOWN)),unknown va
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help launch submit test lint bench chaos soak fuzz docs
+.PHONY: help launch submit test lint bench reproduce chaos soak fuzz docs
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Variables of launch: $(OF_LAUNCH)"
 
 launch: $(VENV)/.installed  ## train, by default from the demonstrations that come with bm3il
@@ -41,9 +41,12 @@ lint: $(VENV)/.installed-dev  ## check style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-NO_BENCHMARKS := floors backpressure soak resident_memory random_data ranking closures worlds chaos chaos_of_simulators unsteady hosts slurm_cluster fuzz fuzz_cases fuzz_live fuzz_sockets
+NO_BENCHMARKS := reproduce figures floors backpressure soak resident_memory random_data ranking closures worlds chaos chaos_of_simulators unsteady hosts slurm_cluster fuzz fuzz_cases fuzz_live fuzz_sockets
 bench: $(VENV)/.installed-dev  ## measure against the floors of this machine
 	@failed=0; for file in $(filter-out $(NO_BENCHMARKS:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file $(ARGS) || failed=1; done; exit $$failed
+
+reproduce: $(VENV)/.installed  ## the studies behind the results, and their figures; QUICK=1 small, in 20 minutes; goes on after a stop
+	@$(BIN)/python benchmarks/reproduce.py $(if $(QUICK),--quick) $(ARGS)
 
 submit: $(VENV)/.installed  ## submit a run to Slurm, with the variables of launch
 	@$(BIN)/bm3il submit $(FLAGS)

@@ -1,0 +1,342 @@
+"""Figures and tables of studies, from the rows that these keep: `figures:` in benchmarks/reproduce.yaml describes them.
+
+    - name: figure3                # the picture's file, and the section of the page
+      title: …
+      study: figure3               # benchmarks/studies/figure3.yaml
+      panel: environment           # a setting of its grid: each value has axes of its own
+      x: env_steps                 # learning curves; or a setting, values side by side; or nothing: a line each
+      beside: [demonstrations]     # settings that go with others, and are not told
+      world: own                   # in which runs were judged; default: `as trained`
+      baseline: "1"                # the line that others are held against
+      labels: {"rover_tower?pairs=2": 4 agents}
+      paper: {"berlin?…": berlin_type5.csv}        # of a panel: the authors' curves, if they are there
+
+What the grid varies beside these makes the lines. Statistics are those of `bm3il compare`.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from bm3il.launch.compare import LEVELS, areas, better, robust
+from bm3il.launch.compared import UNITS, Figures, Group, Result
+from bm3il.launch.compared_picture import COLOURS, DOTS_PER_INCH, STYLES, band
+from bm3il.launch.statistics import LEVEL, first_at, interquartile_mean
+from bm3il.launch.study_file import Study, text_of
+from bm3il.launch.study_rows import Row, Rows
+from bm3il.launch.study_run import AS_TRAINED
+
+STEPS = "env_steps"
+SCORE = "normalized_return"
+PANEL_INCHES = (5.2, 3.8)
+PAPER_LOOK = {"BM3IL": "bm3il", "MTMFIL": "mtmfil", "MA-DAAC": "ma-daac", "MA-GAIL": "ma-gail"}
+EPOCH_STEPS = 1_000
+"""Joint steps of an epoch of the authors' curves."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """A figure, as the file describes it."""
+
+    name: str
+    title: str
+    study: str
+    panel: str = ""
+    x: str = ""
+    beside: tuple[str, ...] = ()
+    world: str = AS_TRAINED
+    baseline: str = ""
+    labels: dict[str, str] = field(default_factory=dict)
+    paper: dict[str, str] = field(default_factory=dict)
+
+    def word(self, key: str, value: Any) -> str:
+        """What stands for a setting's value."""
+        text = text_of(value)
+        short = text if isinstance(value, str) else f"{key.rpartition('.')[2].replace('_', ' ')} {text}"
+        return self.labels.get(text, self.labels.get(f"{key}={text}", short))
+
+    def line(self, row: Row) -> str:
+        """The line that a run belongs to."""
+        told = {self.panel, self.x, *self.beside}
+        words = [self.word(key, value) for key, value in row.settings.items() if key not in told]
+        return ", ".join(words) or self.labels.get("", "as above")
+
+
+Lines = dict[str, dict[str, list[Row]]]
+"""Runs by line and x."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure's runs, in the order of the study.
+
+    panels: by the panel's word.   missing: how many runs are not there yet.
+    """
+
+    of: Described
+    panels: dict[str, Lines]
+    values: dict[str, str]
+    missing: int
+
+    @classmethod
+    def read(cls, of: Described, study: Study, runs_folder: Path) -> Drawn:
+        """The rows of the study's own runs. Raises InputError for a file of results that is broken."""
+        assert study.results is not None
+        rows, trials = Rows.read(study.results), study.trials(runs_folder)
+        found = [row for trial in trials if (row := rows.find(trial.config))]
+        panels: dict[str, Lines] = {}
+        values = {}
+        for row in found:
+            value = row.settings.get(of.panel, "")
+            panel = of.word(of.panel, value) if value != "" else ""
+            values[panel] = text_of(value)
+            x = of.word(of.x, row.settings[of.x]) if of.x in row.settings else ""
+            panels.setdefault(panel, {}).setdefault(of.line(row), {}).setdefault(x, []).append(row)
+        return cls(of, panels, values, len(trials) - len(found))
+
+    @property
+    def rows(self) -> list[Row]:
+        return [
+            row
+            for lines in self.panels.values()
+            for points in lines.values()
+            for rows in points.values()
+            for row in rows
+        ]
+
+    @property
+    def lines(self) -> list[str]:
+        return list(dict.fromkeys(line for lines in self.panels.values() for line in lines))
+
+    def group(self, line: str, panel: str | None = None, x: str | None = None) -> Group:
+        """The runs of a line, of all panels and x if none is named: then these are tasks."""
+        strata = {
+            (p, at): [Result.of_row(row) for row in rows]
+            for p, lines in self.panels.items()
+            for at, rows in lines.get(line, {}).items()
+            if panel in (None, p) and x in (None, at)
+        }
+        return Group((line,), strata)
+
+
+def draw(drawn: Drawn, folder: Path, paper_folder: Path) -> Path:
+    """The picture; its path."""
+    of = drawn.of
+    papers = {panel: paper_folder / of.paper[value] for panel, value in drawn.values.items() if value in of.paper}
+    papers = {panel: path for panel, path in papers.items() if path.exists()}
+    columns, high = len(drawn.panels), 2 if papers else 1
+    size = (PANEL_INCHES[0] * columns, PANEL_INCHES[1] * high + 0.5)
+    figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
+    grid = figure.subplots(high, columns, squeeze=False, sharey="row" if of.x else False)
+    paint = _curves if of.x == STEPS else _points if of.x else _rows
+    looks = {line: _look(number) for number, line in enumerate(drawn.lines)}
+    for axes, panel in zip(grid[0], drawn.panels, strict=True):
+        paint(axes, drawn, panel, looks)
+        axes.set_title(panel, loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
+    for axes, panel in zip(grid[-1], drawn.panels, strict=True) if papers else ():
+        _paper(axes, papers.get(panel), looks)
+    handles = {text: handle for axes in grid[0] for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if len(handles) > 1:
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{of.name}.png"
+    figure.savefig(path)
+    return path
+
+
+def _look(number: int) -> dict[str, Any]:
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number // len(COLOURS) % len(STYLES)]}
+
+
+def _curves(axes: Axes, drawn: Drawn, panel: str, looks: dict[str, dict[str, Any]]) -> None:
+    for line in drawn.panels[panel]:
+        group = drawn.group(line, panel)
+        if (curve := band(group, SCORE)) is not None:
+            steps, middle, low, high = curve
+            axes.fill_between(steps, low, high, color=looks[line]["color"], alpha=0.2, linewidth=0)
+            axes.plot(steps, middle, linewidth=1.6, label=line, **looks[line])
+        elif scores := group.scores(drawn.of.world, SCORE):
+            level = float(interquartile_mean(np.concatenate(list(scores.values()))))
+            axes.axhline(level, linewidth=1.2, label=line, **looks[line])
+    axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":", label="expert")
+    axes.set(xlabel="joint environment steps", ylabel=UNITS[SCORE])
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+
+
+def _points(axes: Axes, drawn: Drawn, panel: str, looks: dict[str, dict[str, Any]]) -> None:
+    """Interquartile means and their intervals, the lines of one x side by side."""
+    lines = drawn.panels[panel]
+    places = {x: number for number, x in enumerate(dict.fromkeys(x for points in lines.values() for x in points))}
+    for number, (line, points) in enumerate(lines.items()):
+        shift = (number - (len(lines) - 1) / 2) * min(0.12, 0.8 / len(lines))
+        told = {
+            places[x] + shift: robust("", drawn.group(line, panel, x).scores(drawn.of.world, SCORE)) for x in points
+        }
+        _errorbar(axes, told, looks[line]["color"], line, vertical=True)
+    axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
+    axes.set_xticks(list(places.values()), list(places), fontsize=8, rotation=20 if len(places) > 4 else 0)
+    axes.set(ylabel=UNITS[SCORE])
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+
+
+def _rows(axes: Axes, drawn: Drawn, panel: str, looks: dict[str, dict[str, Any]]) -> None:
+    """A line for each, from above."""
+    lines = list(drawn.panels[panel])
+    told = {
+        -number: robust("", drawn.group(line, panel).scores(drawn.of.world, SCORE)) for number, line in enumerate(lines)
+    }
+    _errorbar(axes, told, COLOURS[0], "", vertical=False)
+    if first := told.get(-lines.index(drawn.of.baseline) if drawn.of.baseline in lines else 1):
+        axes.axvspan(first["_low"], first["_high"], color=COLOURS[0], alpha=0.1, linewidth=0)
+    axes.set_yticks([-number for number in range(len(lines))], lines, fontsize=8)
+    axes.set(xlabel=UNITS[SCORE])
+    axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+
+
+def _errorbar(axes: Axes, told: dict[float, Figures], colour: str, label: str, vertical: bool) -> None:
+    told = {place: figures for place, figures in told.items() if figures}
+    places, middle = np.array(list(told)), np.array([figures[""] for figures in told.values()])
+    ends = np.array([[figures[""] - figures["_low"], figures["_high"] - figures[""]] for figures in told.values()])
+    ends = np.nan_to_num(ends.reshape(-1, 2).T).clip(min=0.0)
+    style = {"fmt": "o", "markersize": 4, "color": colour, "label": label, "linewidth": 1.4}
+    axes.errorbar(places, middle, yerr=ends, **style) if vertical else axes.errorbar(middle, places, xerr=ends, **style)
+
+
+def _paper(axes: Axes, path: Path | None, looks: dict[str, dict[str, Any]]) -> None:
+    """The authors' own curves, on their own scale."""
+    if path is None:
+        axes.axis("off")
+        return
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name, line in PAPER_LOOK.items():
+        steps, middle, low, high = (
+            np.array([float(row[key] or "nan") for row in rows]) * (EPOCH_STEPS if key == "epoch" else 1)
+            for key in ("epoch", *(f"{name}_{part}" for part in ("mean", "low", "high")))
+        )
+        look = looks.get(line, {"color": "grey"})
+        axes.fill_between(steps, low, high, color=look["color"], alpha=0.2, linewidth=0)
+        axes.plot(steps, middle, linewidth=1.2, **look)
+    axes.set_title("the paper's (its authors' released plot, their environment)", loc="left", fontsize=8)
+    axes.set(xlabel="joint environment steps", ylabel="true return per agent and episode")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+
+
+def section(drawn: Drawn, picture: str) -> str:
+    """Markdown: picture, caption, tables."""
+    of = drawn.of
+    parts = [f"## {of.title}\n\n![{of.title}]({picture})\n\n{caption(drawn)}"]
+    tables = _of_curves(drawn) if of.x == STEPS else _of_points(drawn)
+    return "\n\n".join([*parts, *tables])
+
+
+def caption(drawn: Drawn) -> str:
+    """By what command, commit and seeds, and at what cost."""
+    rows = drawn.rows
+    commits = ", ".join(dict.fromkeys(f"{row.commit[:7]}{'-dirty' * row.commit.endswith('-dirty')}" for row in rows))
+    seeds = sorted({row.seed for row in rows})
+    hours = sum(row.core_seconds or 0.0 for row in rows) / 3600
+    whole = f"; {drawn.missing} of {len(rows) + drawn.missing} runs are still to come" if drawn.missing else ""
+    return (
+        f"`bm3il study benchmarks/studies/{drawn.of.study}.yaml`; {len(rows)} runs, commit {commits}, seeds "
+        f"{seeds[0]} to {seeds[-1]}, {hours:.1f} core-hours{whole}. {UNITS[SCORE].capitalize()}, interquartile means "
+        f"over runs, {LEVEL:.0%} bootstrap intervals; P: the probability that a run is better than one of "
+        f"*{drawn.of.baseline or drawn.lines[0]}*."
+    )
+
+
+def _of_curves(drawn: Drawn) -> Iterable[str]:
+    head = ["", "runs", "at the end", "mean ± s.d.", "P", "area under the curve", "P of the area"]
+    head += [f"to {level}" for level in LEVELS]
+    for panel in [*drawn.panels, *([None] if len(drawn.panels) > 1 else [])]:
+        body = []
+        for line in drawn.lines if panel is None else drawn.panels[panel]:
+            group, first = drawn.group(line, panel), drawn.group(drawn.of.baseline or drawn.lines[0], panel)
+            scores, heights = group.scores(drawn.of.world, SCORE), areas(group, SCORE)
+            other = group.name != first.name
+            ends = np.concatenate([*scores.values(), np.empty(0)])
+            told = robust("end", scores) | robust("area", heights)
+            if other:
+                told |= better("p", scores, first.scores(drawn.of.world, SCORE))
+                told |= better("p_area", heights, areas(first, SCORE))
+            spread = f"{ends.mean():.3f} ± {ends.std():.3f}" if len(ends) else "–"
+            cells = [_cell(told, "end"), spread, _cell(told, "p", 2), _cell(told, "area"), _cell(told, "p_area", 2)]
+            body.append([line, str(len(ends)), *cells, *(_steps_to(group, level) for level in LEVELS)])
+        yield _table(
+            f"**{panel if panel is not None else 'All together'}**" if len(drawn.panels) > 1 else "", head, body
+        )
+
+
+def _steps_to(group: Group, level: float) -> str:
+    """Mean over runs, or how many of them were ever so good."""
+    found = [first_at(run.curve[STEPS], run.curve[SCORE], level) for run in group.results]
+    played = [run for run in group.results if len(run.curve[STEPS]) and run.curve[STEPS][-1] > 0]
+    if not played:
+        return "–"
+    reached = [steps for steps in found if steps == steps]
+    return f"{np.mean(reached) / 1000:.0f} k" if len(reached) == len(found) else f"{len(reached)} of {len(found)} runs"
+
+
+def _of_points(drawn: Drawn) -> Iterable[str]:
+    """A table of the scores, and one of the probabilities, each with a last row of all together."""
+    places: list[tuple[str | None, str | None]] = [
+        (panel, x)
+        for panel, lines in drawn.panels.items()
+        for x in dict.fromkeys(x for points in lines.values() for x in points)
+    ]
+    if len(places) > 1:
+        places.append((None, None))
+    world, base = drawn.of.world, drawn.of.baseline or drawn.lines[0]
+
+    def score(line: str, panel: str | None, x: str | None) -> str:
+        return _cell(robust("iqm", drawn.group(line, panel, x).scores(world, SCORE)), "iqm")
+
+    def probability(line: str, panel: str | None, x: str | None) -> str:
+        if line == base:
+            return "–"
+        ours, theirs = (drawn.group(name, panel, x).scores(world, SCORE) for name in (line, base))
+        return _cell(better("p", ours, theirs), "p", 2)
+
+    yield _turned("Returns", drawn, places, score)
+    yield _turned("P", drawn, places, probability)
+
+
+def _turned(
+    title: str,
+    drawn: Drawn,
+    places: Sequence[tuple[str | None, str | None]],
+    cell: Callable[[str, str | None, str | None], str],
+) -> str:
+    """Lines by places, whichever are more down the page."""
+    names = [", ".join(filter(None, place)) or "all together" for place in places]
+    cells = {line: [cell(line, *place) for place in places] for line in drawn.lines}
+    if len(cells) > len(names):
+        return _table(f"**{title}**", ["", *names], [[line, *row] for line, row in cells.items()])
+    body = [[name, *(row[number] for row in cells.values())] for number, name in enumerate(names)]
+    return _table(f"**{title}**", ["", *cells], body)
+
+
+def _cell(told: Figures, name: str, digits: int = 3) -> str:
+    if name not in told:
+        return "–"
+    value, low, high = (told[key] for key in (name, f"{name}_low", f"{name}_high"))
+    return f"{value:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if low == low else "")
+
+
+def _table(title: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
+    return "\n".join([*([title, ""] if title else []), *lines])

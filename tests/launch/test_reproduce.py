@@ -1,0 +1,224 @@
+"""`make reproduce`: from a plan to rows, pictures and a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import figures
+import matplotlib.image
+import pytest
+import reproduce
+import yaml
+
+from bm3il.launch import pool
+from bm3il.launch.study_file import Study
+from bm3il.launch.study_rows import CURVE, Row, Rows, identity
+
+GRID = {
+    "environment": ["rover_tower?pairs=2", "rover_tower?pairs=2&slip=0.1"],
+    "algorithm": ["bc", "ma-gail", "bm3il"],
+}
+SETTINGS = {"preset": "rover_tower_4", "evaluation.starts": "fresh"}
+FIGURE: dict[str, Any] = {
+    "name": "tiny",
+    "title": "A title",
+    "study": "tiny",
+    "panel": "environment",
+    "x": "env_steps",
+    "baseline": "ma-gail",
+    "labels": {"rover_tower?pairs=2&slip=0.1": "slipping"},
+}
+
+
+def study_of(folder: Path, **values: object) -> Study:
+    path = folder / "tiny.yaml"
+    told = {"settings": SETTINGS, "grid": GRID, "seeds": [1, 2, 3, 4], "results": "tiny.json", **values}
+    path.write_text(yaml.safe_dump(told, sort_keys=False))
+    return Study.read(path)
+
+
+def filled(study: Study, seeds: int = 4) -> None:
+    """Rows of the runs of the first seeds: clones are good as demonstrated and bad where moves slip."""
+    rows = []
+    for trial in study.trials(Path("runs")):
+        if trial.seed > seeds:
+            continue
+        slips, algorithm = "slip" in trial.settings["environment"], trial.settings.get("algorithm", "bm3il")
+        end = {"bc": 0.5 if slips else 1.0, "ma-gail": 0.8, "bm3il": 0.9}[algorithm] + trial.seed / 100
+        steps = [0, 0] if algorithm == "bc" else [0, 1000]
+        curve: dict[str, list[float | None]] = {name: [0.0, end] for name in CURVE} | {"env_steps": steps}
+        told = {"normalized_return": end, "return_mean": 100 * end, "episodes": 5}
+        rows.append(
+            Row(
+                *(trial.name, trial.settings, identity(trial.config), trial.seed, "0123456789", 5, 1800.0, 60.0),
+                {"as trained": told, "own": told},
+                curve,
+            )
+        )
+    assert study.results is not None
+    Rows(study.results, []).add(rows)
+
+
+def drawn_of(study: Study, **values: object) -> figures.Drawn:
+    return figures.Drawn.read(reproduce.described(FIGURE | values), study, Path("runs"))
+
+
+def test_panels_lines_and_caption_come_from_the_description(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    filled(study, 3)
+    drawn = drawn_of(study)
+    assert list(drawn.panels) == ["rover_tower?pairs=2", "slipping"]
+    assert drawn.lines == ["bc", "ma-gail", "bm3il"]
+    assert (len(drawn.rows), drawn.missing) == (18, 6)
+    words = figures.caption(drawn)
+    assert "18 runs, commit 0123456, seeds 1 to 3, 9.0 core-hours; 6 of 24 runs are still to come" in words
+    assert "better than one of *ma-gail*" in words
+    assert words.startswith("`bm3il study benchmarks/studies/tiny.yaml`; ")
+
+
+def test_tables_hold_every_line_against_the_baseline(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    filled(study)
+    text = figures.section(drawn_of(study), "tiny.png")
+    assert "**slipping**" in text
+    assert "**All together**" in text
+    rows = {
+        cells[0]: cells[1:]
+        for cells in map(_cells, text.partition("**slipping**")[2].partition("**All")[0].splitlines())
+        if cells
+    }
+    assert rows["bc"][:2] == ["4", "0.525 [0.510, 0.540]"]
+    assert rows["bc"][3:5] == ["0.00 [0.00, 0.00]", "–"]
+    assert rows["bm3il"][3] == rows["bm3il"][5] == "1.00 [1.00, 1.00]"
+    assert rows["bm3il"][4].startswith("0.46")  # half of the end
+    assert rows["bm3il"][6:] == ["1 k", "1 k", "1 k"]
+    assert rows["ma-gail"][6:] == ["1 k", "1 k", "0 of 4 runs"]
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+
+
+def test_values_side_by_side_and_probabilities(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    filled(study)
+    drawn = drawn_of(study, panel="", x="environment", world="own", baseline="bc")
+    text = figures.section(drawn, "tiny.png")
+    returns, better = text.partition("**P**")[::2]
+    assert "| slipping | 0.525 [0.510, 0.540] | 0.825 [0.810, 0.840] | 0.925 [0.910, 0.940] |" in returns
+    assert "| slipping | – | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] |" in better
+    assert "| rover_tower?pairs=2 | – | 0.00 [0.00, 0.00] | 0.00 [0.00, 0.00] |" in better
+    assert "| all together | – | 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] |" in better  # by task, and not over all runs
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"panel": "", "x": "environment", "world": "own"},
+        {"x": "", "world": "own"},
+        {"paper": {"rover_tower?pairs=2": "paper.csv", "rover_tower?pairs=2&slip=0.1": "none.csv"}},
+    ],
+)
+def test_every_kind_of_picture_has_something_on_it(tmp_path: Path, values: dict[str, object]) -> None:
+    study = study_of(tmp_path)
+    filled(study)
+    names = ("BM3IL", "MTMFIL", "MA-DAAC", "MA-GAIL")
+    columns = ["epoch", *(f"{name}_{part}" for name in names for part in ("mean", "low", "high"))]
+    lines = [",".join(columns), *(",".join([str(epoch), *["", "1", "2"] * 4]) for epoch in range(3))]
+    (tmp_path / "paper.csv").write_text("\n".join(lines))
+    path = figures.draw(drawn_of(study, **values), tmp_path / "out", tmp_path)
+    assert path == tmp_path / "out" / "tiny.png"
+    assert matplotlib.image.imread(path).std() > 0.05
+
+
+def test_from_a_plan_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs are trained, and the page says so; the next time nothing is."""
+    tiny = {
+        "demonstration_episodes": 2,
+        "steps": 100,
+        "actor": {"hidden": [16], "steps_per_iteration": 50},
+        "learner": {"hidden": 16, "clipped": {"epochs": 1, "parts": 2}},
+        "reward": {"hidden": [16], "updates": 1, "batch-size": 8},
+        "evaluation": {"starts": "fresh", "episodes": 1, "final_episodes": 2, "interval": 1},
+    }
+    demonstrations = "runs/demonstrations/tower.safetensors"
+    settings = {"preset": "rover_tower_4", "demonstrations": demonstrations, **tiny}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    study_of(tmp_path, settings=settings, grid={"algorithm": ["ma-gail", "mtmfil"]}, seeds=[1], core_seconds=1800)
+    plan = {
+        "demonstrations": {"tower": {"authors": "not_there.npz", "shipped": "rover_tower_4"}},
+        "studies": ["tiny"],
+        "figures": [FIGURE],
+    }
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    monkeypatch.setattr(reproduce, "STUDIES", tmp_path)
+    monkeypatch.setattr(reproduce, "PLAN", tmp_path / "plan.yaml")
+    monkeypatch.setattr(pool, "POLL_SECONDS", 0.1)
+    assert reproduce.main(["--jobs", "2"]) == 0
+    page = (tmp_path / "docs" / "figures.md").read_text()
+    assert "![A title](figures/tiny.png)" in page
+    assert "2 runs" in page
+    assert (tmp_path / "docs" / "figures" / "tiny.png").exists()
+    assert (tmp_path / demonstrations).exists()
+    assert len(Rows.read(tmp_path / "tiny.json").rows) == 2
+    log = tmp_path / "runs" / "tiny" / "ma-gail_seed-1" / "log.jsonl"
+    log.unlink()
+    assert reproduce.main([]) == 0
+    assert not log.exists()
+
+
+def test_an_unreadable_file_of_results_ends_it_with_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study_of(tmp_path)
+    (tmp_path / "tiny.json").write_text("{")
+    (tmp_path / "plan.yaml").write_text(
+        yaml.safe_dump({"demonstrations": {}, "studies": ["tiny"], "figures": [FIGURE]})
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "STUDIES", tmp_path)
+    monkeypatch.setattr(reproduce, "PLAN", tmp_path / "plan.yaml")
+    assert reproduce.main([]) == 2
+    assert f"reproduce: {tmp_path / 'tiny.json'} does not hold" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(300)  # half a minute of a free core
+def test_all_studies_can_be_trained_and_quick_ones_have_the_same_worlds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "EPISODES", 1)
+    plan = reproduce.plan()
+    reproduce.prepare(plan["demonstrations"], tmp_path / "no_authors")
+    whole = {name: study.trials(tmp_path) for name, study in reproduce.studies(plan, plan["studies"], False).items()}
+    sizes = {name: len(trials) for name, trials in whole.items()}
+    assert sizes == {"worlds": 280, "figure4": 150, "figure3": 100, "few": 420, "ablations": 230, "tuning": 132}
+    quick = reproduce.studies(plan, plan["studies"], True)
+    assert list(quick) == [name for name in whole if name != "tuning"]
+    for name, study in quick.items():
+        trials = study.trials(tmp_path)
+        assert study.results == Path("runs/quick/results") / f"{name}.json"  # and not what is kept with the studies
+        assert {trial.seed for trial in trials} == {1, 2}
+        assert max(trial.config.steps for trial in trials) < min(trial.config.steps for trial in whole[name])
+        assert {trial.config.environment for trial in trials} <= {trial.config.environment for trial in whole[name]}
+
+
+def test_every_study_has_a_figure_and_every_label_is_of_something() -> None:
+    plan = reproduce.plan()
+    described = [reproduce.described(values) for values in plan["figures"]]
+    assert {figure.study for figure in described} == set(plan["studies"])
+    for figure in described:
+        text = (reproduce.STUDIES / f"{figure.study}.yaml").read_text()
+        for key in filter(None, (figure.panel, *figure.beside, *(() if figure.x == figures.STEPS else (figure.x,)))):
+            assert f"{key}:" in text, (figure.name, key)
+
+
+def test_values_that_quick_leaves_nothing_of_leave_no_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    study_of(tmp_path, grid=[GRID, {"algorithm": ["mtmfil"], "steps": [100, 200]}])
+    monkeypatch.setattr(reproduce, "STUDIES", tmp_path)
+    values = reproduce.smaller("tiny", {"only": {"algorithm": ["bc"]}, "settings": {"steps": 7}, "seeds": [5]})
+    assert values["grid"] == [{"environment": GRID["environment"], "algorithm": ["bc"]}]
+    assert (values["settings"], values["seeds"], values["name"]) == (SETTINGS | {"steps": 7}, [5], "tiny")
