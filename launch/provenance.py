@@ -11,6 +11,7 @@ from pathlib import Path
 from bm3il.protocol.version import version
 
 GIT_SECONDS = 5.0
+RESULTS = "benchmarks/studies/results"
 SOURCE = Path(__file__).resolve().parents[1]
 
 
@@ -27,12 +28,19 @@ def provenance() -> dict[str, str | None]:
 
 
 def commit(source: Path) -> str | None:
-    """Of the checkout whose top `source` is, else None."""
+    """Of the checkout whose top `source` is, else None; `-dirty` if files were changed since, beside those that studies
+    add their results to."""
     if not (source / ".git").exists():  # it may lie in the checkout of something else
         return None
     try:
-        command = ["git", "-C", str(source), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=GIT_SECONDS, check=True)
+        head = _git(source, "rev-parse", "HEAD")
+        changed = _git(source, "status", "--porcelain", "--untracked-files=no", "--", ".", f":(exclude){RESULTS}")
     except (OSError, ValueError, subprocess.SubprocessError):  # no git, another owner, a broken checkout, a slow disk
         return None
-    return done.stdout.strip() or None
+    return f"{head}-dirty" if changed else head
+
+
+def _git(source: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(source), *arguments]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=GIT_SECONDS, check=True)
+    return done.stdout.strip()

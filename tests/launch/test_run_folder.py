@@ -89,13 +89,18 @@ def test_a_result_says_by_what_it_was_made(config: Config, tmp_path: Path, monke
     assert provenance.commit(tmp_path) is None
     subprocess.run([*git, "init", "-q"], check=True)
     assert provenance.commit(tmp_path) is None  # it has no commit yet
-    (tmp_path / "a").write_text("a")
+    results = tmp_path / provenance.RESULTS / "worlds.json"
+    results.parent.mkdir(parents=True)
+    for path in (tmp_path / "a", results):
+        path.write_text("a")
     who = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    subprocess.run([*git, *who, "add", "a"], check=True)
+    subprocess.run([*git, *who, "add", "."], check=True)
     subprocess.run([*git, *who, "commit", "-q", "-m", "a"], check=True)
     clean = provenance.commit(tmp_path)
     assert clean is not None
     assert len(clean) == 40
+    results.write_text("b")
+    assert provenance.commit(tmp_path) == clean  # rows of runs are added there while others go on
     (tmp_path / "a").write_text("b")
     assert provenance.commit(tmp_path) == f"{clean}-dirty"
     (tmp_path / "within").mkdir()
