@@ -97,7 +97,7 @@ class Drawn:
         values = {}
         for row in found:
             value = row.settings.get(of.panel, "")
-            panel = of.word(of.panel, value) if value != "" else ""
+            panel = of.word(of.panel, value) if value != "" else of.labels.get("", "")
             values[panel] = text_of(value)
             x = of.word(of.x, row.settings[of.x]) if of.x in row.settings else ""
             panels.setdefault(panel, {}).setdefault(of.line(row), {}).setdefault(x, []).append(row)
@@ -116,6 +116,16 @@ class Drawn:
     @property
     def lines(self) -> list[str]:
         return list(dict.fromkeys(line for lines in self.panels.values() for line in lines))
+
+    def base(self, panel: str | None) -> str:
+        """The line that those of a panel are held against: its first, if the figure's baseline is not on it."""
+        lines = self.lines if panel is None else list(self.panels[panel])
+        return self.of.baseline if self.of.baseline in lines else lines[0]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all panels have the same lines, so that these can be told together."""
+        return all(list(lines) == self.lines for lines in self.panels.values())
 
     def group(self, line: str, panel: str | None = None, x: str | None = None) -> Group:
         """The runs of a line, of all panels and x if none is named: then these are tasks."""
@@ -198,7 +208,7 @@ def _rows(axes: Axes, drawn: Drawn, panel: str, looks: dict[str, dict[str, Any]]
         -number: robust("", drawn.group(line, panel).scores(drawn.of.world, SCORE)) for number, line in enumerate(lines)
     }
     _errorbar(axes, told, COLOURS[0], "", vertical=False)
-    if first := told.get(-lines.index(drawn.of.baseline) if drawn.of.baseline in lines else 1):
+    if first := told.get(-lines.index(drawn.base(panel))):
         axes.axvspan(first["_low"], first["_high"], color=COLOURS[0], alpha=0.1, linewidth=0)
     axes.set_yticks([-number for number in range(len(lines))], lines, fontsize=8)
     axes.set(xlabel=UNITS[SCORE])
@@ -255,17 +265,17 @@ def caption(drawn: Drawn) -> str:
         f"`bm3il study benchmarks/studies/{drawn.of.study}.yaml`; {len(rows)} runs, commit {commits}, seeds "
         f"{seeds[0]} to {seeds[-1]}, {hours:.1f} core-hours{whole}. {UNITS[SCORE].capitalize()}, interquartile means "
         f"over runs, {LEVEL:.0%} bootstrap intervals; P: the probability that a run is better than one of "
-        f"*{drawn.of.baseline or drawn.lines[0]}*."
+        f"*{drawn.base(None)}*."
     )
 
 
 def _of_curves(drawn: Drawn) -> Iterable[str]:
     head = ["", "runs", "at the end", "mean ± s.d.", "P", "area under the curve", "P of the area"]
     head += [f"to {level}" for level in LEVELS]
-    for panel in [*drawn.panels, *([None] if len(drawn.panels) > 1 else [])]:
+    for panel in [*drawn.panels, *([None] if len(drawn.panels) > 1 and drawn.is_whole else [])]:
         body = []
         for line in drawn.lines if panel is None else drawn.panels[panel]:
-            group, first = drawn.group(line, panel), drawn.group(drawn.of.baseline or drawn.lines[0], panel)
+            group, first = drawn.group(line, panel), drawn.group(drawn.base(panel), panel)
             scores, heights = group.scores(drawn.of.world, SCORE), areas(group, SCORE)
             other = group.name != first.name
             ends = np.concatenate([*scores.values(), np.empty(0)])
@@ -298,15 +308,15 @@ def _of_points(drawn: Drawn) -> Iterable[str]:
         for panel, lines in drawn.panels.items()
         for x in dict.fromkeys(x for points in lines.values() for x in points)
     ]
-    if len(places) > 1:
+    if len(places) > 1 and drawn.is_whole:
         places.append((None, None))
-    world, base = drawn.of.world, drawn.of.baseline or drawn.lines[0]
+    world = drawn.of.world
 
     def score(line: str, panel: str | None, x: str | None) -> str:
         return _cell(robust("iqm", drawn.group(line, panel, x).scores(world, SCORE)), "iqm")
 
     def probability(line: str, panel: str | None, x: str | None) -> str:
-        if line == base:
+        if line == (base := drawn.base(panel)):
             return "–"
         ours, theirs = (drawn.group(name, panel, x).scores(world, SCORE) for name in (line, base))
         return _cell(better("p", ours, theirs), "p", 2)
