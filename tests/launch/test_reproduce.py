@@ -110,6 +110,8 @@ def test_values_side_by_side_and_probabilities(tmp_path: Path) -> None:
     assert "| slipping | – | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] |" in better
     assert "| rover_tower?pairs=2 | – | 0.00 [0.00, 0.00] | 0.00 [0.00, 0.00] |" in better
     assert "| all together | – | 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] |" in better  # by task, and not over all runs
+    by_panel = figures.section(drawn_of(study, x="", world="own", baseline="bc"), "tiny.png").partition("**P**")[2]
+    assert "| slipping | – | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] |" in by_panel
 
 
 @pytest.mark.parametrize(
