@@ -37,7 +37,7 @@ from bm3il.launch.study_run import AS_TRAINED
 
 STEPS = "env_steps"
 SCORE = "normalized_return"
-PANEL_INCHES = (5.2, 3.8)
+PANEL_INCHES, LEAST_WIDTH_INCHES, LINE_INCHES = (5.2, 3.8), 8.0, 0.26
 PAPER_LOOK = {"BM3IL": "bm3il", "MTMFIL": "mtmfil", "MA-DAAC": "ma-daac", "MA-GAIL": "ma-gail"}
 EPOCH_STEPS = 1_000
 """Joint steps of an epoch of the authors' curves."""
@@ -144,7 +144,8 @@ def draw(drawn: Drawn, folder: Path, paper_folder: Path) -> Path:
     papers = {panel: paper_folder / of.paper[value] for panel, value in drawn.values.items() if value in of.paper}
     papers = {panel: path for panel, path in papers.items() if path.exists()}
     columns, high = len(drawn.panels), 2 if papers else 1
-    size = (PANEL_INCHES[0] * columns, PANEL_INCHES[1] * high + 0.5)
+    tall = PANEL_INCHES[1] if of.x else LINE_INCHES * max(map(len, drawn.panels.values()))
+    size = (max(PANEL_INCHES[0] * columns, LEAST_WIDTH_INCHES), tall * high + 0.5)
     figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
     grid = figure.subplots(high, columns, squeeze=False, sharey="row" if of.x else False)
     paint = _curves if of.x == STEPS else _points if of.x else _rows
@@ -154,11 +155,13 @@ def draw(drawn: Drawn, folder: Path, paper_folder: Path) -> Path:
         axes.set_title(panel, loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
+        axes.label_outer() if of.x else None
     for axes, panel in zip(grid[-1], drawn.panels, strict=True) if papers else ():
         _paper(axes, papers.get(panel), looks)
     handles = {text: handle for axes in grid[0] for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     if len(handles) > 1:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+        look = {"ncols": 4 if columns == 1 else 8, "frameon": False, "fontsize": 8}
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", **look)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{of.name}.png"
     figure.savefig(path)
@@ -196,7 +199,7 @@ def _points(axes: Axes, drawn: Drawn, panel: str, looks: dict[str, dict[str, Any
         }
         _errorbar(axes, told, looks[line]["color"], line, vertical=True)
     axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
-    axes.set_xticks(list(places.values()), list(places), fontsize=8, rotation=20 if len(places) > 4 else 0)
+    axes.set_xticks(list(places.values()), list(places), fontsize=8)
     axes.set(ylabel=UNITS[SCORE])
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
 
@@ -265,7 +268,7 @@ def caption(drawn: Drawn) -> str:
         f"`bm3il study benchmarks/studies/{drawn.of.study}.yaml`; {len(rows)} runs, commit {commits}, seeds "
         f"{seeds[0]} to {seeds[-1]}, {hours:.1f} core-hours{whole}. {UNITS[SCORE].capitalize()}, interquartile means "
         f"over runs, {LEVEL:.0%} bootstrap intervals; P: the probability that a run is better than one of "
-        f"*{drawn.base(None)}*."
+        f"*{drawn.base(None)}*{'' if drawn.is_whole else ' (of the first line, where that is not)'}."
     )
 
 
