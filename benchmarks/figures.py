@@ -79,16 +79,17 @@ Lines = dict[str, dict[str, list[Row]]]
 class Drawn:
     """A figure's runs, in the order of the study.
 
-    panels: by the panel's word.   missing: how many runs are not there yet.
+    panels: by the panel's word.   missing: how many runs are not there yet.   command: that makes them.
     """
 
     of: Described
     panels: dict[str, Lines]
     values: dict[str, str]
     missing: int
+    command: str
 
     @classmethod
-    def read(cls, of: Described, study: Study, runs_folder: Path) -> Drawn:
+    def read(cls, of: Described, study: Study, runs_folder: Path, command: str) -> Drawn:
         """The rows of the study's own runs. Raises InputError for a file of results that is broken."""
         assert study.results is not None
         rows, trials = Rows.read(study.results), study.trials(runs_folder)
@@ -101,7 +102,7 @@ class Drawn:
             values[panel] = text_of(value)
             x = of.word(of.x, row.settings[of.x]) if of.x in row.settings else ""
             panels.setdefault(panel, {}).setdefault(of.line(row), {}).setdefault(x, []).append(row)
-        return cls(of, panels, values, len(trials) - len(found))
+        return cls(of, panels, values, len(trials) - len(found), command)
 
     @property
     def rows(self) -> list[Row]:
@@ -214,6 +215,7 @@ def _rows(axes: Axes, drawn: Drawn, panel: str, looks: dict[str, dict[str, Any]]
     if first := told.get(-lines.index(drawn.base(panel))):
         axes.axvspan(first["_low"], first["_high"], color=COLOURS[0], alpha=0.1, linewidth=0)
     axes.set_yticks([-number for number in range(len(lines))], lines, fontsize=8)
+    axes.locator_params(axis="x", nbins=5)
     axes.set(xlabel=UNITS[SCORE])
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
 
@@ -265,7 +267,7 @@ def caption(drawn: Drawn) -> str:
     hours = sum(row.core_seconds or 0.0 for row in rows) / 3600
     whole = f"; {drawn.missing} of {len(rows) + drawn.missing} runs are still to come" if drawn.missing else ""
     return (
-        f"`bm3il study benchmarks/studies/{drawn.of.study}.yaml`; {len(rows)} runs, commit {commits}, seeds "
+        f"`{drawn.command}`; {len(rows)} runs, commit {commits}, seeds "
         f"{seeds[0]} to {seeds[-1]}, {hours:.1f} core-hours{whole}. {UNITS[SCORE].capitalize()}, interquartile means "
         f"over runs, {LEVEL:.0%} bootstrap intervals; P: the probability that a run is better than one of "
         f"*{drawn.base(None)}*{'' if drawn.is_whole else ' (of the first line, where that is not)'}."

@@ -25,8 +25,9 @@ from bm3il.protocol.errors import InputError
 
 HERE = Path(__file__).resolve().parent
 STUDIES, PLAN = HERE / "studies", HERE / "reproduce.yaml"
-RUNS, QUICK, DEMONSTRATIONS = Path("runs"), Path("runs/quick"), Path("runs/demonstrations")
-PAGE = Path("docs/figures.md")
+QUICK, DEMONSTRATIONS = Path("runs/quick"), Path("runs/demonstrations")
+PLACES = {False: (Path("runs"), Path("docs/figures.md")), True: (QUICK, QUICK / "figures.md")}
+"""Of runs, and of the page with the figures: whole, and quick."""
 EPISODES = 100
 """Of demonstrations that are recorded."""
 HEAD = """# Figures of the studies
@@ -107,13 +108,14 @@ def estimate(found: Mapping[str, Study], runs: Path, jobs: int) -> None:
     print(f"all: about {total:.1f} core-hours, {total / jobs:.1f} hours with {jobs} at once", flush=True)
 
 
-def show(told: Mapping[str, Any], found: Mapping[str, Study], runs: Path, page: Path, authors: Path) -> None:
+def show(told: Mapping[str, Any], found: Mapping[str, Study], quick: bool, authors: Path) -> None:
     """Draw the figures of studies that have rows, and write the page with them."""
-    parts = [HEAD]
+    parts, runs, page = [HEAD], *PLACES[quick]
     for figure in map(described, told["figures"]):
         if figure.study not in found:
             continue
-        drawn = Drawn.read(figure, found[figure.study], runs / figure.study)
+        command = "make reproduce QUICK=1" if quick else f"bm3il study benchmarks/studies/{figure.study}.yaml"
+        drawn = Drawn.read(figure, found[figure.study], runs / figure.study, command)
         if drawn.panels:
             path = draw(drawn, page.parent / page.stem, authors / "paper_curves")
             parts.append(section(drawn, f"{page.stem}/{path.name}"))
@@ -131,7 +133,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each")
     parser.add_argument("--authors", type=Path, default=Path("../shared/data"), help="data of the paper's authors")
     given = parser.parse_args(arguments)
-    runs, page = (QUICK, QUICK / "figures.md") if given.quick else (RUNS, PAGE)
+    runs, _ = PLACES[given.quick]
     try:
         prepare(told["demonstrations"], given.authors)
         found = studies(told, given.only, given.quick)
@@ -141,7 +143,7 @@ def main(arguments: Sequence[str]) -> int:
             if code := bm3il(["study", study.source, "--jobs", str(given.jobs), "--runs-folder", str(runs)]):
                 return code
         # A page holds all figures, those of studies that were not asked for, too.
-        show(told, found if given.quick else studies(told, told["studies"], False), runs, page, given.authors)
+        show(told, found if given.quick else studies(told, told["studies"], False), given.quick, given.authors)
     except InputError as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 2

@@ -61,7 +61,7 @@ def filled(study: Study, seeds: int = 4) -> None:
 
 
 def drawn_of(study: Study, **values: object) -> figures.Drawn:
-    return figures.Drawn.read(reproduce.described(FIGURE | values), study, Path("runs"))
+    return figures.Drawn.read(reproduce.described(FIGURE | values), study, Path("runs"), "bm3il study tiny.yaml")
 
 
 def test_panels_lines_and_caption_come_from_the_description(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_panels_lines_and_caption_come_from_the_description(tmp_path: Path) -> N
     words = figures.caption(drawn)
     assert "18 runs, commit 0123456, seeds 1 to 3, 9.0 core-hours; 6 of 24 runs are still to come" in words
     assert "better than one of *ma-gail*" in words
-    assert words.startswith("`bm3il study benchmarks/studies/tiny.yaml`; ")
+    assert words.startswith("`bm3il study tiny.yaml`; ")
 
 
 def test_tables_hold_every_line_against_the_baseline(tmp_path: Path) -> None:

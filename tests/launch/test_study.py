@@ -161,6 +161,7 @@ def test_a_world_of_options_alone_changes_the_run_s_own() -> None:
     assert in_world("rover_tower", "slip=0.1&x=y") == "rover_tower?slip=0.1&x=y"
     assert in_world("berlin?closed=22&types=1", "closed=36") == "berlin?closed=36&types=1"
     assert in_world("rover_tower", "rover_tower?pairs=2") == "rover_tower?pairs=2"
+    assert in_world("berlin?closed=22&types=1", "own") == "berlin?closed=22&types=1"
 
 
 def test_a_dry_run_prints_the_runs_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
