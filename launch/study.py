@@ -194,7 +194,7 @@ class Record:
         """Anew, if it has changed who runs or has failed. Raises InputError if it cannot be written."""
         if (now := (set(running), dict(failed or {}))) == self._written:
             return
-        self._keep()
+        self._keep(running)
         told = {"version": VERSION, "name": self.study.name, "runs": self.rows(running, failed)}
         if self._rows:
             told["results"] = str(self._rows.path.resolve())
@@ -206,11 +206,13 @@ class Record:
         if self._rows:
             self._rows.add([])
 
-    def _keep(self) -> None:
-        """Rows of what has finished here go to the file of results."""
+    def _keep(self, running: Collection[Path]) -> None:
+        """Rows of what has finished here go to the file of results. What has a process is not at its end: it has yet to
+        say what it cost."""
         if self._rows is None:
             return
-        fresh = [t for place, t in self._trials.items() if self._is_here(place) and not self.kept(t)]
+        ended = [trial for place, trial in self._trials.items() if place not in running and self._is_here(place)]
+        fresh = [trial for trial in ended if not self.kept(trial)]
         if fresh:
             episodes = self.study.episodes
             self._rows.add([Row.of(self.place(trial), trial.settings, trial.config, episodes) for trial in fresh])

@@ -14,6 +14,8 @@ import yaml
 from bm3il.launch import pool, study_rows
 from bm3il.launch.cli import main
 from bm3il.launch.config import Config, configured
+from bm3il.launch.study import Record
+from bm3il.launch.study_file import Study
 from bm3il.launch.study_rows import Rows, identity
 from bm3il.protocol.demonstrations import resolve
 from bm3il.protocol.errors import InputError
@@ -172,6 +174,14 @@ def test_what_a_file_of_results_holds_is_not_trained_again(tmp_path: Path, capsy
     assert row.evaluations["own"]["episodes"] == row.episodes == 3
     assert row.evaluations["own"]["expert_return"] is not None  # of the expert who has planned there
     assert str(tmp_path) not in (tmp_path / KEPT).read_text()
+
+    (tmp_path / KEPT).unlink()
+    folder, again = tmp_path / "runs" / "tiny", Study.read(path)
+    record = Record(again, folder, again.trials(folder))
+    record.write({folder / row.run})
+    assert not (tmp_path / KEPT).exists()  # its process has not ended
+    record.write(())
+    assert Rows.read(tmp_path / KEPT).rows == [row]
 
     shutil.rmtree(tmp_path / "runs")
     text = (tmp_path / KEPT).read_text()
