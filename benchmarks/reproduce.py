@@ -112,10 +112,11 @@ def show(told: Mapping[str, Any], found: Mapping[str, Study], quick: bool, autho
     """Draw the figures of studies that have rows, and write the page with them."""
     parts, runs, page = [HEAD], *PLACES[quick]
     for figure in map(described, told["figures"]):
-        if figure.study not in found:
+        study = found.get(figure.study)
+        if study is None or study.results is None or not study.results.exists():
             continue
         command = "make reproduce QUICK=1" if quick else f"bm3il study benchmarks/studies/{figure.study}.yaml"
-        drawn = Drawn.read(figure, found[figure.study], runs / figure.study, command)
+        drawn = Drawn.read(figure, study, runs / figure.study, command)
         if drawn.panels:
             path = draw(drawn, page.parent / page.stem, authors / "paper_curves")
             parts.append(section(drawn, f"{page.stem}/{path.name}"))
@@ -143,7 +144,7 @@ def main(arguments: Sequence[str]) -> int:
             if code := bm3il(["study", study.source, "--jobs", str(given.jobs), "--runs-folder", str(runs)]):
                 return code
         # A page holds all figures, those of studies that were not asked for, too.
-        show(told, found if given.quick else studies(told, told["studies"], False), given.quick, given.authors)
+        show(told, studies(told, told["studies"], given.quick), given.quick, given.authors)
     except InputError as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 2
