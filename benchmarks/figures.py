@@ -264,11 +264,12 @@ def caption(drawn: Drawn) -> str:
     rows = drawn.rows
     commits = ", ".join(dict.fromkeys(f"{row.commit[:7]}{'-dirty' * row.commit.endswith('-dirty')}" for row in rows))
     seeds = sorted({row.seed for row in rows})
+    told = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
     hours = sum(row.core_seconds or 0.0 for row in rows) / 3600
     whole = f"; {drawn.missing} of {len(rows) + drawn.missing} runs are still to come" if drawn.missing else ""
     return (
-        f"`{drawn.command}`; {len(rows)} runs, commit {commits}, seeds "
-        f"{seeds[0]} to {seeds[-1]}, {hours:.1f} core-hours{whole}. {UNITS[SCORE].capitalize()}, interquartile means "
+        f"`{drawn.command}`; {len(rows)} runs, commit {commits}, {told}, "
+        f"{hours:.1f} core-hours{whole}. {UNITS[SCORE].capitalize()}, interquartile means "
         f"over runs, {LEVEL:.0%} bootstrap intervals; P: the probability that a run is better than one of "
         f"*{drawn.base(None)}*{'' if drawn.is_whole else ' (of the first line, where that is not)'}."
     )
@@ -349,6 +350,8 @@ def _cell(told: Figures, name: str, digits: int = 3) -> str:
     if name not in told:
         return "–"
     value, low, high = (told[key] for key in (name, f"{name}_low", f"{name}_high"))
+    if name.startswith("p") and low != low:  # of two runs nobody knows
+        return "–"
     return f"{value:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if low == low else "")
 
 

@@ -100,6 +100,16 @@ def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
 
 
+def test_of_single_runs_no_probability_is_told(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    filled(study, 1)
+    drawn = drawn_of(study, panel="", x="environment", world="own", baseline="bc")
+    returns, better = figures.section(drawn, "tiny.png").partition("**P**")[::2]
+    assert "| slipping | 0.510 | 0.810 | 0.910 |" in returns
+    assert "| slipping | – | – | – |" in better
+    assert ", seed 1, 3.0 core-hours" in returns
+
+
 def test_values_side_by_side_and_probabilities(tmp_path: Path) -> None:
     study = study_of(tmp_path)
     filled(study)
