@@ -156,7 +156,8 @@ def draw(drawn: Drawn, folder: Path, paper_folder: Path) -> Path:
         axes.set_title(panel, loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
-        axes.label_outer() if of.x else None
+        if of.x and axes is not grid[0][0]:  # they share its scale
+            axes.set_ylabel("")
     for axes, panel in zip(grid[-1], drawn.panels, strict=True) if papers else ():
         _paper(axes, papers.get(panel), looks)
     handles = {text: handle for axes in grid[0] for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
