@@ -311,8 +311,8 @@ class EnvironmentSpec:
         counts: whether there must be as many agents of each type.
         """
         if self.view != other.view:
-            mine, theirs = (f"'{view}'" if view else "nothing in particular" for view in (self.view, other.view))
-            return f"expected observations that mean {mine}, found {theirs}"
+            meant, found = (f"'{view}'" if view else "nothing in particular" for view in (self.view, other.view))
+            return f"expected observations that mean {meant}, found {found}"
         if self.num_types != other.num_types:
             return f"expected {self.num_types} agent types, found {other.num_types}"
         for mine, theirs in zip(self.types, other.types, strict=True):
