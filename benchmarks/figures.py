@@ -125,8 +125,9 @@ class Drawn:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all panels have the same lines, so that these can be told together."""
-        return all(list(lines) == self.lines for lines in self.panels.values())
+        """Whether all lines are in all panels and places, so that they can be told together."""
+        places = [[(line, tuple(points)) for line, points in lines.items()] for lines in self.panels.values()]
+        return all([line for line, _ in told] == self.lines and len({x for _, x in told}) == 1 for told in places)
 
     def group(self, line: str, panel: str | None = None, x: str | None = None) -> Group:
         """The runs of a line, of all panels and x if none is named: then these are tasks."""
@@ -268,11 +269,13 @@ def caption(drawn: Drawn) -> str:
     told = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
     hours = sum(row.core_seconds or 0.0 for row in rows) / 3600
     whole = f"; {drawn.missing} of {len(rows) + drawn.missing} runs are still to come" if drawn.missing else ""
+    everywhere = all(drawn.base(panel) == drawn.base(None) for panel in drawn.panels)
+    elsewhere = "" if everywhere else " (of the first line, where that is not)"
     return (
         f"`{drawn.command}`; {len(rows)} runs, commit {commits}, {told}, "
         f"{hours:.1f} core-hours{whole}. {UNITS[SCORE].capitalize()}, interquartile means "
         f"over runs, {LEVEL:.0%} bootstrap intervals; P: the probability that a run is better than one of "
-        f"*{drawn.base(None)}*{'' if drawn.is_whole else ' (of the first line, where that is not)'}."
+        f"*{drawn.base(None)}*{elsewhere}."
     )
 
 
