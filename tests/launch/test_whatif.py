@@ -101,6 +101,7 @@ def refused(capsys: pytest.CaptureFixture[str], run: Path, environment: str, *ar
     return line
 
 
+@pytest.mark.processes
 def test_a_closed_road_from_clone_to_map(berlin_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ask(berlin_run, CLOSED, seeds=1, steps=2_000) == 0
     folder = berlin_run / "whatif" / "closed-22-23"
