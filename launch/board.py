@@ -51,7 +51,7 @@ class Position:
         """For people."""
         parts = (("return", self.return_mean), ("at the start", self.start_return))
         known = ", ".join(f"{name} {value:.1f}" for name, value in parts if value is not None)
-        return known or ("preparing" if self.started else "waiting")
+        return known or ("preparing: random play, and the clone" if self.started else "waiting")
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,10 @@ class Board:
         if self._console.is_terminal:
             for folder in changed:
                 now, visible = self._positions[folder], folder in running
-                self._bars.update(self._tasks[folder], completed=now.iteration, text=now.text, visible=visible)
+                total = self._total(folder)
+                self._bars.update(
+                    self._tasks[folder], completed=now.iteration, total=total, text=now.text, visible=visible
+                )
             self._bars.update(self._all, completed=ended, text=left)
         elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
             self._last_line = time.monotonic()
@@ -128,8 +131,12 @@ class Board:
 
     def _line(self, folder: Path) -> str:
         now = self._positions[folder]
-        return f"{folder.name} {now.iteration}/{self._iterations[folder]} {now.text}"
+        return f"{folder.name} {now.iteration}/{self._total(folder)} {now.text}"
+
+    def _total(self, folder: Path) -> int:
+        """Iterations of a run: more than were expected where episodes end early, since a budget counts their steps."""
+        return max(self._iterations[folder], self._positions[folder].iteration)
 
     def _pace(self, folder: Path) -> Pace:
         now = self._positions[folder]
-        return Pace(self._kinds[folder], now.iteration / self._iterations[folder], now.wall_seconds)
+        return Pace(self._kinds[folder], now.iteration / self._total(folder), now.wall_seconds)

@@ -33,3 +33,11 @@ def test_a_line_tells_of_those_under_way(tmp_path: Path) -> None:
         board.show([folders[1]], {})
         board.show([folders[1]], {})  # a line is enough for a while
     assert text.getvalue() == "second 5/10 waiting; all 1/3; left 0:30\n"
+
+
+def test_a_run_of_short_episodes_has_more_iterations_than_were_expected(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"iteration": 7, "wall_seconds": 14.0}\n')
+    text = io.StringIO()
+    with Board({tmp_path: 6}, {tmp_path: ""}, 1, Console(file=text, width=200)) as board:
+        board.show([tmp_path], {})
+    assert f"{tmp_path.name} 7/7 waiting" in text.getvalue()
