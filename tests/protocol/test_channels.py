@@ -272,11 +272,11 @@ class SlowPipe:
         to_server = sink.getpeername() == self._target
         with suppress(OSError):
             while data := source.recv(1 << 14):
-                sink.sendall(data)
-                if to_server:
+                if to_server:  # counted first: who has got the last of it may look at once
                     self.to_server += len(data)
                 else:
                     self.to_client += len(data)
+                sink.sendall(data)
                 time.sleep(len(data) / (self._there if to_server else self._back))
         for end in (source, sink):
             with suppress(OSError):
