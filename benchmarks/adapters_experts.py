@@ -6,6 +6,7 @@ are entry points of the group `bm3il.experts`; `Hunt` plays in a loop of Petting
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from itertools import permutations
 
@@ -16,7 +17,7 @@ from bm3il.protocol.environment import TimeStep
 from bm3il.protocol.specs import EnvironmentSpec
 
 
-class Rule:
+class Rule(ABC):
     """An expert whose agents act each by the rule of their type."""
 
     def __init__(self, spec: EnvironmentSpec) -> None:
@@ -27,9 +28,9 @@ class Rule:
         shown = zip(self.spec.types, now.observations, now.action_masks, strict=True)
         return [self.chosen(kind.name, seen, masks, generator) for kind, seen, masks in shown]
 
+    @abstractmethod
     def chosen(self, kind: str, seen: np.ndarray, masks: np.ndarray, generator: torch.Generator | None) -> np.ndarray:
         """Of observations [E, X, O] and masks [E, X, A] what agents of this type do."""
-        raise NotImplementedError
 
 
 def towards(way: np.ndarray, near: float) -> np.ndarray:

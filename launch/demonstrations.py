@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -92,8 +92,8 @@ def import_files(files: Sequence[str], environment: str, mapping: Path | None, o
 
 def hints(demonstrations: Demonstrations, environment: str) -> list[str]:
     """How they differ from what the environment shows; nothing where it cannot be played, which is not our business."""
-    with suppress(SimulatorError):
-        return [f"hint: {text}" for text in unlike(demonstrations, Simulator(environment, 1), steps=True)]
+    with suppress(SimulatorError), closing(Simulator(environment, 1)) as played:
+        return [f"hint: {text}" for text in unlike(demonstrations, played, steps=True)]
     return []
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -54,7 +55,8 @@ def check_environment(name: str, demonstrations: str = "") -> int:
         _check_changes(environment.spec)
         hints = [*_of_other_plays(environment, first), *_of_numbers(first)]
         if recorded is not None:
-            hints += unlike(recorded, Simulator(name, 1), steps=True)
+            with closing(Simulator(name, 1)) as alone:
+                hints += unlike(recorded, alone, steps=True)
         environment.close()
         how_fast, slow = speed(name)
     except SimulatorError as error:
