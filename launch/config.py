@@ -20,7 +20,6 @@ from bm3il.learner.settings import CloningSettings, LearnerSettings, Settings
 from bm3il.protocol.errors import InputError, unknown_name
 from bm3il.protocol.job import Mode
 from bm3il.protocol.keys import read_token
-from bm3il.protocol.registry import known_environments
 from bm3il.protocol.settings import Count, Device, Natural, Port, check_bounds, flag
 from bm3il.protocol.specs import ParameterSharing
 from bm3il.reward_server.settings import RewardSettings
@@ -93,7 +92,9 @@ class Config:
 
         Raises InputError for unknown names and for values that no run could use.
         """
-        from bm3il.learner.algorithms import algorithm  # supervisors read configurations, and do without torch
+        # Supervisors read configurations, and do without torch.
+        from bm3il.learner.algorithms import algorithm
+        from bm3il.protocol.registry import known_environments
 
         kind = algorithm(self.algorithm)
         name = self.environment.partition("?")[0].partition(":")[0]

@@ -20,13 +20,14 @@ SMALL = [
     *("--preset", "rover_tower_4", "--environment", "rover_tower?pairs=2", "--demonstrations", "rover_tower_4"),
     *("--seed", "3", "--steps", "2000", "--actor.steps-per-iteration", "100", "--actor.hidden", "16"),
     *("--learner.hidden", "16", "--learner.heads", "2", "--learner.updates", "4", "--learner.batch-size", "64"),
+    *("--learner.clipped.epochs", "2", "--learner.clipped.parts", "4"),
     *("--learner.checkpoint-interval", "5", "--reward.hidden", "16", "--reward.updates", "2"),
     *("--reward.batch-size", "64", "--reward.particles", "2", "--evaluation.interval", "10"),
     *("--evaluation.episodes", "20", "--evaluation.final-episodes", "20"),
 ]
 CLIPPED = [
     *("--learner.policy", "clipped", "--learner.start", "cloned", "--learner.clipped.clone-weight", "0.05"),
-    *("--learner.clipped.epochs", "2", "--learner.clipped.parts", "4", "--learner.clipped.critic-first", "2"),
+    *("--learner.clipped.critic-first", "2"),
     *("--cloning.iterations", "3", "--cloning.updates", "5", "--cloning.batch-size", "32", "--actor.babbling", "2"),
     *(
         "--reward.memory",

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import subprocess
+import sys
 import urllib.request
 from collections import Counter
 from dataclasses import asdict, replace
@@ -230,3 +232,9 @@ def test_a_port_in_use_is_told_with_the_name_of_the_process(monkeypatch: pytest.
             plan_of(port).telemetry("supervisor", 0, 0)
     with pytest.raises(InputError, match=r"metrics of supervisor-0 cannot listen on 203\.0\.113\.7"):
         plan_of(0, "203.0.113.7").telemetry("supervisor", 0, 0)
+
+
+def test_nodes_and_whoever_looks_at_runs_do_without_torch() -> None:
+    looked = "import sys, bm3il.launch.node, bm3il.launch.status, bm3il.launch.cli; print('torch' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", looked], capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["False"]
