@@ -20,6 +20,8 @@ from hosts import Hosts
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 READY_SECONDS = 30.0
+HUNG_SECONDS = 240.0
+"""Of a command: half a minute for a whole run under salloc on an idle machine, several times that beside others."""
 CONFIGURATION = """\
 ClusterName=bm3il
 SlurmctldHost={controller}
@@ -90,7 +92,12 @@ class SlurmCluster:
     def call(self, *command: str, cwd: Path | None = None) -> str:
         """Run a program on the controller's host; returns what it printed, of both kinds."""
         done = subprocess.run(
-            self.hosts.command(0, command), cwd=cwd, env=self.environment, capture_output=True, text=True, timeout=110
+            self.hosts.command(0, command),
+            cwd=cwd,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=HUNG_SECONDS,
         )
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout + done.stderr

@@ -19,13 +19,14 @@ from bm3il.actors.policy import Policy, draw
 from bm3il.learner import losses
 from bm3il.learner.cloning import Cloning
 from bm3il.learner.critics import Critic
-from bm3il.learner.optimisation import NetworkClip, adam_arrays, load_adam_arrays, part, recordable_adam, set_rate
+from bm3il.learner.optimisation import NetworkClip, part
 from bm3il.learner.recorded import Recorded
 from bm3il.learner.replay import Batch
 from bm3il.learner.settings import LearnerSettings
 from bm3il.protocol.allocator import keep_freed_memory
 from bm3il.protocol.device import moved, numbers_at_once, rounding
 from bm3il.protocol.layout import Block, JointRows, Layout
+from bm3il.protocol.networks.adam import Adam
 from bm3il.protocol.networks.grid import ObservationGrid, Tile
 from bm3il.protocol.networks.options import Options, log_softmax
 from bm3il.protocol.networks.stacked import StackedMLP
@@ -73,7 +74,7 @@ class ActorCritic:
         self.num_groups = sum(block.groups for block in self.layout.blocks)
         self.policy, self.critic = policy.to(device), critic.to(device)
         self.target_policy, self.target_critic = _frozen(policy), _frozen(critic)
-        self._optimisers = {"policy": recordable_adam(policy), "critic": recordable_adam(critic)}
+        self._optimisers = {"policy": Adam(policy.parameters()), "critic": Adam(critic.parameters())}
         self._temperature: float | torch.Tensor = settings.temperature
         if device.type == "cuda":  # a recorded graph reads it anew each time
             self._temperature = torch.full((), settings.temperature, device=device)
@@ -115,7 +116,7 @@ class ActorCritic:
         """Networks, targets, optimisers, random state, by name; `load_state` is the inverse."""
         arrays = {f"{name}/{key}": value for name, network in self._networks() for key, value in _arrays_of(network)}
         for name, optimiser in self._optimisers.items():
-            arrays |= {f"{name}_adam/{key}": value for key, value in adam_arrays(optimiser)}
+            arrays |= {f"{name}_adam/{key}": value for key, value in optimiser.arrays()}
         return arrays | {"generator": self._generator.get_state().numpy()}
 
     def load_state(self, arrays: dict[str, np.ndarray]) -> None:
@@ -123,7 +124,7 @@ class ActorCritic:
         for name, network in self._networks():
             network.load_state_dict({key: torch.tensor(value) for key, value in part(arrays, name).items()})
         for name, optimiser in self._optimisers.items():
-            load_adam_arrays(optimiser, part(arrays, f"{name}_adam"))
+            optimiser.load_arrays(part(arrays, f"{name}_adam"))
         self._recorded.forget()
         self._generator.set_state(torch.tensor(arrays["generator"]))
 
@@ -142,7 +143,7 @@ class ActorCritic:
     def _learn(self, tensors: Sequence[torch.Tensor], cloning: Cloning | None = None) -> dict[str, torch.Tensor]:
         """One step on the tensors of a batch, its rewards, and the random numbers; returns means."""
         for optimiser in self._optimisers.values():
-            optimiser.zero_grad(set_to_none=True)
+            optimiser.zero_grad()
         blocks, left = len(self.layout.blocks), iter(tensors)
         batch = Batch.taken(self.layout, left)
         rewards, numbers = list(islice(left, blocks)), left
@@ -297,7 +298,7 @@ class ActorCritic:
             self._temperature = schedule.temperature
         rates = {"policy": self.settings.policy_learning_rate, "critic": self.settings.critic_learning_rate}
         for name, optimiser in self._optimisers.items():
-            set_rate(optimiser, rates[name] * schedule.learning_rate)
+            optimiser.set_rate(rates[name] * schedule.learning_rate)
 
     def _step(self) -> None:
         """Clip, let the optimisers step, move the targets."""

@@ -27,13 +27,14 @@ from bm3il.learner.actor_critic import Schedule, grid, rows_at_once
 from bm3il.learner.advantages import advantages, normalised
 from bm3il.learner.critics import ValueCritic
 from bm3il.learner.figures import Figures
-from bm3il.learner.optimisation import NetworkClip, adam_arrays, load_adam_arrays, part, recordable_adam, set_rate
+from bm3il.learner.optimisation import NetworkClip, part
 from bm3il.learner.recorded import Recorded
 from bm3il.learner.segments import Segments
 from bm3il.learner.settings import LearnerSettings
 from bm3il.protocol.allocator import keep_freed_memory
 from bm3il.protocol.device import moved, rounding
 from bm3il.protocol.layout import JointRows, Layout
+from bm3il.protocol.networks.adam import Adam
 from bm3il.protocol.networks.grid import ObservationGrid, Tile
 from bm3il.protocol.networks.options import log_softmax
 from bm3il.protocol.networks.stacked import StackedMLP
@@ -94,7 +95,7 @@ class ClippedActorCritic:
         # V is learned in units of the horizon: numbers of the size of one reward, whatever γ and the episodes are.
         discount, length = settings.discount, self.layout.spec.episode_length
         self._horizon = min(float(length), 1 / max(1 - discount, 1e-6))
-        self._optimisers = {"policy": recordable_adam(policy), "critic": recordable_adam(critic)}
+        self._optimisers = {"policy": Adam(policy.parameters()), "critic": Adam(critic.parameters())}
         self._clips = {
             "policy": NetworkClip(policy, settings.policy_gradient_norm),
             "critic": NetworkClip(critic, settings.critic_gradient_norm),
@@ -143,7 +144,7 @@ class ClippedActorCritic:
         for name, network in self._networks():
             arrays |= {f"{name}/{key}": value.detach().cpu().numpy() for key, value in network.state_dict().items()}
         for name, optimiser in self._optimisers.items():
-            arrays |= {f"{name}_adam/{key}": value for key, value in adam_arrays(optimiser)}
+            arrays |= {f"{name}_adam/{key}": value for key, value in optimiser.arrays()}
         return arrays | {"generator": self._generator.get_state().numpy()}
 
     def load_state(self, arrays: dict[str, np.ndarray]) -> None:
@@ -153,7 +154,7 @@ class ClippedActorCritic:
         for name, network in self._networks():
             network.load_state_dict({key: torch.tensor(value) for key, value in part(arrays, name).items()})
         for name, optimiser in self._optimisers.items():
-            load_adam_arrays(optimiser, part(arrays, f"{name}_adam"))
+            optimiser.load_arrays(part(arrays, f"{name}_adam"))
         for recorded in (self._learn_critic, self._learn_both):
             recorded.forget()
         self._generator.set_state(torch.tensor(arrays["generator"]))
@@ -272,7 +273,7 @@ class ClippedActorCritic:
     def _backward(self, steps: _Steps, learn_policy: bool) -> dict[str, torch.Tensor]:
         """Write the gradients of some rows into the parameters; returns sums over networks."""
         for optimiser in self._optimisers.values():
-            optimiser.zero_grad(set_to_none=True)
+            optimiser.zero_grad()
         weights = [w.flatten(1, 2) for w in losses.row_weights(self.layout, steps.rows.active)]
         weights = [
             w * grid(b, steps.weight[k]) for k, (b, w) in enumerate(zip(self.layout.blocks, weights, strict=True))
@@ -356,7 +357,7 @@ class ClippedActorCritic:
     def _set_rates(self, schedule: Schedule) -> None:
         rates = {"policy": self.settings.policy_learning_rate, "critic": self.settings.critic_learning_rate}
         for name, rate in rates.items():
-            set_rate(self._optimisers[name], rate * schedule.learning_rate)
+            self._optimisers[name].set_rate(rate * schedule.learning_rate)
 
 
 def _select(steps: _Steps, index: torch.Tensor) -> _Steps:

@@ -13,12 +13,13 @@ import torch
 from bm3il.actors import gaussian
 from bm3il.actors.policy import Policy
 from bm3il.learner import losses
-from bm3il.learner.optimisation import adam_arrays, load_adam_arrays, part
+from bm3il.learner.optimisation import part
 from bm3il.learner.settings import CloningSettings
 from bm3il.protocol.allocator import keep_freed_memory
 from bm3il.protocol.demonstrations import Demonstrations
 from bm3il.protocol.device import CPU
 from bm3il.protocol.layout import JointRows, Layout
+from bm3il.protocol.networks.adam import Adam
 from bm3il.protocol.networks.options import log_softmax
 from bm3il.protocol.seeds import derive_seed
 from bm3il.protocol.telemetry import Telemetry
@@ -129,9 +130,7 @@ class BehaviourCloning:
         train, held_out = demonstrations.split(settings.held_out, derive_seed(seed, "held-out"))
         self._train = Cloning(policy.layout, train, settings.batch_size, derive_seed(seed, "cloning"), device)
         self._held_out = held_out and Cloning(policy.layout, held_out, settings.batch_size, 0, device)
-        self._optimiser = torch.optim.AdamW(
-            policy.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        )
+        self._optimiser = Adam(policy.parameters(), weight_decay=settings.weight_decay)
         if device.type == "cpu":
             keep_freed_memory()
         self._best = (float("inf"), copy.deepcopy(policy.state_dict()))
@@ -145,7 +144,7 @@ class BehaviourCloning:
 
     def iterate(self, progress: float, abort: Callable[[], None]) -> tuple[int, dict[str, float]]:
         """`updates` steps without any environment step; returns losses (sums over networks of mean −log π)."""
-        self._optimiser.param_groups[0]["lr"] = self._settings.learning_rate * (1 - 0.95 * progress)
+        self._optimiser.set_rate(self._settings.learning_rate * (1 - 0.95 * progress))
         with self._telemetry.stage("update"):
             for _ in range(self._settings.updates):
                 self._optimiser.zero_grad()
@@ -168,12 +167,12 @@ class BehaviourCloning:
         """Everything, for a checkpoint."""
         arrays = {f"policy/{k}": v for k, v in self.policy.to_arrays().items()}
         arrays |= {f"best/{k}": v.cpu().numpy() for k, v in self._best[1].items()}
-        arrays |= {f"adam/{k}": v for k, v in adam_arrays(self._optimiser)}
+        arrays |= {f"adam/{k}": v for k, v in self._optimiser.arrays()}
         return arrays | {"best_loss": np.array([self._best[0]]), "generator": self._train.state()}, {}
 
     def _load_state(self, arrays: dict[str, np.ndarray]) -> None:
         self.policy.load_arrays(part(arrays, "policy"))
         best = {name: torch.tensor(value) for name, value in part(arrays, "best").items()}
         self._best = (float(arrays["best_loss"][0]), best)
-        load_adam_arrays(self._optimiser, part(arrays, "adam"))
+        self._optimiser.load_arrays(part(arrays, "adam"))
         self._train.load_state(arrays["generator"])

@@ -17,6 +17,7 @@ from bm3il.protocol.device import choose_precision, numbers_at_once, rounding
 from bm3il.protocol.errors import InputError, NumericalError, ProtocolError
 from bm3il.protocol.layout import JointRows, Layout, widened
 from bm3il.protocol.messages import Arrays
+from bm3il.protocol.networks.adam import Adam
 from bm3il.protocol.networks.tiles import together
 from bm3il.protocol.seeds import derive_seed
 from bm3il.protocol.specs import ArrayTable
@@ -94,11 +95,9 @@ class RewardModel:
         ]
         parameters = [layer for layers in self._layers for layer in layers]
         # SVGD gives a direction to ascend in.
-        self._adam = torch.optim.Adam(parameters, lr=settings.learning_rate, maximize=True, fused=True)
+        self._adam = Adam(parameters, ascend=True)
         for layer in parameters:
             layer.grad = torch.zeros_like(layer)
-            moments = {name: torch.zeros_like(layer) for name in ("exp_avg", "exp_avg_sq")}
-            self._adam.state[layer] = {"step": torch.zeros((), device=self._device), **moments}
 
     @property
     def discriminators(self) -> list[tuple[Architecture, list[torch.Tensor]]]:
@@ -119,8 +118,7 @@ class RewardModel:
         if not self._memory.filled:
             raise InputError("the particles cannot be updated before rows were observed")
         rate = self.settings.learning_rate * (1 + (self.settings.final_learning_rate - 1) * progress)
-        for group in self._adam.param_groups:
-            group["lr"] = rate
+        self._adam.set_rate(rate)
         health = Health()
         self._inferences.clear()
         for step in range(self.settings.updates):
@@ -148,7 +146,7 @@ class RewardModel:
 
     def state(self) -> Arrays:
         """Everything that a restart needs, copied; `state_table` gives names and shapes."""
-        counters = np.array([self.version, self._adam_step()], np.int64)
+        counters = np.array([self.version, int(self._adam.steps[0])], np.int64)
         arrays: Arrays = {"counters": counters, "generator": self._generator.get_state().numpy()}
         arrays |= {MEMORY + name: array for name, array in self._memory.state().items()}
         return arrays | {name: tensor.detach().cpu().numpy().copy() for name, tensor in self._tensors().items()}
@@ -174,8 +172,8 @@ class RewardModel:
             if not np.isfinite(arrays[name]).all():
                 raise ProtocolError("bad_value", f"array '{name}' of a reward state is not finite")
             tensor.copy_(torch.tensor(arrays[name]))
-        for state in self._adam.state.values():
-            state["step"].fill_(steps)
+        for count in self._adam.steps:
+            count.fill_(steps)
 
     @torch.no_grad()
     def _step(self, health: Health | None) -> None:
@@ -339,15 +337,12 @@ class RewardModel:
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and Adam's moments by their names in a state."""
         tensors: dict[str, torch.Tensor] = {}
+        moments = zip(self._adam.first_moments, self._adam.second_moments, strict=True)
         for b, layers in enumerate(self._layers):
             for k, layer in enumerate(layers):
                 tensors[f"{b}.{k}.parameter"] = layer
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    tensors[f"{b}.{k}.{moment}"] = self._adam.state[layer][moment]
+                tensors[f"{b}.{k}.exp_avg"], tensors[f"{b}.{k}.exp_avg_sq"] = next(moments)
         return tensors
-
-    def _adam_step(self) -> int:
-        return int(next(iter(self._adam.state.values()))["step"])
 
 
 def architectures(layout: Layout, settings: RewardSettings) -> list[Architecture]:

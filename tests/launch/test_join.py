@@ -62,7 +62,8 @@ REST_SECONDS = 240.0
 
 @pytest.mark.processes
 def test_actors_come_and_go_without_harm(tmp_path: Path) -> None:
-    process = start(tmp_path, "run", "--mode", "async", "--actors", "1", "--steps", "8000")
+    longer = ["--learner.clipped.epochs", "4", "--learner.clipped.parts", "10", "--steps", "8000"]  # than a start takes
+    process = start(tmp_path, "run", "--mode", "async", "--actors", "1", *longer)
     folder = tmp_path / "runs" / "run"
     wait_for(lambda: iterations(tmp_path, "run") >= 3, process)
     command = [sys.executable, "-m", "bm3il.launch.cli", "join", str(folder / "join.json"), "--actors", "2"]

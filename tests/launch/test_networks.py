@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 from hosts import Hosts, NoHosts
-from test_faults import SMALL, result_of
+from test_faults import DEADLINE_SECONDS, SMALL, result_of
 
 pytestmark = pytest.mark.processes
 
 HOSTS = 3
 SIZE = ["--actors", "3", "--steps", "300", "--learner.deadline-seconds", "30"]
-DEADLINE_SECONDS = 110.0
 
 
 @pytest.fixture(params=[False])

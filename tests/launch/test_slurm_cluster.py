@@ -12,17 +12,16 @@ from typing import Any
 import pytest
 from hosts import NoHosts
 from slurm_cluster import NoSlurm, SlurmCluster
-from test_faults import REPLAYED, SMALL, finished, iterations, result_of
+from test_faults import DEADLINE_SECONDS, REPLAYED, SMALL, finished, iterations, result_of
 
 pytestmark = pytest.mark.processes
 
 NODES = 4
-SIZE = ["--actors", "4", "--steps", "5000", "--learner.deadline-seconds", "60"]
+SIZE = ["--actors", "4", "--steps", "4000", "--learner.deadline-seconds", "60"]
 LAUNCHER = [sys.executable, "-m", "bm3il.launch.cli"]
 ONLY_WHEN_STOPPED = ["--learner.checkpoint-interval", "1000"]
 LONG = [*REPLAYED, "--learner.updates", "1800", "--steps", "300"]
 """Three iterations of ten to twenty seconds."""
-DEADLINE_SECONDS = 110.0
 
 
 @pytest.fixture

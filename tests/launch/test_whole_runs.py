@@ -29,6 +29,7 @@ def test_eight_nodes_compute_what_one_computes(tmp_path: Path, family: str) -> N
 
 
 @pytest.mark.timeout(600)  # three runs, of half a minute each where nothing else is at work
+@pytest.mark.timeout(600)  # six iterations, each of ten seconds and, where other tests run beside it, of forty
 def test_a_run_of_long_iterations_is_interrupted_after_one(tmp_path: Path) -> None:
     """Longer than the least patience: a learner is waited for as long as its iterations take."""
     long = [*REPLAYED, "--learner.updates", "1000", "--steps", "300"]

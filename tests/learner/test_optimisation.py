@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bm3il.learner.optimisation import NetworkClip, adam_arrays, load_adam_arrays, part
+from bm3il.learner.optimisation import NetworkClip, part
 from bm3il.protocol.networks.stacked import StackedMLP
 
 
@@ -50,25 +50,6 @@ def test_parameters_without_a_gradient_are_left_alone() -> None:
     NetworkClip(module, 1.0)()
     assert module.one.weights[0].grad is None
     torch.testing.assert_close(module.two.weights[0].grad.flatten(1).norm(dim=1), torch.ones(2))
-
-
-def test_adam_goes_on_bit_by_bit_from_its_arrays() -> None:
-    def step(parameter: nn.Parameter, optimiser: torch.optim.Optimizer) -> None:
-        parameter.grad = parameter.detach() ** 2 + 1
-        optimiser.step()
-
-    parameter = nn.Parameter(torch.arange(5.0))
-    optimiser = torch.optim.Adam([parameter], 0.1, fused=True)
-    assert dict(adam_arrays(optimiser)) == {}
-    for _ in range(3):
-        step(parameter, optimiser)
-    copied = nn.Parameter(parameter.detach().clone())
-    other = torch.optim.Adam([copied], 0.1, fused=True)
-    load_adam_arrays(other, {name: np.array(array) for name, array in adam_arrays(optimiser)})
-    for _ in range(3):
-        step(parameter, optimiser)
-        step(copied, other)
-    assert torch.equal(parameter, copied)
 
 
 def test_part_takes_a_whole_name() -> None:
