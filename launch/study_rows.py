@@ -30,7 +30,7 @@ from bm3il.protocol.errors import InputError
 VERSION = 1
 SIGNIFICANT_DIGITS = 6
 CURVE = ("env_steps", "wall_seconds", "normalized_return", "return_mean")
-ELSEWHERE = ("run", "runs_folder", "files", "hostfile", "network")
+ELSEWHERE = ("run", "runs_folder", "files", "hostfile", "network", "cloning.kept_in")
 """Settings that say where a run is, and not what it learns; those of metrics are left out, too."""
 
 

@@ -13,6 +13,7 @@ import torch
 from bm3il.actors import gaussian
 from bm3il.actors.policy import Policy
 from bm3il.learner import losses
+from bm3il.learner.kept_clones import KeptClone
 from bm3il.learner.optimisation import part
 from bm3il.learner.settings import CloningSettings
 from bm3il.protocol.allocator import keep_freed_memory
@@ -90,6 +91,9 @@ def clone(
 
     `abort` is called between iterations, and may raise.
     """
+    kept = KeptClone(policy, demonstrations, settings, seed) if settings.kept_in else None
+    if kept and kept.load(policy):
+        return
     device = next(policy.parameters()).device
     run = BehaviourCloning(policy, demonstrations, settings, device, seed, telemetry)
     began = time.monotonic()
@@ -105,6 +109,8 @@ def clone(
         for name in SHOWN:
             telemetry.numbers.pop(name, None)
     run.finish()
+    if kept:
+        kept.save(policy)
 
 
 class BehaviourCloning:

@@ -139,6 +139,9 @@ class CloningSettings:
     """Decoupled weight decay."""
     held_out: Fraction = 0.1
     """Part of the independent episodes held out to choose the policy; 0 takes the last one."""
+    kept_in: str = ""
+    """Folder that keeps the clones that runs start from; a later run with the same start takes its own from there, to
+    the same bits. Empty: none is kept."""
 
 
 @dataclass(frozen=True)

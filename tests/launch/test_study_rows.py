@@ -45,6 +45,12 @@ def study(path: Path, runs: str, *args: str) -> int:
     return main(["study", str(path), "--runs-folder", str(path.parent / runs), "--jobs", "1", *args])
 
 
+def test_where_a_run_keeps_its_clone_makes_it_no_other_run() -> None:
+    here, there = (configured({"cloning": {"kept_in": folder}}, "settings") for folder in ("", "clones"))
+    assert here != there
+    assert identity(here) == identity(there)
+
+
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "POLL_SECONDS", 0.1)
