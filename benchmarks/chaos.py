@@ -46,7 +46,7 @@ OPTIONS = [
     *("--learner.updates", "10", "--learner.batch-size", "64", "--learner.checkpoint-interval", "10"),
     *("--evaluation.starts", "fresh", "--evaluation.final-episodes", "200"),
 ]
-WORKER, SUPERVISOR = "bm3il.launch.worker", "bm3il.launch.node"
+WORKER, SUPERVISOR = "bm3il.launch.processes.worker", "bm3il.launch.nodes.node"
 
 
 @dataclass
@@ -231,7 +231,7 @@ class Storm:
             for pid in self.hosts.processes(host):
                 try:
                     command = (process := psutil.Process(pid)).cmdline()
-                    ours = command[0] == sys.executable and "bm3il.launch.lifeline" not in command
+                    ours = command[0] == sys.executable and "bm3il.launch.processes.lifeline" not in command
                     if ours and module in command and process.status() != psutil.STATUS_ZOMBIE:
                         role = command[command.index(module) + 1] if module == WORKER else "supervisor"
                         found.append((role, process))

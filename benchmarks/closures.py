@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from bm3il.launch.config import Config
-from bm3il.launch.whatif import slug
+from bm3il.launch.whatif.whatif import slug
 from bm3il.protocol.registry import make_environment
 
 CLOSURES = ("8,9", "14,15", "16,17", "20,21", "24,25", "26,27", "38,39", "40,41", "42,43", "44,45")

@@ -27,13 +27,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from bm3il.launch.compare import LEVELS, areas, better, robust
-from bm3il.launch.compared import UNITS, Figures, Group, Result
-from bm3il.launch.compared_picture import COLOURS, DOTS_PER_INCH, STYLES, band
-from bm3il.launch.statistics import LEVEL, first_at, interquartile_mean
-from bm3il.launch.study_file import Study, text_of
-from bm3il.launch.study_rows import Row, Rows
-from bm3il.launch.study_run import AS_TRAINED
+from bm3il.launch.studies.compare import LEVELS, areas, better, robust
+from bm3il.launch.studies.compared import UNITS, Figures, Group, Result
+from bm3il.launch.studies.file import Study, text_of
+from bm3il.launch.studies.picture import COLOURS, DOTS_PER_INCH, STYLES, band
+from bm3il.launch.studies.rows import Row, Rows
+from bm3il.launch.studies.statistics import LEVEL, first_at, interquartile_mean
+from bm3il.launch.studies.trial import AS_TRAINED
 
 STEPS = "env_steps"
 SCORE = "normalized_return"

@@ -140,7 +140,8 @@ class Live:
             for child in psutil.Process(run.pid).children(recursive=True):
                 with suppress(psutil.Error):
                     command = child.cmdline()
-                    if command[-3:] == ["bm3il.launch.worker", "actor", "0"] and "bm3il.launch.lifeline" not in command:
+                    works = command[-3:] == ["bm3il.launch.processes.worker", "actor", "0"]
+                    if works and "bm3il.launch.processes.lifeline" not in command:
                         found.append(child)
             return bool(found)
 
@@ -177,7 +178,7 @@ class Live:
 
     def _weigh(self, process: psutil.Process) -> None:
         command, resident = process.cmdline(), process.memory_info().rss
-        if "bm3il.launch.worker" in command and "bm3il.launch.lifeline" not in command:
+        if "bm3il.launch.processes.worker" in command and "bm3il.launch.processes.lifeline" not in command:
             self._workers.setdefault(" ".join(command[-2:]), set()).add(process.pid)
         if time.time() - process.create_time() < 10:  # it is still importing
             return

@@ -38,7 +38,7 @@ from bm3il.actors.policy import Policy
 from bm3il.actors.process import _connect
 from bm3il.actors.settings import ActorSettings
 from bm3il.launch.config import load_preset
-from bm3il.launch.director import Director
+from bm3il.launch.processes.director import Director
 from bm3il.launch.progress import Progress
 from bm3il.launch.topology import Node, Plan, Process
 from bm3il.learner.settings import LearnerSettings, Settings

@@ -24,7 +24,7 @@ from bm3il.actors.experts.scripted import expert_for
 from bm3il.actors.policy import Policy, UniformPolicy
 from bm3il.actors.process import build_policy
 from bm3il.actors.rollout import Acts, rollout
-from bm3il.launch.trained import load_trained
+from bm3il.launch.learned.trained import load_trained
 from bm3il.learner.optimisation import part
 from bm3il.learner.segments import Segments
 from bm3il.protocol.layout import Layout

@@ -18,8 +18,8 @@ from figures import Described, Drawn, draw, section
 
 from bm3il.launch.cli import main as bm3il
 from bm3il.launch.config import flattened
-from bm3il.launch.study_file import Study
-from bm3il.launch.study_rows import Rows
+from bm3il.launch.studies.file import Study
+from bm3il.launch.studies.rows import Rows
 from bm3il.protocol.demonstrations import resolve
 from bm3il.protocol.errors import InputError
 

@@ -80,8 +80,8 @@ def pids_of(launcher: int) -> dict[str, int]:
     pids = {"launcher": launcher}
     for child in psutil.Process(launcher).children(recursive=True):
         command = child.cmdline()
-        if "bm3il.launch.worker" in command and "bm3il.launch.lifeline" not in command:
-            pids["-".join(command[command.index("bm3il.launch.worker") + 1 :])] = child.pid
+        if "bm3il.launch.processes.worker" in command and "bm3il.launch.processes.lifeline" not in command:
+            pids["-".join(command[command.index("bm3il.launch.processes.worker") + 1 :])] = child.pid
     return pids
 
 

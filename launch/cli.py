@@ -83,7 +83,7 @@ def submit(args: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the batch script instead")
     parser.epilog = "All other options are those of `bm3il train`."
     options, train_options = parser.parse_known_args(args)
-    from bm3il.launch import slurm
+    from bm3il.launch.nodes import slurm
 
     return slurm.submit(train_options, options.time, options.sbatch, options.dry_run)
 
@@ -94,7 +94,7 @@ def join(args: list[str]) -> int:
     parser.add_argument("ticket", type=Path, help="the join.json of the run's folder, or a copy of it (mode 600)")
     parser.add_argument("--actors", type=int, default=1)
     options = parser.parse_args(args)
-    from bm3il.launch.join import join
+    from bm3il.launch.nodes.join import join
 
     return join(options.ticket, options.actors)
 
@@ -121,7 +121,7 @@ def evaluate(args: list[str]) -> int:
     parser.add_argument("--pictures", action="store_true", help="maps and loads beside the demonstrations'")
     parser.add_argument("--hour", type=float, default=-1.0, help="of the map, e.g. 8.5; default: the busiest")
     options = parser.parse_args(args)
-    from bm3il.launch import evaluate
+    from bm3il.launch.learned import evaluate
 
     shown = options.pictures, options.hour, options.environment
     return evaluate.main(options.run, options.episodes, options.paired, options.best, *shown)
@@ -135,7 +135,7 @@ def export(args: list[str]) -> int:
     parser.add_argument("--format", choices=["onnx", "torchscript"], default="onnx", help="default: onnx")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="is made")
     options = parser.parse_args(args)
-    from bm3il.launch import export
+    from bm3il.launch.learned import export
 
     return export.main(options.run, options.best, options.format, options.output)
 
@@ -156,7 +156,7 @@ def play(args: list[str]) -> int:
         "--output", type=Path, help="FILE.gif moves, FILE.png shows some moments; default: RUN/play.gif"
     )
     options = parser.parse_args(args)
-    from bm3il.launch import play
+    from bm3il.launch.learned import play
 
     start = play.Start(options.seed, options.episode)
     beside = [who for who in ("expert", "random") if getattr(options, who)]
@@ -177,7 +177,7 @@ def whatif(args: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=cores(), help="how many at once; default: one per core")
     parser.add_argument("--episodes", "--days", type=int, default=200, help="fresh ones, of each policy compared")
     options = parser.parse_args(args)
-    from bm3il.launch import whatif
+    from bm3il.launch.whatif import whatif
 
     size = options.seeds, options.steps, options.jobs, options.episodes
     return whatif.main(options.run, options.environment, *size)
@@ -191,7 +191,7 @@ def study(args: list[str]) -> int:
     parser.add_argument("--runs-folder", type=Path, default=Path("runs"), help="in which the study's folder lies")
     parser.add_argument("--dry-run", action="store_true", help="print the table of runs instead")
     options = parser.parse_args(args)
-    from bm3il.launch import study
+    from bm3il.launch.studies import study
 
     return study.main(options.file, options.jobs, options.runs_folder, options.dry_run)
 
@@ -207,7 +207,7 @@ def compare(args: list[str]) -> int:
     )
     parser.add_argument("--output", type=Path, help="folder of CSV and picture; default: the study's")
     options = parser.parse_args(args)
-    from bm3il.launch import compare
+    from bm3il.launch.studies import compare
 
     return compare.main(options.paths, options.by, options.world, options.baseline, options.output)
 
@@ -240,7 +240,7 @@ def report(args: list[str]) -> int:
     parser.add_argument("folder", type=Path, help="of a run, also of one that is running, or of a study")
     parser.add_argument("--output", type=Path, metavar="FILE.html", help="default: report.html in that folder")
     options = parser.parse_args(args)
-    from bm3il.launch.report import main
+    from bm3il.launch.reports.report import main
 
     return main(options.folder, options.output)
 
@@ -300,7 +300,7 @@ def check_environment(args: list[str]) -> int:
     options = parser.parse_args(args)
     from bm3il.actors.settings import ActorSettings
     from bm3il.actors.simulator import ending_if_hung
-    from bm3il.launch.environment_check import check_environment
+    from bm3il.launch.environments.check import check_environment
 
     with ending_if_hung(ActorSettings().step_seconds):
         return check_environment(options.environment, options.demonstrations)
@@ -312,7 +312,7 @@ def new_environment(args: list[str]) -> int:
     parser.add_argument("name", help="of the environment and its package: my_town")
     parser.add_argument("--folder", type=Path, help="a new one; default: NAME-environment")
     options = parser.parse_args(args)
-    from bm3il.launch.new_environment import new_environment
+    from bm3il.launch.environments.new import new_environment
 
     return new_environment(options.name, options.folder)
 
@@ -324,7 +324,7 @@ def calibrate(args: list[str]) -> int:
     parser.add_argument("--days", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(args)
-    from bm3il.launch.calibration import calibrate
+    from bm3il.launch.environments.calibration import calibrate
 
     return calibrate(options.environment, options.days, options.seed)
 
@@ -362,7 +362,7 @@ def scenario(args: list[str]) -> int:
     options = parser.parse_args(args)
     from bm3il.actors.environments.berlin.aggregation import Hours
     from bm3il.actors.environments.berlin.matsim import HOME, WORK
-    from bm3il.launch import scenario
+    from bm3il.launch.environments import scenario
 
     if options.action == "inspect":
         return scenario.inspect(options.scenario, options.picture)

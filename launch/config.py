@@ -15,7 +15,7 @@ import tyro
 import yaml
 
 from bm3il.actors.settings import ActorSettings, EvaluationSettings
-from bm3il.launch.reach import check_network
+from bm3il.launch.nodes.reach import check_network
 from bm3il.learner.settings import CloningSettings, LearnerSettings, Settings
 from bm3il.protocol.errors import InputError, unknown_name
 from bm3il.protocol.job import Mode

@@ -15,7 +15,7 @@ from bm3il.actors.experts.importers import DAY, import_day, import_rover_tower
 from bm3il.actors.experts.scripted import expert_for
 from bm3il.actors.simulator import Simulator
 from bm3il.launch.inspection import print_types
-from bm3il.launch.trained import load_trained
+from bm3il.launch.learned.trained import load_trained
 from bm3il.protocol.adapters.sumo import Sumo
 from bm3il.protocol.demonstrations import Demonstrations, resolve
 from bm3il.protocol.errors import InputError, SimulatorError

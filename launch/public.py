@@ -20,8 +20,8 @@ from bm3il.actors.rollout import Acts
 from bm3il.launch import run as runs
 from bm3il.launch import run_folder
 from bm3il.launch.config import parse_config
-from bm3il.launch.evaluate import FRESH_SEED
-from bm3il.launch.trained import Trained, load_trained
+from bm3il.launch.learned.evaluate import FRESH_SEED
+from bm3il.launch.learned.trained import Trained, load_trained
 from bm3il.protocol.demonstrations import Demonstrations
 from bm3il.protocol.environment import Environment
 from bm3il.protocol.errors import InputError

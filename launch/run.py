@@ -12,20 +12,20 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from bm3il.launch import ranks, run_folder
+from bm3il.launch import run_folder
 from bm3il.launch.config import Config
-from bm3il.launch.director import direct
 from bm3il.launch.events import EventLog
 from bm3il.launch.files import check_files, load_demonstrations, remembered
-from bm3il.launch.join import ticket
 from bm3il.launch.memory import Needs, available_memory, needs
+from bm3il.launch.nodes import ranks
+from bm3il.launch.nodes.join import ticket
 from bm3il.launch.outcome import CRASHED, INTERRUPTED, Outcome, attempt
+from bm3il.launch.processes.director import direct
+from bm3il.launch.processes.supervisor import StopRequests
 from bm3il.launch.progress import Progress
-from bm3il.launch.supervisor import StopRequests
 from bm3il.launch.surroundings import lasting_output, private_folder
 from bm3il.launch.topology import LOOPBACK, Node, Plan, ipc_addresses, listeners, make_job, processes_of
 from bm3il.learner.algorithms import algorithm
@@ -40,6 +40,8 @@ from bm3il.protocol.registry import make_environment
 from bm3il.protocol.specs import EnvironmentSpec
 from bm3il.protocol.telemetry import Telemetry
 from bm3il.reward_server.sees import check_imagined, columns_seen
+
+log = logging.getLogger(__name__)
 
 SERIAL_SHOW_SECONDS = 0.5
 CLONE_WEIGHT = 0.3
@@ -154,9 +156,11 @@ def _compare_starts(recorded: Demonstrations, environment: Environment, hint: Ca
     """Tell what is seldom meant. If the environment raises, or hangs, that is for the actor who plays it to say."""
 
     def compare() -> None:
-        with suppress(Exception):
+        try:
             for text in unlike(recorded, environment, steps=False):
                 hint(f"hint: {text}")
+        except Exception:
+            log.debug("the recordings could not be compared with the environment", exc_info=True)
 
     comparison = threading.Thread(target=compare, name="likeness", daemon=True)
     comparison.start()

@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bm3il.launch.config import Config
-from bm3il.launch.director import PROCESSES
 from bm3il.launch.events import read_events
+from bm3il.launch.processes.director import PROCESSES
 from bm3il.launch.progress import Progress, duration
 from bm3il.launch.run_folder import curve, is_running, logged, read_config, read_result
 from bm3il.protocol.errors import InputError

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bm3il.launch import environment_speed
+from bm3il.launch.environments import speed
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -29,8 +29,8 @@ def shared() -> Path:
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Contracts are checked in dozens of tests, which have no use for how fast an environment is."""
-    monkeypatch.setattr(environment_speed, "SPEED_SECONDS", 0.01)
-    monkeypatch.setattr(environment_speed, "MORE_COPIES", 2)
+    monkeypatch.setattr(speed, "SPEED_SECONDS", 0.01)
+    monkeypatch.setattr(speed, "MORE_COPIES", 2)
 
 
 @pytest.fixture

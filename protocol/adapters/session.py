@@ -27,8 +27,8 @@ TAIL_BYTES, TAIL_LINES = 4096, 5
 OF_A_STACK = re.compile(r"\s+at |\W*$|Node\.js v")
 """How lines begin that say where, and not what: frames of Node and Java, which follow the error, marks and braces."""
 
-# In a run its actor's guard ends it (`launch.lifeline`); elsewhere the kernel, on Linux, together with the thread that
-# started it.
+# In a run its actor's guard ends it (`launch.processes.lifeline`); elsewhere the kernel, on Linux, together with the
+# thread that started it.
 _BOUND = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.getppid() == int(sys.argv[1]) or os._exit(1); "
     "os.execvp(sys.argv[2], sys.argv[2:])"

@@ -9,7 +9,7 @@ import pytest
 
 from bm3il.actors.environments.berlin.environment import Berlin
 from bm3il.actors.environments.berlin.variants import VARIANTS
-from bm3il.launch.environment_check import check_environment
+from bm3il.launch.environments.check import check_environment
 from bm3il.protocol.environment import TimeStep
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.registry import make_environment

@@ -9,7 +9,7 @@ from bm3il.actors.environments.berlin.environment import Berlin, berlin_of
 from bm3il.actors.environments.berlin.scenario_file import load_scenario
 from bm3il.actors.policy import UniformPolicy
 from bm3il.actors.rollout import rollout
-from bm3il.launch.environment_check import check_environment
+from bm3il.launch.environments.check import check_environment
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.registry import make_environment
 

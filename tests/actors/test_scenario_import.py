@@ -140,7 +140,7 @@ def test_broken_matsim_names_the_element(matsim: Path, old: str, new: str, messa
 
 
 def read(folder: Path) -> None:
-    from bm3il.launch import scenario
+    from bm3il.launch.environments import scenario
 
     scenario.read_folder(folder, scenario.Reading())
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bm3il.launch.config import parse_config
-from bm3il.launch.slurm import script
+from bm3il.launch.nodes.slurm import script
 
 FILE = Path(__file__).resolve().parents[2] / "deploy" / "slurm" / "night.sbatch"
 PLACE = Path("/shared/bm3il")

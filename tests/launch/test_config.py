@@ -9,7 +9,7 @@ import pytest
 
 from bm3il.launch.config import Config, load_preset, parse_config, preset_names
 from bm3il.launch.run import check
-from bm3il.launch.whatif import changed_world
+from bm3il.launch.whatif.whatif import changed_world
 from bm3il.protocol.errors import InputError
 
 CONTINUOUS = "pettingzoo:mpe2.simple_spread_v3?arguments=continuous_actions:true,max_cycles:25"

@@ -87,7 +87,7 @@ def worker(process: subprocess.Popen[str], role: str) -> psutil.Process | None:
             command = child.cmdline()
         except psutil.Error:
             continue
-        works = "bm3il.launch.worker" in command and "bm3il.launch.lifeline" not in command
+        works = "bm3il.launch.processes.worker" in command and "bm3il.launch.processes.lifeline" not in command
         if works and role in command and child.status() != psutil.STATUS_ZOMBIE:
             return child
     return None

@@ -13,10 +13,10 @@ from bm3il.actors.environments.berlin import scenario_file
 from bm3il.launch.cli import main
 from bm3il.launch.config import Config, load_preset, parse_config
 from bm3il.launch.files import remembered
+from bm3il.launch.processes.worker import run_role
 from bm3il.launch.run import check
 from bm3il.launch.run_folder import open_existing
 from bm3il.launch.topology import Node, Plan
-from bm3il.launch.worker import run_role
 from bm3il.protocol.demonstrations import Demonstrations, resolve
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.registry import with_absolute_files

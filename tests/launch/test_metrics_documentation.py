@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from bm3il.actors.metrics import ActorMetrics, EvaluatorMetrics
 from bm3il.launch.config import Config
-from bm3il.launch.metrics import RunMetrics, SupervisorMetrics
+from bm3il.launch.processes.metrics import RunMetrics, SupervisorMetrics
 from bm3il.learner.metrics import ChunkMetrics, LearnerMetrics, RewardMetrics
 from bm3il.protocol.messages import Sender
 from bm3il.protocol.telemetry import Telemetry

@@ -25,7 +25,8 @@ def workers(process: subprocess.Popen[str], role: str) -> list[psutil.Process]:
     found = []
     for child in alive(descendants(process)):
         command = child.cmdline()
-        if "bm3il.launch.worker" in command and role in command and "bm3il.launch.lifeline" not in command:
+        works = "bm3il.launch.processes.worker" in command and "bm3il.launch.processes.lifeline" not in command
+        if works and role in command:
             found.append(child)
     return found
 

@@ -10,7 +10,7 @@ import pytest
 
 from bm3il.actors.metrics import ActorMetrics, EvaluatorMetrics
 from bm3il.launch.config import Config
-from bm3il.launch.metrics import RunMetrics, SupervisorMetrics
+from bm3il.launch.processes.metrics import RunMetrics, SupervisorMetrics
 from bm3il.learner.metrics import ChunkMetrics, LearnerMetrics
 from bm3il.protocol.messages import Sender
 from bm3il.protocol.telemetry import Telemetry

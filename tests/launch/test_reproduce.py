@@ -11,9 +11,9 @@ import pytest
 import reproduce
 import yaml
 
-from bm3il.launch import pool
-from bm3il.launch.study_file import Study
-from bm3il.launch.study_rows import CURVE, Row, Rows, identity
+from bm3il.launch.studies import pool
+from bm3il.launch.studies.file import Study
+from bm3il.launch.studies.rows import CURVE, Row, Rows, identity
 
 GRID = {
     "environment": ["rover_tower?pairs=2", "rover_tower?pairs=2&slip=0.1"],

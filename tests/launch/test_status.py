@@ -12,7 +12,7 @@ import pytest
 from bm3il.launch import status
 from bm3il.launch.config import load_preset
 from bm3il.launch.events import EventLog
-from bm3il.launch.states import judge
+from bm3il.launch.processes.states import judge
 from bm3il.launch.status import print_list, print_status
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.messages import Status

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bm3il.launch.cli import main
-from bm3il.launch.supervisor import StopRequests
+from bm3il.launch.processes.supervisor import StopRequests
 
 CONSOLE = "import sys; sys.path.pop(0); from bm3il.launch.cli import main; sys.exit(main())"
 """As the console script does it, whose folder is searched first."""

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from bm3il.launch.backends import MPI_SETTINGS, backend
 from bm3il.launch.config import Config, load_preset
-from bm3il.launch.rendezvous import _check_size, _plan
+from bm3il.launch.nodes.backends import MPI_SETTINGS, backend
+from bm3il.launch.nodes.rendezvous import _check_size, _plan
 from bm3il.launch.topology import Node, Plan, Process, ipc_addresses, place, processes_of, tcp_addresses
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.registry import make_environment
@@ -235,6 +235,6 @@ def test_a_port_in_use_is_told_with_the_name_of_the_process(monkeypatch: pytest.
 
 
 def test_nodes_and_whoever_looks_at_runs_do_without_torch() -> None:
-    looked = "import sys, bm3il.launch.node, bm3il.launch.status, bm3il.launch.cli; print('torch' in sys.modules)"
+    looked = "import sys, bm3il.launch.nodes.node, bm3il.launch.status, bm3il.launch.cli; print('torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", looked], capture_output=True, text=True, check=True)
     assert told.stdout.split() == ["False"]

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("gymnasium")
 
-from bm3il.launch.environment_check import check_environment
+from bm3il.launch.environments.check import check_environment
 from bm3il.protocol.adapters.gymnasium import Gymnasium
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.observations import forms

@@ -9,7 +9,7 @@ import pytest
 
 from bm3il.actors.policy import UniformPolicy
 from bm3il.actors.rollout import rollout
-from bm3il.launch.environment_check import check_environment
+from bm3il.launch.environments.check import check_environment
 from bm3il.protocol.environment import Environment, Starts, TimeStep
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.perturbation import Perturbed, perturbed, unperturbed

@@ -15,7 +15,7 @@ pytest.importorskip("mpe2")
 from gymnasium import spaces
 
 from bm3il.launch.cli import main
-from bm3il.launch.environment_check import check_environment
+from bm3il.launch.environments.check import check_environment
 from bm3il.protocol.adapters.spaces import parted, parts_of, taker, unmasked
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.observations import forms

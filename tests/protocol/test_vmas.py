@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("vmas")
 
 import bm3il
-from bm3il.launch.environment_check import check_environment
+from bm3il.launch.environments.check import check_environment
 from bm3il.protocol.adapters.vmas import Vmas
 from bm3il.protocol.environment import TimeStep
 from bm3il.protocol.errors import InputError

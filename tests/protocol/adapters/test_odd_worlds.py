@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("mpe2")
 
 from bm3il.launch.cli import main
-from bm3il.launch.environment_check import check_environment
+from bm3il.launch.environments.check import check_environment
 from bm3il.protocol.environment import Environment
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.registry import make_environment

@@ -24,7 +24,7 @@ from bm3il.actors.policy import UniformPolicy
 from bm3il.actors.rollout import rollout
 from bm3il.actors.simulator import Simulator
 from bm3il.launch.cli import main
-from bm3il.launch.environment_check import check_environment
+from bm3il.launch.environments.check import check_environment
 from bm3il.protocol.adapters.wire import HEAD, described
 from bm3il.protocol.errors import InputError, SimulatorError
 from bm3il.protocol.registry import make_environment, with_absolute_files

@@ -15,7 +15,7 @@ from bm3il.actors.experts.scripted import expert_for
 from bm3il.actors.policy import UniformPolicy
 from bm3il.actors.rollout import returns, rollout
 from bm3il.launch.cli import main
-from bm3il.launch.environment_check import check_environment
+from bm3il.launch.environments.check import check_environment
 from bm3il.protocol.adapters import sumo
 from bm3il.protocol.adapters.sumo import Sumo
 from bm3il.protocol.demonstrations import Demonstrations

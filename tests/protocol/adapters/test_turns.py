@@ -15,7 +15,7 @@ pytest.importorskip("pygame")
 from bm3il.actors.policy import UniformPolicy
 from bm3il.actors.rollout import rollout
 from bm3il.launch.cli import main
-from bm3il.launch.environment_check import check_environment
+from bm3il.launch.environments.check import check_environment
 from bm3il.protocol.environment import TimeStep
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.registry import make_environment

@@ -1,0 +1,184 @@
+"""Runs that are held against each other: read from their folders, and put into groups by the settings that differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bm3il.launch import run_folder
+from bm3il.launch.studies.file import Settings, text_of
+from bm3il.launch.studies.pool import finished
+from bm3il.launch.studies.rows import CURVE, Row, Rows, identity
+from bm3il.launch.studies.study import TOLD
+from bm3il.launch.studies.trial import all_evaluations
+from bm3il.protocol.errors import InputError, unknown_name
+
+UNITS = {"normalized_return": "normalised return", "return_mean": "true return per agent and episode"}
+SCORES = tuple(UNITS)
+
+Figures = dict[str, Any]
+Scores = dict[tuple[str, ...], np.ndarray]
+"""[runs] by task."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    settings: all of them, in words, by dotted key.   evaluations: by world.
+    curve: of each of CURVE an array [evaluations]; NaN where it is not known.   wall_seconds: of the training.
+    """
+
+    folder: Path
+    settings: dict[str, str]
+    evaluations: dict[str, Figures]
+    curve: dict[str, np.ndarray]
+    wall_seconds: float
+
+    @classmethod
+    def of(cls, folder: Path) -> Result:
+        """Raises InputError if this is no run."""
+        settings = _in_words(identity(run_folder.read_config(folder)))
+        result, rows = run_folder.read_result(folder), run_folder.curve(folder)
+        curve = {name: np.array([_number(row.get(name)) for row in rows], float) for name in CURVE}
+        return cls(folder, settings, all_evaluations(folder), curve, _number(result.get("wall_seconds")))
+
+    @classmethod
+    def of_row(cls, row: Row) -> Result:
+        """Of a run that may be gone, by what a file of results keeps."""
+        settings = _in_words(row.config)
+        curve = {name: np.array([_number(value) for value in values], float) for name, values in row.curve.items()}
+        return cls(Path(row.run), settings, row.evaluations, curve, _number(row.wall_seconds))
+
+    def figure(self, world: str, name: str) -> float:
+        """Of an evaluation; NaN if it is not known."""
+        return _number(self.evaluations.get(world, {}).get(name))
+
+
+def _in_words(identity: Settings) -> dict[str, str]:
+    """The settings that make a method."""
+    return {key: text_of(value) for key, value in identity.items() if key != "seed"}
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return float("nan")
+
+
+def read_results(paths: Sequence[Path]) -> tuple[list[Result], list[Path]]:
+    """Finished runs of these folders of runs and studies, and those that are not finished.
+
+    Raises InputError for a folder that is neither, and if nothing is finished.
+    """
+    folders: dict[Path, Row | None] = {}
+    for path in paths:
+        folders |= _runs_of(path)
+    done = {folder: row for folder, row in folders.items() if finished(folder) or row}
+    if not done:
+        raise InputError(f"none of {len(folders)} runs is finished (`bm3il list {paths[0]}`)")
+    results = [Result.of_row(row) if row else Result.of(folder) for folder, row in done.items()]
+    return results, [folder for folder in folders if folder not in done]
+
+
+def _runs_of(path: Path) -> dict[Path, Row | None]:
+    """The folders of runs, each with its row if that is all there is of it."""
+    if path.is_file():
+        return {path / row.run: row for row in Rows.read(path).rows}
+    if (path / "config.yaml").exists():
+        return {path.resolve(): None}
+    try:
+        told = json.loads((path / TOLD).read_text(encoding="utf-8"))
+        names = [Path(run["run"]).name for run in told["runs"]]
+        kept = {row.run: row for row in Rows.read(Path(told["results"])).rows} if told.get("results") else {}
+        places = {name: (path / name).resolve() for name in names}
+        return {place: None if finished(place) else kept.get(name) for name, place in places.items()}
+    except InputError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path} is neither the folder of a run nor of a study") from error
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one method: they differ by seed, and by the task on which methods are compared.
+
+    values: of the settings that make the method.   strata: the runs by task.
+    """
+
+    values: tuple[str, ...]
+    strata: dict[tuple[str, ...], list[Result]]
+
+    @property
+    def name(self) -> str:
+        return ", ".join(self.values) or "all"
+
+    @property
+    def results(self) -> list[Result]:
+        return [result for of_task in self.strata.values() for result in of_task]
+
+    def scores(self, world: str, figure: str) -> Scores:
+        """[runs] of each task where it is known."""
+        return self.figures_of(lambda run: run.figure(world, figure))
+
+    def figures_of(self, of: Callable[[Result], float]) -> Scores:
+        """[runs] of each task where a figure of a run is known."""
+        arrays = {task: np.array([of(run) for run in runs]) for task, runs in self.strata.items()}
+        known = {task: scores[~np.isnan(scores)] for task, scores in arrays.items()}
+        return {task: scores for task, scores in known.items() if len(scores)}
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Groups of runs, and why they are groups.
+
+    keys: the settings that make a method.   tasks: others that differ beside them.   also: of settings that go with
+    these the values, in the order of the runs.
+    """
+
+    keys: tuple[str, ...]
+    tasks: tuple[str, ...]
+    also: dict[str, tuple[str, ...]]
+    groups: tuple[Group, ...]
+
+    @classmethod
+    def of(cls, results: Sequence[Result], by: str = "") -> Grouping:
+        """By all settings that differ, or by one: then the others make tasks, on which its values are compared.
+
+        Raises InputError for a setting that does not exist, or in which the runs do not differ.
+        """
+        names = results[0].settings
+        varied = {key: tuple(result.settings[key] for result in results) for key in names}
+        varied = {key: values for key, values in varied.items() if len(set(values)) > 1}
+        by = by.replace("-", "_")
+        if by and by not in varied:
+            if by not in names:
+                raise unknown_name("setting", by, names)
+            raise InputError(f"--by {by}: it is {results[0].settings[by]} in all of these runs; {_differ(varied)}")
+        # What makes no finer parts than those before it goes with them: a batch size that an algorithm brings along.
+        parting: list[str] = []
+        for key in [by, *varied] if by else varied:
+            if key not in parting and _parts(varied, [*parting, key]) > _parts(varied, parting):
+                parting.append(key)
+        keys = (by,) if by else tuple(parting)
+        tasks = tuple(key for key in parting if key not in keys)
+        groups: dict[tuple[str, ...], dict[tuple[str, ...], list[Result]]] = {}
+        for result in results:
+            method, task = (tuple(result.settings[key] for key in part) for part in (keys, tasks))
+            groups.setdefault(method, {}).setdefault(task, []).append(result)
+        also = {key: tuple(dict.fromkeys(values)) for key, values in varied.items() if key not in parting}
+        return cls(keys, tasks, also, tuple(Group(values, strata) for values, strata in groups.items()))
+
+
+def _parts(varied: dict[str, tuple[str, ...]], keys: Sequence[str]) -> int:
+    return len(set(zip(*(varied[key] for key in keys), strict=True))) if keys else 1
+
+
+def _differ(varied: dict[str, tuple[str, ...]]) -> str:
+    return f"they differ in {', '.join(varied)}" if varied else "they differ in nothing but seeds"

@@ -1,0 +1,161 @@
+"""Runs beside each other: groups by what differs, figures of them, tables, CSV and picture."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+from bm3il.launch.cli import main
+from bm3il.launch.config import configured
+from bm3il.launch.studies.compared import Grouping, Result, read_results
+from bm3il.protocol.errors import InputError
+
+
+def run_of(folder: Path, score: float | None, seed: int = 1, clones: bool = False, **settings: object) -> Path:
+    """The folder of a finished run: its curve rises to the score in 1,000 steps, at 0, 500 and 1,000."""
+    named = {"preset": "rover_tower_4", **{key.replace("__", "."): value for key, value in settings.items()}}
+    config = configured(named | {"seed": seed}, "").checked()
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config.to_yaml())
+    result = {"status": "finished", "return_mean": 100 * (score or 0.1), "normalized_return": score, "wall_seconds": 8}
+    (folder / "result.json").write_text(json.dumps(result | {"return_episodes": 5, "policy_sha256": folder.name}))
+    rows = [
+        f"{n},{0 if clones else 500 * n},{4 * n},{50 * n * (score or 0.1)},{(score or 0) * n / 2}" for n in range(3)
+    ]
+    text = "\n".join(["iteration,env_steps,wall_seconds,return_mean,normalized_return", *rows])
+    (folder / "curve.csv").write_text(text + "\n")
+    return folder
+
+
+def compared(folder: Path, *args: object) -> list[dict[str, str]]:
+    """The lines of `compare.csv`."""
+    assert main(["compare", *map(str, args), "--output", str(folder)]) == 0
+    with (folder / "compare.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def grouping_of(runs: Sequence[Path], by: str = "") -> Grouping:
+    return Grouping.of(read_results(runs)[0], by)
+
+
+def test_figures_are_of_the_runs_of_a_group(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [run_of(tmp_path / f"a{seed}", seed / 10, seed, algorithm="ma-gail") for seed in (1, 2, 3, 4)]
+    runs += [run_of(tmp_path / f"b{seed}", seed / 10 + 0.5, seed, algorithm="mtmfil") for seed in (1, 2)]
+    a, b = compared(tmp_path / "out", *runs)
+    assert (a["world"], a["algorithm"], a["group"], a["runs"], a["score"]) == (
+        *("as trained", "ma-gail", "ma-gail", "4"),
+        "normalized_return",
+    )
+    assert [float(a[key]) for key in ("iqm", "mean", "least", "most", "return_mean", "wall_seconds")] == pytest.approx(
+        [0.25, 0.25, 0.1, 0.4, 25, 8]
+    )
+    assert float(a["iqm_low"]) < 0.25 < float(a["iqm_high"])
+    assert (a["improvement"], float(b["improvement"]), float(b["improvement_low"])) == ("", 1, 1)
+    assert [float(row["area"]) for row in (a, b)] == pytest.approx([0.125, 0.325])
+    assert float(a["area_low"]) < 0.125 < float(a["area_high"])
+    assert (a["area_improvement"], float(b["area_improvement"]), float(b["area_improvement_low"])) == ("", 1, 1)
+    assert (a["steps_to_0.5"], a["reached_0.5"], b["steps_to_0.5"], b["seconds_to_0.5"]) == ("", "0", "1000.0", "8.0")
+    assert (b["steps_to_0.8"], b["reached_0.8"]) == ("", "0")
+    assert matplotlib.image.imread(tmp_path / "out" / "compare.png").std() > 0.05  # something is on it
+    said = capsys.readouterr().out
+    assert "better than one of ma-gail" in said
+    assert "0 of 4 runs" in said
+    assert "area under the curve: normalised return" in said
+    assert max(map(len, said.splitlines()[:-2])) <= 80  # the last two are paths
+
+
+def test_settings_that_go_with_others_make_no_groups(tmp_path: Path) -> None:
+    runs = [
+        run_of(tmp_path / "a", 0.1, algorithm="ma-gail"),
+        run_of(tmp_path / "b", 0.2, algorithm="bm3il"),
+        run_of(tmp_path / "c", 0.3, algorithm="bm3il", learner__batch_size=7),
+        run_of(tmp_path / "d", 0.4, seed=2, algorithm="bm3il", learner__batch_size=7),
+    ]
+    grouping = grouping_of(runs)
+    assert grouping.keys == ("algorithm", "learner.batch_size")
+    assert [len(group.results) for group in grouping.groups] == [1, 1, 2]
+    assert grouping.also["reward.particles"] == ("1", "4")
+
+
+def test_by_a_setting_the_others_are_tasks(tmp_path: Path) -> None:
+    """On each of two tasks the second method is better by a little; runs of both tasks together overlap."""
+    runs = []
+    for episodes, level in ((5, 0.1), (50, 0.8)):
+        for method, more in (("ma-gail", 0.0), ("mtmfil", 0.05)):
+            for seed in (1, 2):
+                name = f"{method}-{episodes}-{seed}"
+                score = level + more + seed / 100
+                runs.append(run_of(tmp_path / name, score, seed, algorithm=method, demonstration_episodes=episodes))
+    grouping = grouping_of(runs, "algorithm")
+    assert (grouping.keys, grouping.tasks) == (("algorithm",), ("demonstration_episodes",))
+    first, second = compared(tmp_path / "out", *runs, "--by", "algorithm")
+    assert (first["runs"], second["runs"], float(second["improvement"])) == ("4", "4", 1)
+    (other, against) = compared(tmp_path / "again", *runs, "--by", "algorithm", "--baseline", "mtmfil")
+    assert (float(other["improvement"]), against["improvement"]) == (0, "")
+    with pytest.raises(InputError, match=r"--by seeed|unknown setting 'algoritm'; did you mean algorithm"):
+        grouping_of(runs, "algoritm")
+    with pytest.raises(InputError, match="is 60000 in all of these runs; they differ in demonstration_episodes"):
+        grouping_of(runs, "steps")
+
+
+def test_clones_have_no_way_to_go(tmp_path: Path) -> None:
+    runs = [run_of(tmp_path / "a", 0.9, algorithm="bc", clones=True), run_of(tmp_path / "b", 0.6, algorithm="ma-gail")]
+    clone, imitator = compared(tmp_path / "out", *runs)
+    assert (clone["area"], clone["iqm"], clone["iqm_low"], imitator["area"]) == ("", "0.9", "", "0.3")
+    assert (tmp_path / "out" / "compare.png").exists()
+    compared(tmp_path / "clones", runs[0])
+    assert not (tmp_path / "clones" / "compare.png").exists()
+
+
+def test_returns_are_compared_where_nobody_knows_the_expert(tmp_path: Path) -> None:
+    runs = [run_of(tmp_path / "a", 0.5, algorithm="ma-gail"), run_of(tmp_path / "b", None, algorithm="mtmfil")]
+    first, second = compared(tmp_path / "out", *runs)
+    assert (first["score"], first["iqm"], second["iqm"], first["area"]) == ("return_mean", "50.0", "10.0", "25.0")
+    assert "steps_to_0.5" not in first
+
+
+def test_worlds_have_tables_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = tmp_path / "study"
+    for name, algorithm, score in (("a", "ma-gail", 0.4), ("b", "mtmfil", 0.3)):
+        run_of(study / name, 0.9, algorithm=algorithm)
+        told = {"slip=0.1": {"return_mean": 1.0, "normalized_return": score, "greedy_return_mean": 2.0}}
+        (study / name / "worlds.json").write_text(json.dumps({"policy_sha256": name, "worlds": told}))
+    (study / "c").mkdir()
+    (study / "c" / "config.yaml").write_text((study / "a" / "config.yaml").read_text())
+    runs = [{"run": name} for name in ("a", "b", "c")]
+    (study / "study.json").write_text(json.dumps({"version": 1, "name": "study", "runs": runs}))
+    assert main(["compare", str(study)]) == 0
+    said = capsys.readouterr().out
+    assert "left out, since it is not finished: c" in said
+    assert "slip=0.1: normalised return" in said
+    with (study / "compare.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["world"], row["iqm"]) for row in rows] == [
+        *(("as trained", "0.9"), ("as trained", "0.9"), ("slip=0.1", "0.4"), ("slip=0.1", "0.3"))
+    ]
+    assert (rows[2]["greedy_return_mean"], rows[0]["improvement"], rows[1]["improvement"]) == ("2.0", "", "0.5")
+    only = compared(tmp_path / "out", study, "--world", "slip=0.1")
+    assert [row["world"] for row in only] == ["slip=0.1", "slip=0.1"]
+
+    capsys.readouterr()
+    assert main(["compare", str(study), "--world", "slip=0.2"]) == 2
+    assert "unknown world 'slip=0.2'; did you mean slip=0.1" in capsys.readouterr().err
+    (study / "a" / "worlds.json").write_text(json.dumps({"policy_sha256": "another", "worlds": told}))
+    assert list(Result.of(study / "a").evaluations) == ["as trained"]  # it was of a policy before
+    for broken in ("", "[]", '{"policy_sha256": "a", "worlds": [1]}', '{"policy_sha256": "a", "worlds": {"x": 1}}'):
+        (study / "a" / "worlds.json").write_text(broken)
+        assert list(Result.of(study / "a").evaluations) == ["as trained"]
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(tmp_path)]) == 2
+    assert "is neither the folder of a run nor of a study" in capsys.readouterr().err
+    run = run_of(tmp_path / "a", 0.5)
+    (run / "result.json").unlink()
+    assert main(["compare", str(run)]) == 2
+    assert "none of 1 runs is finished" in capsys.readouterr().err
