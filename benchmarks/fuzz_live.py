@@ -31,6 +31,8 @@ SMALL = [
     *("--reward.batch-size", "64", "--reward.particles", "2", "--evaluation.interval", "10"),
     *("--evaluation.episodes", "20", "--evaluation.final-episodes", "20"),
 ]
+LAST_WORDS = 1500
+"""Characters of each log of a run that went wrong."""
 DROPPED = re.compile(r'^bm3il_\w+_dropped_messages_total\{cause="(\w+)"\} (\S+)', re.MULTILINE)
 
 
@@ -59,10 +61,16 @@ class Live:
             run.kill()
         assert run.returncode == 0, f"the attacked run ended with {run.returncode}"
         restarted = {role: pids for role, pids in self._workers.items() if len(pids) > 1}
-        assert not restarted, f"processes were started again: {restarted}"
+        assert not restarted, f"processes were started again: {restarted}\n{self._said()}"
         first, second = (self._result(name)["policy_sha256"] for name in ("undisturbed", "attacked"))
         assert first == second, "the attacked run learned another policy"
         assert self._told >= LISTENING, f"drops are told by {self._told} only"
+
+    def _said(self) -> str:
+        """By the attacked run, of what happened to it: nobody can look when its folder is gone."""
+        folder = self._folder / "runs" / "attacked"
+        logs = [path for path in (folder / "events.jsonl", *sorted(folder.glob("logs/*.log"))) if path.exists()]
+        return "\n".join(f"{path.name}: {path.read_text(errors='replace')[-LAST_WORDS:]}" for path in logs)
 
     @property
     def _told(self) -> set[str]:
@@ -179,7 +187,9 @@ class Live:
     def _weigh(self, process: psutil.Process) -> None:
         command, resident = process.cmdline(), process.memory_info().rss
         if "bm3il.launch.processes.worker" in command and "bm3il.launch.processes.lifeline" not in command:
-            self._workers.setdefault(" ".join(command[-2:]), set()).add(process.pid)
+            pids = self._workers.setdefault(" ".join(command[-2:]), set())
+            if process.ppid() not in pids:  # a fork goes by its parent's command until it is another program
+                pids.add(process.pid)
         if time.time() - process.create_time() < 10:  # it is still importing
             return
         grown = resident - self._resident.setdefault(process.pid, resident)
