@@ -38,7 +38,7 @@ MEASURED = (
 SHORT_STEPS = 8
 """In which no episode ends."""
 SLOW_SECONDS, PROCESSES, COPIES, STEPS = 0.005, (2, 4), 16, 40
-WANTED_SPEED_UP = 0.8
+WANTED_SPEED_UP = 0.9
 """Of P processes, as a part of P, where nothing but the simulators' own time counts."""
 
 
