@@ -56,20 +56,31 @@ def test_what_is_no_ticket_is_refused(tmp_path: Path, text: str) -> None:
         read_ticket(path)
 
 
+LEARNER = ["bm3il.launch.processes.worker", "learner", "0"]
 REST_SECONDS = 240.0
 """For the rest of a run that is not disturbed any more; it has a tenth of a core where other tests run beside it."""
 
 
+def started(folder: Path) -> list[bool]:
+    """Of every actor of a run, whether it has loaded what it needs: before, it is ended without a farewell."""
+    told = json.loads((folder / "processes.json").read_text())
+    return [process["stage"] != "start" for name, process in told.items() if name.startswith("actor")]
+
+
 @pytest.mark.processes
 def test_actors_come_and_go_without_harm(tmp_path: Path) -> None:
-    longer = ["--learner.clipped.epochs", "4", "--learner.clipped.parts", "10", "--steps", "8000"]  # than a start takes
-    process = start(tmp_path, "run", "--mode", "async", "--actors", "1", *longer)
+    process = start(tmp_path, "run", "--mode", "async", "--actors", "1", "--steps", "8000")
     folder = tmp_path / "runs" / "run"
     wait_for(lambda: iterations(tmp_path, "run") >= 3, process)
+    commands = [(child, child.cmdline()) for child in alive(descendants(process))]
+    (learner,) = (child for child, command in commands if command[-3:] == LEARNER and "guard" not in command)
+    learner.suspend()  # else the run could be over before they are there
     command = [sys.executable, "-m", "bm3il.launch.cli", "join", str(folder / "join.json"), "--actors", "2"]
     joined = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     roles = lambda: [t["labels"]["role"] for t in json.loads((folder / "targets.json").read_text())]  # noqa: E731
     wait_for(lambda: roles().count("actor") == 3, process)
+    wait_for(lambda: started(folder) == [True] * 3, process)
+    learner.resume()
     processes, began = descendants(joined), iterations(tmp_path, "run")
     wait_for(lambda: iterations(tmp_path, "run") > began + 2, process)
     joined.send_signal(signal.SIGINT)
