@@ -69,7 +69,7 @@ def write(path: str | Path, contents: Contents, figures: Mapping[str, Any]) -> N
     metadata = {"format": FORMAT, "version": VERSION, "header": json.dumps(header, sort_keys=True)}
     try:
         with open(temporary, "wb") as file:
-            file.write(serialise(_tensors(contents), metadata))
+            file.writelines(_in_order(serialise(_tensors(contents), metadata)))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -105,6 +105,20 @@ def count_rows(path: str | Path) -> tuple[int, int]:
     except (OSError, SafetensorError, ValueError) as error:
         raise _foreign(path, error) from error
     return len(lengths), int(lengths.sum())
+
+
+def _in_order(serialised: bytes) -> tuple[bytes, memoryview]:
+    """The head of a safetensors file with its metadata by name, and the rest.
+
+    The library writes metadata in an order that changes from call to call. Runs know recordings by the hash of their
+    file, so the same recording must be the same bytes. (The head: its size as 8 bytes, then JSON, padded with spaces.)
+    """
+    end = 8 + int.from_bytes(serialised[:8], "little")
+    head = json.loads(serialised[8:end])
+    head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
+    text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight, so that they can be mapped
+    return len(text).to_bytes(8, "little") + text, memoryview(serialised)[end:]
 
 
 def _tensors(contents: Contents) -> dict[str, np.ndarray]:

@@ -98,6 +98,14 @@ def test_saved_comes_back(tmp_path: Path, demonstrations: Demonstrations) -> Non
     assert "1.masks" not in tensors
 
 
+def test_the_same_recording_is_the_same_bytes(tmp_path: Path, demonstrations: Demonstrations) -> None:
+    """Else runs from it, which know it by its hash, would not know it again."""
+    paths = [tmp_path / f"{number}.safetensors" for number in range(12)]
+    for path in paths:
+        demonstrations.save(path)
+    assert len({path.read_bytes() for path in paths}) == 1
+
+
 def test_file_is_mapped_not_copied(tmp_path: Path, demonstrations: Demonstrations) -> None:
     maps = Path("/proc/self/maps")
     if not maps.exists():
