@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 
 from bm3il.launch.studies.compare import LEVELS, areas, better, robust
 from bm3il.launch.studies.compared import UNITS, Figures, Group, Result
@@ -34,6 +33,7 @@ from bm3il.launch.studies.picture import COLOURS, DOTS_PER_INCH, STYLES, band
 from bm3il.launch.studies.rows import Row, Rows
 from bm3il.launch.studies.statistics import LEVEL, first_at, interquartile_mean
 from bm3il.launch.studies.trial import AS_TRAINED
+from bm3il.learner.picture import dress_steps
 
 STEPS = "env_steps"
 SCORE = "normalized_return"
@@ -187,8 +187,7 @@ def _curves(axes: Axes, drawn: Drawn, panel: str, looks: dict[str, dict[str, Any
             axes.axhline(level, linewidth=1.2, label=line, **looks[line])
     axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":", label="expert")
     axes.set(xlabel="joint environment steps", ylabel=UNITS[SCORE])
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    dress_steps(axes)
 
 
 def _points(axes: Axes, drawn: Drawn, panel: str, looks: dict[str, dict[str, Any]]) -> None:
@@ -248,9 +247,7 @@ def _paper(axes: Axes, path: Path | None, looks: dict[str, dict[str, Any]]) -> N
         axes.plot(steps, middle, linewidth=1.2, **look)
     axes.set_title("the paper's (its authors' released plot, their environment)", loc="left", fontsize=8)
     axes.set(xlabel="joint environment steps", ylabel="true return per agent and episode")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    dress_steps(axes)
 
 
 def section(drawn: Drawn, picture: str) -> str:

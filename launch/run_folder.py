@@ -187,6 +187,17 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """A folder of runs exists, and nobody else writes into it. Raises InputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot create {folder}: {error.strerror}; take another --runs-folder") from error
+    with locked(folder):
+        yield
+
+
 def is_running(folder: Path) -> bool:
     """Whether a launcher holds the run."""
     try:

@@ -69,11 +69,21 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any], pat
         unit += f"  (random policy: {random:.1f})"
     axes.set_xlabel(unit, color=TEXT_COLOR)
     axes.set_ylabel("true return per agent and episode", color=TEXT_COLOR)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.margins(x=0.02, y=0.1)
+    dress_steps(axes)
+    save(figure, path)
+
+
+def dress_steps(axes: Axes) -> None:
+    """What curves over environment steps have in common: 60k instead of 60000, and lines across to read heights by."""
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """As a PNG file, of which nobody ever sees a part."""
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png")
     temporary.rename(path)

@@ -11,7 +11,6 @@ matplotlib.use("Agg")
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 
 from bm3il.launch.studies.compared import UNITS, Group, Grouping
 from bm3il.launch.studies.statistics import (
@@ -22,6 +21,7 @@ from bm3il.launch.studies.statistics import (
     on_common_steps,
 )
 from bm3il.launch.studies.trial import AS_TRAINED
+from bm3il.learner.picture import dress_steps, save
 
 COLOURS = ("#1f5fa8", "#b5651d", "#2e8b57", "#a83279", "#7a7a00", "#5b4b9a", "#00869a", "#c0392b")
 STYLES = ("-", "--", ":", "-.")
@@ -50,14 +50,9 @@ def draw_curves(grouping: Grouping, score: str, path: Path) -> bool:
         axes.plot(steps, middle, linewidth=1.8, **look)
     axes.set(xlabel="joint environment steps", ylabel=UNITS[score])
     axes.set_title(f"interquartile mean over runs, {LEVEL:.0%} bootstrap intervals", loc="left", fontsize=10)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.legend(title=", ".join(grouping.keys), frameon=False, fontsize=8, title_fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png")
-    temporary.rename(path)
+    dress_steps(axes)
+    save(figure, path)
     return True
 
 

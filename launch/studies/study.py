@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ def main(file: Path, jobs: int | None, runs_folder: Path, dry_run: bool) -> int:
     jobs = min(len(every), jobs or max(1, cores() // threads))
     work = Work(_command, record.is_done, max(trial.config.threads_of("learner") for trial in every))
     stopped = StopRequests()
-    with _held(folder), stopped.heard(), lasting_output():
+    with run_folder.held(folder), stopped.heard(), lasting_output():
         trials = [trial for trial in every if not record.kept(trial)]
         _open(trials, file, folder)
         record.open_results()
@@ -92,17 +91,6 @@ def check_same(study: Study, folder: Path) -> None:
             f"{study.source} is not the study that {folder} holds: {', '.join(changed)} changed; values of grid, seeds "
             "and worlds can be added, for anything else take another name"
         )
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """The folder exists, and nobody else writes into it. Raises InputError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot create {folder}: {error.strerror}; take another --runs-folder") from error
-    with run_folder.locked(folder):
-        yield
 
 
 def _open(trials: Sequence[Trial], file: Path, folder: Path) -> None:

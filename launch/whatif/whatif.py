@@ -19,7 +19,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,7 @@ def main(run: Path, environment: str, seeds: int, steps: int, jobs: int, episode
         replace(config, seed=seed, run=name, runs_folder=str(question.folder)) for seed, name in enumerate(places, 1)
     ]
     console, stopped = Console(highlight=False, soft_wrap=True), StopRequests()
-    with _held(question.folder), stopped.heard(), lasting_output():
+    with run_folder.held(question.folder), stopped.heard(), lasting_output():
         folders = _opened(configs)
         console.print(f"{question.folder}: {seeds} runs of {steps:,} steps in {question.after_spec.name}", markup=False)
         size = dict.fromkeys(folders, iterations(config, question.after_spec))
@@ -209,17 +209,6 @@ def main(run: Path, environment: str, seeds: int, steps: int, jobs: int, episode
     for folder, why in failed.items():
         print(f"bm3il: {folder.name} failed: {why}; log: {folder / LOG}", file=sys.stderr)
     return CRASHED if failed else FINISHED
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """The folder exists, and nobody else writes into it. Raises InputError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot create {folder}: {error.strerror}") from error
-    with run_folder.locked(folder):
-        yield
 
 
 def _opened(configs: list[Config]) -> list[Path]:
