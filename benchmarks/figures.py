@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 
 from bm3il.launch.studies.compare import LEVELS, areas, better, robust
 from bm3il.launch.studies.compared import UNITS, Figures, Group, Result
-from bm3il.launch.studies.file import Study, text_of
+from bm3il.launch.studies.file import Settings, Study, text_of
 from bm3il.launch.studies.picture import COLOURS, DOTS_PER_INCH, STYLES, band
 from bm3il.launch.studies.rows import Row, Rows
 from bm3il.launch.studies.statistics import LEVEL, first_at, interquartile_mean
@@ -64,10 +64,10 @@ class Described:
         short = text if isinstance(value, str) else f"{key.rpartition('.')[2].replace('_', ' ')} {text}"
         return self.labels.get(text, self.labels.get(f"{key}={text}", short))
 
-    def line(self, row: Row) -> str:
-        """The line that a run belongs to."""
+    def line(self, settings: Settings) -> str:
+        """The line that a run belongs to, by what the grid says of it."""
         told = {self.panel, self.x, *self.beside}
-        words = [self.word(key, value) for key, value in row.settings.items() if key not in told]
+        words = [self.word(key, value) for key, value in settings.items() if key not in told]
         return ", ".join(words) or self.labels.get("", "as above")
 
 
@@ -101,7 +101,7 @@ class Drawn:
             panel = of.word(of.panel, value) if value != "" else of.labels.get("", "")
             values[panel] = text_of(value)
             x = of.word(of.x, row.settings[of.x]) if of.x in row.settings else ""
-            panels.setdefault(panel, {}).setdefault(of.line(row), {}).setdefault(x, []).append(row)
+            panels.setdefault(panel, {}).setdefault(of.line(row.settings), {}).setdefault(x, []).append(row)
         return cls(of, panels, values, len(trials) - len(found), command)
 
     @property
@@ -291,9 +291,9 @@ def _of_curves(drawn: Drawn) -> Iterable[str]:
                 told |= better("p", scores, first.scores(drawn.of.world, SCORE))
                 told |= better("p_area", heights, areas(first, SCORE))
             spread = f"{ends.mean():.3f} ± {ends.std():.3f}" if len(ends) else "–"
-            cells = [_cell(told, "end"), spread, _cell(told, "p", 2), _cell(told, "area"), _cell(told, "p_area", 2)]
+            cells = [cell(told, "end"), spread, cell(told, "p", 2), cell(told, "area"), cell(told, "p_area", 2)]
             body.append([line, str(len(ends)), *cells, *(_steps_to(group, level) for level in LEVELS)])
-        yield _table(
+        yield table(
             f"**{panel if panel is not None else 'All together'}**" if len(drawn.panels) > 1 else "", head, body
         )
 
@@ -320,13 +320,13 @@ def _of_points(drawn: Drawn) -> Iterable[str]:
     world = drawn.of.world
 
     def score(line: str, panel: str | None, x: str | None) -> str:
-        return _cell(robust("iqm", drawn.group(line, panel, x).scores(world, SCORE)), "iqm")
+        return cell(robust("iqm", drawn.group(line, panel, x).scores(world, SCORE)), "iqm")
 
     def probability(line: str, panel: str | None, x: str | None) -> str:
         if line == (base := drawn.base(panel)):
             return "–"
         ours, theirs = (drawn.group(name, panel, x).scores(world, SCORE) for name in (line, base))
-        return _cell(better("p", ours, theirs), "p", 2)
+        return cell(better("p", ours, theirs), "p", 2)
 
     yield _turned("Returns", drawn, places, score)
     yield _turned("P", drawn, places, probability)
@@ -336,18 +336,19 @@ def _turned(
     title: str,
     drawn: Drawn,
     places: Sequence[tuple[str | None, str | None]],
-    cell: Callable[[str, str | None, str | None], str],
+    told: Callable[[str, str | None, str | None], str],
 ) -> str:
     """Lines by places, whichever are more down the page."""
     names = [", ".join(filter(None, place)) or "all together" for place in places]
-    cells = {line: [cell(line, *place) for place in places] for line in drawn.lines}
+    cells = {line: [told(line, *place) for place in places] for line in drawn.lines}
     if len(cells) > len(names):
-        return _table(f"**{title}**", ["", *names], [[line, *row] for line, row in cells.items()])
+        return table(f"**{title}**", ["", *names], [[line, *row] for line, row in cells.items()])
     body = [[name, *(row[number] for row in cells.values())] for number, name in enumerate(names)]
-    return _table(f"**{title}**", ["", *cells], body)
+    return table(f"**{title}**", ["", *cells], body)
 
 
-def _cell(told: Figures, name: str, digits: int = 3) -> str:
+def cell(told: Figures, name: str, digits: int = 3) -> str:
+    """A figure and its interval; a dash if it is not known."""
     if name not in told:
         return "–"
     value, low, high = (told[key] for key in (name, f"{name}_low", f"{name}_high"))
@@ -356,6 +357,7 @@ def _cell(told: Figures, name: str, digits: int = 3) -> str:
     return f"{value:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if low == low else "")
 
 
-def _table(title: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def table(title: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
     return "\n".join([*([title, ""] if title else []), *lines])

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import claims
 import yaml
 from figures import Described, Drawn, draw, section
 
@@ -46,6 +47,12 @@ def plan() -> dict[str, Any]:
 def described(values: Mapping[str, Any]) -> Described:
     """A figure of the file."""
     return Described(**{**values, "beside": tuple(values.get("beside", ()))})
+
+
+def claimed(values: Mapping[str, Any]) -> claims.Claim:
+    """A claim of the file."""
+    lists = {key: tuple(values[key]) for key in ("better", "than", "at") if key in values}
+    return claims.Claim(**{**values, **lists})
 
 
 def smaller(name: str, change: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,8 +116,9 @@ def estimate(found: Mapping[str, Study], runs: Path, jobs: int) -> None:
 
 
 def show(told: Mapping[str, Any], found: Mapping[str, Study], quick: bool, authors: Path) -> None:
-    """Draw the figures of studies that have rows, and write the page with them."""
-    parts, runs, page = [HEAD], *PLACES[quick]
+    """Draw the figures of studies that have rows, and write the page with them, the claims before all."""
+    parts, runs, page = [], *PLACES[quick]
+    known: dict[str, Drawn] = {}
     for figure in map(described, told["figures"]):
         study = found.get(figure.study)
         if study is None or study.results is None or not study.results.exists():
@@ -120,8 +128,14 @@ def show(told: Mapping[str, Any], found: Mapping[str, Study], quick: bool, autho
         if drawn.panels:
             path = draw(drawn, page.parent / page.stem, authors / "paper_curves")
             parts.append(section(drawn, f"{page.stem}/{path.name}"))
+            known[figure.name] = drawn
             print(path)
-    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    every = [claim for claim in map(claimed, told.get("claims", [])) if claim.figure in known]
+    held = [(claim, found) for claim in every if (found := claims.compared(claim, known[claim.figure]))]
+    if held:
+        print(path := claims.draw(held, page.parent / page.stem / "claims.png"))
+        parts.insert(0, claims.section(held, f"{page.stem}/{path.name}"))
+    page.write_text("\n\n".join([HEAD, *parts]) + "\n", encoding="utf-8")
     print(page)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import claims
 import figures
 import matplotlib.image
 import pytest
@@ -198,7 +199,7 @@ def test_an_unreadable_file_of_results_ends_it_with_its_name(
 
 
 @pytest.mark.timeout(300)  # half a minute of a free core
-def test_all_studies_can_be_trained_and_quick_ones_have_the_same_worlds(
+def test_all_studies_can_be_trained_and_are_what_quick_ones_and_claims_are_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -216,6 +217,12 @@ def test_all_studies_can_be_trained_and_quick_ones_have_the_same_worlds(
         assert {trial.seed for trial in trials} == {1, 2}
         assert max(trial.config.steps for trial in trials) < min(trial.config.steps for trial in whole[name])
         assert {trial.config.environment for trial in trials} <= {trial.config.environment for trial in whole[name]}
+    described = {values["name"]: reproduce.described(values) for values in plan["figures"]}
+    for claim in map(reproduce.claimed, plan["claims"]):
+        of = described[claim.figure]
+        every = [trial.settings for trial in whole[of.study]]
+        assert {*claim.better, *claim.than} <= {of.line(settings) for settings in every}, claim
+        assert {*claim.at} <= {of.word(key, told.get(key, "")) for told in every for key in (of.panel, of.x)}, claim
 
 
 def test_every_study_has_a_figure_and_every_label_is_of_something() -> None:
@@ -234,3 +241,41 @@ def test_values_that_quick_leaves_nothing_of_leave_no_grid(monkeypatch: pytest.M
     values = reproduce.smaller("tiny", {"only": {"algorithm": ["bc"]}, "settings": {"steps": 7}, "seeds": [5]})
     assert values["grid"] == [{"environment": GRID["environment"], "algorithm": ["bc"]}]
     assert (values["settings"], values["seeds"], values["name"]) == (SETTINGS | {"steps": 7}, [5], "tiny")
+
+
+def test_a_claim_is_held_against_runs_of_the_same_seed(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    filled(study)
+    drawn = drawn_of(study)
+    claim = reproduce.claimed({"says": "a claim", "figure": "tiny", "better": ["bm3il"], "than": ["bc", "bm3il"]})
+    told = claims.compared(claim, drawn)
+    assert [one.where for one in told] == ["rover_tower?pairs=2", "slipping", "all together"]
+    assert [one.verdict for one in told] == ["the reverse", "shown", "shown"]
+    assert [one.pairs for one in told] == [4, 4, 8]
+    # What a seed has in common falls out: the interval is a point, where that of each line is not.
+    assert [told[1].figures[f"difference{end}"] for end in ("_low", "", "_high")] == pytest.approx([0.4] * 3)
+    assert "of 3 comparisons shown 2, the reverse 1. bm3il − bc 0.150 [0.150, 0.150]" in claims.sentence(claim, told)
+    text = claims.section([(claim, told)], "claims.png")
+    assert "| bm3il − bc | slipping | 4 | 0.400 [0.400, 0.400] | 1.00 [1.00, 1.00] | shown |" in text
+    picture = claims.draw([(claim, told)], tmp_path / "claims.png")
+    assert matplotlib.image.imread(picture).std() > 0.05
+
+
+def test_a_claim_of_areas_and_of_places(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    filled(study)
+    values = {"says": "", "figure": "tiny", "better": ["bm3il"], "than": ["ma-gail"], "by": "area", "at": ["slipping"]}
+    (one,) = claims.compared(reproduce.claimed(values), drawn_of(study))
+    assert one.where == "slipping"
+    assert one.figures["difference"] == pytest.approx(0.05)  # of the end it is 0.1
+    clones = reproduce.claimed(values | {"than": ["bc"]})
+    assert claims.compared(clones, drawn_of(study)) == []  # a clone takes no steps
+
+
+def test_seeds_without_a_partner_and_single_ones_are_left_out(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    filled(study, 1)
+    values = {"says": "", "figure": "tiny", "better": ["bm3il"], "than": ["ma-gail"]}
+    assert claims.compared(reproduce.claimed(values), drawn_of(study)) == []
+    filled(study, 3)
+    assert {one.pairs for one in claims.compared(reproduce.claimed(values), drawn_of(study))} == {3, 6}
