@@ -13,7 +13,8 @@ from bm3il.launch.nodes.slurm import script
 
 FILE = Path(__file__).resolve().parents[2] / "deploy" / "slurm" / "night.sbatch"
 PLACE = Path("/shared/bm3il")
-ARGS = ["--preset", "berlin", "--mode", "async", "--nodes", "4", "--actors", "64", "--run", "night"]
+HOSTS = ["--nodes", "4", "--actors", "64"]
+ARGS = ["--preset", "berlin", "--mode", "async", *HOSTS, "--steps", "2000000", "--run", "night"]
 
 
 def test_the_script_is_what_submit_writes(monkeypatch: pytest.MonkeyPatch) -> None:
