@@ -277,7 +277,7 @@ def caption(drawn: Drawn) -> str:
 
 
 def _of_curves(drawn: Drawn) -> Iterable[str]:
-    head = ["", "runs", "at the end", "mean ± s.d.", "P", "area under the curve", "P of the area"]
+    head = ["", "runs", "at the end", "mean ± s.d., as in the paper", "P", "area under the curve", "P of the area"]
     head += [f"to {level}" for level in LEVELS]
     for panel in [*drawn.panels, *([None] if len(drawn.panels) > 1 and drawn.is_whole else [])]:
         body = []
