@@ -17,6 +17,7 @@ from bm3il.launch.reports.recorded import Columns, read_all_events, read_curve, 
 from bm3il.launch.reports.seen import Seen, look_at
 from bm3il.launch.run_folder import is_running, read_result
 from bm3il.launch.status import ROUTINE
+from bm3il.launch.studies.compared import UNREWARDED
 from bm3il.protocol.errors import InputError
 
 MOST_TYPES = 12
@@ -134,7 +135,7 @@ def run_page(folder: Path) -> RunPage:
         routine=sum(event.what in ROUTINE for event in events),
         settings=settings,
         seen=seen,
-        notes=[*notes, *compared, *seen.notes],
+        notes=[*notes, *compared, *seen.notes, *([UNREWARDED] if _is_unrewarded(evaluations, result) else [])],
     )
 
 
@@ -198,6 +199,12 @@ def _types(result: Mapping[str, Any], evaluations: Columns) -> dict[str, Mapping
         return {str(name): values for name, values in told.items() if isinstance(values, dict)}
     prefix = "return_mean."
     return {name.removeprefix(prefix): {} for name in evaluations.names if name.startswith(prefix)}
+
+
+def _is_unrewarded(evaluations: Columns, result: Mapping[str, Any]) -> bool:
+    """Whether everybody's returns are 0, the expert's, too."""
+    returns = evaluations["return_mean"]
+    return bool(returns) and not any(returns) and not any(map(result.get, ("random_return", "expert_return")))
 
 
 def _shown(types: Mapping[str, Any], evaluations: Columns) -> list[str]:

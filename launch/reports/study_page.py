@@ -15,6 +15,7 @@ import numpy as np
 
 from bm3il.launch.reports.charts import Chart, Line, Reference, chart, decimals, number
 from bm3il.launch.reports.recorded import Columns, read_curve
+from bm3il.launch.studies.compared import UNREWARDED
 from bm3il.launch.studies.statistics import interquartile_mean, interquartile_mean_interval
 from bm3il.protocol.errors import InputError
 
@@ -117,6 +118,8 @@ def study_page(folder: Path, page_folder: Path) -> StudyPage:
         groups.setdefault(tuple(run.settings.get(key, "–") for key in varied), []).append(run)
     worlds = list(dict.fromkeys(world for run in runs for world in run.evaluations))
     finished = sum(run.status == "finished" for run in runs)
+    returns = [of["return_mean"] for run in runs for of in run.evaluations.values()]
+    notes = [f"{len(runs) - finished} of {len(runs)} runs are not finished"] if finished < len(runs) else []
     return StudyPage(
         name=str(told.get("name") or folder.resolve().name),
         counts=list(Counter(run.status for run in runs).items()),
@@ -125,7 +128,7 @@ def study_page(folder: Path, page_folder: Path) -> StudyPage:
         worlds=[world for name in worlds if (world := _world(name, groups)).rows],
         curves=_curves(groups, varied),
         runs=runs,
-        notes=[f"{len(runs) - finished} of {len(runs)} runs are not finished"] if finished < len(runs) else [],
+        notes=[*notes, *([UNREWARDED] if returns and all(value == 0.0 for value in returns) else [])],
     )
 
 

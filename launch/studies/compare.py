@@ -19,7 +19,17 @@ from rich.table import Table
 from rich.text import Text
 
 from bm3il.launch.run_folder import write_atomically
-from bm3il.launch.studies.compared import SCORES, UNITS, Figures, Group, Grouping, Result, Scores, read_results
+from bm3il.launch.studies.compared import (
+    SCORES,
+    UNITS,
+    UNREWARDED,
+    Figures,
+    Group,
+    Grouping,
+    Result,
+    Scores,
+    read_results,
+)
 from bm3il.launch.studies.picture import draw_curves
 from bm3il.launch.studies.statistics import (
     LEVEL,
@@ -156,7 +166,10 @@ def _print(grouping: Grouping, first: Group, rows: Sequence[Figures], left_out: 
         console.print(line, markup=False)
     head = ", ".join(grouping.keys) or "runs"
     for world in dict.fromkeys(row["world"] for row in rows):
-        console.print(_table(head, world, [row for row in rows if row["world"] == world]))
+        of_world = [row for row in rows if row["world"] == world]
+        console.print(_table(head, world, of_world))
+        if all(row.get("least") == row.get("most") == 0.0 for row in of_world):
+            console.print(UNREWARDED)
     if learned := [row for row in rows if not math.isnan(row.get("area", math.nan))]:
         console.print(_area_table(head, learned))
         console.print(_training_table(head, learned))

@@ -20,6 +20,11 @@ from bm3il.protocol.errors import InputError, unknown_name
 
 UNITS = {"normalized_return": "normalised return", "return_mean": "true return per agent and episode"}
 SCORES = tuple(UNITS)
+UNREWARDED = (
+    "all returns are 0: this world seems to know no true reward; held_out_loss, accuracy_expert and accuracy_agent in "
+    "log.jsonl tell how far an imitation is"
+)
+"""What is said in place of a judgement."""
 
 Figures = dict[str, Any]
 Scores = dict[tuple[str, ...], np.ndarray]

@@ -361,6 +361,22 @@ def test_a_study_tells_what_its_groups_come_to(study: Path) -> None:
     assert max(chart.lines[0].x) == 800 * 250, "as far as all of them have come"
 
 
+def test_worlds_without_a_true_reward_are_told_from_bad_policies(folder: Path, study: Path) -> None:
+    hint = "all returns are 0"
+    assert hint not in page_of(folder).text
+    head, *rows = (folder / "curve.csv").read_text().splitlines()
+    zeros = [",".join([*row.split(",")[:3], "0", "0", "", *row.split(",")[6:]]) for row in rows]
+    (folder / "curve.csv").write_text("\n".join([head, *zeros]))
+    assert hint not in page_of(folder).text  # the expert has earned something
+    told = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(told | {"random_return": 0.0, "expert_return": 0.0}))
+    assert hint in page_of(folder).text
+    assert hint not in page_of(study).text
+    runs = [study_run(seed, "bm3il", 0.0) for seed in range(2)]
+    (study / "study.json").write_text(json.dumps({"version": 1, "name": "zeros", "runs": runs}))
+    assert hint in page_of(study).text
+
+
 def test_who_plays_no_steps_is_held_against_those_who_do(study: Path) -> None:
     (study / "bc-0" / "curve.csv").write_text("iteration,env_steps,return_mean\n0,0,-7\n30,0,90\n")
     (chart,) = study_page(study, study).curves

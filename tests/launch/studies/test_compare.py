@@ -159,3 +159,14 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.Captu
     (run / "result.json").unlink()
     assert main(["compare", str(run)]) == 2
     assert "none of 1 runs is finished" in capsys.readouterr().err
+
+
+def test_a_world_without_a_true_reward_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [run_of(tmp_path / f"zero{seed}", 0.5, seed) for seed in (1, 2)]
+    compared(tmp_path / "out", *runs)
+    assert "no true reward" not in " ".join(capsys.readouterr().out.split())
+    for run in runs:
+        told = json.loads((run / "result.json").read_text()) | {"return_mean": 0.0, "normalized_return": None}
+        (run / "result.json").write_text(json.dumps(told))
+    compared(tmp_path / "out", *runs)
+    assert "no true reward" in " ".join(capsys.readouterr().out.split())
