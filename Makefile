@@ -41,7 +41,7 @@ lint: $(VENV)/.installed-dev  ## check style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-NO_BENCHMARKS := reproduce figures floors backpressure soak resident_memory random_data ranking closures worlds chaos chaos_of_simulators unsteady hosts slurm_cluster fuzz fuzz_cases fuzz_live fuzz_sockets
+NO_BENCHMARKS := reproduce figures claims contexts meeting floors backpressure soak resident_memory random_data ranking closures worlds chaos chaos_of_simulators unsteady hosts slurm_cluster fuzz fuzz_cases fuzz_live fuzz_sockets
 bench: $(VENV)/.installed-dev  ## measure against the floors of this machine
 	@failed=0; for file in $(filter-out $(NO_BENCHMARKS:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file $(ARGS) || failed=1; done; exit $$failed
 
