@@ -12,6 +12,8 @@ from bm3il.protocol.version import version
 
 GIT_SECONDS = 5.0
 RESULTS = "benchmarks/studies/results"
+MADE = RESULTS, "docs/figures.md", "docs/figures"
+"""What studies write, while others of them go on."""
 SOURCE = Path(__file__).resolve().parents[1]
 
 
@@ -28,13 +30,13 @@ def provenance() -> dict[str, str | None]:
 
 
 def commit(source: Path) -> str | None:
-    """Of the checkout whose top `source` is, else None; `-dirty` if files were changed since, beside those that studies
-    add their results to."""
+    """Of the checkout whose top `source` is, else None; `-dirty` if files were changed since, beside those of MADE."""
     if not (source / ".git").exists():  # it may lie in the checkout of something else
         return None
     try:
         head = _git(source, "rev-parse", "HEAD")
-        changed = _git(source, "status", "--porcelain", "--untracked-files=no", "--", ".", f":(exclude){RESULTS}")
+        others = [f":(exclude){path}" for path in MADE]
+        changed = _git(source, "status", "--porcelain", "--untracked-files=no", "--", ".", *others)
     except (OSError, ValueError, subprocess.SubprocessError):  # no git, another owner, a broken checkout, a slow disk
         return None
     return f"{head}-dirty" if changed else head

@@ -91,7 +91,9 @@ def test_a_result_says_by_what_it_was_made(config: Config, tmp_path: Path, monke
     assert provenance.commit(tmp_path) is None  # it has no commit yet
     results = tmp_path / provenance.RESULTS / "worlds.json"
     results.parent.mkdir(parents=True)
-    for path in (tmp_path / "a", results):
+    page = tmp_path / "docs" / "figures.md"
+    page.parent.mkdir()
+    for path in (tmp_path / "a", results, page):
         path.write_text("a")
     who = ["-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, *who, "add", "."], check=True)
@@ -100,6 +102,7 @@ def test_a_result_says_by_what_it_was_made(config: Config, tmp_path: Path, monke
     assert clean is not None
     assert len(clean) == 40
     results.write_text("b")
+    page.write_text("b")
     assert provenance.commit(tmp_path) == clean  # rows of runs are added there while others go on
     (tmp_path / "a").write_text("b")
     assert provenance.commit(tmp_path) == f"{clean}-dirty"
