@@ -244,5 +244,6 @@ def test_what_is_seldom_meant_is_a_hint(
     shown = capsys.readouterr().out
     assert "steps/s with one copy" in shown
     hints = [line for line in shown.splitlines() if line.startswith("hint: ")]
+    hints = [line for line in hints if "one after the other" not in line]  # how fast it is depends on who else computes
     assert len(hints) == bool(hint)
     assert not hint or hint in hints[0]
