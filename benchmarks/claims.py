@@ -174,6 +174,7 @@ def draw(held: Held, path: Path) -> Path:
             middle, low, high = (one.figures[f"difference{end}"] for end in ("", "_low", "_high"))
             look = {"fmt": "o", "markersize": 4, "linewidth": 1.4, "color": LOOKS[one.verdict]}
             axes.errorbar(middle, -number, xerr=[[max(middle - low, 0.0)], [max(high - middle, 0.0)]], **look)
+        axes.set_ylim(0.5 - len(told), 0.5)
         axes.axvline(0.0, color="black", linewidth=0.8, linestyle=":")
         names = [f"{one.ours} − {one.theirs}, {one.where}".removesuffix(", ") for one in told]
         axes.set_yticks([-number for number in range(len(told))], names, fontsize=7)
