@@ -7,7 +7,7 @@
       x: env_steps                 # learning curves; or a setting, values side by side; or nothing: a line each
       beside: [demonstrations]     # settings that go with others, and are not told
       world: own                   # in which runs were judged; default: `as trained`
-      baseline: "1"                # the line that others are held against
+      baseline: "1"                # the line that others are held against; without one nothing is
       labels: {"rover_tower?pairs=2": 4 agents}
       paper: {"berlin?…": berlin_type5.csv}        # of a panel: the authors' curves, if they are there
 
@@ -213,7 +213,7 @@ def _rows(axes: Axes, drawn: Drawn, panel: str, looks: dict[str, dict[str, Any]]
         -number: robust("", drawn.group(line, panel).scores(drawn.of.world, SCORE)) for number, line in enumerate(lines)
     }
     _errorbar(axes, told, COLOURS[0], "", vertical=False)
-    if first := told.get(-lines.index(drawn.base(panel))):
+    if drawn.of.baseline and (first := told.get(-lines.index(drawn.base(panel)))):
         axes.axvspan(first["_low"], first["_high"], color=COLOURS[0], alpha=0.1, linewidth=0)
     axes.set_yticks([-number for number in range(len(lines))], lines, fontsize=8)
     axes.locator_params(axis="x", nbins=5)
@@ -268,11 +268,11 @@ def caption(drawn: Drawn) -> str:
     whole = f"; {drawn.missing} of {len(rows) + drawn.missing} runs are still to come" if drawn.missing else ""
     everywhere = all(drawn.base(panel) == drawn.base(None) for panel in drawn.panels)
     elsewhere = "" if everywhere else " (of the first line, where that is not)"
+    held = f"; P: the probability that a run is better than one of *{drawn.base(None)}*{elsewhere}"
     return (
         f"`{drawn.command}`; {len(rows)} runs, commit {commits}, {told}, "
         f"{hours:.1f} core-hours{whole}. {UNITS[SCORE].capitalize()}, interquartile means "
-        f"over runs, {LEVEL:.0%} bootstrap intervals; P: the probability that a run is better than one of "
-        f"*{drawn.base(None)}*{elsewhere}."
+        f"over runs, {LEVEL:.0%} bootstrap intervals{held if drawn.of.baseline else ''}."
     )
 
 
@@ -284,7 +284,7 @@ def _of_curves(drawn: Drawn) -> Iterable[str]:
         for line in drawn.lines if panel is None else drawn.panels[panel]:
             group, first = drawn.group(line, panel), drawn.group(drawn.base(panel), panel)
             scores, heights = group.scores(drawn.of.world, SCORE), areas(group, SCORE)
-            other = group.name != first.name
+            other = bool(drawn.of.baseline) and group.name != first.name
             ends = np.concatenate([*scores.values(), np.empty(0)])
             told = robust("end", scores) | robust("area", heights)
             if other:
@@ -309,7 +309,7 @@ def _steps_to(group: Group, level: float) -> str:
 
 
 def _of_points(drawn: Drawn) -> Iterable[str]:
-    """A table of the scores, and one of the probabilities, each with a last row of all together."""
+    """A table of the scores, and with a baseline one of the probabilities, each with a last row of all together."""
     places: list[tuple[str | None, str | None]] = [
         (panel, x)
         for panel, lines in drawn.panels.items()
@@ -329,7 +329,8 @@ def _of_points(drawn: Drawn) -> Iterable[str]:
         return cell(better("p", ours, theirs), "p", 2)
 
     yield _turned("Returns", drawn, places, score)
-    yield _turned("P", drawn, places, probability)
+    if drawn.of.baseline:
+        yield _turned("P", drawn, places, probability)
 
 
 def _turned(

@@ -123,6 +123,9 @@ def test_values_side_by_side_and_probabilities(tmp_path: Path) -> None:
     assert "| all together | – | 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] |" in better  # by task, and not over all runs
     by_panel = figures.section(drawn_of(study, x="", world="own", baseline="bc"), "tiny.png").partition("**P**")[2]
     assert "| slipping | – | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] |" in by_panel
+    alone = figures.section(drawn_of(study, x="", world="own", baseline=""), "tiny.png")
+    assert "| slipping | 0.525" in alone
+    assert not [word for word in ("**P**", "probability") if word in alone]
 
 
 @pytest.mark.parametrize(
