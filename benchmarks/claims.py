@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from figures import DOTS_PER_INCH, LINE_INCHES, SCORE, STEPS, Drawn, cell, table
+from figures import DOTS_PER_INCH, LINE_INCHES, SCORE, STEPS, Drawn, cell, errorbar, name_rows, table
 from matplotlib.figure import Figure
 
 from bm3il.launch.studies.compare import better, robust
@@ -171,17 +171,14 @@ def draw(held: Held, path: Path) -> Path:
     grid = figure.subplots(len(held), 1, squeeze=False, height_ratios=heights)
     for axes, (claim, told) in zip(grid[:, 0], held, strict=True):
         for number, one in enumerate(told):
-            middle, low, high = (one.figures[f"difference{end}"] for end in ("", "_low", "_high"))
-            look = {"fmt": "o", "markersize": 4, "linewidth": 1.4, "color": LOOKS[one.verdict]}
-            axes.errorbar(middle, -number, xerr=[[max(middle - low, 0.0)], [max(high - middle, 0.0)]], **look)
+            errorbar(axes, {-number: one.figures}, LOOKS[one.verdict], vertical=False, name="difference")
         axes.set_ylim(0.5 - len(told), 0.5)
         axes.axvline(0.0, color="black", linewidth=0.8, linestyle=":")
         names = [f"{one.ours} − {one.theirs}, {one.where}".removesuffix(", ") for one in told]
-        axes.set_yticks([-number for number in range(len(told))], names, fontsize=7)
+        name_rows(axes, names, fontsize=7)
         axes.set_title(claim.says, loc="left", fontsize=9)
         axes.tick_params(axis="x", labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)
     grid[-1, 0].set_xlabel("difference of normalised returns", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -199,7 +199,7 @@ def _points(axes: Axes, drawn: Drawn, panel: str, looks: dict[str, dict[str, Any
         told = {
             places[x] + shift: robust("", drawn.group(line, panel, x).scores(drawn.of.world, SCORE)) for x in points
         }
-        _errorbar(axes, told, looks[line]["color"], line, vertical=True)
+        errorbar(axes, told, looks[line]["color"], line, vertical=True)
     axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
     axes.set_xticks(list(places.values()), list(places), fontsize=8)
     axes.set(ylabel=UNITS[SCORE])
@@ -212,22 +212,29 @@ def _rows(axes: Axes, drawn: Drawn, panel: str, looks: dict[str, dict[str, Any]]
     told = {
         -number: robust("", drawn.group(line, panel).scores(drawn.of.world, SCORE)) for number, line in enumerate(lines)
     }
-    _errorbar(axes, told, COLOURS[0], "", vertical=False)
+    errorbar(axes, told, COLOURS[0], vertical=False)
     if drawn.of.baseline and (first := told.get(-lines.index(drawn.base(panel)))):
         axes.axvspan(first["_low"], first["_high"], color=COLOURS[0], alpha=0.1, linewidth=0)
-    axes.set_yticks([-number for number in range(len(lines))], lines, fontsize=8)
+    name_rows(axes, lines, fontsize=8)
     axes.locator_params(axis="x", nbins=5)
     axes.set(xlabel=UNITS[SCORE])
+
+
+def name_rows(axes: Axes, names: Sequence[str], fontsize: float) -> None:
+    """Of axes whose rows are at 0, -1, -2, …"""
+    axes.set_yticks([-number for number in range(len(names))], names, fontsize=fontsize)
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
 
 
-def _errorbar(axes: Axes, told: dict[float, Figures], colour: str, label: str, vertical: bool) -> None:
+def errorbar(
+    axes: Axes, told: dict[float, Figures], colour: str, label: str = "", *, vertical: bool, name: str = ""
+) -> None:
+    """Dots and intervals at these places: of each figures, what `robust` calls `name`."""
     told = {place: figures for place, figures in told.items() if figures}
-    places, middle = np.array(list(told)), np.array([figures[""] for figures in told.values()])
-    ends = np.array([[figures[""] - figures["_low"], figures["_high"] - figures[""]] for figures in told.values()])
-    ends = np.nan_to_num(ends.reshape(-1, 2).T).clip(min=0.0)
-    style = {"fmt": "o", "markersize": 4, "color": colour, "label": label, "linewidth": 1.4}
-    axes.errorbar(places, middle, yerr=ends, **style) if vertical else axes.errorbar(middle, places, xerr=ends, **style)
+    middle, low, high = (np.array([of[f"{name}{end}"] for of in told.values()]) for end in ("", "_low", "_high"))
+    ends = np.nan_to_num(np.array([middle - low, high - middle])).clip(min=0.0)
+    at = {"y": middle, "x": list(told), "yerr": ends} if vertical else {"x": middle, "y": list(told), "xerr": ends}
+    axes.errorbar(**at, fmt="o", markersize=4, color=colour, label=label, linewidth=1.4)
 
 
 def _paper(axes: Axes, path: Path | None, looks: dict[str, dict[str, Any]]) -> None:
