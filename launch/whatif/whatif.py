@@ -107,6 +107,7 @@ def changed_world(config: Config, environment: str, seed: int, steps: int) -> Co
             sees=(PURPOSE,) if has_purpose else config.reward.sees,
             imagined=0.5 if has_parts else 0.0,
             label_smoothing=0.1,
+            final_learning_rate=0.05,
             # A run without a learned reward has forgotten how many particles there were to be.
             particles=config.reward.particles if imitates else RewardSettings().particles,
         ),

@@ -213,7 +213,7 @@ def test_all_studies_can_be_trained_and_are_what_quick_ones_and_claims_are_about
     sizes = {name: len(trials) for name, trials in whole.items()}
     assert sizes == {
         "worlds": 280,
-        "figure4": 270,
+        "figure4": 150,
         "figure3": 140,
         "few": 420,
         "ablations": 230,
