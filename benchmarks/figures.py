@@ -216,6 +216,7 @@ def _rows(axes: Axes, drawn: Drawn, panel: str, looks: dict[str, dict[str, Any]]
     if drawn.of.baseline and (first := told.get(-lines.index(drawn.base(panel)))):
         axes.axvspan(first["_low"], first["_high"], color=COLOURS[0], alpha=0.1, linewidth=0)
     name_rows(axes, lines, fontsize=8)
+    axes.set_ylim(0.5 - max(map(len, drawn.panels.values())), 0.5)  # rows are as high in every panel
     axes.locator_params(axis="x", nbins=5)
     axes.set(xlabel=UNITS[SCORE])
 
