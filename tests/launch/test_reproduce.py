@@ -216,6 +216,7 @@ def test_all_studies_can_be_trained_and_are_what_quick_ones_and_claims_are_about
         "figure4": 150,
         "figure3": 140,
         "few": 420,
+        "imitation": 120,
         "ablations": 230,
         "attempts": 72,
         "tuning": 196,

@@ -24,7 +24,6 @@ from bm3il.launch.studies import pool
 from bm3il.launch.studies.file import Study, in_world
 from bm3il.launch.studies.study import threads_of
 from bm3il.launch.surroundings import module_command
-from bm3il.protocol.demonstrations import resolve
 from bm3il.protocol.errors import InputError
 
 TINY = {
@@ -144,16 +143,6 @@ def test_a_file_that_is_no_study_is_refused(tmp_path: Path) -> None:
     assert "is not YAML" in refused(path)
     path.write_text("")
     assert "must hold keys and values, got None" in refused(path)
-
-
-def test_the_studies_behind_older_results_can_be_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With demonstrations of ours in place of those that do not ship. Of the others, see `test_reproduce`."""
-    for agents in ("4", "8"):
-        (tmp_path / f"expert_{agents}.safetensors").symlink_to(resolve(f"rover_tower_{agents}"))
-    monkeypatch.chdir(tmp_path)
-    folder = Path(__file__).resolve().parents[3] / "benchmarks" / "studies"
-    sizes = {"family_berlin": 36, "family_rover_tower": 39, "imitation": 78}
-    assert {name: len(Study.read(folder / f"{name}.yaml").trials(tmp_path)) for name in sizes} == sizes
 
 
 def test_a_world_of_options_alone_changes_the_run_s_own() -> None:
