@@ -8,9 +8,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_faults import finished
 
 from bm3il.learner.algorithms import ALGORITHMS
+from tests.launch.test_faults import finished
 
 TINY = [
     *("--steps", "200", "--learner.updates", "2", "--cloning.iterations", "2", "--cloning.updates", "2"),

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_faults import result_of
+
+from tests.launch.test_faults import result_of
 
 pytestmark = [
     pytest.mark.timeout(400),

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from faulty import installed
-from test_faults import DEADLINE_SECONDS, REPLAYED, SMALL, finished, result_of
+
+from tests.launch.faulty import installed
+from tests.launch.test_faults import DEADLINE_SECONDS, REPLAYED, SMALL, finished, result_of
 
 pytestmark = pytest.mark.processes
 

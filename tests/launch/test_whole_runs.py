@@ -10,7 +10,17 @@ import time
 from pathlib import Path
 
 import pytest
-from test_faults import DEADLINE_SECONDS, FAMILIES, REPLAYED, finished, iterations, result_of, start, wait_for
+
+from tests.launch.test_faults import (
+    DEADLINE_SECONDS,
+    FAMILIES,
+    REPLAYED,
+    finished,
+    iterations,
+    result_of,
+    start,
+    wait_for,
+)
 
 pytestmark = pytest.mark.processes
 

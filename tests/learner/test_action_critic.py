@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from slow_reference import agents_of, entities, mlp, observation, one_hot, random_rows, spec_of, weighed
 
 from bm3il.actors.policy import Policy, UniformPolicy
 from bm3il.actors.rollout import rollout
@@ -18,6 +17,7 @@ from bm3il.learner.settings import LearnerSettings
 from bm3il.protocol.environment import Starts, TimeStep
 from bm3il.protocol.layout import JointRows, Layout, ParameterSharing
 from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
+from tests.learner.slow_reference import agents_of, entities, mlp, observation, one_hot, random_rows, spec_of, weighed
 
 HEADS = 2
 DISCRETE = spec_of((3, 4, 3), (2, 5, 2), (1, 4, 3))

@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from slow_reference import agents_of, log_policy, q_values, random_batch, spec_of
 
 from bm3il.actors.policy import Policy
 from bm3il.learner import actor_critic, few_actions, mixture
@@ -21,6 +20,7 @@ from bm3il.protocol.errors import NumericalError
 from bm3il.protocol.layout import JointRows, Layout, ParameterSharing
 from bm3il.protocol.networks import stacked
 from bm3il.protocol.observations import Observations
+from tests.learner.slow_reference import agents_of, log_policy, q_values, random_batch, spec_of
 from tests.plain import observed
 
 HIDDEN, HEADS = 8, 2

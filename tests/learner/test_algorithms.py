@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from slow_reference import random_rows, spec_of
 
 from bm3il.launch.cli import main
 from bm3il.learner.algorithms import ALGORITHMS, algorithm
@@ -18,6 +17,7 @@ from bm3il.protocol.errors import InputError
 from bm3il.protocol.job import Endpoints, Job
 from bm3il.protocol.layout import JointRows, Layout
 from bm3il.reward_server.settings import RewardSettings
+from tests.learner.slow_reference import random_rows, spec_of
 
 TINY = {
     "rover_tower_8": ["--actor.steps-per-iteration", "50", "--steps", "100"],

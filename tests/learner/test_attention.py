@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from slow_reference import agents_of, random_rows, spec_of
 
 from bm3il.learner import critics
 from bm3il.learner.attention import attention_by_type
@@ -13,6 +12,7 @@ from bm3il.learner.critics import Context, Critic
 from bm3il.learner.few_actions import FewActions
 from bm3il.learner.mixture import Scene
 from bm3il.protocol.layout import Block, Layout, ParameterSharing
+from tests.learner.slow_reference import agents_of, random_rows, spec_of
 
 SPEC = spec_of((3, 4, 3), (2, 5, 2), (1, 4, 3))
 

@@ -8,7 +8,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from slow_reference import agents_of, spec_of
 
 from bm3il.actors.policy import Policy
 from bm3il.learner.clipped import ClippedActorCritic
@@ -20,6 +19,7 @@ from bm3il.protocol.layout import Layout, ParameterSharing
 from bm3il.protocol.networks.options import FORBIDDEN_LOGIT
 from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
 from bm3il.protocol.trajectories import Trajectories
+from tests.learner.slow_reference import agents_of, spec_of
 from tests.plain import shown
 
 HIDDEN, HEADS = 8, 2

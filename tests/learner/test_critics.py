@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow_reference import agents_of, q_values, random_rows, spec_of
 
 from bm3il.learner.critics import Context, Critic, ValueCritic
 from bm3il.learner.mean_field import MeanField
 from bm3il.protocol.layout import Block, JointRows, Layout, ParameterSharing
 from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
+from tests.learner.slow_reference import agents_of, q_values, random_rows, spec_of
 
 HEADS = 2
 UNEVEN = spec_of((3, 4, 3), (2, 5, 2), (1, 4, 3))

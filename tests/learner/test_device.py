@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from slow_reference import spec_of
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
@@ -38,6 +37,7 @@ from bm3il.protocol.observations import forms
 from bm3il.protocol.specs import EnvironmentSpec, Part, TypeSpec
 from bm3il.protocol.telemetry import Telemetry
 from bm3il.protocol.trajectories import Trajectories
+from tests.learner.slow_reference import spec_of
 from tests.never_waiting import NeverWaiting
 
 GPU = torch.device("meta")

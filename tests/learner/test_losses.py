@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from slow_reference import spec_of
 
 from bm3il.learner import losses
 from bm3il.protocol.layout import Layout
+from tests.learner.slow_reference import spec_of
 
 TEMPERATURE = 0.3
 MASKED = -1e9

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from slow_reference import one_hot, random_rows, spec_of
 
 from bm3il.learner.mean_field import mean_actions
 from bm3il.protocol.layout import Layout, ParameterSharing
 from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
+from tests.learner.slow_reference import one_hot, random_rows, spec_of
 
 UNEVEN = spec_of((3, 4, 3), (2, 5, 2), (1, 4, 3))
 

@@ -8,11 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from slow_reference import random_batch
-from test_actor_critic import UNEVEN
-from test_actor_critic import build as build_off_policy
-from test_clipped import build as build_clipped
-from test_clipped import played
 
 from bm3il.actors.policy import Policy
 from bm3il.learner import few_actions, mixture
@@ -20,6 +15,11 @@ from bm3il.learner.action_critic import ActionActorCritic, ActionCritic
 from bm3il.learner.settings import LearnerSettings
 from bm3il.protocol.layout import Layout
 from bm3il.protocol.networks.stacked import _Layers
+from tests.learner.slow_reference import random_batch
+from tests.learner.test_actor_critic import UNEVEN
+from tests.learner.test_actor_critic import build as build_off_policy
+from tests.learner.test_clipped import build as build_clipped
+from tests.learner.test_clipped import played
 
 TF32 = LearnerSettings(hidden=8, heads=2, precision="tf32")
 

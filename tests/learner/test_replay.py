@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from slow_reference import spec_of
 
 from bm3il.actors.policy import UniformPolicy
 from bm3il.actors.rollout import rollout
@@ -17,6 +16,7 @@ from bm3il.protocol.layout import Layout
 from bm3il.protocol.registry import make_environment
 from bm3il.protocol.specs import Part
 from bm3il.protocol.trajectories import Trajectories
+from tests.learner.slow_reference import spec_of
 
 SPEC = spec_of((2, 3, 4), (1, 2, 3), episode_length=5)
 LAYOUT = Layout.of(SPEC, "type")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from slow_reference import spec_of
 
 from bm3il.learner.segments import Segments
 from bm3il.protocol.layout import Layout
 from bm3il.protocol.trajectories import Trajectories
+from tests.learner.slow_reference import spec_of
 
 LAYOUT = Layout.of(spec_of((2, 3, 4), (1, 5, 2), episode_length=4), "type")
 

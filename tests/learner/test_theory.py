@@ -26,7 +26,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow_reference import one_hot
 
 from bm3il.actors.policy import Policy
 from bm3il.learner.actor_critic import ActorCritic
@@ -35,6 +34,7 @@ from bm3il.learner.replay import Batch
 from bm3il.learner.settings import LearnerSettings
 from bm3il.protocol.layout import JointRows, Layout
 from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
+from tests.learner.slow_reference import one_hot
 from tests.plain import seen_by, to_rows
 
 Pairwise = Callable[[torch.Tensor], torch.Tensor]

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_model import encoded
 
 from bm3il.protocol.layout import JointRows, Layout, ParameterSharing
 from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
 from bm3il.reward_server.discriminator import Activation, Architecture, Workspace, backward, forward
 from bm3il.reward_server.sees import Seen
 from tests.plain import seen_by
+from tests.reward_server.small_model import encoded
 
 torch.set_num_threads(1)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_model import SPEC as UNEVEN
-from small_model import encoded, some_rows
 
 from bm3il.actors.policy import UniformPolicy
 from bm3il.actors.rollout import rollout
@@ -16,6 +14,8 @@ from bm3il.protocol.specs import EnvironmentSpec, Part, TypeSpec
 from bm3il.reward_server.discriminator import Architecture, Workspace, forward
 from bm3il.reward_server.inference import Inference
 from bm3il.reward_server.sees import columns_seen
+from tests.reward_server.small_model import SPEC as UNEVEN
+from tests.reward_server.small_model import encoded, some_rows
 
 PARTICLES, HIDDEN = 3, (6, 4)
 TOWN, ROVERS = "berlin?types=2&agents=6&sight=near", "rover_tower?pairs=2"

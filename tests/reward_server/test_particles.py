@@ -6,14 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_model import (
-    SETTINGS,
-    SPEC,
-    double_layers,
-    make_model,
-    slow_logits,
-    some_rows,
-)
 from torch.nn import functional
 
 from bm3il.protocol import device
@@ -22,6 +14,14 @@ from bm3il.protocol.layout import JointRows, Layout, ParameterSharing
 from bm3il.reward_server.model import TrueRewards
 from bm3il.reward_server.particles import RewardModel, state_table
 from tests.plain import seen_by
+from tests.reward_server.small_model import (
+    SETTINGS,
+    SPEC,
+    double_layers,
+    make_model,
+    slow_logits,
+    some_rows,
+)
 
 torch.set_num_threads(1)
 

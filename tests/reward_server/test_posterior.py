@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from small_model import (
+
+from bm3il.protocol.layout import ParameterSharing
+from bm3il.reward_server import particles
+from bm3il.reward_server.particles import RewardModel
+from bm3il.reward_server.svgd import svgd_direction
+from tests.reward_server.small_model import (
     SETTINGS,
     SPEC,
     make_model,
     slow_directions,
     some_rows,
 )
-
-from bm3il.protocol.layout import ParameterSharing
-from bm3il.reward_server import particles
-from bm3il.reward_server.particles import RewardModel
-from bm3il.reward_server.svgd import svgd_direction
 
 torch.set_num_threads(1)
 

@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from small_model import encoded
 
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.layout import JointRows, Layout
@@ -15,6 +14,7 @@ from bm3il.reward_server.particles import RewardModel
 from bm3il.reward_server.sees import Seen, columns_seen
 from bm3il.reward_server.settings import RewardSettings
 from tests.plain import seen_by
+from tests.reward_server.small_model import encoded
 
 torch.set_num_threads(1)
 

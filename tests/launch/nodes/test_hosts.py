@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 import pytest
 from hosts import Hosts, NoHosts
-from test_faults import SMALL, finished, iterations, result_of, wait_for
+
+from tests.launch.test_faults import SMALL, finished, iterations, result_of, wait_for
 
 pytestmark = pytest.mark.processes
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_faults import DEADLINE_SECONDS, alive, descendants, iterations, result_of, start, wait_for
 
 from bm3il.launch.config import load_preset
 from bm3il.launch.events import read_events
@@ -19,6 +18,7 @@ from bm3il.launch.nodes.join import read_ticket, ticket
 from bm3il.launch.topology import Node, Plan, ipc_addresses, processes_of
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.keys import Keys
+from tests.launch.test_faults import DEADLINE_SECONDS, alive, descendants, iterations, result_of, start, wait_for
 
 
 def plan_of(folder: Path, mode: str) -> Plan:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from hosts import Hosts, NoHosts
-from test_faults import DEADLINE_SECONDS, SMALL, result_of
+
+from tests.launch.test_faults import DEADLINE_SECONDS, SMALL, result_of
 
 pytestmark = pytest.mark.processes
 

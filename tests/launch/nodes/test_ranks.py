@@ -14,7 +14,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_faults import DEADLINE_SECONDS, SMALL, result_of, start
 
 from bm3il.launch.config import Config, load_preset
 from bm3il.launch.nodes import backends, ranks
@@ -23,6 +22,7 @@ from bm3il.launch.outcome import CRASHED, DEADLINE, INPUT_ERROR, INTERRUPTED, Ou
 from bm3il.launch.processes.supervisor import StopRequests
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.registry import make_environment
+from tests.launch.test_faults import DEADLINE_SECONDS, SMALL, result_of, start
 
 HOSTS = ("sub0", "sub1", "sub2")
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from hosts import NoHosts
 from slurm_cluster import NoSlurm, SlurmCluster
-from test_faults import DEADLINE_SECONDS, REPLAYED, SMALL, finished, iterations, result_of
+
+from tests.launch.test_faults import DEADLINE_SECONDS, REPLAYED, SMALL, finished, iterations, result_of
 
 pytestmark = pytest.mark.processes
 
