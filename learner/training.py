@@ -204,7 +204,13 @@ class Training:
                 return
             if changed := configuration_differences(checkpoint.config, self._config):
                 raise InputError(f"the checkpoint was written by another configuration: {changed}")
-            self._algorithm.begin(session, checkpoint.learner, checkpoint.rewards, self._abort)
+            try:
+                self._algorithm.begin(session, checkpoint.learner, checkpoint.rewards, self._abort)
+            except KeyError as error:  # arrays have other names than this release gives them
+                raise InputError(
+                    f"the checkpoint of iteration {checkpoint.iteration} has no array {error}: another release of bm3il "
+                    "wrote it. Go on with that one, or begin anew with another --run"
+                ) from error
             self._begun = True
             seconds = self._facts.wall_seconds
             self._facts = Facts(**checkpoint.facts)

@@ -21,6 +21,7 @@ from bm3il.actors.settings import ActorSettings, EvaluationSettings
 from bm3il.actors.simulator import Simulator
 from bm3il.learner import training
 from bm3il.learner.algorithms import ALGORITHMS, algorithm
+from bm3il.learner.checkpoint import CheckpointFolder
 from bm3il.learner.cloning import BehaviourCloning
 from bm3il.learner.experience import Evaluated, LocalExperience
 from bm3il.learner.imitation import OffPolicyImitation
@@ -310,6 +311,19 @@ def test_another_configuration_is_not_resumed(tmp_path: Path) -> None:
     run(tmp_path / "run", config="learner: {hidden: 1}\nseed: 2\nsteps: 5")
     with pytest.raises(InputError, match=r"configuration: learner.hidden: 1 then, 3 now$"):
         run(tmp_path / "run", config="learner: {hidden: 3}\nseed: 2\nsteps: 9\nfiles: {}")
+
+
+@pytest.mark.parametrize("name", ["bm3il", "bc"])
+def test_a_checkpoint_of_another_release_says_so(tmp_path: Path, name: str) -> None:
+    run(tmp_path / "run", name)
+    folder = CheckpointFolder(tmp_path / "run" / "checkpoints", kept=1)
+    checkpoint = folder.newest()
+    assert checkpoint is not None
+    lost = next(array for array in checkpoint.learner if array.endswith("adam/0/step"))
+    del checkpoint.learner[lost]
+    folder.write(checkpoint)
+    with pytest.raises(InputError, match=rf"iteration {ITERATIONS} has no array '0/step': another release of bm3il"):
+        run(tmp_path / "run", name)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path: Path) -> None:
