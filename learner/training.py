@@ -208,8 +208,8 @@ class Training:
                 self._algorithm.begin(session, checkpoint.learner, checkpoint.rewards, self._abort)
             except KeyError as error:  # arrays have other names than this release gives them
                 raise InputError(
-                    f"the checkpoint of iteration {checkpoint.iteration} has no array {error}: another release of bm3il "
-                    "wrote it. Go on with that one, or begin anew with another --run"
+                    f"the checkpoint of iteration {checkpoint.iteration} has no array {error}: another release of "
+                    "bm3il wrote it. Go on with that one, or begin anew with another --run"
                 ) from error
             self._begun = True
             seconds = self._facts.wall_seconds
