@@ -17,6 +17,7 @@ What the grid varies beside these makes the lines. Statistics are those of `bm3i
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,8 @@ STEPS = "env_steps"
 SCORE = "normalized_return"
 PANEL_INCHES, LEAST_WIDTH_INCHES, LINE_INCHES = (5.2, 3.8), 8.0, 0.26
 PAPER_LOOK = {"BM3IL": "bm3il", "MTMFIL": "mtmfil", "MA-DAAC": "ma-daac", "MA-GAIL": "ma-gail"}
+ALGORITHMS = ("bm3il", "mtmfil", "ma-daac", "ma-gail", "bc", "bayesian-ma-daac", "maac (true reward)")
+"""Lines that look alike wherever they are drawn."""
 EPOCH_STEPS = 1_000
 """Joint steps of an epoch of the authors' curves."""
 
@@ -151,7 +154,7 @@ def draw(drawn: Drawn, folder: Path, paper_folder: Path) -> Path:
     figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
     grid = figure.subplots(high, columns, squeeze=False, sharey="row" if of.x else False)
     paint = _curves if of.x == STEPS else _points if of.x else _rows
-    looks = {line: _look(number) for number, line in enumerate(drawn.lines)}
+    looks = _looks(drawn.lines)
     for axes, panel in zip(grid[0], drawn.panels, strict=True):
         paint(axes, drawn, panel, looks)
         axes.set_title(panel, loc="left", fontsize=10)
@@ -171,8 +174,15 @@ def draw(drawn: Drawn, folder: Path, paper_folder: Path) -> Path:
     return path
 
 
-def _look(number: int) -> dict[str, Any]:
-    return {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number // len(COLOURS) % len(STYLES)]}
+def _looks(lines: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour and style of each line: of an algorithm the same in all figures, of the others what these leave."""
+    own = {line: ALGORITHMS.index(line) for line in lines if line in ALGORITHMS}
+    left = (number for number in itertools.count() if number not in own.values())
+    numbers = {line: own[line] if line in own else next(left) for line in lines}
+    return {
+        line: {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number // len(COLOURS) % len(STYLES)]}
+        for line, number in numbers.items()
+    }
 
 
 def _curves(axes: Axes, drawn: Drawn, panel: str, looks: dict[str, dict[str, Any]]) -> None:

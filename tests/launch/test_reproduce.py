@@ -149,6 +149,14 @@ def test_every_kind_of_picture_has_something_on_it(tmp_path: Path, values: dict[
     assert matplotlib.image.imread(path).std() > 0.05
 
 
+def test_an_algorithm_looks_the_same_whatever_is_beside_it() -> None:
+    one = figures._looks(["bc", "bm3il", "maac (true reward)"])
+    other = figures._looks(["L = 1", "bm3il", "bc", *(f"L = {number}" for number in range(2, 9))])
+    assert one["bm3il"] == other["bm3il"]
+    assert one["bc"] == other["bc"]
+    assert len({tuple(look.items()) for look in other.values()}) == len(other)
+
+
 def test_from_a_plan_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs are trained, and the page says so; the next time nothing is."""
     tiny = {
