@@ -38,7 +38,8 @@ from bm3il.learner.picture import dress_steps
 
 STEPS = "env_steps"
 SCORE = "normalized_return"
-PANEL_INCHES, LEAST_WIDTH_INCHES, LINE_INCHES = (5.2, 3.8), 8.0, 0.26
+PANEL_INCHES, LEAST_WIDTH_INCHES = (5.2, 3.8), 8.0
+LINE_INCHES, AROUND_ROWS_INCHES = 0.26, 0.75  # the title and the axis of a panel of rows
 PAPER_LOOK = {"BM3IL": "bm3il", "MTMFIL": "mtmfil", "MA-DAAC": "ma-daac", "MA-GAIL": "ma-gail"}
 ALGORITHMS = ("bm3il", "mtmfil", "ma-daac", "ma-gail", "bc", "bayesian-ma-daac", "maac (true reward)")
 """Lines that look alike wherever they are drawn."""
@@ -148,11 +149,7 @@ def draw(drawn: Drawn, folder: Path, paper_folder: Path) -> Path:
     of = drawn.of
     papers = {panel: paper_folder / of.paper[value] for panel, value in drawn.values.items() if value in of.paper}
     papers = {panel: path for panel, path in papers.items() if path.exists()}
-    columns, high = len(drawn.panels), 2 if papers else 1
-    tall = PANEL_INCHES[1] if of.x else LINE_INCHES * max(map(len, drawn.panels.values()))
-    size = (max(PANEL_INCHES[0] * columns, LEAST_WIDTH_INCHES), tall * high + 0.5)
-    figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
-    grid = figure.subplots(high, columns, squeeze=False, sharey="row" if of.x else False)
+    figure, grid = _axes(drawn, 2 if papers else 1)
     paint = _curves if of.x == STEPS else _points if of.x else _rows
     looks = _looks(drawn.lines)
     for axes, panel in zip(grid[0], drawn.panels, strict=True):
@@ -166,12 +163,24 @@ def draw(drawn: Drawn, folder: Path, paper_folder: Path) -> Path:
         _paper(axes, papers.get(panel), looks)
     handles = {text: handle for axes in grid[0] for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     if len(handles) > 1:
-        look = {"ncols": 4 if columns == 1 else 8, "frameon": False, "fontsize": 8}
+        look = {"ncols": 4 if len(grid[0]) == 1 else 8, "frameon": False, "fontsize": 8}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", **look)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{of.name}.png"
     figure.savefig(path)
     return path
+
+
+def _axes(drawn: Drawn, high: int) -> tuple[Figure, Any]:
+    """A figure and its axes, high × panels: side by side, but for panels of rows, whose long names need the width."""
+    heights = [len(lines) for lines in drawn.panels.values()]
+    if drawn.of.x:
+        size = (max(PANEL_INCHES[0] * len(heights), LEAST_WIDTH_INCHES), PANEL_INCHES[1] * high + 0.5)
+        figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
+        return figure, figure.subplots(high, len(heights), squeeze=False, sharey="row")
+    size = (LEAST_WIDTH_INCHES, LINE_INCHES * sum(heights) + AROUND_ROWS_INCHES * len(heights))
+    figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
+    return figure, figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights).T
 
 
 def _looks(lines: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -226,7 +235,7 @@ def _rows(axes: Axes, drawn: Drawn, panel: str, looks: dict[str, dict[str, Any]]
     if drawn.of.baseline and (first := told.get(-lines.index(drawn.base(panel)))):
         axes.axvspan(first["_low"], first["_high"], color=COLOURS[0], alpha=0.1, linewidth=0)
     name_rows(axes, lines, fontsize=8)
-    axes.set_ylim(0.5 - max(map(len, drawn.panels.values())), 0.5)  # rows are as high in every panel
+    axes.set_ylim(0.5 - len(lines), 0.5)
     axes.locator_params(axis="x", nbins=5)
     axes.set(xlabel=UNITS[SCORE])
 

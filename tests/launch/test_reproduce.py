@@ -157,6 +157,18 @@ def test_an_algorithm_looks_the_same_whatever_is_beside_it() -> None:
     assert len({tuple(look.items()) for look in other.values()}) == len(other)
 
 
+def test_panels_of_rows_lie_below_each_other_and_rows_are_equally_high(tmp_path: Path) -> None:
+    first = {"environment": ["rover_tower?pairs=2"], "algorithm": ["bc"]}
+    study = study_of(tmp_path, grid=[first, GRID | {"environment": ["rover_tower?pairs=2&slip=0.1"]}])
+    filled(study)
+    figure, grid = figures._axes(drawn_of(study, x="", world="own"), 1)
+    figure.draw_without_rendering()
+    one, three = (axes.get_position() for axes in grid[0])
+    assert (one.x0, one.x1) == (three.x0, three.x1)
+    assert one.y0 > three.y1
+    assert three.height == pytest.approx(3 * one.height, rel=0.01)
+
+
 def test_from_a_plan_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs are trained, and the page says so; the next time nothing is."""
     tiny = {
