@@ -238,7 +238,7 @@ def test_all_studies_can_be_trained_and_are_what_quick_ones_and_claims_are_about
         "few": 400,
         "imitation": 260,
         "ablations": 230,
-        "attempts": 104,
+        "attempts": 112,
         "tuning": 196,
         "tuning_few": 158,
     }
