@@ -143,8 +143,12 @@ def main(arguments: Sequence[str]) -> int:
     told = plan()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small, in twenty minutes of two cores")
-    parser.add_argument("--only", nargs="+", choices=told["studies"], default=told["studies"], metavar="STUDY")
+    names = ", ".join(told["studies"])
+    parser.add_argument(
+        "--only", nargs="+", choices=told["studies"], default=told["studies"], metavar="STUDY", help=names
+    )
     parser.add_argument("--figures", action="store_true", help="train nothing: draw what there is")
+    parser.add_argument("--dry-run", action="store_true", help="train nothing: say what is left to do, and how long")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each")
     parser.add_argument("--authors", type=Path, default=Path("../shared/data"), help="data of the paper's authors")
     given = parser.parse_args(arguments)
@@ -154,6 +158,8 @@ def main(arguments: Sequence[str]) -> int:
         found = studies(told, given.only, given.quick)
         if not given.figures:
             estimate(found, runs, given.jobs)
+        if given.dry_run:
+            return 0
         for study in () if given.figures else found.values():
             if code := bm3il(["study", study.source, "--jobs", str(given.jobs), "--runs-folder", str(runs)]):
                 return code

@@ -169,7 +169,9 @@ def test_panels_of_rows_lie_below_each_other_and_rows_are_equally_high(tmp_path:
     assert three.height == pytest.approx(3 * one.height, rel=0.01)
 
 
-def test_from_a_plan_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_a_plan_to_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two runs are trained, and the page says so; the next time nothing is."""
     tiny = {
         "demonstration_episodes": 2,
@@ -193,6 +195,9 @@ def test_from_a_plan_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(reproduce, "STUDIES", tmp_path)
     monkeypatch.setattr(reproduce, "PLAN", tmp_path / "plan.yaml")
     monkeypatch.setattr(pool, "POLL_SECONDS", 0.1)
+    assert reproduce.main(["--dry-run"]) == 0
+    assert "tiny: 2 of 2 runs to do, about 1.0 core-hours" in capsys.readouterr().out
+    assert not (tmp_path / "docs" / "figures.md").exists()
     assert reproduce.main(["--jobs", "2"]) == 0
     page = (tmp_path / "docs" / "figures.md").read_text()
     assert "![A title](figures/tiny.png)" in page
