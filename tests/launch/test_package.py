@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -23,6 +24,17 @@ def test_nothing_imports_a_room_by_its_bare_name() -> None:
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     assert len(files) > 200
     assert [str(path) for path in files if bare.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_a_folder_of_its_name_does_not_hide_it(tmp_path: Path) -> None:
+    """A notebook beside the clone, of which Python would make an empty package."""
+    (tmp_path / "bm3il").mkdir()
+    (tmp_path / "bm3il" / "README.md").touch()
+    beside = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    code = "import bm3il; print(bm3il.__all__)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=beside, capture_output=True, text=True, timeout=60)
+    assert "train" in done.stdout, f"{done.stderr}an old install? pip install --editable ."
 
 
 @pytest.mark.processes
