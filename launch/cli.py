@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from bm3il.launch.outcome import DISK_ERRORS
+from bm3il.launch.outcome import DISK_ERRORS, INPUT_ERROR, INTERRUPTED
 from bm3il.launch.surroundings import settle, silence
 from bm3il.protocol.errors import InputError, SimulatorError, unknown_name
 
@@ -27,7 +27,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns its exit code. Errors of input, simulators and full disks are one line, and 2."""
+    """Run a subcommand; returns its exit code.
+
+    Errors of input, simulators and full disks are one line, and 2. Ctrl-C is one line, and 130, where the command does
+    not listen to it itself, as a run does.
+    """
     settle()
     args = list(sys.argv[1:] if args is None else args)
     try:
@@ -36,6 +40,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return code
     except (InputError, SimulatorError) as error:
         return _say(str(error))
+    except KeyboardInterrupt:
+        return _say("interrupted", INTERRUPTED)
     except BrokenPipeError:  # whoever read the output has seen enough, as in `bm3il train --help | head`
         silence(sys.stdout)
         return 0
@@ -57,10 +63,10 @@ def _run(args: list[str]) -> int:
     return COMMANDS[args[0]](args[1:])
 
 
-def _say(error: str) -> int:
+def _say(error: str, code: int = INPUT_ERROR) -> int:
     with suppress(OSError):  # nobody reads it
         print(f"bm3il: {error}", file=sys.stderr, flush=True)
-    return 2
+    return code
 
 
 def train(args: list[str]) -> int:

@@ -60,7 +60,7 @@ def train(config: Config) -> int:
     folder = run_folder.create(config)
     try:
         return _run(config, spec, folder, needed)
-    except InputError:
+    except (InputError, KeyboardInterrupt):  # Ctrl-C before the run listens to it
         run_folder.discard(folder)
         raise
 

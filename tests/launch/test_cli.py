@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bm3il.launch import config, run
 from bm3il.launch.cli import main
 
 
-def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    """The one line of a command that must exit with 2."""
-    assert main(list(args)) == 2
+def fails(capsys: pytest.CaptureFixture[str], *args: str, code: int = 2) -> str:
+    """The one line of a command that must exit with this code."""
+    assert main(list(args)) == code
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
@@ -54,6 +55,21 @@ def test_a_run_folder_that_exists_is_refused(capsys: pytest.CaptureFixture[str],
     assert "exists" in fails(capsys, "train", "--run", "a", "--runs-folder", str(tmp_path))
     assert list((tmp_path / "a").iterdir()) == []
     assert "plain folder name" in fails(capsys, "train", "--run", "../a", "--runs-folder", str(tmp_path))
+
+
+def interrupt(*_: object) -> int:
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_before_a_run_begins_is_one_line_and_leaves_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = "train", "--preset", "rover_tower_4", "--runs-folder", str(tmp_path / "runs"), "--run", "a"
+    monkeypatch.setattr(run, "_run", interrupt)
+    assert fails(capsys, *train, code=130) == "bm3il: interrupted\n"
+    assert not (tmp_path / "runs" / "a").exists()
+    monkeypatch.setattr(config, "parse_config", interrupt)  # as if modules were still being imported
+    assert fails(capsys, *train, code=130) == "bm3il: interrupted\n"
 
 
 def test_a_folder_that_cannot_be_made_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
