@@ -8,8 +8,9 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from bm3il.launch.outcome import DISK_ERRORS, INPUT_ERROR, INTERRUPTED
 from bm3il.launch.surroundings import settle, silence
@@ -20,10 +21,46 @@ COMMAND = "BM3IL_COMMAND"
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line, like all of ours."""
+    """An argparse parser whose errors are one line, like all of ours, and which takes an option by its whole name only,
+    as `bm3il train` does."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.allow_abbrev = False
+        self.register("type", int, _whole_number)
+        self.register("type", float, _number)
+
+    def parse_args(self, args: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
+        """Raises InputError, which names the nearest option for one that is unknown."""
+        known = self._options()
+        for arg in takewhile(lambda arg: arg != "--", args):
+            name = arg.partition("=")[0]
+            if name.startswith("--") and name not in known:
+                raise unknown_name("option", name, known)
+        return super().parse_args(args)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see `{self.prog} --help`")
+
+    def _options(self) -> set[str]:
+        """The names of its options, and of those of the commands inside it."""
+        commands = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        inside = [parser._options() for parsers in commands for parser in parsers.values()]
+        return {name for name in self._option_string_actions if name.startswith("--")}.union(*inside)
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got '{text}'") from error
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a number, got '{text}'") from error
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -56,6 +93,11 @@ def main(args: Sequence[str] | None = None) -> int:
 def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(_usage())
+        return 0
+    if args[0] == "--version":
+        from bm3il.protocol.version import version
+
+        print(f"bm3il {version()}")
         return 0
     if args[0] not in COMMANDS:
         raise unknown_name("command", args[0], COMMANDS)
@@ -254,7 +296,7 @@ def report(args: list[str]) -> int:
 def demonstrations(args: list[str]) -> int:
     """record, import, clean or inspect demonstrations"""
     parser = _parser("demonstrations")
-    actions = parser.add_subparsers(dest="action", required=True, parser_class=_Parser)
+    actions = parser.add_subparsers(dest="action", required=True)
     record = actions.add_parser("record", help="let the scripted expert of an environment play, or the policy of a run")
     record.add_argument("environment", nargs="?", help="of the scripted expert")
     record.add_argument("--run", type=Path, help="the folder of a run, whose policy plays where it was trained")
@@ -338,7 +380,7 @@ def calibrate(args: list[str]) -> int:
 def scenario(args: list[str]) -> int:
     """import a road network as a scenario, look into one, draw its map"""
     parser = _parser("scenario")
-    actions = parser.add_subparsers(dest="action", required=True, parser_class=_Parser)
+    actions = parser.add_subparsers(dest="action", required=True)
     imports = actions.add_parser("import", help="from a folder of MATSim or TNTP files, or of a town's two tables")
     imports.add_argument("folder", type=Path)
     imports.add_argument("--output", type=Path, required=True, help="a .json file")
@@ -406,7 +448,8 @@ def _parser(command: str) -> _Parser:
 
 def _usage() -> str:
     lines = [f"  {name:<18} {command.__doc__}" for name, command in COMMANDS.items()]
-    return "\n".join(["usage: bm3il COMMAND [OPTIONS]", "", *lines, "", "bm3il COMMAND --help tells the options."])
+    more = "bm3il COMMAND --help tells the options, bm3il --version the release."
+    return "\n".join(["usage: bm3il COMMAND [OPTIONS]", "", *lines, "", more])
 
 
 def _take(args: list[str], flag: str) -> str | None:

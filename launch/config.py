@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
@@ -30,6 +31,16 @@ DEFAULT_PRESET = "rover_tower_8"
 PRESET_OF, OWN_PRESET = {"rover_tower": DEFAULT_PRESET, "berlin": "berlin"}, "own"
 """Of environments without a --preset: the settings of one, and its demonstrations, would be a guess for another."""
 
+EXPECTED = {
+    "invalid literal for int() with base 10": "a whole number",
+    "could not convert string to float": "a number",
+    "Could not find valid parse for arguments": "whole numbers",
+}
+"""By how Python and tyro say that they got something else."""
+REFUSED = re.compile(
+    rf"Error parsing (?P<flag>--[^ :]+):.* (?P<words>{'|'.join(map(re.escape, EXPECTED))}): (?P<got>.*)"
+)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -47,7 +58,8 @@ class Config:
     demonstration_episodes: Natural = 0
     """How many episodes of them are used; 0 takes all."""
     algorithm: str = "bm3il"
-    """bm3il, ma-gail, ma-daac, bayesian-ma-daac, mtmfil, bc (behaviour cloning), expert or maac (on true rewards)."""
+    """bm3il, bm3il-released (as the authors' code), ma-gail, ma-daac, bayesian-ma-daac, mtmfil, bc (behaviour cloning),
+    expert or maac (on true rewards)."""
     mode: Mode = "lockstep"
     """lockstep: many processes that wait for each other; serial: the same in one process, to debug: both end with the
     same bits. async: actors stream without waiting, for throughput."""
@@ -317,7 +329,10 @@ def _plain(value: Any) -> Any:
 
 
 def _one_line(box: str) -> str:
-    """What tyro's box says, without the frame and the advice below the rule."""
+    """What tyro's box says, without the frame and the advice below the rule, and without Python's words."""
     lines = [line.strip("│ \t") for line in box.splitlines()[1:]]
     end = next((i for i, line in enumerate(lines) if line.startswith(("─", "╰"))), len(lines))
-    return " ".join(" ".join(lines[:end]).split()) or "the command line cannot be understood; see --help"
+    text = " ".join(" ".join(lines[:end]).split()) or "the command line cannot be understood; see --help"
+    if refused := REFUSED.search(text):
+        return f"{refused['flag']}: expected {EXPECTED[refused['words']]}, got {refused['got']}"
+    return text

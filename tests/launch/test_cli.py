@@ -9,6 +9,8 @@ import torch
 
 from bm3il.launch import config, run
 from bm3il.launch.cli import main
+from bm3il.learner.algorithms import ALGORITHMS
+from bm3il.protocol.version import version
 
 
 def fails(capsys: pytest.CaptureFixture[str], *args: str, code: int = 2) -> str:
@@ -27,6 +29,29 @@ def test_unknown_names_are_one_line_with_the_nearest(capsys: pytest.CaptureFixtu
     assert "did you mean rover_tower" in fails(capsys, "check-environment", "rover_towr")
     assert "neither a file nor" in fails(capsys, "demonstrations", "inspect", "nothing")
     assert "required: run" in fails(capsys, "resume")
+    assert "unknown option '--enviroment'; did you mean --environment" in fails(
+        capsys, "evaluate", "runs/a", "--enviroment", "x"
+    )
+    assert "did you mean --steps" in fails(capsys, "resume", "runs/a", "--step", "3")
+    assert "did you mean --episodes" in fails(capsys, "demonstrations", "record", "rover_tower", "--episode=3")
+
+
+def test_numbers_are_asked_for_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--steps: expected a whole number, got '8e3'" in fails(capsys, "resume", "runs/a", "--steps", "8e3")
+    assert "--hour: expected a number, got 'late'" in fails(capsys, "evaluate", "runs/a", "--hour", "late")
+    assert "--episodes: expected a whole" in fails(capsys, "demonstrations", "record", "--episodes=x", "--output", "a")
+
+
+def test_the_command_line_tells_its_release(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"bm3il {version()}\n"
+
+
+def test_the_help_names_every_algorithm(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    words = "".join(capsys.readouterr().out.replace("│", "").split())  # a narrow box breaks lines at hyphens
+    assert [name for name in ALGORITHMS if name not in words] == []
 
 
 def test_demonstrations_that_do_not_fit_are_refused_before_anything_starts(
