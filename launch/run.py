@@ -72,8 +72,8 @@ def resume(folder: Path, flags: Config | None = None, steps: int | None = None) 
     steps: another budget, for instance of a run that is finished; schedules go on as those of a run of so many steps.
     Raises InputError before anything is started; the run is as it was then.
     """
-    folder = folder.resolve()
     started = run_folder.open_existing(folder)
+    folder = folder.resolve()
     check_files(started)
     if flags is not None and started not in (flags, remembered(flags)):
         how = f"; `bm3il resume {folder} --steps {flags.steps}` gives it another budget"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import difflib
 import fcntl
 import hashlib
 import json
@@ -12,7 +13,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -26,6 +27,8 @@ from bm3il.launch.provenance import provenance
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.files import write_whole
 
+CONFIG, STUDY = "config.yaml", "study.json"
+"""What makes a folder that of a run, and of a study."""
 TAIL_BYTES = 1 << 20
 """Of a log, in which its last line lies."""
 MAX_SLUG = 80
@@ -33,7 +36,7 @@ ANNOUNCED, ENDED_WELL = ".targets", ("finished", "interrupted")
 MIN_FREE_BYTES = 64 << 20
 """Room for two checkpoints of the Berlin preset: with less, the first iterations would be lost work."""
 BEGUN = {
-    *("config.yaml", ".lock", "result.json", "logs", "targets.json", "processes.json", "events.jsonl", "baseline.json"),
+    *(CONFIG, ".lock", "result.json", "logs", "targets.json", "processes.json", "events.jsonl", "baseline.json"),
     *("checkpoints", "tensorboard", "curve.csv", "curve.png", "log.jsonl", "join.json", "run.log", "report.html"),
 }
 """All that a run may leave that ended at its start."""
@@ -87,7 +90,7 @@ def create(config: Config) -> Path:
         raise InputError(f"cannot create {folder}: {error.strerror}; take another --runs-folder") from error
     try:
         check_space(folder)
-        write_atomically(folder / "config.yaml", config.to_yaml())
+        write_atomically(folder / CONFIG, config.to_yaml())
     except InputError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -96,7 +99,7 @@ def create(config: Config) -> Path:
 
 def discard(folder: Path) -> None:
     """Remove a run that ended before it did anything worth keeping: it logged no iteration. Any other stays."""
-    if not (folder / "config.yaml").is_file():
+    if not (folder / CONFIG).is_file():
         return
     with contextlib.suppress(OSError, InputError), locked(folder):
         if _barren(folder):
@@ -131,12 +134,35 @@ def announced(folder: Path) -> Iterator[None]:
 
 
 def read_config(folder: Path) -> Config:
-    """The configuration of a run that exists. Raises InputError if it is none."""
+    """The configuration of a run that exists. Raises InputError if it is none, with what may have been meant."""
+    if not folder.exists():
+        raise missing(folder)
     try:
-        text = (folder / "config.yaml").read_text(encoding="utf-8")
+        text = (folder / CONFIG).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        hint = f"; name one of the runs in it (`bm3il list {folder}`)" if folders_with(folder, (CONFIG,)) else ""
+        raise InputError(f"{folder} is not the folder of a run: it has no {CONFIG}{hint}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{folder} is not the folder of a run: its config.yaml cannot be read") from error
-    return Config.from_yaml(text, str(folder / "config.yaml"))
+        raise InputError(f"{folder} is not the folder of a run: its {CONFIG} cannot be read: {error}") from error
+    return Config.from_yaml(text, str(folder / CONFIG))
+
+
+def missing(folder: Path, marks: Collection[str] = (CONFIG,)) -> InputError:
+    """The error for a folder that is not there. It names the one of the nearest name among those that hold one of these
+    files, beside it or in `runs`: who gives a name alone means the latter."""
+    around = folders_with(folder.parent, marks) + folders_with(folder.parent / Config.runs_folder, marks)
+    near = difflib.get_close_matches(folder.name, [path.name for path in around], n=1)
+    meant = next((f"; did you mean {path}?" for path in reversed(around) if path.name in near), "")
+    return InputError(f"there is no folder {folder}{meant}")
+
+
+def folders_with(folder: Path, marks: Collection[str]) -> list[Path]:
+    """Those inside a folder that hold one of these files; none if it cannot be read."""
+    try:
+        inside = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    except OSError:
+        return []
+    return [path for path in inside if any((path / mark).exists() for mark in marks)]
 
 
 def open_existing(folder: Path) -> Config:
@@ -157,11 +183,11 @@ def rewritten(folder: Path, before: Config, after: Config) -> Iterator[None]:
         return
     kept = folder / f"config-{before.steps}-steps.yaml"
     write_atomically(kept, before.to_yaml())
-    write_atomically(folder / "config.yaml", after.to_yaml())
+    write_atomically(folder / CONFIG, after.to_yaml())
     try:
         yield
     except InputError:
-        kept.rename(folder / "config.yaml")
+        kept.rename(folder / CONFIG)
         raise
 
 

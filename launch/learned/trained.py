@@ -12,6 +12,7 @@ from bm3il.actors.policy import Policy
 from bm3il.actors.process import build_policy
 from bm3il.launch.config import Config
 from bm3il.launch.files import check_scenario
+from bm3il.launch.run_folder import read_config
 from bm3il.launch.topology import make_job
 from bm3il.learner.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
 from bm3il.learner.critics import Critic
@@ -85,7 +86,7 @@ def load_trained(run: Path, best: bool = False) -> Trained:
 
     Raises InputError if this is no run, it has no such checkpoint, or its environment's files are others by now.
     """
-    config = Config.from_yaml(_read(run / "config.yaml"), str(run / "config.yaml"))
+    config = read_config(run)
     check_scenario(config)
     use_threads(config.threads)
     spec = make_environment(config.environment, 1).spec
@@ -104,10 +105,3 @@ def load_trained(run: Path, best: bool = False) -> Trained:
         checkpoint = read_checkpoint(folder / (folder / "best").read_text(encoding="utf-8").strip())
     policy.load_arrays(part(checkpoint.learner, "policy"))
     return Trained(config, job, policy, checkpoint)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path.parent} is not the folder of a run: {path.name}: {error}") from error

@@ -9,8 +9,8 @@ import jinja2
 
 from bm3il.launch.reports.charts import aligned, clock
 from bm3il.launch.reports.run_page import run_page
-from bm3il.launch.reports.study_page import STUDY, study_page
-from bm3il.launch.run_folder import write_atomically
+from bm3il.launch.reports.study_page import study_page
+from bm3il.launch.run_folder import CONFIG, STUDY, missing, write_atomically
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.version import version
 
@@ -29,6 +29,8 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
 
     Raises InputError if this is the folder of no run and no study, or nothing can be written there.
     """
+    if not folder.exists():
+        raise missing(folder, (CONFIG, STUDY))
     path = folder / NAME if output is None else output
     if path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--output must be a file that ends in .html, got {path}")
@@ -36,10 +38,10 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
         raise InputError(f"cannot write {path}: there is no folder {path.parent}")
     if (folder / STUDY).is_file():
         text = render("study.html.jinja", study=study_page(folder, path.parent))
-    elif (folder / "config.yaml").is_file():
+    elif (folder / CONFIG).is_file():
         text = render("run.html.jinja", run=run_page(folder))
     else:
-        raise InputError(f"{folder} is the folder of no run and of no study: it has no config.yaml and no {STUDY}")
+        raise InputError(f"{folder} is the folder of no run and of no study: it has no {CONFIG} and no {STUDY}")
     write_atomically(path, text)
     return path
 

@@ -15,7 +15,7 @@ from bm3il.launch.reports.history import Entry, listed, timelines
 from bm3il.launch.reports.log_charts import Group, Stage, groups, stages
 from bm3il.launch.reports.recorded import Columns, read_all_events, read_curve, read_log
 from bm3il.launch.reports.seen import Seen, look_at
-from bm3il.launch.run_folder import is_running, read_result
+from bm3il.launch.run_folder import is_running, read_config, read_result
 from bm3il.launch.status import ROUTINE
 from bm3il.launch.studies.compared import UNREWARDED
 from bm3il.protocol.errors import InputError
@@ -103,7 +103,7 @@ class RunPage:
 
 def run_page(folder: Path) -> RunPage:
     """Read a run's folder, and let its newest policy play what pictures show. Raises InputError if this is no run."""
-    config = _config(folder)
+    config = read_config(folder)
     evaluations, log, result = read_curve(folder), read_log(folder), read_result(folder)
     events, damaged = read_all_events(folder)
     counted = {"log.jsonl": log.damaged, "curve.csv": evaluations.damaged, "events.jsonl": damaged}
@@ -137,14 +137,6 @@ def run_page(folder: Path) -> RunPage:
         seen=seen,
         notes=[*notes, *compared, *seen.notes, *([UNREWARDED] if _is_unrewarded(evaluations, result) else [])],
     )
-
-
-def _config(folder: Path) -> Config:
-    try:
-        text = (folder / "config.yaml").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{folder} is not the folder of a run: its config.yaml cannot be read") from error
-    return Config.from_yaml(text, str(folder / "config.yaml"))
 
 
 def _state(folder: Path, result: Mapping[str, Any]) -> str:

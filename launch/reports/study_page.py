@@ -13,13 +13,14 @@ from urllib.parse import quote
 
 import numpy as np
 
+from bm3il.launch import run_folder
 from bm3il.launch.reports.charts import Chart, Line, Reference, chart, decimals, number
 from bm3il.launch.reports.recorded import Columns, read_curve
 from bm3il.launch.studies.compared import UNREWARDED
 from bm3il.launch.studies.statistics import interquartile_mean, interquartile_mean_interval
 from bm3il.protocol.errors import InputError
 
-STUDY, RUN_PAGE = "study.json", "report.html"
+RUN_PAGE = "report.html"
 OF_WORLD = ("environment", "preset", "demonstrations")
 """Settings that change what a return means: their curves are apart."""
 SCORES = {"normalized_return": "normalised: 0 random, 1 expert", "return_mean": "per agent and episode"}
@@ -108,7 +109,7 @@ def study_page(folder: Path, page_folder: Path) -> StudyPage:
 
     Raises InputError if its `study.json` cannot be understood.
     """
-    told = _read(folder / STUDY)
+    told = _read(folder / run_folder.STUDY)
     runs = [_run(run, folder, page_folder) for run in told["runs"]]
     keys = list(dict.fromkeys(key for run in runs for key in run.settings))
     values = {key: {run.settings.get(key, "") for run in runs} for key in keys}

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bm3il.launch.run_folder import write_atomically
+from bm3il.launch.run_folder import STUDY, write_atomically
 from bm3il.launch.studies.compared import (
     SCORES,
     UNITS,
@@ -40,7 +40,6 @@ from bm3il.launch.studies.statistics import (
     interquartile_mean,
     interquartile_mean_interval,
 )
-from bm3il.launch.studies.study import TOLD
 from bm3il.launch.studies.trial import AS_TRAINED
 from bm3il.launch.surroundings import lasting_output
 from bm3il.protocol.errors import InputError, unknown_name
@@ -68,7 +67,7 @@ def main(paths: Sequence[Path], by: str, world: str, baseline: str, output: Path
     scores = {name: _score(results, name) for name in ([world] if world else worlds)}
     rows = [figures(group, first, name, score) for name, score in scores.items() for group in grouping.groups]
     if output is None:
-        output = paths[0] if len(paths) == 1 and (paths[0] / TOLD).exists() else DEFAULT_OUTPUT
+        output = paths[0] if len(paths) == 1 and (paths[0] / STUDY).exists() else DEFAULT_OUTPUT
     with lasting_output():
         _print(grouping, first, rows, left_out)
         for path in _write(grouping, rows, _score(results, AS_TRAINED), output):

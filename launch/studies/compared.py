@@ -14,7 +14,6 @@ from bm3il.launch import run_folder
 from bm3il.launch.studies.file import Settings, text_of
 from bm3il.launch.studies.pool import finished
 from bm3il.launch.studies.rows import CURVE, Row, Rows, identity
-from bm3il.launch.studies.study import TOLD
 from bm3il.launch.studies.trial import all_evaluations
 from bm3il.protocol.errors import InputError, unknown_name
 
@@ -96,10 +95,12 @@ def _runs_of(path: Path) -> dict[Path, Row | None]:
     """The folders of runs, each with its row if that is all there is of it."""
     if path.is_file():
         return {path / row.run: row for row in Rows.read(path).rows}
-    if (path / "config.yaml").exists():
+    if not path.exists():
+        raise run_folder.missing(path, (run_folder.CONFIG, run_folder.STUDY))
+    if (path / run_folder.CONFIG).exists():
         return {path.resolve(): None}
     try:
-        told = json.loads((path / TOLD).read_text(encoding="utf-8"))
+        told = json.loads((path / run_folder.STUDY).read_text(encoding="utf-8"))
         names = [Path(run["run"]).name for run in told["runs"]]
         kept = {row.run: row for row in Rows.read(Path(told["results"])).rows} if told.get("results") else {}
         places = {name: (path / name).resolve() for name in names}

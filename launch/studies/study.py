@@ -32,7 +32,7 @@ from bm3il.launch.surroundings import cores, lasting_output, module_command
 from bm3il.launch.topology import processes_of
 from bm3il.protocol.errors import InputError
 
-VERSION, TOLD = 1, "study.json"
+VERSION = 1
 
 
 def main(file: Path, jobs: int | None, runs_folder: Path, dry_run: bool) -> int:
@@ -130,7 +130,7 @@ def _conclude(record: Record, failed: Mapping[Path, str], stopped: StopRequests,
     record.write((), failed)
     states = [row["status"] for row in record.rows((), failed)]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    console.print(f"{counts}; {record.folder / TOLD}", markup=False)
+    console.print(f"{counts}; {record.folder / run_folder.STUDY}", markup=False)
     for place, why in failed.items():
         print(f"bm3il: {place.name} failed: {why}; log: {place / LOG}", file=sys.stderr)
     if stopped.count:
@@ -186,7 +186,7 @@ class Record:
         told = {"version": VERSION, "name": self.study.name, "runs": self.rows(running, failed)}
         if self._rows:
             told["results"] = str(self._rows.path.resolve())
-        run_folder.write_atomically(self.folder / TOLD, json.dumps(told, indent=1) + "\n")
+        run_folder.write_atomically(self.folder / run_folder.STUDY, json.dumps(told, indent=1) + "\n")
         self._written = now
 
     def open_results(self) -> None:

@@ -103,9 +103,32 @@ def test_a_folder_that_cannot_be_made_is_refused(capsys: pytest.CaptureFixture[s
 
 
 def test_what_is_no_run_cannot_be_resumed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert "is not the folder of a run" in fails(capsys, "resume", str(tmp_path))
-    assert "is not the folder of a run" in fails(capsys, "evaluate", str(tmp_path))
+    for command in OF_A_RUN:
+        assert "is not the folder of a run: it has no config.yaml\n" in fails(capsys, *command, str(tmp_path))
     assert "--episodes must be at least 1" in fails(capsys, "evaluate", str(tmp_path), "--episodes", "0")
+
+
+OF_A_RUN = (
+    *(["status"], ["resume"], ["train", "--resume"], ["evaluate"], ["play"], ["export", "--output", "o"]),
+    ["whatif", "--environment", "rover_tower?slip=0.1"],
+)
+
+
+@pytest.mark.parametrize("command", [*OF_A_RUN, ["report"], ["compare"]], ids=" ".join)
+def test_a_folder_that_is_not_there_is_told_with_what_was_meant(
+    command: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("tower-seed1", "tower-seed2"):
+        Path("runs", name).mkdir(parents=True)
+        Path("runs", name, "config.yaml").touch()
+    Path("runs", "no-run").mkdir()
+    begin = "bm3il: there is no folder"
+    assert fails(capsys, *command, "tower-seed2") == f"{begin} tower-seed2; did you mean runs/tower-seed2?\n"
+    assert fails(capsys, *command, "runs/towr-seed1") == f"{begin} runs/towr-seed1; did you mean runs/tower-seed1?\n"
+    assert fails(capsys, *command, "runs/no_run") == f"{begin} runs/no_run\n"
+    if command[0] not in ("report", "compare"):
+        assert fails(capsys, *command, "runs").endswith("name one of the runs in it (`bm3il list runs`)\n")
 
 
 def test_the_environment_keeps_its_contract(capsys: pytest.CaptureFixture[str]) -> None:
