@@ -21,6 +21,7 @@ from bm3il.launch.events import EventLog
 from bm3il.launch.files import check_files, load_demonstrations, remembered
 from bm3il.launch.memory import Needs, available_memory, needs
 from bm3il.launch.nodes import ranks
+from bm3il.launch.nodes.backends import check_hosts
 from bm3il.launch.nodes.join import ticket
 from bm3il.launch.outcome import CRASHED, INTERRUPTED, Outcome, attempt
 from bm3il.launch.processes.director import direct
@@ -118,6 +119,7 @@ def check(config: Config, hint: Callable[[str], None] = lambda _: None) -> tuple
     config = config.checked()
     if config.mode == "serial" and config.nodes > 1:
         raise InputError("--mode serial runs in one process: leave out --nodes")
+    check_hosts(config)
     check_files(config)
     environment = make_environment(config.environment, 1)
     spec = environment.spec

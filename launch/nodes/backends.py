@@ -80,6 +80,18 @@ def backend(config: Config, environment: Mapping[str, str] = os.environ) -> Back
     return Backend((_mpiexec(), "-n", str(config.nodes)), clean)
 
 
+def check_hosts(config: Config) -> None:
+    """Raise InputError for a host file that cannot be read, names too few hosts, or that a single node ignores."""
+    if not config.hostfile:
+        return
+    _hosts(config.hostfile, config.nodes)
+    if config.nodes == 1:
+        raise InputError(
+            f"--hostfile names the hosts of several nodes, and --nodes is 1: say how many of {config.hostfile} take "
+            "part with --nodes, or leave out --hostfile to run on this machine alone"
+        )
+
+
 def start_again(environment: Mapping[str, str] = os.environ) -> None:
     """Have Slurm start our batch job again, if we are one: its first node is lost, and with it the batch script.
 
@@ -122,7 +134,8 @@ def _hosts(path: str, nodes: int) -> list[str]:
     try:
         lines = [line.partition("#")[0].strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the hosts in {path}: {error}; write one host a line") from error
+        cause = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read the hosts in {path}: {cause}; write one host a line") from error
     slots: Counter[str] = Counter()
     for number, line in enumerate(lines, start=1):
         if line and not (found := HOST.fullmatch(line)):

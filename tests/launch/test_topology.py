@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from bm3il.launch.config import Config, load_preset
+from bm3il.launch.config import Config, load_preset, parse_config
 from bm3il.launch.nodes.backends import MPI_SETTINGS, backend
 from bm3il.launch.nodes.rendezvous import _check_size, _plan
+from bm3il.launch.run import check
 from bm3il.launch.topology import Node, Plan, Process, ipc_addresses, place, processes_of, tcp_addresses
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.registry import make_environment
@@ -176,6 +177,24 @@ def test_too_few_hosts_are_refused(tmp_path: Path) -> None:
         hosts_of(config, tmp_path, "# ours\nsub0\n")
     with pytest.raises(InputError, match="write one host a line"):
         backend(replace(config, hostfile=str(tmp_path / "none")), {})
+
+
+@pytest.mark.parametrize(
+    ("hosts", "nodes", "expected"),
+    [
+        ("none", "1", "cannot read the hosts in none: No such file or directory; write one host a line"),
+        ("none", "2", "cannot read the hosts in none: No such file or directory; write one host a line"),
+        ("hosts", "3", "asked for 3 nodes, but there are 2 hosts in hosts"),
+        ("hosts", "1", "and --nodes is 1: say how many of hosts take part with --nodes, or leave out --hostfile"),
+    ],
+)
+def test_a_host_file_is_read_before_anything_starts(
+    hosts: str, nodes: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hosts").write_text("sub0\nsub1\n")
+    with pytest.raises(InputError, match=expected):
+        check(parse_config(["--hostfile", hosts, "--nodes", nodes]))
 
 
 def test_what_another_mpi_has_left_in_the_environment_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
