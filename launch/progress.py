@@ -141,8 +141,9 @@ def _rows(learner: Status | None) -> list[tuple[str, str]]:
     if {"accuracy_agent", "accuracy_expert"} <= values.keys():
         apart = (values["accuracy_agent"] + values["accuracy_expert"]) / 2
         rows.append(("told apart", f"{apart:.0%} (50%: alike)"))
-    rows.append(("policy lag", f"{values.get('policy_lag', 0.0):.1f}"))
-    rows.append(("steps/s", f"{values.get('steps_per_second', 0.0):,.0f}"))
+    if values.get("steps"):  # cloning plays none, so that nobody can lag behind
+        rows.append(("policy lag", f"{values.get('policy_lag', 0.0):.1f}"))
+        rows.append(("steps/s", f"{values.get('steps_per_second', 0.0):,.0f}"))
     stages = [f"{s} {1000 * values[f'seconds_{s}']:.0f}" for s in STAGES if f"seconds_{s}" in values]
     rows.append(("stages, ms", " ".join(stages)))
     if (left := _seconds_left(values)) is not None:
@@ -159,7 +160,9 @@ def _return(values: Mapping[str, float]) -> str:
     if _all_zero(values):
         return "unknown (no reward but 0 was seen)"
     text = f"{values['return_mean']:.1f}" if "return_mean" in values else "–"
-    bounds = [
+    evaluated = values.get("evaluated_iteration")
+    bounds = [] if evaluated in (None, values["iteration"]) else [f"of iteration {evaluated:.0f}"]
+    bounds += [
         f"{name} {values[f'{name}_return']:.1f}" for name in ("random", "clone", "expert") if f"{name}_return" in values
     ]
     if {"return_mean", "random_return", "expert_return"} <= set(values):
@@ -179,10 +182,12 @@ def _of_types(types: Mapping[str, Mapping[str, float | None]]) -> str:
 
 
 def _seconds_left(values: Mapping[str, float]) -> float | None:
-    rate = values.get("steps_per_second", 0.0)
-    if not rate or "steps" not in values:
+    """If what is left goes on as all that was done: steps, or iterations of a run that plays none."""
+    counted = ("env_steps", "steps") if values.get("steps") else ("iteration", "iterations")
+    done, wanted = (values.get(name, 0.0) for name in counted)
+    if done <= 0 or "wall_seconds" not in values:
         return None
-    left = (values["steps"] - values.get("env_steps", 0.0)) / rate
+    left = values["wall_seconds"] * (wanted - done) / done
     return max(0.0, left) if math.isfinite(left) else None  # the last iteration may play more than was left
 
 

@@ -188,6 +188,11 @@ def _run(config: Config, spec: EnvironmentSpec, folder: Path, needed: Needs) -> 
     progress, stopped, start = Progress(), StopRequests(), run_folder.Start(secrets.token_hex(8), time.time())
     with run_folder.locked(folder), run_folder.announced(folder), stopped.heard(), lasting_output():
         progress.note(needed.line())
+        if algorithm(config.algorithm).clones:
+            progress.note(
+                f"'{config.algorithm}' plays no steps, so --steps has no effect: it learns for "
+                f"{config.cloning.iterations} iterations (--cloning.iterations)"
+            )
         before = run_folder.read_result(folder)
         try:
             if config.mode == "serial":

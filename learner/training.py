@@ -272,6 +272,7 @@ class Training:
             "iterations": self._algorithm.iterations or -(-facts.iteration * self._job.steps // facts.env_steps),
             "env_steps": facts.env_steps,
             "steps": self._job.steps if facts.env_steps else 0,
+            "wall_seconds": facts.wall_seconds,
             "steps_per_second": facts.env_steps / max(facts.wall_seconds, 1e-9),
         }
         known = {
@@ -312,7 +313,7 @@ class Training:
         self._figures = {version: rest for version, rest in self._figures.items() if version > evaluated.version}
         if evaluated.version == 0 and self._algorithm.starts_cloned:
             self._facts.clone_return = estimate.mean
-        self._telemetry.numbers["return_mean"] = estimate.mean
+        self._telemetry.numbers |= {"return_mean": estimate.mean, "evaluated_iteration": evaluated.version}
         if len(types) <= MOST_TYPES_SHOWN:
             of_types = {f"{OF_TYPE}{name}": told["normalized_return"] for name, told in types.items()}
             self._telemetry.numbers |= {name: value for name, value in of_types.items() if value is not None}

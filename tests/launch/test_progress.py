@@ -52,16 +52,29 @@ def test_the_last_evaluation_shows_how_far_it_is() -> None:
             {"cloning_iteration": 3.0, "cloning_iterations": 40.0, "cloning_left_seconds": 61.0},
             "cloning 3/40  left 1:01\n",
         ),
-        ({"iteration": 2.0, "iterations": 9.0}, "iteration 2/9  return –  policy lag 0.0  steps/s 0  stages, ms \n"),
         (
-            {"iteration": 2.0, "iterations": 9.0, "held_out_loss": 0.41},
-            "iteration 2/9  return –  held-out loss 0.410  policy lag 0.0  steps/s 0  stages, ms \n",
+            {"iteration": 2.0, "iterations": 9.0, "steps": 900.0, "env_steps": 200.0, "steps_per_second": 50.0}
+            | {"policy_lag": 0.5, "wall_seconds": 4.0},
+            "iteration 2/9  env steps 200/900  return –  policy lag 0.5  steps/s 50  stages, ms   left 0:14\n",
+        ),
+        (  # cloning plays no steps
+            {"iteration": 2.0, "iterations": 9.0, "steps": 0.0, "env_steps": 0.0, "steps_per_second": 0.0}
+            | {"held_out_loss": 0.41, "wall_seconds": 4.0},
+            "iteration 2/9  return –  held-out loss 0.410  stages, ms   left 0:14\n",
         ),
         (
             {"iteration": 2.0, "iterations": 9.0, "accuracy_agent": 0.5, "accuracy_expert": 0.62}
             | {"return_mean": 0.0, "random_return": 0.0, "clone_return": 0.0},
-            "iteration 2/9  return unknown (no reward but 0 was seen)  told apart 56% (50%: alike)  policy lag 0.0  "
-            "steps/s 0  stages, ms \n",
+            "iteration 2/9  return unknown (no reward but 0 was seen)  told apart 56% (50%: alike)  stages, ms \n",
+        ),
+        (
+            {"iteration": 8.0, "iterations": 9.0, "return_mean": -10.5, "evaluated_iteration": 5.0}
+            | {"random_return": -20.0, "expert_return": -10.0},
+            "iteration 8/9  return -10.5 (of iteration 5, random -20.0, expert -10.0, normalised 0.950)  stages, ms \n",
+        ),
+        (
+            {"iteration": 5.0, "iterations": 9.0, "return_mean": -10.5, "evaluated_iteration": 5.0},
+            "iteration 5/9  return -10.5  stages, ms \n",
         ),
     ],
 )
@@ -73,7 +86,7 @@ def test_a_line_says_how_far_it_is(values: dict[str, float], expected: str) -> N
 
 def test_a_budget_that_is_overrun_leaves_nothing_and_not_less() -> None:
     text = io.StringIO()
-    values = {"iteration": 9.0, "iterations": 9.0, "steps": 100.0, "env_steps": 120.0, "steps_per_second": 2.0}
+    values = {"iteration": 9.0, "iterations": 9.0, "steps": 100.0, "env_steps": 120.0, "wall_seconds": 60.0}
     Progress(Console(file=text, soft_wrap=True)).show(Status("learner", 0, 0, 1, "update", "", values))
     assert "left 0:00\n" in text.getvalue()
 

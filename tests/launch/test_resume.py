@@ -74,7 +74,9 @@ def test_a_run_of_other_settings_is_refused_and_loses_nothing(
 
 
 def test_cloning_plays_no_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = trained(tmp_path, "run", "--algorithm", "bc")
+    run = trained(tmp_path, "run", "--algorithm", "bc", "--steps", "800")
+    told = "'bc' plays no steps, so --steps has no effect: it learns for 1 iterations (--cloning.iterations)\n"
+    assert told in capsys.readouterr().out
     assert "'bc', which plays no steps" in refused(capsys, "resume", str(run), "--steps", "900000")
 
 

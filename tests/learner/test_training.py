@@ -140,7 +140,8 @@ def test_between_two_stages_a_run_tells_of_its_figures_and_not_of_its_start(
     monkeypatch.setattr(Training, "_note", noted)
     run(tmp_path / "run", name)
     assert [status.stage for status in told] == ["between"] * ITERATIONS
-    assert figures <= told[-1].values.keys()
+    assert figures | {"wall_seconds"} <= told[-1].values.keys()
+    assert told[-1].values["evaluated_iteration"] == (ITERATIONS - 1) // 2 * 2  # every second one is
     stages = {key for status in told for key in status.values if key.startswith("seconds_")}
     assert {"seconds_restore", "seconds_update", "seconds_publish", "seconds_checkpoint"} <= stages
 
