@@ -7,7 +7,6 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from bm3il.actors.experts import recording
@@ -16,6 +15,7 @@ from bm3il.actors.experts.scripted import expert_for
 from bm3il.actors.simulator import Simulator
 from bm3il.launch.inspection import print_types
 from bm3il.launch.learned.trained import load_trained
+from bm3il.launch.surroundings import screen
 from bm3il.protocol.adapters.sumo import Sumo
 from bm3il.protocol.demonstrations import Demonstrations, resolve
 from bm3il.protocol.errors import InputError, SimulatorError
@@ -151,7 +151,7 @@ def _save(demonstrations: Demonstrations, output: Path) -> int:
 
 
 def _print(demonstrations: Demonstrations, path: Path) -> None:
-    console = Console(highlight=False)
+    console = screen()
     lengths = demonstrations.episode_lengths
     rows = [
         ("file", str(path)),

@@ -6,9 +6,9 @@ import hashlib
 from collections import Counter
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from bm3il.launch.surroundings import screen
 from bm3il.protocol.demonstrations import Demonstrations
 
 LISTED = 6
@@ -30,7 +30,7 @@ def print_types(demonstrations: Demonstrations) -> None:
             _frequencies(actions[active]) if t.discrete else _spread(actions[active]),
             f"{copies} of {demonstrations.num_episodes} episodes" if copies else "none",
         )
-    console = Console(highlight=False)
+    console = screen()
     console.print(table)
     console.print("Steps are counted from 0, of each agent in each episode: least, median and most.", soft_wrap=True)
 

@@ -12,7 +12,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +20,7 @@ from bm3il.launch.events import read_events
 from bm3il.launch.processes.director import PROCESSES
 from bm3il.launch.progress import Progress, duration
 from bm3il.launch.run_folder import curve, is_running, logged, read_config, read_result
+from bm3il.launch.surroundings import screen
 from bm3il.protocol.errors import InputError
 
 EVENTS_SHOWN, EVENTS_TOLD = 8, 50
@@ -40,7 +40,7 @@ def print_status(folder: Path, as_json: bool = False) -> int:
     if as_json:
         print(json.dumps(told, indent=1))
         return 0
-    console = Console(highlight=False)
+    console = screen()
     line = f"{told['run']}: {told['algorithm']} on {told['environment']}, seed {told['seed']}, {told['mode']}"
     console.print(line, markup=False)
     for line in (*_progress(told), *_evaluated(told["evaluation"])):
@@ -55,7 +55,7 @@ def print_status(folder: Path, as_json: bool = False) -> int:
         line = f"{_local(event['time'])}  {event['process']}: {event['text']}".replace("\n", " ")
         console.print(Text(line), no_wrap=True, overflow="ellipsis", crop=True)
     if told["result"]:
-        Progress(Console(highlight=False, soft_wrap=True)).summary(folder, told["result"])
+        Progress().summary(folder, told["result"])
     elif told["state"] != "running":
         console.print(f"without a result; `bm3il resume {folder}` goes on", markup=False, soft_wrap=True)
     return 0
@@ -69,7 +69,7 @@ def print_list(runs: Path, as_json: bool = False) -> int:
     if as_json:
         print(json.dumps(rows, indent=1))
         return 0
-    console = Console(highlight=False)
+    console = screen()
     for row in rows:
         what = row.get("error") or f"{row['algorithm']} on {row['environment']}"
         reached, returned = _of(row, "iteration", "iterations"), _number(row.get("return_mean"), ".1f")

@@ -10,12 +10,17 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.working_folder import look_there_last
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 Value = TypeVar("Value")
+WIDE = 1 << 16
+"""Columns: nothing that we print has so many."""
 
 # Without -P, `-m` looks into the working folder before the standard library: a user's queue.py would be ours.
 _OLD_PYTHON = "import sys; sys.path.pop(0); import runpy; sys.argv.pop(0); " + (
@@ -44,6 +49,17 @@ def settle() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
+
+
+def screen(soft_wrap: bool = False) -> Console:
+    """Where lines and tables are printed. A terminal's width is kept; whoever reads a pipe or a file gets all of them.
+
+    soft_wrap: lines, but not tables, are left to the terminal to break, for paths and commands that are copied.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=soft_wrap)
+    return console if console.is_terminal else Console(highlight=False, soft_wrap=soft_wrap, width=WIDE)
 
 
 @contextmanager

@@ -34,6 +34,13 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is printed is taken to go to a terminal, of 80 columns and without colours."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+
+
+@pytest.fixture
 def float64() -> Iterator[None]:
     """Tensors and networks made during the test are float64: what is right agrees in all its digits."""
     torch.set_num_threads(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -12,6 +11,7 @@ from bm3il.actors.evaluation import ReturnEstimate, evaluate
 from bm3il.actors.experts.commuters import CongestionAware, FreeFlow, StayHome
 from bm3il.actors.policy import UniformPolicy
 from bm3il.actors.rollout import Acts
+from bm3il.launch.surroundings import screen
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.registry import make_environment
 
@@ -29,7 +29,7 @@ def calibrate(name: str, days: int, seed: int) -> int:
     loads = berlin_of(environment).load_agents
     if days < 2:
         raise InputError(f"--days must be at least 2, got {days}")
-    console = Console(highlight=False)
+    console = screen()
     makers: dict[str, type] = {"stay at home": StayHome, "free flow": FreeFlow, "congestion-aware": CongestionAware}
     policies: dict[str, Acts] = {"random": UniformPolicy(environment.spec)}
     policies |= {label: maker(environment) for label, maker in makers.items()}

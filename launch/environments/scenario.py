@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from bm3il.actors.environments.berlin.aggregation import Hours, aggregate
 from bm3il.actors.environments.berlin.doubts import doubts
@@ -20,6 +19,7 @@ from bm3il.actors.environments.berlin.source_files import find_sources
 from bm3il.actors.environments.berlin.tntp import read_tntp
 from bm3il.actors.environments.berlin.town import LOCATIONS, read_town
 from bm3il.launch.run_folder import write_atomically
+from bm3il.launch.surroundings import screen
 from bm3il.protocol.errors import InputError
 
 
@@ -89,7 +89,7 @@ def inspect(name: str, picture: Path | None) -> int:
 
 
 def _print(scenario: Scenario) -> None:
-    console = Console(highlight=False)
+    console = screen()
     minutes, load = scenario.free_flow_minutes, scenario.load_agents
     before_work = scenario.work_start_minute - scenario.day_start_minute
     rows = [

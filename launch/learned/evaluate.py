@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from bm3il.actors.environments.berlin.environment import Berlin
@@ -24,7 +23,7 @@ from bm3il.launch.files import load_demonstrations
 from bm3il.launch.learned.trained import Trained, load_trained
 from bm3il.launch.progress import duration
 from bm3il.launch.run_folder import write_atomically
-from bm3il.launch.surroundings import lasting_output
+from bm3il.launch.surroundings import lasting_output, screen
 from bm3il.protocol.environment import Starts
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.perturbation import unperturbed
@@ -205,4 +204,4 @@ def _print(what: str, rows: list[dict[str, Any]]) -> None:
                 "–" if told["expert_return"] is None else f"{told['expert_return']:.1f}",
                 "–" if told["normalized_return"] is None else f"{told['normalized_return']:.3f}",
             )
-    Console().print(table)
+    screen().print(table)

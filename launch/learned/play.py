@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from bm3il.actors.experts.scripted import expert_for
@@ -17,6 +16,7 @@ from bm3il.actors.rollout import Acts, play
 from bm3il.launch.files import load_demonstrations
 from bm3il.launch.learned.episode_picture import MOVING, Episode, check_path, draw
 from bm3il.launch.learned.trained import Trained, load_trained
+from bm3il.launch.surroundings import screen
 from bm3il.protocol.environment import Environment, Starts, TimeStep
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.perturbation import unperturbed
@@ -132,6 +132,6 @@ def _print(spec: EnvironmentSpec, episodes: Mapping[str, Episode]) -> None:
     groups = {"all": slice(None)} | {kind.name: spec.agents(m) for m, kind in enumerate(spec.types)}
     for name, agents in groups.items():
         table.add_row(name, *(f"{episode.returns[-1, agents].mean():.2f}" for episode in episodes.values()))
-    console = Console(highlight=False)
+    console = screen()
     console.print(f"true return per agent in this episode, of {steps} steps:", markup=False, soft_wrap=True)
     console.print(table)

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -41,7 +40,7 @@ from bm3il.launch.studies.statistics import (
     interquartile_mean_interval,
 )
 from bm3il.launch.studies.trial import AS_TRAINED
-from bm3il.launch.surroundings import lasting_output
+from bm3il.launch.surroundings import lasting_output, screen
 from bm3il.protocol.errors import InputError, unknown_name
 
 LEVELS = (0.5, 0.8, 0.9)
@@ -155,7 +154,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _print(grouping: Grouping, first: Group, rows: Sequence[Figures], left_out: Sequence[Path]) -> None:
-    console = Console(highlight=False)
+    console = screen()
     lines = [f"left out, since it is not finished: {folder.name}" for folder in left_out]
     if grouping.tasks:
         lines.append(f"on the same tasks, by {', '.join(grouping.tasks)}")

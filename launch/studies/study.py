@@ -28,7 +28,7 @@ from bm3il.launch.studies.file import Study, Trial, text_of
 from bm3il.launch.studies.pool import LOG, Work, finished, run_all
 from bm3il.launch.studies.rows import Row, Rows
 from bm3il.launch.studies.trial import COPY, all_evaluations, evaluations
-from bm3il.launch.surroundings import cores, lasting_output, module_command
+from bm3il.launch.surroundings import cores, lasting_output, module_command, screen
 from bm3il.launch.topology import processes_of
 from bm3il.protocol.errors import InputError
 
@@ -47,7 +47,7 @@ def main(file: Path, jobs: int | None, runs_folder: Path, dry_run: bool) -> int:
     folder = runs_folder / study.name
     check_same(study, folder)
     every = study.trials(folder)
-    record, console = Record(study, folder, every), Console(highlight=False, soft_wrap=True)
+    record, console = Record(study, folder, every), screen(soft_wrap=True)
     if dry_run:
         console.print(table(record.rows()))
         console.print(_estimate(record, jobs or cores()))

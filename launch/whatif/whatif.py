@@ -42,7 +42,7 @@ from bm3il.launch.run import check, differences, iterations
 from bm3il.launch.run_folder import slug
 from bm3il.launch.studies.board import Board
 from bm3il.launch.studies.pool import LOG, finished, run_all
-from bm3il.launch.surroundings import lasting_output
+from bm3il.launch.surroundings import lasting_output, screen
 from bm3il.launch.whatif.figures import OF_SEEDS, Figures, Sample, figures_of, loads_of, play
 from bm3il.launch.whatif.report import draw_changes, markdown, print_tables
 from bm3il.learner.algorithms import algorithm
@@ -194,7 +194,7 @@ def main(run: Path, environment: str, seeds: int, steps: int, jobs: int, episode
     configs = [
         replace(config, seed=seed, run=name, runs_folder=str(question.folder)) for seed, name in enumerate(places, 1)
     ]
-    console, stopped = Console(highlight=False, soft_wrap=True), StopRequests()
+    console, stopped = screen(soft_wrap=True), StopRequests()
     with run_folder.held(question.folder), stopped.heard(), lasting_output():
         folders = _opened(configs)
         console.print(f"{question.folder}: {seeds} runs of {steps:,} steps in {question.after_spec.name}", markup=False)

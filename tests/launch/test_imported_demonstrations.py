@@ -25,11 +25,6 @@ from tests.protocol.recordings.written import assert_same, rows_of, write
 ROVERS = "rover_tower?pairs=2"
 
 
-@pytest.fixture(autouse=True)
-def wide_screen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-
-
 @pytest.fixture
 def recorded() -> Demonstrations:
     return record(make_environment(ROVERS, 3), RoverTowerExpert(), 3, seed=1, origin="")

@@ -99,11 +99,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for number in range(6):  # they come all the time, and hide nothing
         log.add("checkpoint", f"checkpoint of iteration {number}", "learner-0")
     monkeypatch.setattr(status, "is_running", lambda folder: folder.name == RUN)
-    monkeypatch.setenv("COLUMNS", "80")
     return folder
 
 
-def test_every_process_is_shown_within_eighty_columns(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_process_is_shown_within_eighty_columns(
+    folder: Path, terminal: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert print_status(folder) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
@@ -136,7 +137,18 @@ def test_a_status_for_programs_says_all(folder: Path, capsys: pytest.CaptureFixt
     assert told["config"]["steps"] == 200_000
 
 
-def test_a_list_names_every_run_and_is_spoiled_by_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_cut_where_no_terminal_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    environment = f"berlin?{'&'.join(f'option{number}=12345' for number in range(20))}"
+    (folder / "config.yaml").write_text(replace(load_preset("berlin"), environment=environment).to_yaml())
+    assert print_status(folder) == 0
+    assert f"actor-3: 9 was killed; starting it again ({9 * 'many words'})\n" in capsys.readouterr().out
+    assert print_list(folder.parent) == 0
+    assert capsys.readouterr().out.endswith(f"bm3il on {environment}\n")
+
+
+def test_a_list_names_every_run_and_is_spoiled_by_none(
+    folder: Path, terminal: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = folder.parent
     for number, (name, status_of) in enumerate([("done", "finished"), ("cut", "interrupted"), ("bad", "failed")]):
         (runs / name).mkdir()

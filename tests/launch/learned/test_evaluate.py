@@ -35,10 +35,7 @@ def test_a_long_evaluation_tells_how_far_it_is_ever_more_seldom(
     assert capsys.readouterr().err == "random: 0 of 100 episodes (--episodes says how many)\n"
 
 
-def test_a_narrow_terminal_shows_every_letter(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+def test_a_narrow_terminal_shows_every_letter(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
     returns = {"return_mean": -1234.5, "return_stderr": 10.2, "random_return": -9876.5, "expert_return": 1234.5}
     row: dict[str, Any] = {
         "starts": "paired",
@@ -54,3 +51,4 @@ def test_a_narrow_terminal_shows_every_letter(
     heading = "starts actions episodes of return ± s.e. random expert normalised"
     assert heading.split() == next(line for line in shown.splitlines() if "starts" in line).split()
     assert "home0-work7" in shown
+    assert max(map(len, shown.splitlines())) <= 80

@@ -43,7 +43,7 @@ def grouping_of(runs: Sequence[Path], by: str = "") -> Grouping:
     return Grouping.of(read_results(runs)[0], by)
 
 
-def test_figures_are_of_the_runs_of_a_group(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_are_of_the_runs_of_a_group(tmp_path: Path, terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [run_of(tmp_path / f"a{seed}", seed / 10, seed, algorithm="ma-gail") for seed in (1, 2, 3, 4)]
     runs += [run_of(tmp_path / f"b{seed}", seed / 10 + 0.5, seed, algorithm="mtmfil") for seed in (1, 2)]
     a, b = compared(tmp_path / "out", *runs)
