@@ -272,7 +272,7 @@ def status(args: list[str]) -> int:
 
 
 def list_runs(args: list[str]) -> int:
-    """all runs of a folder: how far each is, how it ended"""
+    """all runs and studies of a folder: how far each is, how it ended"""
     parser = _parser("list")
     parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"), help="the folder of runs; default: runs")
     parser.add_argument("--json", action="store_true", help="for programs")

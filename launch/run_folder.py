@@ -27,8 +27,8 @@ from bm3il.launch.provenance import provenance
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.files import write_whole
 
-CONFIG, STUDY = "config.yaml", "study.json"
-"""What makes a folder that of a run, and of a study."""
+CONFIG, STUDY, STUDY_FILE = "config.yaml", "study.json", "study.yaml"
+"""What makes a folder that of a run, and of a study; beside the latter lies the study's file."""
 TAIL_BYTES = 1 << 20
 """Of a log, in which its last line lies."""
 MAX_SLUG = 80
@@ -147,21 +147,19 @@ def read_config(folder: Path) -> Config:
     return Config.from_yaml(text, str(folder / CONFIG))
 
 
-def missing(folder: Path, marks: Collection[str] = (CONFIG,)) -> InputError:
-    """The error for a folder that is not there. It names the one of the nearest name among those that hold one of these
-    files, beside it or in `runs`: who gives a name alone means the latter."""
-    around = folders_with(folder.parent, marks) + folders_with(folder.parent / Config.runs_folder, marks)
+def missing(folder: Path) -> InputError:
+    """The error for a folder of a run or a study that is not there. It names the nearest beside it, or in `runs`: who
+    gives a name alone means the latter."""
+    places = [place for place in (folder.parent, folder.parent / Config.runs_folder) if place.is_dir()]
+    around = [path for place in places for path in folders_with(place, (CONFIG, STUDY))]
     near = difflib.get_close_matches(folder.name, [path.name for path in around], n=1)
     meant = next((f"; did you mean {path}?" for path in reversed(around) if path.name in near), "")
     return InputError(f"there is no folder {folder}{meant}")
 
 
 def folders_with(folder: Path, marks: Collection[str]) -> list[Path]:
-    """Those inside a folder that hold one of these files; none if it cannot be read."""
-    try:
-        inside = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    except OSError:
-        return []
+    """Those inside a folder that hold one of these files."""
+    inside = [path for path in folder.iterdir() if not path.name.startswith(".")]
     return [path for path in inside if any((path / mark).exists() for mark in marks)]
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +22,17 @@ from bm3il.launch.config import Config
 from bm3il.launch.events import read_events
 from bm3il.launch.processes.director import PROCESSES
 from bm3il.launch.progress import Progress, duration
-from bm3il.launch.run_folder import curve, is_running, logged, read_config, read_result
+from bm3il.launch.run_folder import (
+    CONFIG,
+    STUDY,
+    STUDY_FILE,
+    curve,
+    folders_with,
+    is_running,
+    logged,
+    read_config,
+    read_result,
+)
 from bm3il.launch.surroundings import screen
 from bm3il.protocol.errors import InputError
 
@@ -53,7 +66,7 @@ def print_status(folder: Path, as_json: bool = False) -> int:
     notable = [event for event in told["events"] if event["event"] not in ROUTINE]
     for event in notable[-EVENTS_SHOWN:]:
         line = f"{_local(event['time'])}  {event['process']}: {event['text']}".replace("\n", " ")
-        console.print(Text(line), no_wrap=True, overflow="ellipsis", crop=True)
+        _print_line(console, line)
     if told["result"]:
         Progress().summary(folder, told["result"])
     elif told["state"] != "running":
@@ -62,21 +75,40 @@ def print_status(folder: Path, as_json: bool = False) -> int:
 
 
 def print_list(runs: Path, as_json: bool = False) -> int:
-    """Print the runs of a folder, the newest first. Raises InputError if there is no such folder."""
+    """Print the runs and studies of a folder, the newest first. Raises InputError if there is no such folder."""
     if not runs.is_dir():
         raise InputError(f"{runs} is no folder of runs; name one, or start a run")
     rows = sorted(_rows(runs), key=lambda row: str(row["started"]), reverse=True)
     if as_json:
         print(json.dumps(rows, indent=1))
         return 0
+    if not rows:
+        print(f"no runs and no studies in {runs.resolve()}")
     console = screen()
     for row in rows:
-        what = row.get("error") or f"{row['algorithm']} on {row['environment']}"
-        reached, returned = _of(row, "iteration", "iterations"), _number(row.get("return_mean"), ".1f")
-        line = f"  {row['state']:<11}  {reached:<14}  {returned:>7}  {_local(row['started']):<11}  {what}"
+        reached, what = _told_of(row, runs)
+        returned = _number(row.get("return_mean"), ".1f")
         console.print(row["run"], markup=False, soft_wrap=True)
-        console.print(Text(line), no_wrap=True, overflow="ellipsis", crop=True)
+        line = f"  {row['state']:<11}  {reached:<14}  {returned:>7}  {_local(row['started']):<11}  {what}"
+        _print_line(console, line)
     return 0
+
+
+def _told_of(row: Mapping[str, Any], runs: Path) -> tuple[str, str]:
+    """How far a run or a study is, and what it is."""
+    if "error" in row:
+        return "", row["error"]
+    if "study" not in row:
+        return _of(row, "iteration", "iterations"), f"{row['algorithm']} on {row['environment']}"
+    states = row["study"]
+    others = [f"{count} {state}" for state, count in states.items() if state not in ("runs", "finished")]
+    what = f"{', '.join(['study', *others])}: bm3il list {shlex.quote(str(runs / row['run']))}"
+    return f"{states.get('finished', 0)} of {states['runs']} runs", what
+
+
+def _print_line(console: Console, line: str) -> None:
+    """In one line of the terminal."""
+    console.print(Text(line), no_wrap=True, overflow="ellipsis", crop=True)
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -137,18 +169,34 @@ def _how_far(folder: Path, config: Config) -> dict[str, Any]:
 
 
 def _rows(runs: Path) -> Iterator[dict[str, Any]]:
-    for folder in runs.iterdir():
-        if folder.name.startswith(".") or not (folder / "config.yaml").exists():
-            continue
+    for folder in folders_with(runs, (CONFIG, STUDY)):
         try:
-            yield _summary(folder, read_config(folder))
+            yield _summary(folder, read_config(folder)) if (folder / CONFIG).exists() else _study(folder)
         except (InputError, OSError) as error:
             yield {"run": folder.name, "state": "broken", "started": _started(folder), "error": str(error)}
 
 
+def _study(folder: Path) -> dict[str, Any]:
+    """How many of its runs are in which state; of one that is not at work, none is running any more.
+
+    Raises InputError if its `study.json` cannot be understood.
+    """
+    try:
+        states = Counter(str(run["status"]) for run in json.loads((folder / STUDY).read_text(encoding="utf-8"))["runs"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{folder / STUDY} is not that of a study: {error}") from error
+    state = "running"
+    if not is_running(folder):
+        states += Counter(interrupted=states.pop("running", 0))
+        state = next((name for name in ("failed", "interrupted", "waiting") if states[name]), "finished")
+    told = {"runs": states.total(), **states}
+    return {"run": folder.resolve().name, "state": state, "started": _started(folder), "study": told}
+
+
 def _started(folder: Path) -> str:
-    """When its `config.yaml` was written, which is never written again."""
-    return datetime.fromtimestamp((folder / "config.yaml").stat().st_mtime).astimezone().isoformat(timespec="seconds")
+    """When the run's `config.yaml` was written, which is never written again; of a study, when it was begun last."""
+    mark = next(folder / name for name in (CONFIG, STUDY_FILE, STUDY) if (folder / name).exists())
+    return datetime.fromtimestamp(mark.stat().st_mtime).astimezone().isoformat(timespec="seconds")
 
 
 def _evaluation(folder: Path) -> dict[str, float | None]:

@@ -30,7 +30,7 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     Raises InputError if this is the folder of no run and no study, or nothing can be written there.
     """
     if not folder.exists():
-        raise missing(folder, (CONFIG, STUDY))
+        raise missing(folder)
     path = folder / NAME if output is None else output
     if path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--output must be a file that ends in .html, got {path}")

@@ -96,7 +96,7 @@ def _runs_of(path: Path) -> dict[Path, Row | None]:
     if path.is_file():
         return {path / row.run: row for row in Rows.read(path).rows}
     if not path.exists():
-        raise run_folder.missing(path, (run_folder.CONFIG, run_folder.STUDY))
+        raise run_folder.missing(path)
     if (path / run_folder.CONFIG).exists():
         return {path.resolve(): None}
     try:

@@ -27,7 +27,7 @@ from bm3il.launch.studies.board import Board
 from bm3il.launch.studies.file import Study, Trial, text_of
 from bm3il.launch.studies.pool import LOG, Work, finished, run_all
 from bm3il.launch.studies.rows import Row, Rows
-from bm3il.launch.studies.trial import COPY, all_evaluations, evaluations
+from bm3il.launch.studies.trial import all_evaluations, evaluations
 from bm3il.launch.surroundings import cores, lasting_output, module_command, screen
 from bm3il.launch.topology import processes_of
 from bm3il.protocol.errors import InputError
@@ -84,9 +84,9 @@ def threads_of(config: Config) -> int:
 
 def check_same(study: Study, folder: Path) -> None:
     """Raise InputError if the folder holds another study, and not this one with fewer values."""
-    if not (folder / COPY).exists():
+    if not (folder / run_folder.STUDY_FILE).exists():
         return
-    if changed := study.differences(Study.read(folder / COPY)):
+    if changed := study.differences(Study.read(folder / run_folder.STUDY_FILE)):
         raise InputError(
             f"{study.source} is not the study that {folder} holds: {', '.join(changed)} changed; values of grid, seeds "
             "and worlds can be added, for anything else take another name"
@@ -107,7 +107,7 @@ def _open(trials: Sequence[Trial], file: Path, folder: Path) -> None:
                 f"{place} was begun with other settings: {differences(begun, trial.config)}; make them what they were, "
                 "or take another name for the study"
             )
-    run_folder.write_atomically(folder / COPY, file.read_text(encoding="utf-8"))
+    run_folder.write_atomically(folder / run_folder.STUDY_FILE, file.read_text(encoding="utf-8"))
     for trial in fresh:
         run_folder.create(trial.config)
 

@@ -18,14 +18,14 @@ from bm3il.launch import run
 from bm3il.launch.learned.evaluate import judged
 from bm3il.launch.learned.trained import load_trained
 from bm3il.launch.outcome import FINISHED, INPUT_ERROR
-from bm3il.launch.run_folder import read_result, write_atomically
+from bm3il.launch.run_folder import STUDY_FILE, read_result, write_atomically
 from bm3il.launch.studies.file import Study, in_world
 from bm3il.launch.studies.pool import finished
 from bm3il.launch.surroundings import settle
 from bm3il.protocol.errors import InputError
 
-COPY, WORLDS, SPENT = "study.yaml", "worlds.json", "core_seconds"
-"""The study in its own folder; in a run's folder, how good its policy is in the worlds, and what it cost."""
+WORLDS, SPENT = "worlds.json", "core_seconds"
+"""In a run's folder, how good its policy is in the worlds, and what it cost."""
 AS_TRAINED = "as trained"
 OF_RESULT = {"return_mean": "return_mean", "normalized_return": "normalized_return", "episodes": "return_episodes"}
 """Figures of the evaluation at the end of the training, and how `result.json` names them."""
@@ -73,7 +73,7 @@ def main(folder: Path) -> int:
     try:
         code = FINISHED if finished(folder) else run.resume(folder)
         if code == FINISHED:
-            judge(folder, Study.read(folder.parent / COPY))
+            judge(folder, Study.read(folder.parent / STUDY_FILE))
         return code
     except InputError as error:
         print(f"bm3il: {error}", file=sys.stderr, flush=True)

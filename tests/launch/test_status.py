@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bm3il.launch import status
+from bm3il.launch import run_folder, status
 from bm3il.launch.config import load_preset
 from bm3il.launch.events import EventLog
 from bm3il.launch.processes.states import judge
@@ -183,3 +183,39 @@ def test_a_list_names_every_run_and_is_spoiled_by_none(
     assert lines[lines.index(RUN) + 1].split()[:5] == ["running", "120", "of", "250", "97.2"]
     with pytest.raises(InputError, match="is no folder of runs"):
         print_list(runs / "nowhere")
+
+
+def test_an_empty_list_says_where_it_looked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert print_list(tmp_path) == 0
+    assert capsys.readouterr().out == f"no runs and no studies in {tmp_path}\n"
+    assert print_list(tmp_path, as_json=True) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_a_list_has_a_row_of_each_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def study(name: str, *states: str) -> Path:
+        (tmp_path / name).mkdir()
+        told = {"runs": [{"run": str(number), "status": state} for number, state in enumerate(states)]}
+        (tmp_path / name / "study.json").write_text(json.dumps(told))
+        return tmp_path / name
+
+    study("done", "finished", "finished")
+    study("left", "finished", "running", "waiting")  # and killed
+    study("torn").joinpath("study.json").write_text('{"runs": [')
+    (tmp_path / "left" / "study.yaml").touch()
+    busy = study("busy", "finished", "failed", "running")
+    with run_folder.locked(busy):
+        assert print_list(tmp_path, as_json=True) == 0
+        rows = {row["run"]: row for row in json.loads(capsys.readouterr().out)}
+        assert print_list(tmp_path) == 0
+        lines = capsys.readouterr().out.splitlines()
+    assert {name: row["state"] for name, row in rows.items()} == {
+        "done": "finished",
+        "left": "interrupted",
+        "torn": "broken",
+        "busy": "running",
+    }
+    assert rows["left"]["study"] == {"runs": 3, "finished": 1, "interrupted": 1, "waiting": 1}
+    told = lines[lines.index("busy") + 1]
+    assert told.split()[:5] == ["running", "1", "of", "3", "runs"]
+    assert told.endswith(f"  study, 1 failed, 1 running: bm3il list {busy}")
