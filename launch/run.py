@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import secrets
+import shlex
 import socket
 import sys
 import threading
@@ -23,7 +24,7 @@ from bm3il.launch.memory import Needs, available_memory, needs
 from bm3il.launch.nodes import ranks
 from bm3il.launch.nodes.backends import check_hosts
 from bm3il.launch.nodes.join import ticket
-from bm3il.launch.outcome import CRASHED, INTERRUPTED, Outcome, attempt
+from bm3il.launch.outcome import CRASHED, FINISHED, INTERRUPTED, Outcome, attempt
 from bm3il.launch.processes.director import direct
 from bm3il.launch.processes.supervisor import StopRequests
 from bm3il.launch.progress import Progress
@@ -67,7 +68,7 @@ def train(config: Config) -> int:
 
 
 def resume(folder: Path, flags: Config | None = None, steps: int | None = None) -> int:
-    """Go on with a run from its newest checkpoint; returns the exit code.
+    """Go on with a run from its newest checkpoint; returns the exit code. Of one that is complete it says how it ended.
 
     flags: what the command line asks for; refused with the differences if it is not what the run was started with.
     steps: another budget, for instance of a run that is finished; schedules go on as those of a run of so many steps.
@@ -84,7 +85,6 @@ def resume(folder: Path, flags: Config | None = None, steps: int | None = None) 
         )
     asked = started if steps is None else replace(started, steps=steps)
     config, spec = check(asked)
-    _check_devices(config)
     checkpoint = CheckpointFolder(folder / "checkpoints", 1).newest_header()
     if checkpoint is not None:
         # It holds what was forced when the run began, which may be less than what is written down today.
@@ -93,10 +93,28 @@ def resume(folder: Path, flags: Config | None = None, steps: int | None = None) 
             raise InputError(f"the configuration of {folder} was changed since its newest checkpoint: {changed}")
     if steps is not None:
         _check_budget(folder, config, 0 if checkpoint is None else int(checkpoint["facts"]["env_steps"]))
+    if _is_complete(folder, config):
+        return _say_how_it_ended(folder, config)
+    _check_devices(config)
     needed = needs(config, spec)
     _check_room(config, needed)
     with run_folder.rewritten(folder, started, config):
         return _run(config, spec, folder, needed)
+
+
+def _is_complete(folder: Path, config: Config) -> bool:
+    """Whether nothing is left to do: neither steps of a larger budget, nor the evaluation of the final policy."""
+    result = run_folder.read_result(folder)
+    finished = result.get("status") == "finished" and result.get("steps") == config.steps
+    return finished and result.get("return_mean") is not None
+
+
+def _say_how_it_ended(folder: Path, config: Config) -> int:
+    progress = Progress()
+    progress.summary(folder, run_folder.read_result(folder))
+    longer = f"; `bm3il resume {shlex.quote(str(folder))} --steps N` prolongs it"
+    progress.note(f"the run has finished{'' if algorithm(config.algorithm).clones else longer}")
+    return FINISHED
 
 
 def _check_budget(folder: Path, config: Config, played: int) -> None:

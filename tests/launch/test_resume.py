@@ -44,8 +44,6 @@ def test_a_finished_run_can_be_prolonged(tmp_path: Path, capsys: pytest.CaptureF
     for steps in ("300", "200", "0"):
         assert "--steps must be a" in refused(capsys, "resume", str(run), "--steps", steps)
     assert (result_of(run), open_existing(run).steps) == (first, 250)
-    assert main(["resume", str(run)]) == 0  # nothing is left to play
-    assert {**result_of(run), **dict.fromkeys(CHANGING)} == {**first, **dict.fromkeys(CHANGING)}
 
     assert main(["resume", str(run), "--steps", "500"]) == 0
     longer = result_of(run)
@@ -58,6 +56,29 @@ def test_a_finished_run_can_be_prolonged(tmp_path: Path, capsys: pytest.CaptureF
 
 
 CHANGING = ("run_id", "started", "ended", "wall_seconds")
+
+
+def test_a_run_that_is_complete_is_not_started_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(tmp_path, "run", "--steps", "100")
+    result, text = result_of(run), (run / "result.json").read_text(encoding="utf-8")
+    for command in (["resume", str(run)], ["train", "--resume", str(run)]):
+        capsys.readouterr()
+        assert main(command) == 0
+        said = capsys.readouterr().out
+        assert said.startswith("finished after")
+        assert said.endswith(f"the run has finished; `bm3il resume {run} --steps N` prolongs it\n")
+        assert (run / "result.json").read_text(encoding="utf-8") == text
+
+    # Somebody has to do what is left: the evaluation of the final policy, or more steps.
+    (run / "result.json").write_text(json.dumps(result | {"return_mean": None}), encoding="utf-8")
+    assert main(["resume", str(run)]) == 0
+    assert {**result_of(run), **dict.fromkeys(CHANGING)} == {**result, **dict.fromkeys(CHANGING)}
+    config = (run / "config.yaml").read_text(encoding="utf-8")  # as a prolongation leaves it that was killed
+    (run / "config.yaml").write_text(config.replace("\nsteps: 100\n", "\nsteps: 200\n"), encoding="utf-8")
+    assert main(["resume", str(run)]) == 0
+    assert result_of(run)["env_steps"] == 200
 
 
 def test_a_run_of_other_settings_is_refused_and_loses_nothing(
