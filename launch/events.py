@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,18 @@ EVENTS = "events.jsonl"
 NAME = 64
 """Characters of a process's name, and of what happened to it."""
 TAIL_BYTES = 1 << 16
+SAID = ("restored", "rewind")
+"""Events that are said to whoever looks on, too: what is on the screen is done again."""
 
 
 class EventLog:
-    """Appends to the file of a run. A disk that takes no more costs events, and is logged once; nothing is raised."""
+    """Appends to the file of a run. A disk that takes no more costs events, and is logged once; nothing is raised.
 
-    def __init__(self, folder: Path, process: str) -> None:
-        self._path, self._process = folder / EVENTS, process
+    say: is told what people shall see of the events of others.
+    """
+
+    def __init__(self, folder: Path, process: str, say: Callable[[str], None] = lambda line: None) -> None:
+        self._path, self._process, self._say = folder / EVENTS, process, say
         self._start, self._warned = time.time(), False
         _end_last_line(self._path)
 
@@ -43,7 +48,10 @@ class EventLog:
     def take(self, events: Iterable[Event]) -> None:
         """What processes have told."""
         for event in events:
-            self._write(event.at, event.what[:NAME], event.process[:NAME], event.text[:EVENT_TEXT], {})
+            process, text = event.process[:NAME], event.text[:EVENT_TEXT]
+            self._write(event.at, event.what[:NAME], process, text, {})
+            if event.what in SAID:
+                self._say(f"{process} {text}")
 
     def start(self, config: Config, resumed: bool) -> None:
         """A launcher has begun."""

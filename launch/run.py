@@ -250,7 +250,7 @@ def _run_serial(
     sender, host = Sender(run_id, "learner-0"), config.metrics_address or LOOPBACK
     telemetry = Telemetry("learner", 0, sender, host=host, token=config.metrics_token(), port=config.metrics_port)
     job = make_job(config, spec, run_id, folder, Endpoints("", "", "", ""))
-    ended, events = threading.Event(), EventLog(folder, "learner-0")
+    ended, events = threading.Event(), EventLog(folder, "learner-0", progress.note)
     events.start(config, resumed=(folder / "checkpoints").exists())
 
     def watch() -> None:

@@ -234,7 +234,8 @@ def _told_of_processes(folder: Path) -> dict[str, dict[str, Any]]:
     for name, told in processes.items():
         version = told["policy_version"]
         has_lag = name.startswith("actor-") and None not in (version, newest)
-        told |= {"lag": newest - version if has_lag else None, "metrics": addresses.get(name)}
+        lag = max(0, newest - version) if has_lag else None  # an actor may have been heard later than the learner
+        told |= {"lag": lag, "metrics": addresses.get(name)}
     return processes
 
 
@@ -262,7 +263,8 @@ def _progress(told: Mapping[str, Any]) -> Iterator[str]:
     """The state and how far it is, and in a second line the steps."""
     left = "" if told["seconds_left"] is None else f", {duration(told['seconds_left'])} left"
     reached = _of(told, "iteration", "iterations")
-    yield f"{told['state']}: " + (f"iteration {reached}{left}" if reached else "before the first iteration")
+    begun = "in" if told["checkpoint"] else "before"  # the first checkpoint is that of the start
+    yield f"{told['state']}: " + (f"iteration {reached}{left}" if reached else f"{begun} the first iteration")
     if told["env_steps"] and told["steps"]:
         speed = told["steps_per_second"]
         yield f"{told['env_steps']:,} of {told['steps']:,} steps" + (f", {speed:,.0f} steps/s" if speed else "")

@@ -218,8 +218,8 @@ class Training:
             self._facts.wall_seconds = max(self._facts.wall_seconds, forgotten.wall_seconds, seconds)
             self._evaluate_again = checkpoint.iteration if forgotten.evaluated else None
             self._figures = {checkpoint.iteration: self._position()}
-            lost = f"; {forgotten.iterations} iterations after it are lost" if forgotten.iterations else ""
-            self._telemetry.event("restored", f"goes on from the checkpoint of iteration {checkpoint.iteration}{lost}")
+            again = f"; {forgotten.iterations} iterations after it are done again" if forgotten.iterations else ""
+            self._telemetry.event("restored", f"goes on from the checkpoint of iteration {checkpoint.iteration}{again}")
 
     def _publish(self, session: str) -> None:
         iteration = self._facts.iteration

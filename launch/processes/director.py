@@ -47,16 +47,16 @@ class _Trouble:
 
 
 class Director:
-    """Hears the heartbeats of all processes. Keeps `targets.json` for Prometheus."""
+    """Hears the heartbeats of all processes. Keeps `targets.json` for Prometheus. `say` tells people what happened."""
 
-    def __init__(self, plan: Plan, telemetry: Telemetry) -> None:
+    def __init__(self, plan: Plan, telemetry: Telemetry, say: Callable[[str], None] = lambda line: None) -> None:
         self._plan, self._telemetry = plan, telemetry
         self._server = Server(plan.control, telemetry.sender, _schema, telemetry.count_drop)
         self._supervisors = {f"supervisor-{node}" for node in range(1, len(plan.nodes))}
         self._names = self._supervisors | {process.name for process in plan.processes}
         self._takes_more = plan.config.mode == "async"
         self._metrics = RunMetrics(telemetry.registry, plan.config)
-        self.events = EventLog(Path(plan.run_folder), telemetry.sender.name)
+        self.events = EventLog(Path(plan.run_folder), telemetry.sender.name, say)
         self._troubles: dict[str, _Trouble] = {}
         self._targets: dict[str, tuple[str, str, int]] = {}
         self._heard: dict[str, float] = {}
@@ -223,7 +223,7 @@ class Director:
 def direct(plan: Plan, progress: Progress, stopped: StopRequests) -> Outcome:
     """Lead a run from the first node to its end; returns how it ended. Nothing is left running."""
     telemetry = plan.telemetry("supervisor", 0, 0)
-    director = Director(plan, telemetry)
+    director = Director(plan, telemetry, progress.note)
     supervisor = Supervisor(plan, 0, telemetry, progress.note)
     outcome: Outcome | None = None
     asked = 0

@@ -64,6 +64,14 @@ def test_a_line_that_was_cut_short_spoils_no_other(tmp_path: Path) -> None:
     assert read_events(tmp_path / "nowhere", 5) == []
 
 
+def test_what_is_done_again_is_said_to_whoever_looks_on(tmp_path: Path) -> None:
+    said: list[str] = []
+    told = [("restored", "goes on from 3"), ("best", "return 7"), ("rewind", "goes back from 5")]
+    EventLog(tmp_path, "supervisor-0", said.append).take([Event(what, "learner-0", text, 1.0) for what, text in told])
+    assert said == ["learner-0 goes on from 3", "learner-0 goes back from 5"]
+    assert [line["event"] for line in lines(tmp_path)] == ["restored", "best", "rewind"]
+
+
 def test_a_serial_run_tells_its_events_too(tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -131,6 +131,7 @@ def test_a_killed_process_leaves_no_trace_in_the_policy(
     victim.send_signal(signal.SIGKILL)
     output, _ = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 0, output
+    assert ("\nlearner-0 goes on from the checkpoint of iteration " in output) == (role in ("learner", "reward-server"))
     result = result_of(tmp_path, "run")
     assert result["status"] == "finished"
     assert result["policy_sha256"] == undisturbed["policy_sha256"]

@@ -46,6 +46,7 @@ def test_a_finished_run_can_be_prolonged(tmp_path: Path, capsys: pytest.CaptureF
     assert (result_of(run), open_existing(run).steps) == (first, 250)
 
     assert main(["resume", str(run), "--steps", "500"]) == 0
+    assert "\nlearner-0 goes on from the checkpoint of iteration 3\n" in capsys.readouterr().out
     longer = result_of(run)
     assert (longer["status"], longer["iterations"], longer["env_steps"], longer["steps"]) == ("finished", 5, 500, 500)
     assert (open_existing(run).steps, (run / "config-250-steps.yaml").exists()) == (500, True)

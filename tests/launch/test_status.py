@@ -123,6 +123,24 @@ def test_a_status_says_how_far_the_run_is(folder: Path, capsys: pytest.CaptureFi
     assert [f"{number} was killed" in text for number in range(10)] == [False, False, *[True] * 8]
 
 
+def test_a_run_that_has_begun_is_in_its_first_iteration(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also one that went back there."""
+    (folder / "log.jsonl").unlink()
+    (folder / "checkpoints" / "00000100").rename(folder / "checkpoints" / "00000000")
+    assert print_status(folder) == 0
+    assert "\nrunning: in the first iteration\n" in capsys.readouterr().out
+    (folder / "checkpoints" / "00000000").rmdir()
+    assert print_status(folder) == 0
+    assert "\nrunning: before the first iteration\n" in capsys.readouterr().out
+
+
+def test_an_actor_that_was_heard_after_the_learner_is_not_ahead_of_it(folder: Path) -> None:
+    told = json.loads((folder / "processes.json").read_text())
+    told["learner-0"]["policy_version"] = told["actor-1234"]["policy_version"] - 1
+    (folder / "processes.json").write_text(json.dumps(told))
+    assert status.describe(folder)["processes"]["actor-1234"]["lag"] == 0
+
+
 def test_a_status_for_programs_says_all(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert print_status(folder, as_json=True) == 0
     told = json.loads(capsys.readouterr().out)
