@@ -14,6 +14,7 @@ probability that one is better than one of the others, both as by `bm3il compare
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ SHOWN, REVERSE, OPEN = "shown", "the reverse", "not shown"
 LOOKS = {SHOWN: COLOURS[2], REVERSE: COLOURS[7], OPEN: "#9a9a9a"}
 MEASURES = {"end": "return at the end", "area": "area under the curve"}
 EVERYWHERE = "all together"
-WIDTH_INCHES, HEAD_INCHES = 9.0, 0.6
+WIDTH_INCHES, HEAD_INCHES, TITLE_CHARACTERS = 9.0, 0.75, 80
 
 Scores = dict[int, float]
 """By seed."""
@@ -150,22 +151,27 @@ def section(held: Held, picture: str) -> str:
     how = (
         "Interquartile means of the differences between runs of one seed, normalised returns, 95% bootstrap intervals; "
         "P: the probability that a run is better than one of the others; *shown*: the interval of the difference lies "
-        "above 0."
+        "above 0. In the picture are those of all places together: green is shown, grey is not, red is the reverse."
     )
     return "\n\n".join([*parts, how, *tables])
+
+
+def in_all(told: Sequence[Comparison]) -> Sequence[Comparison]:
+    """Those of all places together, if there are several."""
+    return [one for one in told if one.where == EVERYWHERE] or told
 
 
 def sentence(claim: Claim, told: Sequence[Comparison]) -> str:
     """What came of a claim."""
     counts = Counter(one.verdict for one in told)
     verdicts = ", ".join(f"{verdict} {counts[verdict]}" for verdict in (SHOWN, OPEN, REVERSE) if counts[verdict])
-    whole = [one for one in told if one.where == EVERYWHERE] or told
-    ends = "; ".join(f"{one.ours} − {one.theirs} {cell(one.figures, 'difference')}" for one in whole)
+    ends = "; ".join(f"{one.ours} − {one.theirs} {cell(one.figures, 'difference')}" for one in in_all(told))
     return f"**{claim.says}**: of {len(told)} comparisons {verdicts}. {ends}"
 
 
 def draw(held: Held, path: Path) -> Path:
-    """All differences with their intervals, a panel for each claim."""
+    """The differences in all places together with their intervals, a panel for each claim."""
+    held = [(claim, in_all(told)) for claim, told in held]
     heights = [HEAD_INCHES + LINE_INCHES * len(told) for _, told in held]
     figure = Figure(figsize=(WIDTH_INCHES, sum(heights) + HEAD_INCHES), dpi=DOTS_PER_INCH, layout="constrained")
     grid = figure.subplots(len(held), 1, squeeze=False, height_ratios=heights)
@@ -174,9 +180,8 @@ def draw(held: Held, path: Path) -> Path:
             errorbar(axes, {-number: one.figures}, LOOKS[one.verdict], vertical=False, name="difference")
         axes.set_ylim(0.5 - len(told), 0.5)
         axes.axvline(0.0, color="black", linewidth=0.8, linestyle=":")
-        names = [f"{one.ours} − {one.theirs}, {one.where}".removesuffix(", ") for one in told]
-        name_rows(axes, names, fontsize=7)
-        axes.set_title(claim.says, loc="left", fontsize=9)
+        name_rows(axes, [f"{one.ours} − {one.theirs}" for one in told], fontsize=7)
+        axes.set_title(textwrap.fill(claim.says, TITLE_CHARACTERS), loc="left", fontsize=9)
         axes.tick_params(axis="x", labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)

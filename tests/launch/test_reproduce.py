@@ -293,6 +293,8 @@ def test_a_claim_is_held_against_runs_of_the_same_seed(tmp_path: Path) -> None:
     # What a seed has in common falls out: the interval is a point, where that of each line is not.
     assert [told[1].figures[f"difference{end}"] for end in ("_low", "", "_high")] == pytest.approx([0.4] * 3)
     assert "of 3 comparisons shown 2, the reverse 1. bm3il − bc 0.150 [0.150, 0.150]" in claims.sentence(claim, told)
+    assert [one.where for one in claims.in_all(told)] == ["all together"]
+    assert claims.in_all(told[:1]) == told[:1]
     text = claims.section([(claim, told)], "claims.png")
     assert "| bm3il − bc | slipping | 4 | 0.400 [0.400, 0.400] | 1.00 [1.00, 1.00] | shown |" in text
     picture = claims.draw([(claim, told)], tmp_path / "claims.png")
