@@ -240,7 +240,7 @@ def test_all_studies_can_be_trained_and_are_what_quick_ones_and_claims_are_about
         "worlds": 280,
         "figure4": 150,
         "figure3": 140,
-        "few": 400,
+        "few": 340,
         "imitation": 300,
         "ablations": 230,
         "attempts": 112,
