@@ -244,7 +244,7 @@ def test_all_studies_can_be_trained_and_are_what_quick_ones_and_claims_are_about
         "imitation": 300,
         "ablations": 230,
         "attempts": 112,
-        "tuning": 196,
+        "tuning": 256,
         "tuning_few": 158,
     }
     quick = reproduce.studies(plan, plan["studies"], True)
