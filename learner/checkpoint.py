@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 ARRAY_FILES = ("learner", "rewards")
+START = f"{0:08d}"
 PACKED_COLUMNS = (".own", ".uint8", ".int16", ".masks")
 """What agents saw and might do: much of it stays as it was from step to step. Parameters would only cost time."""
 
@@ -51,7 +52,7 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """The checkpoints of one run; keeps the newest `kept`, and the one marked best."""
+    """The checkpoints of one run; keeps the newest `kept`, and the one marked best: until one is, that of the start."""
 
     def __init__(self, folder: Path, kept: int) -> None:
         self._folder, self._kept = folder, kept
@@ -116,6 +117,12 @@ class CheckpointFolder:
             raise InputError(f"no checkpoint in {self._folder} can be used; start the run anew")
         return None
 
+    def first(self) -> Checkpoint | None:
+        """The one of the start, before any iteration; None if it is not kept any more, or fails a check."""
+        with suppress(InputError):
+            return read_checkpoint(self._folder / START)
+        return None
+
     def newest_header(self) -> dict[str, Any] | None:
         """The `checkpoint.json` of the newest checkpoint that has a readable one; None without any."""
         for name in reversed(self._names()):
@@ -132,9 +139,10 @@ class CheckpointFolder:
 
     def _prune(self) -> None:
         best = self._folder / "best"
-        keep = {best.read_text(encoding="utf-8").strip()} if best.exists() else set()
+        # As long as none is marked, the start is not evaluated yet; a resume hands it out again.
+        keep = best.read_text(encoding="utf-8").strip() if best.exists() else START
         for name in self._names()[: -self._kept]:
-            if name not in keep:
+            if name != keep:
                 shutil.rmtree(self._folder / name)
 
 

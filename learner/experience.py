@@ -119,8 +119,11 @@ class RemoteExperience:
 
     def publish(self, session: str, version: int, policy: Policy, evaluate_episodes: int) -> None:
         self._chunks.clear()
+        if session != self._current[0]:
+            self._weights.forget()
         self._current, self._published = (session, version), time.monotonic()
-        self._weights.publish(Weights(session, version, evaluate_episodes), policy.to_arrays())
+        # An evaluator that starts later than others shall not miss the first policy.
+        self._weights.publish(Weights(session, version, evaluate_episodes), policy.to_arrays(), keep=version == 0)
 
     def collect(self, abort: Callable[[], None]) -> list[Trajectories]:
         start = repeated = time.monotonic()
@@ -175,6 +178,8 @@ class RemoteExperience:
             return "stale"
         if isinstance(body, Evaluation):
             if body.session == self._current[0]:
+                if body.version == 0:
+                    self._weights.forget()
                 self._evaluated.append(Evaluated(body.version, arrays["returns"], arrays["random"]))
             return "taken"
         try:

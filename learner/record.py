@@ -27,9 +27,13 @@ OF_TYPES = ("return_mean", "return_stderr", "normalized_return")
 @dataclass(frozen=True)
 class Forgotten:
     """What of a record comes again: whether the restored iteration was evaluated, how many iterations after it were
-    logged, and the training's seconds until the last of them, which are not forgotten."""
+    logged, and the training's seconds until the last of them, which are not forgotten.
+
+    everything: no evaluation is left, not even that of the start.
+    """
 
     evaluated: bool
+    everything: bool
     iterations: int
     wall_seconds: float
 
@@ -86,8 +90,8 @@ class RunRecord:
         """Forget what comes again after `iteration` was restored: its evaluation, and everything of later ones."""
         rows = self._rows()
         evaluated = any(int(row["iteration"]) == iteration for row in rows)
+        kept = [row for row in rows if int(row["iteration"]) < iteration]
         if rows:
-            kept = [row for row in rows if int(row["iteration"]) < iteration]
             write_whole(self._curve, _csv(list(rows[0]), kept, header=bool(kept)))
         iterations, wall_seconds = 0, 0.0
         if self._log.exists():
@@ -99,7 +103,7 @@ class RunRecord:
         if self._events is not None:
             self._events.close()
         self._events, self._purge_step = None, iteration + 1
-        return Forgotten(evaluated, iterations, wall_seconds)
+        return Forgotten(evaluated, not kept, iterations, wall_seconds)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write `result.json`, whole or not at all."""

@@ -6,6 +6,7 @@ process and in many.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import secrets
@@ -22,6 +23,7 @@ from bm3il.learner.checkpoint import Checkpoint, CheckpointFolder, configuration
 from bm3il.learner.experience import Evaluated, Experience
 from bm3il.learner.figures import merged
 from bm3il.learner.metrics import LearnerMetrics
+from bm3il.learner.optimisation import part
 from bm3il.learner.record import RunRecord
 from bm3il.learner.settings import Settings
 from bm3il.protocol.channels import Refused, Unanswered
@@ -220,19 +222,34 @@ class Training:
             self._figures = {checkpoint.iteration: self._position()}
             again = f"; {forgotten.iterations} iterations after it are done again" if forgotten.iterations else ""
             self._telemetry.event("restored", f"goes on from the checkpoint of iteration {checkpoint.iteration}{again}")
+            if forgotten.everything and checkpoint.iteration:
+                self._publish_start(session)
 
     def _publish(self, session: str) -> None:
-        iteration = self._facts.iteration
-        episodes = 0
-        if self._progress == 1:
-            episodes = self._evaluation.final_episodes
-        elif iteration == 0 and self._algorithm.starts_cloned:
-            # What the run will be held against is measured as well as its end.
-            episodes = self._evaluation.final_episodes
-        elif iteration % self._evaluation.interval == 0 or iteration == self._evaluate_again:
-            episodes = self._evaluation.episodes
+        self._hand_out(session, self._facts.iteration, self._algorithm.policy)
+
+    def _publish_start(self, session: str) -> None:
+        """The first policy again: the run was stopped before its evaluation had come."""
+        if (start := self._checkpoints.first()) is not None:
+            policy = copy.deepcopy(self._algorithm.policy)
+            policy.load_arrays(part(start.learner, "policy"))
+            self._figures[0] = {"env_steps": 0, "wall_seconds": float(start.facts["wall_seconds"])}
+            self._hand_out(session, 0, policy)
+
+    def _hand_out(self, session: str, iteration: int, policy: Policy) -> None:
         with self._telemetry.stage("publish"):
-            self._experience.publish(session, iteration, self._algorithm.policy, episodes)
+            self._experience.publish(session, iteration, policy, self._episodes(iteration))
+
+    def _episodes(self, iteration: int) -> int:
+        """Of the evaluation of this iteration's policy; 0: it is not evaluated."""
+        if self._progress == 1 and iteration == self._facts.iteration:
+            return self._evaluation.final_episodes
+        if iteration == 0 and self._algorithm.starts_cloned:
+            # What the run will be held against is measured as well as its end.
+            return self._evaluation.final_episodes
+        if iteration % self._evaluation.interval == 0 or iteration == self._evaluate_again:
+            return self._evaluation.episodes
+        return 0
 
     def _checkpoint(self) -> None:
         with self._telemetry.stage("checkpoint"):

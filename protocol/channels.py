@@ -362,12 +362,22 @@ class Broadcaster:
         self._sender = sender
         self._sequence = 0
         self._newest: list[Any] | None = None
+        self._kept: list[Any] | None = None
 
-    def publish(self, body: Any, arrays: Mapping[str, np.ndarray]) -> None:
-        """Send to all listeners; remembered for those who subscribe later. The arrays must not change afterwards."""
+    def publish(self, body: Any, arrays: Mapping[str, np.ndarray], keep: bool = False) -> None:
+        """Send to all listeners; remembered for those who subscribe later. The arrays must not change afterwards.
+
+        keep: until `forget`, who subscribes gets this one, too, before the newest.
+        """
         self._sequence += 1
         self._newest = encode(self._sender, self._sequence, body, arrays)
+        if keep:
+            self._kept = self._newest
         _send(self._socket, self._newest)
+
+    def forget(self) -> None:
+        """What was kept."""
+        self._kept = None
 
     def pump(self, repeat: bool = False) -> None:
         """Send the newest message again if somebody subscribed since, or if `repeat`."""
@@ -376,6 +386,8 @@ class Broadcaster:
             if not self._socket.poll(0):
                 break
             subscribed |= self._socket.recv().startswith(b"\x01")
+        if subscribed and self._kept is not None and self._kept is not self._newest:
+            _send(self._socket, self._kept)
         if (subscribed or repeat) and self._newest is not None:
             _send(self._socket, self._newest)
 

@@ -122,6 +122,20 @@ def test_an_evaluator_that_is_started_again_evaluates_the_newest(run: Run) -> No
     assert versions(run.evaluated()) == [10]
 
 
+def test_who_starts_late_evaluates_the_first_policy_too_unless_it_is_evaluated(run: Run) -> None:
+    run.publish(0, 10)
+    run.evaluator = run.started_evaluator()
+    assert versions(run.evaluated()) == [0, 10]
+
+
+def test_the_first_policy_of_a_session_is_of_no_use_to_the_next(run: Run) -> None:
+    run.publish(0)
+    run.publish(10, session="again")
+    assert versions(run.evaluated()) == [10]
+    run.started_evaluator()
+    assert versions(run.evaluated()) == []
+
+
 def test_an_evaluator_at_work_is_heard(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "WORKING_SECONDS", 0.0)
     run.experience._published = run.experience._evaluator_heard = -1000.0

@@ -54,7 +54,7 @@ def test_a_resumed_run_leaves_the_same_record(tmp_path: Path) -> None:
     with (resumed / "log.jsonl").open("a") as file:
         file.write('{"iteration": 4, "cut sho')
     again = RunRecord(resumed)
-    assert again.go_on_from(2) == Forgotten(True, 1, 0.0), "the line of iteration 4 was cut short"
+    assert again.go_on_from(2) == Forgotten(True, False, 1, 0.0), "the line of iteration 4 was cut short"
     again.add_evaluation(2, 200, 1.0, ReturnEstimate(4.0, 0.1, 20), None, TYPES, {"critic_loss": 0.5})
     write(again, [3, 4])
     for name in ("curve.csv", "log.jsonl"):

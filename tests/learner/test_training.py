@@ -214,6 +214,23 @@ def test_stop_and_resume_ends_with_the_same_policy(tmp_path: Path, undisturbed: 
     assert logged == list(range(1, ITERATIONS + 1))
 
 
+@pytest.mark.parametrize("name", ["bm3il", "bc"])
+def test_a_stop_before_the_first_evaluation_does_not_cost_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Undisturbed, name: str
+) -> None:
+    folder, stop = tmp_path / "run", threading.Event()
+    monkeypatch.setattr(LocalExperience, "evaluations", lambda *_, **__: [])
+    monkeypatch.setattr(Training, "_note", lambda training, _: training._facts.iteration == 4 and stop.set())
+    assert run(folder, name, stop=stop, checkpoints_kept=1)["iterations"] == 4
+    assert CheckpointFolder(folder / "checkpoints", 1)._names() == ["00000000", "00000004"]
+    monkeypatch.undo()
+    run(folder, name, checkpoints_kept=1)
+    whole, resumed = ((of / "curve.csv").read_text().splitlines() for of in (undisturbed(name)[0], folder))
+    assert [row.split(",")[0] for row in resumed] == ["iteration", "0", "4", "6"]
+    start, again = ([value for key, value in enumerate(rows[1].split(",")) if key != 2] for rows in (whole, resumed))
+    assert start == again  # but for the seconds
+
+
 def test_a_budget_counts_steps_that_were_played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Episodes may end early; the schedules follow what was played, and the last policy is the one that is judged."""
     iterate, told = OffPolicyImitation.iterate, []
@@ -389,7 +406,7 @@ def test_who_is_not_evaluated_has_finished_all_the_same(tmp_path: Path, monkeypa
     monkeypatch.undo()
     played = Played(monkeypatch)
     resumed = run(tmp_path / "run")
-    assert played.policies == [Policy]
+    assert played.policies == [Policy, Policy]  # the first and the last
     assert resumed["policy_sha256"] == lost["policy_sha256"]
     assert resumed["return_episodes"] == 20
 
