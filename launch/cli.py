@@ -253,7 +253,9 @@ def compare(args: list[str]) -> int:
     parser.add_argument(
         "--baseline", default="", metavar="GROUP", help="that others are held against; default: the first"
     )
-    parser.add_argument("--output", type=Path, help="folder of CSV and picture; default: the study's")
+    parser.add_argument(
+        "--output", type=Path, help="folder of CSV and picture; default: the run's or study's; of several: comparison"
+    )
     options = parser.parse_args(args)
     from bm3il.launch.studies import compare
 

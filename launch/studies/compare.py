@@ -10,14 +10,15 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bm3il.launch.run_folder import STUDY, write_atomically
+from bm3il.launch.run_folder import write_atomically
 from bm3il.launch.studies.compared import (
     SCORES,
     UNITS,
@@ -47,6 +48,7 @@ LEVELS = (0.5, 0.8, 0.9)
 """Of the normalised return, whose steps are told."""
 NOTHING = "–"
 DEFAULT_OUTPUT = Path("comparison")
+"""Of several folders, in the working folder: it belongs to none of them."""
 
 
 def main(paths: Sequence[Path], by: str, world: str, baseline: str, output: Path | None) -> int:
@@ -54,7 +56,7 @@ def main(paths: Sequence[Path], by: str, world: str, baseline: str, output: Path
 
     by: the setting that makes groups; "": all in which the runs differ.   world: the only one; "": all.
     baseline: the group that others are held against; "": the first.
-    output: the folder of CSV and picture; None: that of the study, if one is given alone.
+    output: the folder of CSV and picture; None: that of the run or study, if one is given alone.
     Raises InputError for what is neither run nor study, and for names that are not there.
     """
     results, left_out = read_results(paths)
@@ -66,7 +68,7 @@ def main(paths: Sequence[Path], by: str, world: str, baseline: str, output: Path
     scores = {name: _score(results, name) for name in ([world] if world else worlds)}
     rows = [figures(group, first, name, score) for name, score in scores.items() for group in grouping.groups]
     if output is None:
-        output = paths[0] if len(paths) == 1 and (paths[0] / STUDY).exists() else DEFAULT_OUTPUT
+        output = paths[0] if len(paths) == 1 and paths[0].is_dir() else DEFAULT_OUTPUT
     with lasting_output():
         _print(grouping, first, rows, left_out)
         for path in _write(grouping, rows, _score(results, AS_TRAINED), output):
@@ -159,51 +161,59 @@ def _print(grouping: Grouping, first: Group, rows: Sequence[Figures], left_out: 
     if grouping.tasks:
         lines.append(f"on the same tasks, by {', '.join(grouping.tasks)}")
     lines += [f"with these differs {key}: {', '.join(values)}" for key, values in grouping.also.items()]
-    lines.append(f"P: that a run is better than one of {first.name}; in brackets: {LEVEL:.0%} intervals")
-    for line in lines:
+    against = len(grouping.groups) > 1
+    explained = [f"P: that a run is better than one of {first.name}"] if against else []
+    if any(not math.isnan(row.get("iqm_low", math.nan)) for row in rows):
+        explained.append(f"in brackets: {LEVEL:.0%} intervals")
+    for line in [*lines, "; ".join(explained)] if explained else lines:
         console.print(line, markup=False)
-    head = ", ".join(grouping.keys) or "runs"
+    head = ", ".join(grouping.keys) or "group"
     for world in dict.fromkeys(row["world"] for row in rows):
         of_world = [row for row in rows if row["world"] == world]
-        console.print(_table(head, world, of_world))
+        _print_scores(console, head, world, of_world, against)
         if all(row.get("least") == row.get("most") == 0.0 for row in of_world):
             console.print(UNREWARDED)
     if learned := [row for row in rows if not math.isnan(row.get("area", math.nan))]:
-        console.print(_area_table(head, learned))
-        console.print(_training_table(head, learned))
+        _print_areas(console, head, learned, against)
+        _print_training(console, head, learned)
 
 
-def _table(head: str, world: str, rows: Sequence[Figures]) -> Table:
-    table = Table(title=Text(f"{world}: {UNITS[rows[0]['score']]}"), title_justify="left")
-    for number, name in enumerate((head, "runs", "IQM", "mean", "P")):
-        table.add_column(name, justify="right" if number else "left")
-    for row in rows:
-        better = _interval(row, "improvement", 2)
-        table.add_row(Text(row["group"]), str(row["runs"]), _interval(row, "iqm"), _number(row, "mean"), better)
-    return table
+def _print_scores(console: Console, head: str, world: str, rows: Sequence[Figures], against: bool) -> None:
+    columns = {
+        head: [row["group"] for row in rows],
+        "runs": [str(row["runs"]) for row in rows],
+        "IQM": [_interval(row, "iqm") for row in rows],
+        "mean": [_number(row, "mean") for row in rows],
+    }
+    if against:
+        columns["P"] = [_interval(row, "improvement", 2) for row in rows]
+    _print_table(console, f"{world}: {UNITS[rows[0]['score']]}", columns)
 
 
-def _area_table(head: str, rows: Sequence[Figures]) -> Table:
-    table = Table(title=Text(f"area under the curve: {UNITS[rows[0]['score']]}"), title_justify="left")
-    for number, name in enumerate((head, "IQM", "P")):
-        table.add_column(name, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(Text(row["group"]), _interval(row, "area"), _interval(row, "area_improvement", 2))
-    return table
+def _print_areas(console: Console, head: str, rows: Sequence[Figures], against: bool) -> None:
+    columns = {head: [row["group"] for row in rows], "IQM": [_interval(row, "area") for row in rows]}
+    if against:
+        columns["P"] = [_interval(row, "area_improvement", 2) for row in rows]
+    _print_table(console, f"area under the curve: {UNITS[rows[0]['score']]}", columns)
 
 
-def _training_table(head: str, rows: Sequence[Figures]) -> Table:
-    table = Table(title="on the way: joint environment steps, mean over runs", title_justify="left")
+def _print_training(console: Console, head: str, rows: Sequence[Figures]) -> None:
     levels = [level for level in LEVELS if f"reached_{level}" in rows[0]]
-    for number, name in enumerate((head, *(f"to {level}" for level in levels), "wall, s")):
-        table.add_column(name, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(
-            Text(row["group"]),
-            *(_reached(row, level) for level in levels),
-            _number(row, "wall_seconds", 0),
-        )
-    return table
+    columns = {head: [row["group"] for row in rows]}
+    columns |= {f"to {level}": [_reached(row, level) for row in rows] for level in levels}
+    columns["wall, s"] = [_number(row, "wall_seconds", 0) for row in rows]
+    _print_table(console, "on the way: joint environment steps, mean over runs", columns)
+
+
+def _print_table(console: Console, title: str, columns: Mapping[str, Sequence[str]]) -> None:
+    """Below its title, which a table of its own would break to its width."""
+    table = Table()
+    for number, name in enumerate(columns):
+        table.add_column(Text(name), justify="right" if number else "left")
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*map(Text, cells))
+    console.print(title, style="italic", markup=False)
+    console.print(table)
 
 
 def _reached(row: Figures, level: float) -> str:

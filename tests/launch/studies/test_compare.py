@@ -119,6 +119,29 @@ def test_returns_are_compared_where_nobody_knows_the_expert(tmp_path: Path) -> N
     assert "steps_to_0.5" not in first
 
 
+def test_one_group_is_held_against_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_of(tmp_path / "a", 0.5)
+    assert main(["compare", str(run)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "as trained: normalised return"  # and no word of P, nor of intervals that one run has not
+    assert said[2].split() == ["┃", "group", "┃", "runs", "┃", "IQM", "┃", "mean", "┃"]
+    assert "area under the curve: normalised return" in said
+    assert not any(" P " in line for line in said)
+    compared(tmp_path / "out", run, run_of(tmp_path / "b", 0.6, seed=2))
+    assert capsys.readouterr().out.startswith("in brackets: 95% intervals\n")
+
+
+def test_where_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into the folder of what is looked at, if that is one; else into one of its own."""
+    monkeypatch.chdir(tmp_path)
+    runs = [str(run_of(tmp_path / f"run{seed}", 0.5, seed).name) for seed in (1, 2)]
+    assert main(["compare", runs[0]]) == 0
+    assert (tmp_path / "run1" / "compare.csv").exists()
+    assert not (tmp_path / "comparison").exists()
+    assert main(["compare", *runs]) == 0
+    assert (tmp_path / "comparison" / "compare.csv").exists()
+
+
 def test_worlds_have_tables_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = tmp_path / "study"
     for name, algorithm, score in (("a", "ma-gail", 0.4), ("b", "mtmfil", 0.3)):
