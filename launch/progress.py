@@ -196,3 +196,30 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Meanwhile:
+    """Tells on standard error what is done while somebody waits: a line that changes in a terminal, elsewhere one now
+    and then."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self._status = self._console.status("")
+        self._last_line = -math.inf
+
+    def __enter__(self) -> Meanwhile:
+        if self._console.is_terminal:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._status.stop()
+
+    def tell(self, what: str, done: int, of: int) -> None:
+        """What is done now, and how far it is."""
+        text = f"{what} {done:,} of {of:,}"
+        if self._console.is_terminal:
+            self._status.update(Text(text))
+        elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
+            self._last_line = time.monotonic()
+            self._console.print(text, markup=False)

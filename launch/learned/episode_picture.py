@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from bm3il.actors.environments.drawing import pixels
+from bm3il.actors.evaluation import AtWork
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
 
@@ -57,16 +58,30 @@ class Episode:
 
 
 def check_path(path: Path) -> None:
-    """Raise InputError for a file of a kind that cannot be drawn, and for one in a folder that there is not."""
+    """Raise InputError for a file of a kind that cannot be drawn, and for one that cannot be written."""
     known = sorted({MOVING, *(f".{kind}" for kind in FigureCanvasBase.get_supported_filetypes())})
     if path.suffix.lower() not in known:
         raise InputError(f"cannot draw '{path.name}': expected one of {', '.join(known)}")
-    if not path.parent.is_dir():
-        raise InputError(f"cannot write {path}: {path.parent} is no folder")
+    is_new = not path.exists()
+    try:
+        path.open("ab").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
-def draw(episodes: Mapping[str, Episode], spec: EnvironmentSpec, title: str, path: Path) -> None:
-    """Draw episodes side by side, by the names of who played them: moving, or some moments of each. Raises OSError."""
+def draw(
+    episodes: Mapping[str, Episode],
+    spec: EnvironmentSpec,
+    title: str,
+    path: Path,
+    at_work: AtWork = lambda *_: None,
+) -> None:
+    """Draw episodes side by side, by the names of who played them: moving, or some moments of each. Raises OSError.
+
+    at_work: called after each picture that is to move with its number, and how many there are.
+    """
     longest = max(episode.steps for episode in episodes.values())
     if spec.num_types > TYPES_SHOWN:
         title += f", the first {TYPES_SHOWN} of {spec.num_types} types"
@@ -80,9 +95,10 @@ def draw(episodes: Mapping[str, Episode], spec: EnvironmentSpec, title: str, pat
         return
     steps = sorted({step for episode in episodes.values() for step in episode.frames} or range(longest + 1))
     frames = []
-    for step in steps:
+    for number, step in enumerate(steps, 1):
         stage.show(step)
         frames.append(Image.fromarray(pixels(stage.figure)))
+        at_work(number, len(steps))
     durations = [FRAME_MILLISECONDS] * (len(steps) - 1) + [LAST_MILLISECONDS]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from rich.table import Table
 
+from bm3il.actors.evaluation import AtWork
 from bm3il.actors.experts.scripted import expert_for
 from bm3il.actors.policy import UniformPolicy
 from bm3il.actors.rollout import Acts, play
 from bm3il.launch.files import load_demonstrations
 from bm3il.launch.learned.episode_picture import MOVING, Episode, check_path, draw
 from bm3il.launch.learned.trained import Trained, load_trained
+from bm3il.launch.progress import Meanwhile
 from bm3il.launch.surroundings import screen
 from bm3il.protocol.environment import Environment, Starts, TimeStep
 from bm3il.protocol.errors import InputError
@@ -45,38 +48,51 @@ def main(
     environment: another world to play in, which the policy fits.   beside: `expert`, `random`, who play from the same
     start.   output: a .gif that moves, or a picture of some moments; None: `play.gif` in the run's folder.
     Raises InputError for an environment that the policy does not fit, a start or an expert that there is not, and a
-    kind of file that cannot be drawn.
+    kind of file that cannot be drawn or a place that cannot be written to: before anything is played.
     """
     path = run / f"play{MOVING}" if output is None else output
-    if output is not None:
-        check_path(output)
     if start.seed < 0:
         raise InputError(f"--seed must be at least 0, got {start.seed}")
     trained = load_trained(run, best)
+    check_path(path)
     name = with_absolute_files(environment)[0] if environment else trained.config.environment
     spec = make_environment(name, 1).spec
     players: dict[str, Acts] = {"policy": trained.policy_in(spec)}
     makers = {"expert": expert_for, "random": UniformPolicy}
     players |= {who: makers[who](spec) for who in beside}
     starts = None if start.episode is None else _demonstrated(trained, start.episode)
-    episodes = {who: record(name, player, start.seed, greedy, starts) for who, player in players.items()}
+    title = f"{run.resolve().name}, iteration {trained.checkpoint.iteration}, in {spec.name}"
+    with Meanwhile() as meanwhile:
+        episodes = {}
+        for who, player in players.items():
+            told = partial(meanwhile.tell, f"{who} plays: step")
+            episodes[who] = record(name, player, start.seed, greedy, starts, told)
+        try:
+            draw(episodes, spec, title, path, partial(meanwhile.tell, "drawing: picture"))
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}") from error
     _print(spec, episodes)
-    try:
-        draw(episodes, spec, f"{run.resolve().name}, iteration {trained.checkpoint.iteration}, in {spec.name}", path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
     print(path)
     return 0
 
 
-def record(name: str, player: Acts, seed: int, greedy: bool = False, starts: Starts | None = None) -> Episode:
-    """Play one episode in the environment of this name."""
+def record(
+    name: str,
+    player: Acts,
+    seed: int,
+    greedy: bool = False,
+    starts: Starts | None = None,
+    at_work: AtWork = lambda *_: None,
+) -> Episode:
+    """Play one episode in the environment of this name. at_work: called after each step with its number, and how many
+    there are at most."""
     world = make_environment(name, 1, drawn=True)
     every = math.ceil(world.spec.episode_length / MOST_FRAMES)
     first, moments = play(world, player, seed, greedy, starts)
     frames = {0: _picture(world)}
     active, actions, rewards = _active(first), [], [np.zeros(world.spec.num_agents)]
     for step, moment in enumerate(moments, 1):
+        at_work(step, world.spec.episode_length)
         now = moment.now
         actions.append(np.where(active, _shown(world.spec, moment.actions), np.nan))
         rewards.append(np.concatenate(now.rewards, axis=1)[0])

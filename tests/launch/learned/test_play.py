@@ -15,6 +15,7 @@ import bm3il
 from bm3il.actors.environments.rover_tower import RoverTower
 from bm3il.actors.policy import UniformPolicy
 from bm3il.actors.rollout import returns
+from bm3il.launch import progress
 from bm3il.launch.cli import main
 from bm3il.launch.files import load_demonstrations
 from bm3il.launch.learned import episode_picture, play
@@ -82,8 +83,29 @@ def test_what_cannot_be_played_or_drawn_is_said_at_once(
     assert "does not fit this run" in fails(capsys, "play", str(run.folder), "--environment", "rover_tower?pairs=3")
     assert "--seed must be at least 0" in fails(capsys, "play", str(run.folder), "--seed", "-1")
     assert "is not the folder of a run" in fails(capsys, "play", str(tmp_path))
-    nowhere = str(tmp_path / "none" / "game.gif")
-    assert "cannot write" in fails(capsys, "play", str(run.folder), "--output", nowhere)
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_played(
+    run: bm3il.Run, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(play, "record", None)
+    (tmp_path / "folder.gif").mkdir()
+    for where, why in (("none/game.gif", "No such file or directory"), ("folder.gif", "Is a directory")):
+        output = str(tmp_path / where)
+        assert f"cannot write {output}: {why}" in fails(capsys, "play", str(run.folder), "--output", output)
+    episode_picture.check_path(tmp_path / "game.gif")
+    assert not (tmp_path / "game.gif").exists()
+
+
+def test_who_waits_is_told_how_far_it_is(
+    run: bm3il.Run, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "PLAIN_LINE_SECONDS", 0.0)
+    assert main(["play", str(run.folder), "--random", "--output", str(tmp_path / "game.gif")]) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert told[:2] == ["policy plays: step 1 of 25", "policy plays: step 2 of 25"]
+    assert "random plays: step 25 of 25" in told
+    assert told[-1] == "drawing: picture 26 of 26"
 
 
 @pytest.mark.parametrize("name", [TOWERS, "rover_tower?pairs=2&slip=0.1", "berlin?types=3&agents=6&closed=22"])
