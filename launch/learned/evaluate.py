@@ -86,7 +86,9 @@ def main(
     pictures: also draw what is seen of the policy and of the demonstrations; hour: of the map, negative the busiest.
     paired: also play from the very start states of the demonstrations, where the expert's return is known.
     best: the checkpoint with the highest evaluation return instead of the newest.
-    environment: play there, in a change of the run's world; the expert is the scripted one, which has planned there.
+    environment: play there, in a change of the run's world.
+    The expert is the scripted one, if the environment has one, and has planned there; from the demonstrations' starts,
+    in the world where they were recorded, it is the demonstrated one.
     Raises InputError for an environment that the policy does not fit.
     """
     if episodes < 1:
@@ -97,8 +99,8 @@ def main(
     policy = trained.policy_in(world)
     compared = {"fresh": Episodes(name, episodes)}
     if paired:
-        compared["paired"] = _demonstrated(trained.config, name)
-    expert = _scripted_expert(world) if environment else None
+        compared["paired"] = _demonstrated(trained.config, name, world)
+    expert = _scripted_expert(world)
     rows = [row for starts, them in compared.items() for row in _rows(starts, them, policy, expert)]
     iteration = trained.checkpoint.iteration
     write_atomically(run / "evaluation.json", json.dumps({"iteration": iteration, "rows": rows}, indent=1))
@@ -120,10 +122,12 @@ def judged(trained: Trained, environment: str, episodes: int) -> list[dict[str, 
 
 
 def _rows(starts: str, episodes: Episodes, policy: Policy, expert: Acts | None) -> list[dict[str, Any]]:
-    """Drawn and greedy actions, beside random and an expert: the one given, else the one whose return is known."""
+    """Drawn and greedy actions, beside random and an expert: the one whose return is known, else the one given."""
     spec = policy.layout.spec
     random = episodes.returns("random", UniformPolicy(spec)).mean(axis=0)
-    known = episodes.expert if expert is None else episodes.returns("expert", expert).mean(axis=0)
+    known = episodes.expert
+    if known is None and expert is not None:
+        known = episodes.returns("expert", expert).mean(axis=0)
     scale = Scale(spec, random, known)
     rows = []
     for greedy in (False, True):
@@ -154,7 +158,7 @@ def _scripted_expert(world: EnvironmentSpec) -> Acts | None:
         return None
 
 
-def _demonstrated(config: Config, name: str) -> Episodes:
+def _demonstrated(config: Config, name: str, world: EnvironmentSpec) -> Episodes:
     """From the start states of the run's demonstrations, in the environment of this name.
 
     Raises InputError if it has no such start states.
@@ -166,7 +170,8 @@ def _demonstrated(config: Config, name: str) -> Episodes:
         raise InputError("the demonstrations hold no start states; evaluate without --paired")
     count, starts = demonstrations.num_episodes, demonstrations.starts
     make_environment(name, count).reset(FRESH_SEED, starts)  # says what does not fit before anything is played
-    expert = demonstrations.returns_of_agents if name == config.environment else None
+    is_there = world.name == demonstrations.spec.name or (name == config.environment and not world.changes)
+    expert = demonstrations.returns_of_agents if is_there else None
     return Episodes(name, count, starts, demonstrations.groups, expert)
 
 

@@ -115,12 +115,6 @@ def test_the_parameters_are_the_same_in_every_world(run: Path) -> None:
     assert [t.count for t in moved.layout.spec.types][:2] == [10, 6]
 
 
-def test_the_own_world_has_no_expert_unless_asked_for(run: Path) -> None:
-    rows = evaluated(run)
-    assert {row["environment"] for row in rows} == {BERLIN}
-    assert {row["expert_return"] for row in rows} == {None}
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -166,6 +160,21 @@ def test_paired_starts_are_tried_in_a_changed_world(rover_run: Path) -> None:
         for figure in ("return_mean", "random_return", "expert_return"):
             of_types = [row["types"][name][figure] for name in ("rover", "tower")]
             assert row[figure] == pytest.approx(sum(of_types) / 2, rel=1e-4)
+
+
+def test_the_expert_is_the_demonstrated_one_only_where_he_was(
+    rover_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere, and from fresh starts, the scripted one plays."""
+    monkeypatch.setattr(evaluate, "expert_for", lambda spec: UniformPolicy(spec))
+    few = ["--preset", "rover_tower_4", "--algorithm", "bc", "--demonstration-episodes", "2"]
+    train(tmp_path, *few, "--environment", "rover_tower?pairs=2&slip=0.3")
+    demonstrated = Demonstrations.load(resolve("rover_tower_4")).returns.mean()
+    for run, paired in ((rover_run, demonstrated), (tmp_path / "run", None)):
+        for args in ([], ["--environment", load_trained(run).config.environment]):
+            rows = evaluated(run, "--paired", *args)
+            assert rows[0]["expert_return"] == rows[0]["random_return"]
+            assert rows[2]["expert_return"] == pytest.approx(paired or rows[2]["random_return"], rel=1e-5)
 
 
 def test_where_all_slip_nobody_is_better_than_random(rover_run: Path) -> None:
