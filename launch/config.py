@@ -23,6 +23,7 @@ from bm3il.protocol.job import Mode
 from bm3il.protocol.keys import read_token
 from bm3il.protocol.settings import Count, Device, Natural, Port, check_bounds, flag
 from bm3il.protocol.specs import ParameterSharing
+from bm3il.protocol.yaml_text import parse_yaml
 from bm3il.reward_server.settings import RewardSettings
 
 Computing = TypeVar("Computing", LearnerSettings, RewardSettings)
@@ -173,10 +174,7 @@ class Config:
 
         Raises InputError for text that is not YAML, unknown keys (the nearest is named) and values of a wrong kind.
         """
-        try:
-            values = yaml.safe_load(text) or {}
-        except yaml.YAMLError as error:
-            raise InputError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+        values = parse_yaml(text, source) or {}
         if not isinstance(values, dict):
             raise InputError(f"{source}: expected keys and values, got {type(values).__name__}")
         _check_keys(values, cls, source)

@@ -23,8 +23,6 @@ from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bm3il.launch.config import Config, configured, flattened
 from bm3il.launch.files import remembered
 from bm3il.launch.run import check
@@ -32,6 +30,7 @@ from bm3il.launch.run_folder import is_plain, slug
 from bm3il.protocol.errors import InputError, unknown_name
 from bm3il.protocol.registry import make_environment
 from bm3il.protocol.specs import EnvironmentSpec
+from bm3il.protocol.yaml_text import parse_yaml
 
 KEYS = ("name", "settings", "grid", "seeds", "worlds", "episodes", "results", "core_seconds")
 OWN = {"seed": "seeds", "run": "name", "runs_folder": "--runs-folder"}
@@ -80,11 +79,9 @@ class Study:
         """Raises InputError for what is no such file, unknown keys (the nearest is named), values of a wrong kind."""
         source = str(path)
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            values = parse_yaml(path.read_text(encoding="utf-8"), source)
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read the study {source}: {error}") from error
-        except yaml.YAMLError as error:
-            raise InputError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
         try:
             return cls._of(values, path, source)
         except InputError as error:

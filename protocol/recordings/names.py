@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bm3il.protocol.errors import InputError, unknown_name
 from bm3il.protocol.recordings.columns import (
     ACTION,
@@ -41,6 +39,7 @@ from bm3il.protocol.recordings.columns import (
     plain_columns,
 )
 from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
+from bm3il.protocol.yaml_text import parse_yaml
 
 SECTIONS = ("columns", "types", "agents", "actions")
 KEYS = (EPISODE, STEP, AGENT, TYPE, NUMBER)
@@ -86,9 +85,9 @@ class Names:
 def _sections(path: Path) -> dict[str, dict[str, Any]]:
     try:
         # Everything stays text: a word may be `no`, and an agent 12.
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{path}: expected a mapping file in YAML: {' '.join(str(error).split())}") from error
+        found = parse_yaml(path.read_text(encoding="utf-8"), str(path), words=True) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: expected a mapping file in YAML: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(section, dict) for section in found.values()):
         raise InputError(f"{path}: expected sections of names and values, of {', '.join(SECTIONS)}")
     for name in found:

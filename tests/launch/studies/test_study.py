@@ -140,7 +140,7 @@ def test_a_file_that_is_no_study_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tiny.yaml"
     assert "cannot read the study" in refused(path)
     path.write_text("grid: [")
-    assert "is not YAML" in refused(path)
+    assert f"{path} is not YAML: line 1, column 8" in refused(path)
     path.write_text("")
     assert "must hold keys and values, got None" in refused(path)
 

@@ -173,7 +173,7 @@ def test_a_mapping_file_tells_other_names(tmp_path: Path) -> None:
     ("mapping", "text"),
     [
         ("columns: [a]", "expected sections"),
-        ("a: [", "expected a mapping file in YAML"),
+        ("a: [", r"is not YAML: line 1, column 5: expected the node content"),
         ("colums: {}", r"unknown section 'colums'; did you mean columns"),
         ("columns: {positon: [x, y]}", "unknown column 'positon'; did you mean position"),
         ("columns: {position: [x, y, z]}", "'position' of 'taxi' has 2, got x, y, z"),
