@@ -304,7 +304,9 @@ def berlin_of(environment: Environment) -> Berlin:
     """The Berlin that an environment is, perhaps one in which choices slip. Raises InputError if it is none."""
     inner = unperturbed(environment)
     if not isinstance(inner, Berlin):
-        raise InputError(f"'{environment.spec.name}' is no berlin, and what is asked for is of berlin only")
+        raise InputError(
+            f"expected a world of berlin, such as 'berlin?types=10&agents=50', got '{environment.spec.name}'"
+        )
     return inner
 
 

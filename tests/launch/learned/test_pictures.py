@@ -64,7 +64,7 @@ def test_an_hour_is_the_step_that_it_falls_in() -> None:
 
 def test_other_environments_have_no_map(tmp_path: Path) -> None:
     demonstrations = Demonstrations.load(resolve("rover_tower_8"))
-    with pytest.raises(InputError, match="is no berlin"):
+    with pytest.raises(InputError, match="expected a world of berlin"):
         draw_pictures("rover_tower?pairs=4", UniformPolicy(demonstrations.spec), demonstrations, tmp_path, -1)
 
 
