@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from bm3il.protocol.adapters.as_pettingzoo import AsParallel
 
 EPISODES_AT_ONCE = 16
+OPTION = re.compile(r"--([a-z][a-z-]*(?:\.[a-z-]+)*)")
+"""Of the command line."""
 ByType = Mapping[str, ArrayLike]
 """An array of each type by the type's name, with its agents [X_m] in front, or a batch of them [B, X_m]."""
 
@@ -168,12 +171,24 @@ def train(preset: str, **settings: Any) -> Run:
             args.append(flag if value else f"{head}.no-{tail}" if head else f"--no-{flag[2:]}")
         else:
             args += [flag, *(str(v) for v in (value if isinstance(value, (list, tuple)) else (value,)))]
-    config = run_folder.named(parse_config(args))
-    code = runs.train(config)
-    folder = Path(config.runs_folder) / config.run
+    try:
+        config = run_folder.named(parse_config(args))
+        folder = Path(config.runs_folder) / config.run
+        code = runs.train(config)
+    except run_folder.RunExistsError:
+        learned = f"bm3il.load('{folder}') is what it has learned"
+        raise InputError(f"{folder} exists; {learned}, or take another run=") from None
+    except InputError as error:
+        raise InputError(_in_python(str(error))) from error
     if code:
-        raise RuntimeError(f"the run ended with code {code}: {run_folder.read_result(folder).get('error') or folder}")
+        told = _in_python(run_folder.read_result(folder).get("error") or str(folder))
+        raise RuntimeError(f"the run ended with code {code}: {told}")
     return load(folder)
+
+
+def _in_python(message: str) -> str:
+    """With the options of the command line as `train` has them: `--learner.batch-size` is `learner__batch_size=`."""
+    return OPTION.sub(lambda found: found[1].replace(".", "__").replace("-", "_") + "=", message)
 
 
 def make_environment(name: str, copies: int = 1) -> Environment:

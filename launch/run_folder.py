@@ -42,6 +42,10 @@ BEGUN = {
 """All that a run may leave that ended at its start."""
 
 
+class RunExistsError(InputError):
+    """There is a run of this name."""
+
+
 @dataclass(frozen=True)
 class Start:
     """One start of a run, which may be one of several: a resume is another. time: seconds since the epoch."""
@@ -85,7 +89,9 @@ def create(config: Config) -> Path:
     try:
         folder.mkdir(parents=True)
     except FileExistsError as error:
-        raise InputError(f"{folder} exists; take another --run, or `bm3il resume {folder}` to go on with it") from error
+        raise RunExistsError(
+            f"{folder} exists; take another --run, or `bm3il resume {folder}` to go on with it"
+        ) from error
     except OSError as error:
         raise InputError(f"cannot create {folder}: {error.strerror}; take another --runs-folder") from error
     try:

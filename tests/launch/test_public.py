@@ -140,8 +140,17 @@ def test_a_run_without_a_learned_reward_says_so(runs: Path) -> None:
 def test_what_is_misspelt_is_named(runs: Path) -> None:
     with pytest.raises(bm3il.InputError, match="steps"):
         bm3il.train("rover_tower_4", stepps=100, runs_folder=runs)
+    with pytest.raises(bm3il.InputError, match=r"unknown option 'learner__hiden='; did you mean learner__hidden="):
+        bm3il.train("rover_tower_4", learner__hiden=8, runs_folder=runs)
     with pytest.raises(AttributeError, match="it has Demonstrations"):
         bm3il.lode  # noqa: B018
+
+
+def test_errors_speak_python(runs: Path, rovers: bm3il.Run) -> None:
+    with pytest.raises(bm3il.InputError, match=r"rovers exists; bm3il\.load\('.*'\) is .*, or take another run=$"):
+        bm3il.train("rover_tower_4", run="rovers", runs_folder=runs, **TINY)
+    with pytest.raises(bm3il.InputError, match=r"leave out learner__window_steps= 9, or take learner__policy= actor"):
+        bm3il.train("rover_tower_4", learner__window_steps=9, runs_folder=runs)
 
 
 def test_the_package_is_small_and_its_names_are_there() -> None:
