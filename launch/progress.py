@@ -65,7 +65,7 @@ class Progress:
         """How the run ended."""
         self.close()
         returns = [
-            f"{name} {result[key]:.1f}"
+            f"{_whose(name, result.get('changes'))} {result[key]:.1f}"
             for name, key in (
                 ("random", "random_return"),
                 ("clone", "clone_return"),
@@ -163,13 +163,20 @@ def _return(values: Mapping[str, float]) -> str:
     evaluated = values.get("evaluated_iteration")
     bounds = [] if evaluated in (None, values["iteration"]) else [f"of iteration {evaluated:.0f}"]
     bounds += [
-        f"{name} {values[f'{name}_return']:.1f}" for name in ("random", "clone", "expert") if f"{name}_return" in values
+        f"{_whose(name, values.get('changed_world'))} {values[f'{name}_return']:.1f}"
+        for name in ("random", "clone", "expert")
+        if f"{name}_return" in values
     ]
     if {"return_mean", "random_return", "expert_return"} <= set(values):
         span = values["expert_return"] - values["random_return"]
         if span:
             bounds.append(f"normalised {(values['return_mean'] - values['random_return']) / span:.3f}")
     return f"{text} ({', '.join(bounds)})" if bounds else text
+
+
+def _whose(who: str, changed: object) -> str:
+    """In a changed world the demonstrations' expert may be out of reach."""
+    return "expert as demonstrated" if who == "expert" and changed else who
 
 
 def _of_types(types: Mapping[str, Mapping[str, float | None]]) -> str:

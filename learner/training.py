@@ -298,6 +298,7 @@ class Training:
             "clone_return": facts.clone_return,
         }
         self._telemetry.numbers |= {name: value for name, value in known.items() if value is not None}
+        self._telemetry.numbers["changed_world"] = bool(self._job.spec.changes)
         self._telemetry.numbers |= {name: figures[name] for name in SHOWN_FIGURES if name in figures}
         self._telemetry.done(facts.iteration)
         self._record.log_iteration(

@@ -135,7 +135,7 @@ def run_page(folder: Path) -> RunPage:
         routine=sum(event.what in ROUTINE for event in events),
         settings=settings,
         seen=seen,
-        notes=[*notes, *compared, *seen.notes, *([UNREWARDED] if _is_unrewarded(evaluations, result) else [])],
+        notes=[*notes, *compared, *seen.notes, *_doubts(evaluations, result)],
     )
 
 
@@ -191,6 +191,14 @@ def _types(result: Mapping[str, Any], evaluations: Columns) -> dict[str, Mapping
         return {str(name): values for name, values in told.items() if isinstance(values, dict)}
     prefix = "return_mean."
     return {name.removeprefix(prefix): {} for name in evaluations.names if name.startswith(prefix)}
+
+
+def _doubts(evaluations: Columns, result: Mapping[str, Any]) -> list[str]:
+    """What keeps returns from saying what they seem to say."""
+    doubts = [UNREWARDED] if _is_unrewarded(evaluations, result) else []
+    if (world := result.get("changes")) and result.get("expert_return") is not None:
+        doubts.append(f"the expert's returns are as demonstrated, in '{world}': in this world they may be out of reach")
+    return doubts
 
 
 def _is_unrewarded(evaluations: Columns, result: Mapping[str, Any]) -> bool:

@@ -112,3 +112,15 @@ def test_the_summary_of_a_run_without_a_true_reward_shows_no_returns() -> None:
     assert "no reward but 0 was seen" in text.getvalue()
     assert "normalised" not in text.getvalue()
     assert "0.0" not in text.getvalue()
+
+
+def test_an_expert_of_another_world_is_told_as_one() -> None:
+    text = io.StringIO()
+    progress, told = Progress(Console(file=text, soft_wrap=True)), {"return_mean": 1.0, "expert_return": 9.0}
+    values = {"iteration": 1.0, "changed_world": 1.0, **told}
+    progress.show(Status("learner", 0, 0, 1, "update", "", values))
+    assert "return 1.0 (expert as demonstrated 9.0)" in text.getvalue()
+    progress.summary(Path("none"), {"status": "finished", "changes": "town", **told})
+    assert "learned 1.0, expert as demonstrated 9.0\n" in text.getvalue()
+    progress.summary(Path("none"), {"status": "finished", "changes": "", **told})
+    assert "learned 1.0, expert 9.0\n" in text.getvalue()

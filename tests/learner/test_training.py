@@ -52,14 +52,15 @@ def run(
     actor_count: int = 2,
     config: str = "config",
     stop: threading.Event | None = None,
+    environment: str = "rover_tower?pairs=2",
     **learner: float,
 ) -> dict[str, object]:
     """A small run; returns what is in its result.json."""
     job = Job(
         run_id="test",
         run_folder=folder,
-        environment="rover_tower?pairs=2",
-        spec=make_environment("rover_tower?pairs=2", 1).spec,
+        environment=environment,
+        spec=make_environment(environment, 1).spec,
         demonstrations="rover_tower_4",
         demonstration_episodes=10,
         algorithm=name,
@@ -144,6 +145,21 @@ def test_between_two_stages_a_run_tells_of_its_figures_and_not_of_its_start(
     assert told[-1].values["evaluated_iteration"] == (ITERATIONS - 1) // 2 * 2  # every second one is
     stages = {key for status in told for key in status.values if key.startswith("seconds_")}
     assert {"seconds_restore", "seconds_update", "seconds_publish", "seconds_checkpoint"} <= stages
+
+
+@pytest.mark.parametrize(("world", "changed"), [("rover_tower?pairs=2", 0.0), ("rover_tower?pairs=2&slip=0.2", 1.0)])
+def test_a_changed_world_is_told_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: str, changed: float
+) -> None:
+    told, note = [], Training._note
+
+    def noted(training: Training, figures: dict[str, float]) -> None:
+        note(training, figures)
+        told.append(training._telemetry.status().values["changed_world"])
+
+    monkeypatch.setattr(Training, "_note", noted)
+    run(tmp_path / "run", "bc", environment=world)
+    assert told == [changed] * ITERATIONS
 
 
 @pytest.mark.parametrize("policy", ["actor", "clipped"])

@@ -219,6 +219,15 @@ def test_lines_that_are_damaged_are_left_out_and_told(folder: Path) -> None:
     assert len(read_log(folder).rows) == 300
 
 
+def test_returns_of_an_expert_in_another_world_are_told_as_such(folder: Path) -> None:
+    assert "may be out of reach" not in page_of(folder).text
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result | {"changes": "rover_tower?pairs=2"}))
+    assert (
+        "are as demonstrated, in 'rover_tower?pairs=2': in this world they may be out of reach" in page_of(folder).text
+    )
+
+
 def test_numbers_that_no_chart_can_hold_are_none(folder: Path) -> None:
     odd = [1e308, math.nan, math.inf, 10**400, True, [1], {"a": 1}, "1e999", None, -5e200, "7.5"]
     lines(folder, "log.jsonl", [{"iteration": i, "reward": value} for i, value in enumerate(odd)])
