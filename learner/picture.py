@@ -10,15 +10,25 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.ticker import EngFormatter
 
 CURVE_COLOR, EXPERT_COLOR, RANDOM_COLOR, TEXT_COLOR = "#1f5fa8", "#2e8b57", "#9a9a9a", "#333333"
 CLONE_COLOR = "#b5651d"
+LABEL_POINTS, POINTS_PER_INCH = 6, 72
+"""Between the axes and what is written beside them."""
+GAP_PIXELS = 2
+"""Between what is written below each other."""
 TITLE_CHARACTERS = 68
 """In a line: an environment's name, with all its options, may be longer than the picture is wide."""
 
 
 def draw_curve(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any], path: Path) -> None:
+    """Draw `curve_figure` into a PNG file."""
+    save(curve_figure(rows, result), path)
+
+
+def curve_figure(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> Figure:
     """Return against environment steps, with a band of one standard error and lines for random, clone and expert.
 
     A run that takes no steps is drawn against iterations. Beside a clone, what matters is the way from it to the
@@ -36,32 +46,23 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any], pat
     axes = figure.add_subplot()
     clone, random = result.get("clone_return"), result.get("random_return")
     references = [
-        ("expert, as demonstrated" if result.get("changes") else "expert", result.get("expert_return"), EXPERT_COLOR),
+        ("expert", result.get("expert_return"), EXPERT_COLOR),
         ("clone", clone, CLONE_COLOR),
         ("random", None if clone is not None else random, RANDOM_COLOR),
     ]
+    labels = []
     for name, value, color in references:
         if value is not None:
-            _draw_reference(axes, f"{name} {value:.1f}", value, color)
+            axes.axhline(value, color=color, linestyle=(0, (5, 3)), linewidth=1.2)
+            aside = "\nas demonstrated" if name == "expert" and result.get("changes") else ""
+            labels.append(_label(axes, f"{name} {value:.1f}{aside}", value, color=color))
     low = [mean - error for mean, error in zip(means, errors, strict=True)]
     high = [mean + error for mean, error in zip(means, errors, strict=True)]
     axes.fill_between(steps, low, high, color=CURVE_COLOR, alpha=0.2, linewidth=0)
     axes.plot(steps, means, color=CURVE_COLOR, linewidth=1.8, marker="o", markersize=3)
     if means:
-        lines = [value for _, value, _ in references if value is not None]
-        below = _is_crowded_above(means[-1], [*lines, *means])
         axes.plot(steps[-1], means[-1], "o", color=CURVE_COLOR, markersize=6)
-        axes.annotate(
-            f"{means[-1]:.1f}",
-            (steps[-1], means[-1]),
-            (-6, -8 if below else 8),
-            textcoords="offset points",
-            ha="right",
-            va="top" if below else "bottom",
-            color=CURVE_COLOR,
-            fontsize=10,
-            fontweight="bold",
-        )
+        labels.append(_label(axes, f"learned {means[-1]:.1f}", means[-1], color=CURVE_COLOR, fontweight="bold"))
     title = f"{result.get('algorithm', '')} on {result.get('environment', '')}"
     lines_of_title = textwrap.fill(title.replace("&", "& "), TITLE_CHARACTERS).replace("& ", "&")
     axes.set_title(lines_of_title, loc="left", color=TEXT_COLOR)
@@ -71,7 +72,8 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any], pat
     axes.set_ylabel("true return per agent and episode", color=TEXT_COLOR)
     axes.margins(x=0.02, y=0.1)
     dress_steps(axes)
-    save(figure, path)
+    _keep_apart(labels, axes)
+    return figure
 
 
 def dress_steps(axes: Axes) -> None:
@@ -89,25 +91,35 @@ def save(figure: Figure, path: Path) -> None:
     temporary.rename(path)
 
 
-def _is_crowded_above(value: float, others: Sequence[float]) -> bool:
-    """Whether a label above `value` would meet one of the lines, and one below it would not so soon."""
-    above = min((other - value for other in others if other > value), default=math.inf)
-    below = min((value - other for other in others if other < value), default=math.inf)
-    room = 0.15 * (max([value, *others]) - min([value, *others]))
-    return above < room and below > above
-
-
-def _draw_reference(axes: Axes, label: str, value: float, color: str) -> None:
-    """A dashed line at a return, named at its right end."""
-    axes.axhline(value, color=color, linestyle=(0, (5, 3)), linewidth=1.2)
-    axes.annotate(
-        label,
-        (1, value),
-        (-4, 4),
+def _label(axes: Axes, text: str, value: float, **look: Any) -> Annotation:
+    """Beside the axes, at the height of a return."""
+    at = (1, value)
+    return axes.annotate(
+        text,
+        at,
+        (LABEL_POINTS, 0),
         xycoords=("axes fraction", "data"),
         textcoords="offset points",
-        ha="right",
-        va="bottom",
-        color=color,
+        va="center",
         fontsize=9,
+        **look,
     )
+
+
+def _keep_apart(labels: Sequence[Annotation], axes: Axes) -> None:
+    """Move labels up, and those that then stand above the axes down again, until none lies on another."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # what is moved now shall not move the axes
+    labels = sorted(labels, key=lambda label: label.xy[1])
+    boxes = [label.get_window_extent() for label in labels]
+    floor, bottoms = -math.inf, []
+    for box in boxes:
+        bottoms.append(max(box.y0, floor))
+        floor = bottoms[-1] + box.height + GAP_PIXELS
+    ceiling = axes.get_window_extent().y1
+    for label, box, bottom in reversed(list(zip(labels, boxes, bottoms, strict=True))):
+        lower = min(bottom, ceiling - box.height)
+        ceiling = lower - GAP_PIXELS
+        label.xyann = (LABEL_POINTS, (lower - box.y0) * POINTS_PER_INCH / figure.dpi)

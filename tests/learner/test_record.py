@@ -4,12 +4,14 @@ import csv
 import errno
 import json
 import math
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bm3il.actors.evaluation import ReturnEstimate
+from bm3il.learner.picture import curve_figure
 from bm3il.learner.record import Forgotten, RunRecord
 
 TYPES = {
@@ -85,6 +87,29 @@ def test_the_picture_is_drawn_with_and_without_an_expert(tmp_path: Path) -> None
         path = record.draw()
         assert path.read_bytes().startswith(b"\x89PNG")
         path.unlink()
+
+
+@pytest.mark.parametrize("clone", [None, 124.0])
+@pytest.mark.parametrize("learned", [[124.1], [-7.0, 124.6, 123.9], [float(10**6), -7.3]])
+@pytest.mark.parametrize(("expert", "changes"), [(None, ""), (124.1, ""), (124.1, "town"), (300.0, "town")])
+def test_labels_of_the_picture_lie_on_nothing(
+    clone: float | None, learned: list[float], expert: float | None, changes: str
+) -> None:
+    rows = [{"iteration": n, "env_steps": 100 * n, "return_mean": x, "return_stderr": 3} for n, x in enumerate(learned)]
+    result = {"expert_return": expert, "random_return": -7.3, "clone_return": clone, "changes": changes}
+    figure = curve_figure(rows, result)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    boxes = [label.get_window_extent() for label in axes.texts]
+    assert len(boxes) == 2 + (expert is not None)
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    for box in boxes:
+        assert box.x0 > axes.get_window_extent().x1
+        assert box.x1 < figure.bbox.x1
+        assert 0 < box.y0 < box.y1 <= axes.get_window_extent().y1
+    ordered = sorted(axes.texts, key=lambda label: label.xy[1])
+    heights = [label.get_window_extent().y0 for label in ordered]
+    assert heights == sorted(heights), "who is better stands higher"
 
 
 def test_tensorboard_shows_the_same_figures(tmp_path: Path) -> None:
