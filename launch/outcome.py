@@ -50,7 +50,4 @@ def attempt(work: Callable[[], str | None]) -> Outcome:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        text = (
-            f"cannot write {error.filename or 'to the run folder'}: {error.strerror}; the last checkpoint stays valid"
-        )
-        return Outcome(INPUT_ERROR, text)
+        return Outcome(INPUT_ERROR, f"cannot write {error.filename or 'to the run folder'}: {error.strerror}")

@@ -8,6 +8,7 @@ import difflib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shlex
@@ -22,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from bm3il.launch.config import Config
-from bm3il.launch.outcome import FINISHED, INTERRUPTED, Outcome
+from bm3il.launch.outcome import CRASHED, FINISHED, INTERRUPTED, Outcome
 from bm3il.launch.provenance import provenance
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.files import write_whole
+
+log = logging.getLogger(__name__)
 
 CONFIG, STUDY, STUDY_FILE = "config.yaml", "study.json", "study.yaml"
 """What makes a folder that of a run, and of a study; beside the latter lies the study's file."""
@@ -238,12 +241,21 @@ def is_running(folder: Path) -> bool:
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """`result.json`, or {} if there is none that can be read."""
+    """`result.json`; of a run that failed and could not write it, what its last event tells; else {}."""
     try:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
+        return _failure(folder)
     return result if isinstance(result, dict) else {}
+
+
+def _failure(folder: Path) -> dict[str, Any]:
+    """How a run has failed by its last event; {} if that is another one."""
+    last: dict[str, Any] = next(reversed(_lines(folder / "events.jsonl")), {})
+    if last.get("event") != "end" or last.get("status") != "failed":
+        return {}
+    far, outcome = reached(folder), Outcome(CRASHED, str(last.get("text", "")).removeprefix("failed: "))
+    return far | _ending(folder, outcome, far.get("iterations", 0)) | {"exit_code": last.get("exit_code", CRASHED)}
 
 
 def concluded(folder: Path, run_id: str) -> dict[str, Any]:
@@ -258,9 +270,9 @@ def conclude(
     """Write `result.json`: what the learner of this start told in it, if it had the time to, and how the run ended.
 
     before: what it held at the start. A finished run's result stays if nothing was played since.   Returns the result
-    of this start.
+    of this start, also if the disk does not take it.
     """
-    facts = {
+    facts: dict[str, Any] = {
         "environment": config.environment,
         "algorithm": config.algorithm,
         "seed": config.seed,
@@ -269,27 +281,39 @@ def conclude(
         "actors": config.actors,
         "steps": config.steps,
     }
-    told, log = read_result(folder), reached(folder)
+    told, far = read_result(folder), reached(folder)
     if told.get("run_id") != start.run_id:
         told = {}
     if outcome.code != FINISHED:  # it tells the return of its last evaluation, as one does whose learner was killed
-        told = {key: value for key, value in told.items() if value is not None or key not in log}
-    result = facts | log | told
+        told = {key: value for key, value in told.items() if value is not None or key not in far}
+    result = facts | far | told
     result |= {"run_id": start.run_id, "started": _utc(start.time), "ended": _utc(time.time()), **provenance()}
-    result |= {"status": outcome.status, "exit_code": outcome.code}
     for key in ("error", "resume"):  # of a first node that has concluded before
         result.pop(key, None)
-    if outcome.code != FINISHED and outcome.text:
-        result["error"] = outcome.text
-    if outcome.code == INTERRUPTED or (outcome.code != FINISHED and result.get("iterations")):
-        result["resume"] = f"bm3il resume {shlex.quote(str(folder))}"
+    result |= _ending(folder, outcome, result.get("iterations", 0))
     stays = (
         before is not None
         and before.get("status") == "finished" != result["status"]
         and result.get("iterations", 0) <= before.get("iterations", 0)
     )
-    write_atomically(folder / "result.json", json.dumps(before if stays else result, indent=1) + "\n")
+    try:
+        write_atomically(folder / "result.json", json.dumps(before if stays else result, indent=1) + "\n")
+    except InputError as error:
+        log.warning("%s; its events tell how the run ended", error)
+        if not stays:  # what is there is of an earlier start
+            with contextlib.suppress(OSError):
+                (folder / "result.json").unlink(missing_ok=True)
     return result
+
+
+def _ending(folder: Path, outcome: Outcome, iterations: int) -> dict[str, Any]:
+    """How a run ended that had come so far, and the command that goes on."""
+    told: dict[str, Any] = {"status": outcome.status, "exit_code": outcome.code}
+    if outcome.code != FINISHED and outcome.text:
+        told["error"] = outcome.text
+    if outcome.code == INTERRUPTED or (outcome.code != FINISHED and iterations):
+        told["resume"] = f"bm3il resume {shlex.quote(str(folder))}"
+    return told
 
 
 def _utc(seconds: float) -> str:
@@ -315,8 +339,13 @@ def last_logged(folder: Path) -> dict[str, Any]:
 
 def logged(folder: Path) -> list[dict[str, Any]]:
     """The figures of the last iterations in `log.jsonl` whose lines were written whole, oldest first."""
+    return _lines(folder / "log.jsonl")
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The last JSON objects in a file of one a line, oldest first."""
     try:
-        with (folder / "log.jsonl").open("rb") as file:
+        with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
             texts = file.read().rpartition(b"\n")[0].splitlines()
     except OSError:

@@ -68,6 +68,8 @@ def print_status(folder: Path, as_json: bool = False) -> int:
         line = f"{_local(event['time'])}  {event['process']}: {event['text']}".replace("\n", " ")
         _print_line(console, line)
     if told["result"]:
+        if error := told["result"].get("error"):
+            console.print(str(error), markup=False, soft_wrap=True)
         Progress().summary(folder, told["result"])
     elif told["state"] != "running":
         console.print(f"without a result; `bm3il resume {folder}` goes on", markup=False, soft_wrap=True)

@@ -61,7 +61,7 @@ class Director:
         self._targets: dict[str, tuple[str, str, int]] = {}
         self._heard: dict[str, float] = {}
         self._starts: dict[str, set[str]] = {}
-        self._looked, self._began = 0.0, time.monotonic()
+        self._looked, self._began, self._warned = 0.0, time.monotonic(), False
         self.statuses: dict[str, Status] = {}
         self.stopping = False
         """Whether everybody who is heard is told to stop."""
@@ -193,10 +193,7 @@ class Director:
                 else None,
                 "restarts": max(0, len(self._starts.get(name, ())) - 1),
             }
-        try:
-            write_atomically(Path(self._plan.run_folder, PROCESSES), json.dumps(processes, indent=1))
-        except InputError as error:
-            log.warning("%s", error)
+        self._write(PROCESSES, processes)
 
     def _write_targets(self) -> None:
         known = self.statuses | {self._telemetry.sender.name: self._telemetry.status()}
@@ -207,10 +204,16 @@ class Director:
         }
         if targets != self._targets:
             self._targets = targets
-            try:
-                write_atomically(Path(self._plan.run_folder, "targets.json"), json.dumps(self._file_sd(), indent=1))
-            except InputError as error:  # Prometheus can wait; the learner decides whether the run can go on
+            self._write("targets.json", self._file_sd())
+
+    def _write(self, name: str, told: Any) -> None:
+        """Into the run's folder. Who looks at it can wait: the learner decides whether the run can go on."""
+        try:
+            write_atomically(Path(self._plan.run_folder, name), json.dumps(told, indent=1))
+        except InputError as error:
+            if not self._warned:
                 log.warning("%s", error)
+            self._warned = True
 
     def _file_sd(self) -> list[dict[str, Any]]:
         run = Path(self._plan.run_folder).name

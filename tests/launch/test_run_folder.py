@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import platform
 import shutil
@@ -15,6 +16,7 @@ import torch
 
 from bm3il.launch import provenance, run, run_folder
 from bm3il.launch.config import Config, load_preset
+from bm3il.launch.events import EventLog
 from bm3il.launch.outcome import Outcome, attempt
 from bm3il.protocol.errors import DeadlineError, InputError, NumericalError
 
@@ -129,6 +131,32 @@ def test_a_finished_result_stays_until_there_is_another(config: Config) -> None:
     assert "return_mean" not in result  # it was the finished run's
 
 
+def test_a_disk_that_takes_no_result_does_not_hide_how_the_run_failed(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = run_folder.create(config)
+    (folder / "log.jsonl").write_text('{"iteration": 4, "env_steps": 400, "wall_seconds": 2}\n')
+    (folder / "result.json").write_text(json.dumps({"status": "interrupted", "run_id": "before"}))
+    outcome = Outcome(2, "learner-0: cannot write log.jsonl: No space left on device")
+    EventLog(folder, "supervisor-0").end(outcome)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "result.json")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_folder, "write_whole", full)
+        told = run_folder.conclude(folder, config, outcome, START)
+    assert "cannot write" in caplog.text
+    result = run_folder.read_result(folder)
+    known = ("status", "exit_code", "error", "iterations", "resume")
+    assert [result[name] for name in known] == [told[name] for name in known]
+    assert (result["status"], result["error"]) == ("failed", outcome.text)
+    EventLog(folder, "supervisor-0").start(config, resumed=True)
+    assert run_folder.read_result(folder) == {}, "it was started again, and killed"
+    EventLog(folder, "supervisor-0").end(Outcome(0))
+    assert run_folder.read_result(folder) == {}, "who has removed the result of a finished run does not want it"
+
+
 def test_an_interrupted_run_tells_how_to_go_on(config: Config) -> None:
     config = replace(config, run="my run")
     folder = run_folder.create(config)
@@ -211,6 +239,7 @@ def test_a_run_that_did_not_come_far_tells_nothing_of_it(config: Config, text: s
         (NumericalError("critic loss"), 3, "critic loss"),
         (DeadlineError("no chunk"), 4, "no chunk"),
         (OSError(28, "No space left on device", "x.csv"), 2, "cannot write x.csv: No space left on device"),
+        (OSError(28, "No space left on device"), 2, "cannot write to the run folder: No space left on device"),
     ],
 )
 def test_errors_that_a_restart_cannot_cure_become_an_outcome(error: Exception, code: int, text: str) -> None:
@@ -219,7 +248,7 @@ def test_errors_that_a_restart_cannot_cure_become_an_outcome(error: Exception, c
 
     outcome = attempt(work)
     assert outcome.code == code
-    assert text in outcome.text
+    assert outcome.text == text
     assert outcome.status == "failed"
 
 

@@ -12,6 +12,7 @@ import pytest
 from bm3il.launch import run_folder, status
 from bm3il.launch.config import load_preset
 from bm3il.launch.events import EventLog
+from bm3il.launch.outcome import Outcome
 from bm3il.launch.processes.states import judge
 from bm3il.launch.status import print_list, print_status
 from bm3il.protocol.errors import InputError
@@ -139,6 +140,20 @@ def test_an_actor_that_was_heard_after_the_learner_is_not_ahead_of_it(folder: Pa
     told["learner-0"]["policy_version"] = told["actor-1234"]["policy_version"] - 1
     (folder / "processes.json").write_text(json.dumps(told))
     assert status.describe(folder)["processes"]["actor-1234"]["lag"] == 0
+
+
+def test_a_status_says_why_a_run_has_failed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also if its disk had no room for a result, and in whole, however long it is."""
+    why = "learner-0: cannot write " + "a_long_folder/" * 9 + "log.jsonl: No space left on device"
+    EventLog(folder, "supervisor-0").end(Outcome(2, why))
+    monkeypatch.setattr(status, "is_running", lambda _: False)
+    assert print_status(folder) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "failed: iteration 120 of 250" in lines
+    assert why in lines
+    assert lines[-1] == f"go on with: bm3il resume {folder}"
 
 
 def test_a_status_for_programs_says_all(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from bm3il.launch.processes.states import State
 from bm3il.launch.progress import Progress
 from bm3il.launch.topology import Node, Plan, Process, ipc_addresses
 from bm3il.protocol.channels import Client
+from bm3il.protocol.errors import InputError
 from bm3il.protocol.messages import Done, Event, Sender, Status
 from bm3il.protocol.telemetry import END, Telemetry
 
@@ -87,6 +88,19 @@ def test_events_of_the_run_are_written_down_and_a_stranger_s_are_not(director: D
     events = read_events(tmp_path, 9)
     assert [(e["event"], e["process"]) for e in events] == [("best", "learner-0"), ("restart", "actor-7")]
     assert events[0]["seconds"] < 0 <= events[1]["seconds"]
+
+
+def test_a_full_disk_is_told_once(
+    director: Director, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise InputError("cannot write processes.json: No space left on device")
+
+    monkeypatch.setattr("bm3il.launch.processes.director.write_atomically", full)
+    for _ in range(3):
+        director._looked = 0.0
+        tell(director, tmp_path, "learner-0", Status("learner", 0, 0, 1, "collect", "127.0.0.1:81", {}))
+    assert caplog.messages == ["cannot write processes.json: No space left on device"]
 
 
 def test_a_trouble_is_told_once_until_it_is_over_for_good(director: Director, tmp_path: Path) -> None:
