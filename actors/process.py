@@ -189,7 +189,7 @@ class _Evaluating:
         self._metrics = EvaluatorMetrics(telemetry.registry)
         self._evaluator = Evaluator(job, settings, self._say_so)
         self._waiting: list[Message] = []
-        self._newest = ("", -1)
+        self._session, self._newest, self._has_first = "", -1, False
         self._evaluated, self._took, self._said = 0, 0.0, -math.inf
         self._stage = "wait_for_weights"
 
@@ -212,14 +212,17 @@ class _Evaluating:
 
     def _queue(self, message: Message) -> None:
         body = message.body
-        if body.session != self._newest[0]:
+        if body.session != self._session:
+            self._session, self._newest, self._has_first = body.session, -1, False
             self._waiting.clear()  # the learner went back to a checkpoint: those versions come again
-        elif body.version <= self._newest[1]:  # broadcasts are repeated
+        # A subscription holds before the learner has read of it, and sends the first policy: others may overtake it.
+        is_first = body.version == 0 and not self._has_first
+        if body.version <= self._newest and not is_first:  # broadcasts are repeated
             return
-        self._newest = (body.session, body.version)
+        self._newest, self._has_first = max(self._newest, body.version), self._has_first or is_first
         self._stage = IDLE  # from now on, whenever it waits, it has played all that was to be played
         if body.evaluate_episodes:
-            self._waiting.append(message)
+            self._waiting.insert(0 if is_first else len(self._waiting), message)
 
     def _skip(self) -> None:
         """Let those go that would keep the newest waiting for longer than one evaluation may take. The first policy of

@@ -128,6 +128,18 @@ def test_who_starts_late_evaluates_the_first_policy_too_unless_it_is_evaluated(r
     assert versions(run.evaluated()) == [0, 10]
 
 
+def test_the_first_policy_is_evaluated_though_a_later_one_overtakes_it(run: Run) -> None:
+    """A subscription holds before the learner has read of it, and only then does it send what it keeps."""
+    run.publish(0, 10)
+    first, second = (run.evaluator._weights.next(1.0) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    for message in (second, first, second, first):
+        run.evaluator._queue(message)
+    assert [message.body.version for message in run.evaluator._waiting] == [0, 10]
+    assert versions(run.evaluated()) == [0, 10]
+
+
 def test_the_first_policy_of_a_session_is_of_no_use_to_the_next(run: Run) -> None:
     run.publish(0)
     run.publish(10, session="again")
