@@ -15,7 +15,8 @@ from bm3il.actors.metrics import ActorMetrics, EvaluatorMetrics
 from bm3il.actors.policy import Policy
 from bm3il.actors.settings import ActorSettings, EvaluationSettings
 from bm3il.actors.simulator import end_if_hung
-from bm3il.protocol.channels import Client, CountBytes, Listener, Refused
+from bm3il.protocol.broadcast import Listener
+from bm3il.protocol.channels import Client, CountBytes, Refused
 from bm3il.protocol.device import use_threads
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.job import Job

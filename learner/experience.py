@@ -16,7 +16,8 @@ from bm3il.actors.policy import Policy
 from bm3il.actors.process import build_policy
 from bm3il.learner.metrics import ChunkMetrics
 from bm3il.learner.settings import Settings
-from bm3il.protocol.channels import Broadcaster, Request, Server
+from bm3il.protocol.broadcast import Broadcaster
+from bm3il.protocol.channels import Request, Server
 from bm3il.protocol.errors import DeadlineError, ProtocolError
 from bm3il.protocol.job import Job
 from bm3il.protocol.messages import Chunk, Done, Evaluating, Evaluation, Leaving, Weights, Working, frame_limit

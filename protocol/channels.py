@@ -1,15 +1,10 @@
-"""ZeroMQ sockets with the two patterns that the system uses.
+"""Request and answer over ZeroMQ (`Client` DEALER → `Server` ROUTER): chunks, reward queries, evaluations, status.
 
-- **Request and answer** (`Client` DEALER → `Server` ROUTER): chunks, reward queries, evaluations, status. A client asks
-  after an overdue request with a message of one small frame (`Inquiry`), which travels behind the request and so is
-  answered when that has arrived, however large it is. A server that is at work on it says so; one that was started
-  again, or never got it, says that it is unknown, and only then it is sent again. The server recognises a request by
-  (sender, incarnation, sequence number): it takes effect exactly once per server start, over any cut. The answer is
-  kept until the client's next message shows that it has it.
-- **Broadcast** (`Broadcaster` XPUB → `Listener` SUB): policy weights. A late subscriber gets the newest at once.
-
-Over TCP all of them speak CURVE with the keys of their sender (`protocol.keys`).
-Whatever cannot be decoded is counted by cause, logged once per sender and cause, and dropped.
+A client asks after an overdue request with a message of one small frame (`Inquiry`), which travels behind the request
+and so is answered when that has arrived, however large it is. A server that is at work on it says so; one that was
+started again, or never got it, says that it is unknown, and only then it is sent again. The server recognises a request
+by (sender, incarnation, sequence number): it takes effect exactly once per server start, over any cut. The answer is
+kept until the client's next message shows that it has it.
 """
 
 from __future__ import annotations
@@ -23,11 +18,10 @@ from typing import Any
 import numpy as np
 import zmq
 
-from bm3il.protocol.errors import DeadlineError, InputError, ProtocolError
+from bm3il.protocol.errors import DeadlineError, ProtocolError
 from bm3il.protocol.keys import secure_client, secure_server
-from bm3il.protocol.ledger import ANSWERED, CLIENTS_KEPT, UNKNOWN, Ledger
+from bm3il.protocol.ledger import ANSWERED, UNKNOWN, Ledger
 from bm3il.protocol.messages import (
-    MAX_ARRAYS,
     MAX_MESSAGE_BYTES,
     Inquiry,
     Message,
@@ -36,31 +30,29 @@ from bm3il.protocol.messages import (
     Sender,
     Standing,
     answers,
-    decode,
     encode,
     frame_limit,
+)
+from bm3il.protocol.sockets import (
+    MESSAGES_PER_POLL,
+    CountDrop,
+    Drops,
+    bind,
+    decode_frames,
+    num_bytes,
+    open_socket,
+    send,
 )
 from bm3il.protocol.specs import ArrayTable
 
 log = logging.getLogger(__name__)
 
-ZERO_COPY_BYTES = 1 << 16
-"""Of a frame; libzmq calls back for each one that it was lent, which costs more than to copy a smaller one."""
-MESSAGES_PER_POLL = 256
-"""Taken in at once; who floods a socket delays its owner's other work, and cannot hold it for ever."""
 STOPPED_SECONDS = 0.5
 """A wait that outlasts its timeout by more was no wait: the process was stopped, and what is there may be old."""
-MAX_SUBSCRIPTION_BYTES = 1024
-"""What a listener sends, the handshake included."""
 FIRST_INQUIRY_SECONDS, LAST_INQUIRY_SECONDS = 1.0, 8.0
 """Between the times that a client asks after a request, doubled each time: a restarted server is heard of within
 seconds, and a busy one is not made busier."""
-HEARTBEAT_SECONDS, SILENCE_SECONDS = 5.0, 30.0
-SLOWEST_BYTES_PER_SECOND = 4e6
-"""A third of a network of 100 Mbit/s. Whoever sends a large frame can answer no heartbeat before its end, and shall not
-be taken for silent before that."""
 
-CountDrop = Callable[[str], None]
 CountBytes = Callable[[str, int], None]
 """Is told of bytes of whole requests, and whether they were `sent` or `resent`."""
 
@@ -106,12 +98,12 @@ class Server:
         max_frame_bytes: int = frame_limit(),
         count_bytes: CountBytes = lambda kind, count: None,
     ) -> None:
-        self._socket = _socket(zmq.ROUTER, max_frame_bytes, max_frame_bytes)
+        self._socket = open_socket(zmq.ROUTER, max_frame_bytes, max_frame_bytes)
         self._socket.router_handover = True
         secure_server(self._socket, endpoint, sender.keys, count_drop)
-        _bind(self._socket, endpoint)
+        bind(self._socket, endpoint)
         self._sender, self._schema = sender, schema
-        self._drops, self._count_bytes = _Drops(count_drop), count_bytes
+        self._drops, self._count_bytes = Drops(count_drop), count_bytes
         self._ledger = Ledger()
         self._empty_at = time.monotonic()
 
@@ -154,7 +146,7 @@ class Server:
         except zmq.Again:
             return _NOTHING
         try:
-            message = _decode(frames, self._sender.run, self._accepts)
+            message = decode_frames(frames, self._sender.run, self._accepts)
         except ProtocolError as error:
             self._drops.add(peer.bytes.hex(), error)
             if error.cause in ("version", "array_table", "body"):
@@ -165,7 +157,7 @@ class Server:
             self._send(peer.bytes, self._look_up(message))
             return None
         is_new = self._ledger.enter(message)
-        self._count_bytes("sent" if is_new else "resent", _num_bytes(frames))
+        self._count_bytes("sent" if is_new else "resent", num_bytes(frames))
         return Request(message, peer.bytes, self._empty_at) if is_new else None
 
     def _accepts(self, body: Any) -> ArrayTable | None:
@@ -181,7 +173,7 @@ class Server:
 
     def _send(self, peer: bytes, frames: list[Any]) -> None:
         try:
-            _send(self._socket, [peer, *frames])
+            send(self._socket, [peer, *frames])
         except zmq.ZMQError:  # the peer is gone, or its queue is full: it will ask again
             log.debug("an answer could not be sent", exc_info=True)
 
@@ -202,11 +194,11 @@ class Client:
         count_bytes: CountBytes = lambda kind, count: None,
     ) -> None:
         self.endpoint = endpoint
-        self._socket = _socket(zmq.DEALER, MAX_MESSAGE_BYTES, largest_bytes)
+        self._socket = open_socket(zmq.DEALER, MAX_MESSAGE_BYTES, largest_bytes)
         secure_client(self._socket, endpoint, sender.keys)
         self._socket.connect(endpoint)
         self._sender, self._schema = sender, schema
-        self._drops, self._count_bytes = _Drops(count_drop), count_bytes
+        self._drops, self._count_bytes = Drops(count_drop), count_bytes
         self._sequence = 0
         self._pending: dict[int, _Pending] = {}
         self._answers: dict[int, Message] = {}
@@ -294,7 +286,7 @@ class Client:
         """Send the request."""
         pending.ask_at = time.monotonic() + pending.ask_seconds
         if self._sent(pending.frames):
-            self._count_bytes("resent" if pending.attempt else "sent", _num_bytes(pending.frames))
+            self._count_bytes("resent" if pending.attempt else "sent", num_bytes(pending.frames))
             pending.attempt += 1
 
     def _ask_after(self, sequence: int, pending: _Pending, repeat: bool = False) -> None:
@@ -309,7 +301,7 @@ class Client:
 
     def _sent(self, frames: list[Any]) -> bool:
         try:
-            _send(self._socket, frames)
+            send(self._socket, frames)
         except zmq.Again:  # the queue is full: the request is overdue later
             return False
         return True
@@ -332,7 +324,7 @@ class Client:
         except zmq.Again:
             return False
         try:
-            message = _decode(frames, self._sender.run, self._accepts)
+            message = decode_frames(frames, self._sender.run, self._accepts)
             pending = self._pending.get(message.sequence)
             if isinstance(message.body, Standing):
                 if pending is not None:
@@ -351,91 +343,6 @@ class Client:
         return True
 
 
-class Broadcaster:
-    """The sending end of a broadcast: never blocks; a slow listener loses messages, and `pump` repeats the newest."""
-
-    def __init__(self, endpoint: str, sender: Sender, count_drop: CountDrop) -> None:
-        self._socket = _socket(zmq.XPUB, MAX_SUBSCRIPTION_BYTES, MAX_SUBSCRIPTION_BYTES)
-        self._socket.setsockopt(zmq.XPUB_VERBOSE, 1)
-        secure_server(self._socket, endpoint, sender.keys, count_drop)
-        _bind(self._socket, endpoint)
-        self._sender = sender
-        self._sequence = 0
-        self._newest: list[Any] | None = None
-        self._kept: list[Any] | None = None
-
-    def publish(self, body: Any, arrays: Mapping[str, np.ndarray], keep: bool = False) -> None:
-        """Send to all listeners; remembered for those who subscribe later. The arrays must not change afterwards.
-
-        keep: until `forget`, who subscribes gets this one, too, before the newest.
-        """
-        self._sequence += 1
-        self._newest = encode(self._sender, self._sequence, body, arrays)
-        if keep:
-            self._kept = self._newest
-        _send(self._socket, self._newest)
-
-    def forget(self) -> None:
-        """What was kept."""
-        self._kept = None
-
-    def pump(self, repeat: bool = False) -> None:
-        """Send the newest message again if somebody subscribed since, or if `repeat`."""
-        subscribed = False
-        for _ in range(MESSAGES_PER_POLL):
-            if not self._socket.poll(0):
-                break
-            subscribed |= self._socket.recv().startswith(b"\x01")
-        if subscribed and self._kept is not None and self._kept is not self._newest:
-            _send(self._socket, self._kept)
-        if (subscribed or repeat) and self._newest is not None:
-            _send(self._socket, self._newest)
-
-    def close(self) -> None:
-        self._socket.close(linger=0)
-
-
-class Listener:
-    """The receiving end of a broadcast."""
-
-    def __init__(
-        self,
-        endpoint: str,
-        sender: Sender,
-        schema: Schema,
-        count_drop: CountDrop,
-        largest_bytes: int = frame_limit(),
-    ) -> None:
-        """largest_bytes: of a frame that comes, as in `frame_limit`."""
-        self._socket = _socket(zmq.SUB, MAX_MESSAGE_BYTES, largest_bytes)
-        self._socket.subscribe(b"")
-        secure_client(self._socket, endpoint, sender.keys)
-        self._socket.connect(endpoint)
-        self._sender, self._schema = sender, schema
-        self._drops = _Drops(count_drop)
-        self.endpoint = endpoint
-
-    def next(self, timeout_seconds: float) -> Message | None:
-        """The next message, or None after `timeout_seconds`."""
-        if not self._socket.poll(int(timeout_seconds * 1000)):
-            return None
-        try:
-            return _decode(self._socket.recv_multipart(copy=False), self._sender.run, self._schema)
-        except ProtocolError as error:
-            self._drops.add(self.endpoint, error)
-            return None
-
-    def newest(self, timeout_seconds: float) -> Message | None:
-        """The last message that has come; older ones are skipped."""
-        newest = message = self.next(timeout_seconds)
-        while message is not None:
-            newest, message = message, self.next(0)
-        return newest
-
-    def close(self) -> None:
-        self._socket.close(linger=0)
-
-
 @dataclass
 class _Pending:
     """attempt: as in `Inquiry`; 0 until the request has been sent."""
@@ -448,61 +355,4 @@ class _Pending:
     attempt: int = 0
 
 
-class _Drops:
-    """Counts every dropped message, and logs the first of each sender and cause."""
-
-    def __init__(self, count: CountDrop) -> None:
-        self._count = count
-        self._logged: set[tuple[str, str]] = set()
-
-    def add(self, sender: str, error: ProtocolError) -> None:
-        self._count(error.cause)
-        if (sender, error.cause) not in self._logged and len(self._logged) < CLIENTS_KEPT:
-            self._logged.add((sender, error.cause))
-            log.warning("dropped a message from %s (%s): %s", sender, error.cause, error)
-
-
 _NOTHING = object()
-_MORE = zmq.NOBLOCK | zmq.SNDMORE
-
-
-def _socket(kind: int, max_frame_bytes: int, largest_bytes: int) -> zmq.Socket[bytes]:
-    """A peer of whom nothing comes for longer than the largest frame takes is cut off, to connect again.
-
-    max_frame_bytes: whoever connects takes what its server sends, whom it has reason to trust: libzmq would end such a
-        connection over a large frame for ever, and not only until the next try.
-    """
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
-    socket.linger = 0
-    socket.maxmsgsize = max_frame_bytes  # libzmq's limit is on each frame
-    socket.reconnect_ivl, socket.reconnect_ivl_max = 100, 1000
-    socket.handshake_ivl = 5000
-    socket.set_hwm(64)
-    # Only to notice a silent peer; what a disconnect loses is resent.
-    silence_seconds = SILENCE_SECONDS + largest_bytes / SLOWEST_BYTES_PER_SECOND
-    socket.heartbeat_ivl, socket.heartbeat_timeout = int(1000 * HEARTBEAT_SECONDS), int(1000 * silence_seconds)
-    return socket
-
-
-def _bind(socket: zmq.Socket[bytes], endpoint: str) -> None:
-    try:
-        socket.bind(endpoint)
-    except zmq.ZMQError as error:
-        socket.close(linger=0)
-        raise InputError(f"cannot listen on {endpoint}: {error.strerror}; is another run using it?") from error
-
-
-def _send(socket: zmq.Socket[bytes], frames: list[Any]) -> None:
-    for frame in frames[:-1]:
-        socket.send(frame, _MORE, copy=len(frame) < ZERO_COPY_BYTES)
-    socket.send(frames[-1], zmq.NOBLOCK, copy=len(frames[-1]) < ZERO_COPY_BYTES)
-
-
-def _num_bytes(frames: list[Any]) -> int:
-    return sum(len(frame) for frame in frames)
-
-
-def _decode(frames: list[zmq.Frame], run: str, schema: Schema) -> Message:
-    if len(frames) > MAX_ARRAYS + 1:
-        raise ProtocolError("frame", f"more than {MAX_ARRAYS} arrays in one message")
-    return decode([frame.buffer for frame in frames], run, schema)

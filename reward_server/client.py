@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from bm3il.protocol.channels import Client, CountDrop, Refused, Unanswered
+from bm3il.protocol.channels import Client, Refused, Unanswered
 from bm3il.protocol.errors import NumericalError, ProtocolError
 from bm3il.protocol.layout import JointRows, Layout
 from bm3il.protocol.messages import (
@@ -28,6 +28,7 @@ from bm3il.protocol.messages import (
     Update,
     frame_limit,
 )
+from bm3il.protocol.sockets import CountDrop
 from bm3il.protocol.specs import ArrayTable
 from bm3il.reward_server.model import Model
 

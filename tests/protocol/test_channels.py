@@ -17,19 +17,13 @@ import pytest
 import zmq
 
 from bm3il.protocol import channels, ledger
-from bm3il.protocol.channels import (
-    MESSAGES_PER_POLL,
-    Broadcaster,
-    Client,
-    Listener,
-    Refused,
-    Request,
-    Server,
-    Unanswered,
-)
+from bm3il.protocol import sockets as zmq_sockets
+from bm3il.protocol.broadcast import Broadcaster, Listener
+from bm3il.protocol.channels import Client, Refused, Request, Server, Unanswered
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.keys import Keys
 from bm3il.protocol.messages import Done, GetState, Refusal, Sender, Statistics, Update, Weights, encode, frame_limit
+from bm3il.protocol.sockets import MESSAGES_PER_POLL
 
 DEADLINE_SECONDS = 10.0
 LARGE = Done("with an array")
@@ -338,9 +332,9 @@ def test_who_sends_one_large_frame_is_not_taken_for_silent(
     endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direction: str
 ) -> None:
     """It cannot answer a heartbeat before the frame's end, and would begin it again and again."""
-    monkeypatch.setattr(channels, "HEARTBEAT_SECONDS", 0.1)
-    monkeypatch.setattr(channels, "SILENCE_SECONDS", 0.3)
-    monkeypatch.setattr(channels, "SLOWEST_BYTES_PER_SECOND", 1e5)
+    monkeypatch.setattr(zmq_sockets, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(zmq_sockets, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(zmq_sockets, "SLOWEST_BYTES_PER_SECOND", 1e5)
 
     class Large(Serving):
         def handle(self, server: Server, request: Request) -> None:
@@ -442,21 +436,6 @@ class Ready:
     def close(self, linger: int) -> None: ...
 
 
-def test_a_flood_of_subscriptions_is_taken_in_parts(endpoint: str) -> None:
-    broadcaster = Broadcaster(endpoint, Sender("run", "learner"), lambda cause: None)
-    flooder = zmq.Context.instance().socket(zmq.XSUB)
-    flooder.set_hwm(0)
-    flooder.connect(endpoint)
-    for number in range(3 * MESSAGES_PER_POLL):
-        flooder.send(b"\x01" + str(number).encode())
-    wait_until(lambda: broadcaster._socket.poll(0))
-    time.sleep(0.2)
-    broadcaster.pump()
-    assert broadcaster._socket.poll(5000), "all were taken at once"
-    flooder.close(linger=0)
-    broadcaster.close()
-
-
 @pytest.mark.parametrize("kind", ["server", "broadcaster"])
 def test_who_sends_too_large_a_frame_is_cut_off_and_others_are_served(endpoint: str, kind: str) -> None:
     large = zmq.Context.instance().socket(zmq.DEALER if kind == "server" else zmq.XSUB)
@@ -542,32 +521,6 @@ def test_a_taken_endpoint_is_an_error_for_people() -> None:
     with pytest.raises(InputError, match=f"cannot listen on tcp://127.0.0.1:{port}"):
         Server(f"tcp://127.0.0.1:{port}", Sender("run", "server", keys=Keys.create()), schema, lambda cause: None)
     taken.close(linger=0)
-
-
-def test_a_late_listener_gets_the_newest_broadcast(endpoint: str) -> None:
-    broadcaster = Broadcaster(endpoint, Sender("run", "learner"), lambda cause: None)
-    for version in range(3):
-        broadcaster.publish(Weights("s", version, 0), ARRAY)
-    listener = Listener(endpoint, Sender("run", "actor"), schema, lambda cause: None)
-    received: list[int] = []
-
-    def newest() -> bool:
-        broadcaster.pump()
-        message = listener.newest(0.05)
-        received.extend([] if message is None else [message.body.version])
-        return bool(received)
-
-    wait_until(newest)
-    assert received == [2]
-    for version in range(3, 6):
-        broadcaster.publish(Weights("s", version, 0), ARRAY)
-    time.sleep(0.2)
-    message = listener.newest(1.0)
-    assert message is not None
-    assert message.body.version == 5
-    np.testing.assert_array_equal(message.arrays["a"], ARRAY["a"])
-    listener.close()
-    broadcaster.close()
 
 
 def test_a_request_has_come_no_later_than_it_says(endpoint: str, client: Client) -> None:

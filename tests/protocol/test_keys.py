@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import zmq
 
-from bm3il.protocol.channels import Broadcaster, Client, Listener, Server, Unanswered
+from bm3il.protocol.broadcast import Broadcaster, Listener
+from bm3il.protocol.channels import Client, Server, Unanswered
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.keys import Keys, read_token
 from bm3il.protocol.messages import Chunk, Done, Sender, Weights
