@@ -232,12 +232,15 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a launcher holds the run."""
+    """Whether a launcher holds the run. It only looks: also into a folder in which one may not write."""
     try:
-        with locked(folder):
-            return False
-    except InputError:
+        with (folder / ".lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # an exclusive one wants, on NFS, a file to be written
+    except BlockingIOError:
         return True
+    except OSError:  # nobody has held it yet
+        return False
+    return False
 
 
 def read_result(folder: Path) -> dict[str, Any]:

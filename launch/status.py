@@ -93,6 +93,8 @@ def print_list(runs: Path, as_json: bool = False) -> int:
         console.print(row["run"], markup=False, soft_wrap=True)
         line = f"  {row['state']:<11}  {reached:<14}  {returned:>7}  {_local(row['started']):<11}  {what}"
         _print_line(console, line)
+        if row.get("reason"):
+            _print_line(console, f"  {row['reason']}")
     return 0
 
 
@@ -143,6 +145,7 @@ def _summary(folder: Path, config: Config) -> dict[str, Any]:
         "seed": config.seed,
         "mode": config.mode,
         "started": _started(folder),
+        "reason": result.get("error", "") if state == "failed" else "",
         "return_mean": result.get("return_mean", evaluation.get("return_mean")),
         **progress,
     }
@@ -155,8 +158,8 @@ def _how_far(folder: Path, config: Config) -> dict[str, Any]:
         return {"iteration": 0, "iterations": None, "env_steps": 0, "steps": config.steps, "seconds_left": None}
     last = lines[-1]
     iteration, steps = last["iteration"], last["env_steps"]
-    # Every iteration has as many steps; where there are none, a clone is made.
-    iterations = math.ceil(config.steps * iteration / steps) if steps else config.cloning.iterations
+    # As if each had as many steps, though episodes may end early; where there are none, a clone is made.
+    iterations = max(iteration, math.ceil(config.steps * iteration / steps)) if steps else config.cloning.iterations
     first = next(line for line in lines if line["wall_seconds"] >= last["wall_seconds"] - RATE_SECONDS)
     seconds, done = last["wall_seconds"] - first["wall_seconds"], iteration - first["iteration"]
     return {

@@ -283,10 +283,12 @@ class Training:
     def _note(self, figures: dict[str, float]) -> None:
         """Record the iteration's figures; the log has beside them what the learner did since the line before."""
         facts = self._facts
+        # As if each had as many steps; where episodes end early, the last may come later than that.
+        by_steps = max(facts.iteration, -(-facts.iteration * self._job.steps // max(facts.env_steps, 1)))
         self._figures[facts.iteration] = merged(figures, self._position())
         self._telemetry.numbers |= {
             "iteration": facts.iteration,
-            "iterations": self._algorithm.iterations or -(-facts.iteration * self._job.steps // facts.env_steps),
+            "iterations": self._algorithm.iterations or by_steps,
             "env_steps": facts.env_steps,
             "steps": self._job.steps if facts.env_steps else 0,
             "wall_seconds": facts.wall_seconds,

@@ -169,6 +169,7 @@ def test_an_interrupted_run_tells_how_to_go_on(config: Config) -> None:
 def test_two_launchers_cannot_have_one_run(config: Config) -> None:
     folder = run_folder.create(config)
     assert not run_folder.is_running(folder)
+    assert not (folder / ".lock").exists(), "who only looks leaves nothing behind"
     with run_folder.locked(folder):
         assert run_folder.is_running(folder)
         with pytest.raises(InputError, match="being run by another process"), run_folder.locked(folder):

@@ -156,6 +156,22 @@ def test_a_status_says_why_a_run_has_failed(
     assert lines[-1] == f"go on with: bm3il resume {folder}"
 
 
+def test_a_run_whose_episodes_end_early_is_never_beyond_its_iterations(folder: Path) -> None:
+    with (folder / "log.jsonl").open("w") as file:
+        file.write(json.dumps({"iteration": 9, "env_steps": 230_000, "wall_seconds": 9.0}) + "\n")
+    told = status.describe(folder)
+    assert (told["iteration"], told["iterations"], told["seconds_left"]) == (9, 9, None)
+
+
+def test_a_list_says_why_a_run_has_failed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    EventLog(folder, "supervisor-0").end(Outcome(2, "learner-0: No space left on device"))
+    monkeypatch.setattr(status, "is_running", lambda _: False)
+    assert print_list(folder.parent) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "  learner-0: No space left on device"
+
+
 def test_a_status_for_programs_says_all(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert print_status(folder, as_json=True) == 0
     told = json.loads(capsys.readouterr().out)
