@@ -54,6 +54,7 @@ def _run(plan: Plan, node: int, stopped: StopRequests) -> int:
     with ticket(plan):
         outcome = direct(plan, progress, stopped)
     run_folder.conclude(Path(plan.run_folder), plan.config, outcome, start)
+    rendezvous.report("ended", outcome.code, outcome.text)  # a full disk may not have taken it
     return 0
 
 

@@ -48,7 +48,7 @@ NAMED = 5
 
 
 def run_nodes(config: Config, spec: EnvironmentSpec, folder: Path, run_id: str, stopped: StopRequests) -> Outcome:
-    """Run on `config.nodes` nodes; returns how the run ended, as its first node wrote it down.
+    """Run on `config.nodes` nodes; returns how the run ended, as its first node wrote it down, or could only say.
 
     Raises InputError if the nodes cannot be started as the configuration asks.
     """
@@ -63,8 +63,8 @@ def run_nodes(config: Config, spec: EnvironmentSpec, folder: Path, run_id: str, 
         # What mpiexec or srun return says little (it may be 0 after a lost rank): the first node's word counts.
         if result := run_folder.concluded(folder, run_id):
             return Outcome(result["exit_code"], result.get("error", ""))
-        if gave_up is not None:
-            return gave_up
+        if said := gave_up or ranks.ended:
+            return said
         if ranks.met or attempt == MEETINGS or time.monotonic() - begin > MEET_SECONDS:
             break
         print(f"the nodes did not meet ({ranks.how_it_ended()}); trying again", file=sys.stderr)
@@ -84,6 +84,7 @@ class _Ranks:
         self._begin = self._changed = self._told_people = time.monotonic()
         self._told_to_stop, self._kill_at = 0, float("inf")
         self._end: Outcome | None = None
+        self.ended: Outcome | None = None  # what the first node said of it
         self.met = False
         (folder / MET).unlink(missing_ok=True)
         # A session of its own: Ctrl-C reaches only this process, which then asks the first node for an orderly end.
@@ -223,6 +224,8 @@ class _Ranks:
                     self._changed = time.monotonic()
                 case ["failed", str(reason)] if not self.met:
                     self._failure = self._failure or reason  # it is that of all
+                case ["ended", int(code), str(text)]:
+                    self.ended = Outcome(code, text)
                 case ["failed", str(reason)]:
                     self._kept.append((True, f"{reason}\n"))
                 case _:

@@ -47,9 +47,10 @@ RANK = ("PMI_RANK", "SLURM_PROCID")
 """Variables that tell a rank its number before MPI does."""
 
 
-def report(what: str, value: str | int) -> None:
-    """Tell the command line: that we have `started`, with our number, or `failed`, with the reason."""
-    os.write(sys.stderr.fileno(), f"{REPORT} {json.dumps([what, value])}\n".encode())  # in one piece
+def report(what: str, *values: str | int) -> None:
+    """Tell the command line: that we have `started`, with our number; have `failed`, with the reason; or that the run
+    has `ended`, with its exit code and the reason."""
+    os.write(sys.stderr.fileno(), f"{REPORT} {json.dumps([what, *values])}\n".encode())  # in one piece
 
 
 def number_of(variables: Sequence[str], environment: Mapping[str, str] = os.environ) -> int:

@@ -133,6 +133,12 @@ def test_what_nodes_say_after_they_have_met_is_passed_on(played: Played, capfd: 
     assert capfd.readouterr() == ("plan\n", "held\npassed\nlate\n")
 
 
+def test_what_the_first_node_says_of_the_end_counts_where_no_disk_took_it(played: Played) -> None:
+    ended = says('["ended", 2, "learner-0: No space left on device"]')
+    outcome = played.run(f"touch {played.folder / ranks.MET}; {ended}")
+    assert outcome == Outcome(INPUT_ERROR, "learner-0: No space left on device")
+
+
 def test_reports_that_are_none_are_lines(played: Played, capfd: pytest.CaptureFixture[str]) -> None:
     script = says("[]", "[1, 2, 3]", '["started", "x"]', "{", '["failed"]')
     outcome = played.run(f"{script}; touch {played.folder / ranks.MET}; exit 3")
