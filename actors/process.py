@@ -17,23 +17,12 @@ from bm3il.actors.settings import ActorSettings, EvaluationSettings
 from bm3il.actors.simulator import end_if_hung
 from bm3il.protocol.broadcast import Listener
 from bm3il.protocol.channels import Client, CountBytes, Refused
+from bm3il.protocol.codec import frame_limit, table_bytes
 from bm3il.protocol.device import use_threads
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.job import Job
 from bm3il.protocol.layout import Layout
-from bm3il.protocol.messages import (
-    Chunk,
-    Done,
-    Evaluating,
-    Evaluation,
-    Leaving,
-    Message,
-    Refusal,
-    Weights,
-    Working,
-    frame_limit,
-    table_bytes,
-)
+from bm3il.protocol.messages import Chunk, Done, Evaluating, Evaluation, Leaving, Message, Refusal, Weights, Working
 from bm3il.protocol.seeds import derive_seed
 from bm3il.protocol.specs import ArrayTable
 from bm3il.protocol.telemetry import IDLE, Telemetry

@@ -15,6 +15,7 @@ from bm3il.actors.environments.berlin.scenario_file import parse_scenario
 from bm3il.actors.experts.recording import record
 from bm3il.actors.policy import UniformPolicy
 from bm3il.learner.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
+from bm3il.protocol.codec import decode, encode
 from bm3il.protocol.demonstrations import Demonstrations
 from bm3il.protocol.errors import InputError, ProtocolError
 from bm3il.protocol.layout import JointRows, Layout
@@ -34,8 +35,6 @@ from bm3il.protocol.messages import (
     Status,
     Update,
     Working,
-    decode,
-    encode,
 )
 from bm3il.protocol.registry import make_environment
 from bm3il.protocol.specs import ArrayTable, EnvironmentSpec

@@ -44,6 +44,7 @@ from bm3il.launch.topology import Node, Plan, Process
 from bm3il.learner.settings import LearnerSettings, Settings
 from bm3il.learner.streaming import StreamedExperience
 from bm3il.protocol.channels import Client, Refused, Server
+from bm3il.protocol.codec import encode
 from bm3il.protocol.errors import NumericalError
 from bm3il.protocol.job import Endpoints, Job
 from bm3il.protocol.keys import Keys
@@ -62,7 +63,6 @@ from bm3il.protocol.messages import (
     Status,
     Update,
     Weights,
-    encode,
 )
 from bm3il.protocol.telemetry import Telemetry
 from bm3il.reward_server.client import STATE, RemoteRewards, rewards_table

@@ -33,9 +33,10 @@ from bm3il.launch.config import parse_config
 from bm3il.launch.run import check
 from bm3il.launch.topology import make_job
 from bm3il.learner.process import run_serial
+from bm3il.protocol.codec import decode, encode
 from bm3il.protocol.job import Endpoints
 from bm3il.protocol.layout import Layout
-from bm3il.protocol.messages import Chunk, Sender, decode, encode
+from bm3il.protocol.messages import Chunk, Sender
 from bm3il.protocol.registry import make_environment
 from bm3il.protocol.specs import EnvironmentSpec
 from bm3il.protocol.telemetry import Telemetry

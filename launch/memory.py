@@ -23,13 +23,13 @@ from bm3il.launch.topology import make_job, processes_of
 from bm3il.learner.algorithms import algorithm
 from bm3il.learner.imitation import PREFETCHED_BATCHES, REPLAY_STEPS
 from bm3il.learner.replay import Replay
+from bm3il.protocol.codec import table_bytes
 from bm3il.protocol.demonstration_file import count_rows
 from bm3il.protocol.demonstrations import resolve
 from bm3il.protocol.device import choose_device
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.job import Endpoints
 from bm3il.protocol.layout import JointRows, Layout
-from bm3il.protocol.messages import table_bytes
 from bm3il.protocol.observations import forms
 from bm3il.protocol.specs import EnvironmentSpec
 from bm3il.protocol.trajectories import Trajectories

@@ -18,9 +18,10 @@ from bm3il.learner.metrics import ChunkMetrics
 from bm3il.learner.settings import Settings
 from bm3il.protocol.broadcast import Broadcaster
 from bm3il.protocol.channels import Request, Server
+from bm3il.protocol.codec import frame_limit
 from bm3il.protocol.errors import DeadlineError, ProtocolError
 from bm3il.protocol.job import Job
-from bm3il.protocol.messages import Chunk, Done, Evaluating, Evaluation, Leaving, Weights, Working, frame_limit
+from bm3il.protocol.messages import Chunk, Done, Evaluating, Evaluation, Leaving, Weights, Working
 from bm3il.protocol.specs import ArrayTable
 from bm3il.protocol.telemetry import Telemetry
 from bm3il.protocol.trajectories import Trajectories

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import zmq
 
+from bm3il.protocol.codec import MAX_MESSAGE_BYTES, encode, frame_limit
 from bm3il.protocol.errors import ProtocolError
 from bm3il.protocol.keys import secure_client, secure_server
-from bm3il.protocol.messages import MAX_MESSAGE_BYTES, Message, Schema, Sender, encode, frame_limit
+from bm3il.protocol.messages import Message, Schema, Sender
 from bm3il.protocol.sockets import MESSAGES_PER_POLL, CountDrop, Drops, bind, decode_frames, open_socket, send
 
 MAX_SUBSCRIPTION_BYTES = 1024

@@ -18,21 +18,11 @@ from typing import Any
 import numpy as np
 import zmq
 
+from bm3il.protocol.codec import MAX_MESSAGE_BYTES, encode, frame_limit
 from bm3il.protocol.errors import DeadlineError, ProtocolError
 from bm3il.protocol.keys import secure_client, secure_server
 from bm3il.protocol.ledger import ANSWERED, UNKNOWN, Ledger
-from bm3il.protocol.messages import (
-    MAX_MESSAGE_BYTES,
-    Inquiry,
-    Message,
-    Refusal,
-    Schema,
-    Sender,
-    Standing,
-    answers,
-    encode,
-    frame_limit,
-)
+from bm3il.protocol.messages import Inquiry, Message, Refusal, Schema, Sender, Standing, answers
 from bm3il.protocol.sockets import (
     MESSAGES_PER_POLL,
     CountDrop,

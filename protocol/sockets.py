@@ -12,9 +12,10 @@ from typing import Any
 
 import zmq
 
+from bm3il.protocol.codec import MAX_ARRAYS, decode
 from bm3il.protocol.errors import InputError, ProtocolError
 from bm3il.protocol.ledger import CLIENTS_KEPT
-from bm3il.protocol.messages import MAX_ARRAYS, Message, Schema, decode
+from bm3il.protocol.messages import Message, Schema
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def num_bytes(frames: list[Any]) -> int:
 
 
 def decode_frames(frames: list[zmq.Frame], run: str, schema: Schema) -> Message:
-    """As `protocol.messages.decode`. Raises ProtocolError."""
+    """As `protocol.codec.decode`. Raises ProtocolError."""
     if len(frames) > MAX_ARRAYS + 1:
         raise ProtocolError("frame", f"more than {MAX_ARRAYS} arrays in one message")
     return decode([frame.buffer for frame in frames], run, schema)

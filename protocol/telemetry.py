@@ -21,9 +21,10 @@ import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from bm3il.protocol.channels import Client, Refused, Unanswered
+from bm3il.protocol.codec import MAX_TEXT
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.keys import UNAUTHORISED
-from bm3il.protocol.messages import MAX_TEXT, Done, Event, Refusal, Sender, Status
+from bm3il.protocol.messages import Done, Event, Refusal, Sender, Status
 from bm3il.protocol.specs import ArrayTable
 
 log = logging.getLogger(__name__)

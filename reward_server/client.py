@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from bm3il.protocol.channels import Client, Refused, Unanswered
+from bm3il.protocol.codec import frame_limit
 from bm3il.protocol.errors import NumericalError, ProtocolError
 from bm3il.protocol.layout import JointRows, Layout
 from bm3il.protocol.messages import (
@@ -26,7 +27,6 @@ from bm3il.protocol.messages import (
     Sender,
     Statistics,
     Update,
-    frame_limit,
 )
 from bm3il.protocol.sockets import CountDrop
 from bm3il.protocol.specs import ArrayTable

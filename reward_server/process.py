@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from bm3il.protocol.channels import Request, Server
+from bm3il.protocol.codec import frame_limit
 from bm3il.protocol.demonstrations import load_demonstrations
 from bm3il.protocol.device import choose_device, use_threads
 from bm3il.protocol.errors import InputError, NumericalError, ProtocolError
@@ -28,7 +29,6 @@ from bm3il.protocol.messages import (
     Schema,
     Statistics,
     Update,
-    frame_limit,
 )
 from bm3il.protocol.seeds import derive_seed
 from bm3il.protocol.specs import ArrayTable

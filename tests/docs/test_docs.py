@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from bm3il.launch import cli
-from bm3il.protocol.messages import BODIES, PROTOCOL_VERSION
+from bm3il.protocol.codec import PROTOCOL_VERSION
+from bm3il.protocol.messages import BODIES
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))

@@ -20,9 +20,10 @@ from bm3il.protocol import channels, ledger
 from bm3il.protocol import sockets as zmq_sockets
 from bm3il.protocol.broadcast import Broadcaster, Listener
 from bm3il.protocol.channels import Client, Refused, Request, Server, Unanswered
+from bm3il.protocol.codec import encode, frame_limit
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.keys import Keys
-from bm3il.protocol.messages import Done, GetState, Refusal, Sender, Statistics, Update, Weights, encode, frame_limit
+from bm3il.protocol.messages import Done, GetState, Refusal, Sender, Statistics, Update, Weights
 from bm3il.protocol.sockets import MESSAGES_PER_POLL
 
 DEADLINE_SECONDS = 10.0

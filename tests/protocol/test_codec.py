@@ -12,24 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bm3il.protocol.codec import MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, PROTOCOL_VERSION, decode, encode, frame_limit
 from bm3il.protocol.errors import ProtocolError
-from bm3il.protocol.messages import (
-    BODIES,
-    MAX_HEADER_BYTES,
-    MAX_MESSAGE_BYTES,
-    PROTOCOL_VERSION,
-    Chunk,
-    Done,
-    Message,
-    Query,
-    Rewards,
-    Sender,
-    Statistics,
-    Status,
-    decode,
-    encode,
-    frame_limit,
-)
+from bm3il.protocol.messages import BODIES, Chunk, Done, Message, Query, Rewards, Sender, Statistics, Status
 from bm3il.protocol.observations import integers
 
 SENDER = Sender("run", "actor-0")
