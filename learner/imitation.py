@@ -119,9 +119,6 @@ class Imitation(ABC):
             particles = self._rewards.state()
         return self._learner.state(), particles
 
-    def finish(self) -> None:  # noqa: B027
-        """Nothing: the policy of the last iteration is the result."""
-
     @abstractmethod
     def _build(self, device: torch.device, actor: ActorSettings) -> Learner:
         """Critics, and what moves them and the policy."""

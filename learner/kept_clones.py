@@ -25,6 +25,9 @@ from bm3il.protocol.demonstrations import Demonstrations
 
 log = logging.getLogger(__name__)
 
+WAY = 2
+"""Counted up where this release makes other bits of the same: since 2 a clone is that of its last update."""
+
 
 class KeptClone:
     """The place of one clone, to be asked for before `policy` changes."""
@@ -65,6 +68,7 @@ class KeptClone:
 def _key(policy: Policy, demonstrations: Demonstrations, settings: CloningSettings, seed: int) -> str:
     """Not of the environment that the run is in: the clone is made without it."""
     facts = {
+        "made": WAY,
         "settings": asdict(settings) | {"kept_in": ""},
         "seed": seed,
         "networks": [(block.groups, block.slots) for block in policy.layout.blocks],

@@ -138,7 +138,8 @@ class CloningSettings:
     weight_decay: NonNegative = 0.01
     """Decoupled weight decay."""
     held_out: Fraction = 0.1
-    """Part of the independent episodes held out to choose the policy; 0 takes the last one."""
+    """Part of the independent episodes held out, to tell by `held_out_loss` whether the others are known by heart; 0
+    learns from all."""
     kept_in: str = ""
     """Folder that keeps the clones that runs start from; a later run with the same start takes its own from there, to
     the same bits. Empty: none is kept."""

@@ -74,8 +74,6 @@ class Iterated(Protocol):
 
     def state(self) -> tuple[Arrays, Arrays]: ...
 
-    def finish(self) -> None: ...
-
 
 @dataclass
 class Facts:
@@ -162,9 +160,7 @@ class Training:
             self._count_seconds()
             self._metrics.count_iteration(self._facts.iteration, self._facts.env_steps, figures)
             is_last = self._progress == 1
-            if is_last:
-                self._algorithm.finish()
-            else:  # at once: actors play with it while it is written down
+            if not is_last:  # at once: actors play with it while it is written down
                 self._publish(session)
             self._note(figures)
             if is_last or self._facts.iteration % self._settings.checkpoint_interval == 0:

@@ -242,7 +242,7 @@ def test_all_studies_can_be_trained_and_are_what_quick_ones_and_claims_are_about
         "figure3": 140,
         "few": 340,
         "imitation": 300,
-        "ablations": 280,
+        "ablations": 290,
         "attempts": 112,
         "tuning": 256,
         "tuning_few": 158,

@@ -58,3 +58,23 @@ def test_a_clone_tells_how_far_it_is_while_it_is_made() -> None:
     assert seen[-1]["cloning_iterations"] == 3
     assert seen[-1]["cloning_left_seconds"] > 0
     assert not [name for name in telemetry.numbers if name.startswith("cloning_")]
+
+
+def test_a_clone_ends_with_its_last_update_whatever_held_out_episodes_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = make_environment("berlin?agents=4&types=2", 2)
+    layout = Layout.of(environment.spec, "type")
+    policy = Policy(layout, (8,), torch.Generator().manual_seed(0))
+    demonstrations = Demonstrations.from_trajectories(rollout(environment, policy, 5), environment.spec, "")
+    seen: list[str] = []
+
+    def worse_and_worse(_: Cloning, policy: Policy) -> torch.Tensor:
+        seen.append(policy.sha256())
+        return torch.tensor(float(len(seen)))
+
+    monkeypatch.setattr(Cloning, "loss_of_all", worse_and_worse)
+    settings = CloningSettings(updates=1, iterations=3, batch_size=4, held_out=0.5)
+    telemetry = Telemetry("learner", 0, Sender("run", "learner-0"))
+    clone(policy, demonstrations, settings, 0, telemetry)
+    telemetry.close()
+    assert len(set(seen)) == 3
+    assert policy.sha256() == seen[-1]
