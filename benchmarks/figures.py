@@ -210,17 +210,19 @@ def _curves(axes: Axes, drawn: Drawn, panel: str, looks: dict[str, dict[str, Any
 
 
 def _points(axes: Axes, drawn: Drawn, panel: str, looks: dict[str, dict[str, Any]]) -> None:
-    """Interquartile means and their intervals, the lines of one x side by side."""
+    """Interquartile means and their intervals, the lines that have one x side by side around it."""
     lines = drawn.panels[panel]
-    places = {x: number for number, x in enumerate(dict.fromkeys(x for points in lines.values() for x in points))}
-    for number, (line, points) in enumerate(lines.items()):
-        shift = (number - (len(lines) - 1) / 2) * min(0.12, 0.8 / len(lines))
-        told = {
-            places[x] + shift: robust("", drawn.group(line, panel, x).scores(drawn.of.world, SCORE)) for x in points
-        }
+    values = list(dict.fromkeys(x for points in lines.values() for x in points))
+    places = {}
+    for number, x in enumerate(values):
+        there = [line for line, points in lines.items() if x in points]
+        apart = min(0.12, 0.8 / len(there))
+        places |= {(line, x): number + (n - (len(there) - 1) / 2) * apart for n, line in enumerate(there)}
+    for line, points in lines.items():
+        told = {places[line, x]: robust("", drawn.group(line, panel, x).scores(drawn.of.world, SCORE)) for x in points}
         errorbar(axes, told, looks[line]["color"], line, vertical=True)
     axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
-    axes.set_xticks(list(places.values()), list(places), fontsize=8)
+    axes.set_xticks(range(len(values)), values, fontsize=8)
     axes.set(ylabel=UNITS[SCORE])
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
 

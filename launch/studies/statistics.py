@@ -44,6 +44,21 @@ def interquartile_mean_interval(strata: Strata, repetitions: int = REPETITIONS) 
     return _ends(interquartile_mean(drawn, axis=1))
 
 
+def mean_of_tasks(strata: Strata) -> float:
+    """The mean of the tasks' interquartile means: where tasks are unlike, the interquartile mean of all runs would cut
+    off whole tasks as its outliers."""
+    return float(np.mean([interquartile_mean(scores) for scores in strata]))
+
+
+def mean_of_tasks_interval(strata: Strata, repetitions: int = REPETITIONS) -> tuple[float, float]:
+    """Both ends of its interval, by the same bootstrap; NaN where no stratum has two runs."""
+    if max(map(len, strata)) < 2:
+        return float("nan"), float("nan")
+    drawn = resampled(strata, repetitions, np.random.default_rng(SEED))
+    low, high = _ends(np.mean([interquartile_mean(scores, axis=1) for scores in drawn], axis=0))
+    return float(low), float(high)
+
+
 def improvement(ours: Strata, theirs: Strata) -> float:
     """The probability that a run of ours is better than one of theirs on the same task, mean over tasks; of equal ones
     half (Mann-Whitney's U, divided by the number of pairs). Both have the same strata, [runs] each."""

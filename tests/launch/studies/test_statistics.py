@@ -12,6 +12,8 @@ from bm3il.launch.studies.statistics import (
     improvement_interval,
     interquartile_mean,
     interquartile_mean_interval,
+    mean_of_tasks,
+    mean_of_tasks_interval,
     on_common_steps,
 )
 
@@ -38,6 +40,15 @@ def test_tasks_are_drawn_from_one_by_one() -> None:
     strata = [np.array([0.0, 0, 0]), np.array([10.0, 10])]
     low, high = interquartile_mean_interval(strata)
     assert low == high == interquartile_mean(np.concatenate(strata))
+
+
+def test_no_task_is_an_outlier_in_the_mean_of_tasks() -> None:
+    strata = [np.zeros(4), np.zeros(4), np.array([9.0, 9, 9, 99])]
+    assert mean_of_tasks(strata) == 3
+    low, high = mean_of_tasks_interval(strata)
+    assert low == 3 < high
+    assert interquartile_mean(np.concatenate(strata)) == 1.5
+    assert np.isnan(mean_of_tasks_interval([np.zeros(1)])).all()
 
 
 def test_of_single_runs_nothing_is_known_of_how_they_differ() -> None:
