@@ -8,6 +8,7 @@
       beside: [demonstrations]     # settings that go with others, and are not told
       world: own                   # in which runs were judged; default: `as trained`
       baseline: "1"                # the line that others are held against; without one nothing is
+      areas: true                  # beside the returns, where no curves are drawn
       labels: {"rover_tower?pairs=2": 4 agents}
       paper: {"berlin?…": berlin_type5.csv}        # of a panel: the authors' curves, if they are there
 
@@ -59,6 +60,7 @@ class Described:
     beside: tuple[str, ...] = ()
     world: str = AS_TRAINED
     baseline: str = ""
+    areas: bool = False
     labels: dict[str, str] = field(default_factory=dict)
     paper: dict[str, str] = field(default_factory=dict)
 
@@ -297,11 +299,12 @@ def caption(drawn: Drawn) -> str:
     whole = f"; {drawn.missing} of {len(rows) + drawn.missing} runs are still to come" if drawn.missing else ""
     everywhere = all(drawn.base(panel) == drawn.base(None) for panel in drawn.panels)
     elsewhere = "" if everywhere else " (of the first line, where that is not)"
+    two = " (of two runs: the lesser and the greater)" if len(seeds) == 2 else ""
     held = f"; P: the probability that a run is better than one of *{drawn.base(None)}*{elsewhere}"
     return (
         f"`{drawn.command}`; {len(rows)} runs, commit {commits}, {told}, "
         f"{hours:.1f} core-hours{whole}. {UNITS[SCORE].capitalize()}, interquartile means "
-        f"over runs, {LEVEL:.0%} bootstrap intervals{held if drawn.of.baseline else ''}."
+        f"over runs, {LEVEL:.0%} bootstrap intervals{two}{held if drawn.of.baseline else ''}."
     )
 
 
@@ -338,7 +341,8 @@ def _steps_to(group: Group, level: float) -> str:
 
 
 def _of_points(drawn: Drawn) -> Iterable[str]:
-    """A table of the scores, and with a baseline one of the probabilities, each with a last row of all together."""
+    """A table of the scores, one of areas if they are wanted, and with a baseline one of the probabilities, each with a
+    last row of all together."""
     places: list[tuple[str | None, str | None]] = [
         (panel, x)
         for panel, lines in drawn.panels.items()
@@ -351,6 +355,9 @@ def _of_points(drawn: Drawn) -> Iterable[str]:
     def score(line: str, panel: str | None, x: str | None) -> str:
         return cell(robust("iqm", drawn.group(line, panel, x).scores(world, SCORE)), "iqm")
 
+    def area(line: str, panel: str | None, x: str | None) -> str:
+        return cell(robust("area", areas(drawn.group(line, panel, x), SCORE)), "area")
+
     def probability(line: str, panel: str | None, x: str | None) -> str:
         if line == (base := drawn.base(panel)):
             return "–"
@@ -358,6 +365,8 @@ def _of_points(drawn: Drawn) -> Iterable[str]:
         return cell(better("p", ours, theirs), "p", 2)
 
     yield _turned("Returns", drawn, places, score)
+    if drawn.of.areas:
+        yield _turned("Areas under the curves", drawn, places, area)
     if drawn.of.baseline:
         yield _turned("P", drawn, places, probability)
 

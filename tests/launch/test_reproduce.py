@@ -125,7 +125,16 @@ def test_values_side_by_side_and_probabilities(tmp_path: Path) -> None:
     assert "| slipping | – | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] |" in by_panel
     alone = figures.section(drawn_of(study, x="", world="own", baseline=""), "tiny.png")
     assert "| slipping | 0.525" in alone
-    assert not [word for word in ("**P**", "probability") if word in alone]
+    assert not [word for word in ("**P**", "probability", "**Areas", "of two runs") if word in alone]
+
+
+def test_areas_are_told_where_they_are_asked_for_and_intervals_of_two_runs_are_called_so(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    filled(study, 2)
+    text = figures.section(drawn_of(study, x="", world="own", baseline="", areas=True), "tiny.png")
+    assert "95% bootstrap intervals (of two runs: the lesser and the greater)." in text
+    areas = text.partition("**Areas under the curves**")[2]
+    assert "| slipping | – | 0.408 [0.405, 0.410] | 0.458 [0.455, 0.460] |" in areas
 
 
 @pytest.mark.parametrize(
