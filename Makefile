@@ -1,10 +1,10 @@
-# Needs python3 (3.10 or newer) with venv, and make. Every target makes and fills .venv by itself.
+# Needs python3 (3.10 or newer) with venv, and make. Every target creates .venv and installs into it what it needs.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# What `make launch` passes on to `bm3il train`; ARGS is for the rest, e.g. ARGS="--learner.batch-size 512".
+# Options that `make launch` passes to `bm3il train`; ARGS holds any others, e.g. ARGS="--learner.batch-size 512".
 flag = $(if $($(1)),--$(2) '$($(1))')
 FLAGS = $(call flag,PRESET,preset) $(call flag,NODES,nodes) $(call flag,ALGORITHM,algorithm) \
 	$(call flag,ENVIRONMENT,environment) $(call flag,DEMONSTRATIONS,demonstrations) $(call flag,RUN,run) \
@@ -13,7 +13,7 @@ FLAGS = $(call flag,PRESET,preset) $(call flag,NODES,nodes) $(call flag,ALGORITH
 
 OF_LAUNCH := NODES PRESET ALGORITHM ENVIRONMENT DEMONSTRATIONS RUN SEED STEPS ACTORS MODE HOSTFILE ARGS
 
-# A misspelt variable would be ignored, and another run trained than was asked for.
+# Unknown variables are errors: make would ignore a misspelt one, and train another run than the one asked for.
 KNOWN := $(OF_LAUNCH) SECONDS KIND QUICK PYTHON VENV
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 NEAREST = import sys; from bm3il.protocol.errors import unknown_name; print(unknown_name("variable", sys.argv[1], sys.argv[2:]))
@@ -25,14 +25,14 @@ endif
 .DEFAULT_GOAL := help
 .PHONY: help launch submit test lint bench reproduce chaos soak fuzz docs
 
-help:  ## this list
+help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Variables of launch: $(OF_LAUNCH)"
 
-launch: $(VENV)/.installed  ## train, by default from the demonstrations that come with bm3il
+launch: $(VENV)/.installed  ## train a run, by default on demonstrations that come with bm3il
 	@$(BIN)/bm3il train $(FLAGS)
 
-# Modules stay whole, since what a module's tests share is made once a process; ARGS="-n 0" runs them one by one.
+# The tests of a module run in one process, so that their fixtures are made only once; ARGS="-n 0" runs all one by one.
 test: $(VENV)/.installed-dev  ## run the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope $(ARGS)
 
@@ -42,26 +42,26 @@ lint: $(VENV)/.installed-dev  ## check style and types
 	@$(BIN)/mypy
 
 NO_BENCHMARKS := reproduce figures claims contexts meeting floors backpressure soak resident_memory random_data ranking closures worlds chaos chaos_of_simulators unsteady hosts slurm_cluster fuzz fuzz_cases fuzz_live fuzz_sockets
-bench: $(VENV)/.installed-dev  ## measure against the floors of this machine
+bench: $(VENV)/.installed-dev  ## run the benchmarks, against the best that this machine can do
 	@failed=0; for file in $(filter-out $(NO_BENCHMARKS:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file $(ARGS) || failed=1; done; exit $$failed
 
-reproduce: $(VENV)/.installed  ## the studies behind the results, and their figures; QUICK=1 small, in 20 minutes; goes on after a stop
+reproduce: $(VENV)/.installed  ## run the studies behind the results and draw their figures; QUICK=1: small, 20 minutes; continues after a stop
 	@$(BIN)/python benchmarks/reproduce.py $(if $(QUICK),--quick) $(ARGS)
 
-submit: $(VENV)/.installed  ## submit a run to Slurm, with the variables of launch
+submit: $(VENV)/.installed  ## submit a run to Slurm; takes the variables of launch
 	@$(BIN)/bm3il submit $(FLAGS)
 
-docs: $(VENV)/.installed-docs  ## build the site of docs/ into site/; links that lead nowhere are errors
+docs: $(VENV)/.installed-docs  ## build the documentation into site/; broken links are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "site/index.html"
 
 SECONDS ?= 600
-chaos: $(VENV)/.installed-dev  ## hurt processes of runs at random: SECONDS=600 SEED=1 MODE=lockstep; or simulators: KIND=simulator
+chaos: $(VENV)/.installed-dev  ## random faults in the processes of runs: SECONDS=600 SEED=1 MODE=lockstep; in simulators: KIND=simulator
 	@$(BIN)/python benchmarks/chaos.py --seconds $(SECONDS) $(call flag,SEED,seed) $(call flag,MODE,mode)$(if $(KIND), --kind '$(KIND)') $(ARGS)
 
-soak: $(VENV)/.installed-dev  ## a long run at full speed: does memory stay flat, do counters add up (SECONDS=3600)
+soak: $(VENV)/.installed-dev  ## a long run at full speed: checks that memory stays flat and counters add up (SECONDS=3600)
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py --seconds $(SECONDS) $(ARGS)
 
-fuzz: $(VENV)/.installed-dev  ## hostile bytes against everything that reads some (ARGS="--cases 1000000")
+fuzz: $(VENV)/.installed-dev  ## send malformed messages and files to everything that reads them (ARGS="--cases 1000000")
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py $(ARGS)
 
 $(VENV)/bin/python:

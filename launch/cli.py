@@ -124,12 +124,20 @@ def train(args: list[str]) -> int:
 
 
 def submit(args: list[str]) -> int:
-    """submit a new run to Slurm, as a job that comes back after a preemption"""
+    """submit a new run to Slurm, as a job that resumes after a preemption"""
     parser = _parser("submit")
-    parser.add_argument("--time", default="24:00:00", help="Slurm's time limit; the run goes on in another start")
-    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="e.g. partition=gpu")
-    parser.add_argument("--dry-run", action="store_true", help="print the batch script instead")
-    parser.epilog = "All other options are those of `bm3il train`."
+    parser.add_argument(
+        "--time", default="24:00:00", help="time limit of the job; after it the run continues in a new start"
+    )
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="a further option of sbatch, e.g. partition=gpu",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only print the batch script")
+    parser.epilog = "All options of `bm3il train` can be used as well."
     options, train_options = parser.parse_known_args(args)
     from bm3il.launch.nodes import slurm
 
@@ -137,9 +145,9 @@ def submit(args: list[str]) -> int:
 
 
 def join(args: list[str]) -> int:
-    """add actors to an async run that is under way"""
+    """add actors to an async run that is in progress"""
     parser = _parser("join")
-    parser.add_argument("ticket", type=Path, help="the join.json of the run's folder, or a copy of it (mode 600)")
+    parser.add_argument("ticket", type=Path, help="the file join.json in the run's folder, or a copy of it (mode 600)")
     parser.add_argument("--actors", type=int, default=1)
     options = parser.parse_args(args)
     from bm3il.launch.nodes.join import join
@@ -148,10 +156,12 @@ def join(args: list[str]) -> int:
 
 
 def resume(args: list[str]) -> int:
-    """go on with a run from its newest checkpoint"""
+    """continue a run from its newest checkpoint"""
     parser = _parser("resume")
     parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument("--steps", type=int, help="another budget, e.g. to prolong a run that is finished")
+    parser.add_argument(
+        "--steps", type=int, help="a new budget of joint environment steps, e.g. to extend a finished run"
+    )
     options = parser.parse_args(args)
     from bm3il.launch import run
 
@@ -159,15 +169,19 @@ def resume(args: list[str]) -> int:
 
 
 def evaluate(args: list[str]) -> int:
-    """true returns of a run's policy, beside random and expert"""
+    """measure the true returns of a run's policy, compared with a random policy and the expert"""
     parser = _parser("evaluate")
     parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument("--episodes", type=int, default=2000, help="fresh episodes")
+    parser.add_argument("--episodes", type=int, default=2000, help="number of fresh episodes")
     parser.add_argument("--environment", default="", help="a changed world to play in, e.g. 'rover_tower?slip=0.05'")
-    parser.add_argument("--paired", action="store_true", help="also from the start states of the demonstrations")
+    parser.add_argument("--paired", action="store_true", help="also play from the start states of the demonstrations")
     parser.add_argument("--best", action="store_true", help="the best checkpoint instead of the newest")
-    parser.add_argument("--pictures", action="store_true", help="maps and loads beside the demonstrations'")
-    parser.add_argument("--hour", type=float, default=-1.0, help="of the map, e.g. 8.5; default: the busiest")
+    parser.add_argument(
+        "--pictures",
+        action="store_true",
+        help="also draw pictures into RUN/pictures (maps and loads beside the demonstrations': only for berlin)",
+    )
+    parser.add_argument("--hour", type=float, default=-1.0, help="hour of the map, e.g. 8.5; default: the busiest")
     options = parser.parse_args(args)
     from bm3il.launch.learned import evaluate
 
@@ -176,12 +190,12 @@ def evaluate(args: list[str]) -> int:
 
 
 def export(args: list[str]) -> int:
-    """policy and reward of a run as files of ONNX or TorchScript"""
+    """export the policy and the reward of a run as ONNX or TorchScript files"""
     parser = _parser("export")
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--best", action="store_true", help="the best checkpoint instead of the newest")
     parser.add_argument("--format", choices=["onnx", "torchscript"], default="onnx", help="default: onnx")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="is made")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
     options = parser.parse_args(args)
     from bm3il.launch.learned import export
 
@@ -189,19 +203,21 @@ def export(args: list[str]) -> int:
 
 
 def play(args: list[str]) -> int:
-    """play an episode of a run's policy, and draw it"""
+    """play one episode with a run's policy, and draw it"""
     parser = _parser("play")
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--best", action="store_true", help="the best checkpoint instead of the newest")
     begins = parser.add_mutually_exclusive_group()
-    begins.add_argument("--seed", type=int, default=0, help="of a fresh start; default: 0")
-    begins.add_argument("--episode", type=int, metavar="K", help="start as episode K of the demonstrations, from 0")
+    begins.add_argument("--seed", type=int, default=0, help="seed of a fresh start state; default: 0")
+    begins.add_argument(
+        "--episode", type=int, metavar="K", help="start from the start state of demonstration K (the first is 0)"
+    )
     parser.add_argument("--environment", default="", help="a changed world to play in, e.g. 'rover_tower?slip=0.05'")
-    parser.add_argument("--greedy", action="store_true", help="the likeliest actions instead of drawn ones")
-    parser.add_argument("--expert", action="store_true", help="beside the scripted expert")
-    parser.add_argument("--random", action="store_true", help="beside random actions")
+    parser.add_argument("--greedy", action="store_true", help="the most likely actions instead of sampled ones")
+    parser.add_argument("--expert", action="store_true", help="also let the scripted expert play, for comparison")
+    parser.add_argument("--random", action="store_true", help="also play random actions, for comparison")
     parser.add_argument(
-        "--output", type=Path, help="FILE.gif moves, FILE.png shows some moments; default: RUN/play.gif"
+        "--output", type=Path, help="FILE.gif: an animation; FILE.png: some moments; default: RUN/play.gif"
     )
     options = parser.parse_args(args)
     from bm3il.launch.learned import play
@@ -212,18 +228,26 @@ def play(args: list[str]) -> int:
 
 
 def whatif(args: list[str]) -> int:
-    """what the people whom a run imitated will do in a world that changed"""
+    """predict what the people imitated by a run will do in a changed world"""
     from bm3il.launch.surroundings import cores
 
     parser = _parser("whatif")
-    parser.add_argument("run", type=Path, help="the run's folder; cloning (bc) is enough")
+    parser.add_argument("run", type=Path, help="the run's folder; a run of behaviour cloning (bc) is enough")
     parser.add_argument("--environment", required=True, help="the changed world, e.g. 'berlin?...&closed=22,23'")
     parser.add_argument(
-        "--seeds", type=int, default=5, metavar="K", help="imitate there K times; intervals are over them"
+        "--seeds",
+        type=int,
+        default=5,
+        metavar="K",
+        help="number of imitation runs in the changed world, one per seed; intervals are over these runs",
     )
-    parser.add_argument("--steps", type=int, default=40_000, help="joint environment steps of each")
-    parser.add_argument("--jobs", type=int, default=cores(), help="how many at once; default: one per core")
-    parser.add_argument("--episodes", "--days", type=int, default=200, help="fresh ones, of each policy compared")
+    parser.add_argument("--steps", type=int, default=40_000, help="joint environment steps of each run")
+    parser.add_argument(
+        "--jobs", type=int, default=cores(), help="number of runs at the same time; default: one per core"
+    )
+    parser.add_argument(
+        "--episodes", "--days", type=int, default=200, help="number of fresh episodes for each policy in the comparison"
+    )
     options = parser.parse_args(args)
     from bm3il.launch.whatif import whatif
 
@@ -232,12 +256,21 @@ def whatif(args: list[str]) -> int:
 
 
 def study(args: list[str]) -> int:
-    """train and judge many runs from one file: a grid of settings, seeds and worlds"""
+    """train and evaluate many runs from one file: a grid of settings, seeds and worlds"""
     parser = _parser("study")
     parser.add_argument("file", type=Path, help="a YAML file, see docs/studies.md")
-    parser.add_argument("--jobs", type=int, help="how many runs at once; default: the cores by the threads of a run")
-    parser.add_argument("--runs-folder", type=Path, default=Path("runs"), help="in which the study's folder lies")
-    parser.add_argument("--dry-run", action="store_true", help="print the table of runs instead")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        help="number of runs at the same time; default: number of cores divided by the threads of a run",
+    )
+    parser.add_argument(
+        "--runs-folder",
+        type=Path,
+        default=Path("runs"),
+        help="folder in which the study's folder is created; default: runs",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only print the table of runs")
     options = parser.parse_args(args)
     from bm3il.launch.studies import study
 
@@ -245,16 +278,25 @@ def study(args: list[str]) -> int:
 
 
 def compare(args: list[str]) -> int:
-    """finished runs, or those of studies, beside each other: what differs, how good they are"""
+    """compare finished runs or studies: how their settings differ, how good they are"""
     parser = _parser("compare")
-    parser.add_argument("paths", type=Path, nargs="+", metavar="RUN_OR_STUDY", help="folders, or files of results")
-    parser.add_argument("--by", default="", metavar="KEY", help="e.g. algorithm: others that differ are tasks then")
-    parser.add_argument("--world", default="", help="only in this one, e.g. slip=0.1, or 'as trained'")
     parser.add_argument(
-        "--baseline", default="", metavar="GROUP", help="that others are held against; default: the first"
+        "paths", type=Path, nargs="+", metavar="RUN_OR_STUDY", help="folders of runs or studies, or files of results"
     )
     parser.add_argument(
-        "--output", type=Path, help="folder of CSV and picture; default: the run's or study's; of several: comparison"
+        "--by",
+        default="",
+        metavar="KEY",
+        help="setting to compare, e.g. algorithm; the other settings that differ then make tasks",
+    )
+    parser.add_argument("--world", default="", help="compare only in this world, e.g. slip=0.1, or 'as trained'")
+    parser.add_argument(
+        "--baseline", default="", metavar="GROUP", help="group that others are compared with; default: the first"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for CSV and picture; default: the folder of the run or study; for several: comparison",
     )
     options = parser.parse_args(args)
     from bm3il.launch.studies import compare
@@ -263,10 +305,10 @@ def compare(args: list[str]) -> int:
 
 
 def status(args: list[str]) -> int:
-    """whether a run is running, how far it is, how it ended"""
+    """show whether a run is active, how far it is, or how it ended"""
     parser = _parser("status")
     parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument("--json", action="store_true", help="all that is known, for programs")
+    parser.add_argument("--json", action="store_true", help="all that is known, as JSON")
     options = parser.parse_args(args)
     from bm3il.launch.status import print_status
 
@@ -274,10 +316,10 @@ def status(args: list[str]) -> int:
 
 
 def list_runs(args: list[str]) -> int:
-    """all runs and studies of a folder: how far each is, how it ended"""
+    """list the runs and studies in a folder: how far each is, or how it ended"""
     parser = _parser("list")
     parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"), help="the folder of runs; default: runs")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="as JSON")
     options = parser.parse_args(args)
     from bm3il.launch.status import print_list
 
@@ -285,9 +327,9 @@ def list_runs(args: list[str]) -> int:
 
 
 def report(args: list[str]) -> int:
-    """a run or a study as one page of HTML: curves, times, health, what happened"""
+    """write a report of a run or a study as one HTML page: curves, times, health, events"""
     parser = _parser("report")
-    parser.add_argument("folder", type=Path, help="of a run, also of one that is running, or of a study")
+    parser.add_argument("folder", type=Path, help="folder of a run (it may still be active) or of a study")
     parser.add_argument("--output", type=Path, metavar="FILE.html", help="default: report.html in that folder")
     options = parser.parse_args(args)
     from bm3il.launch.reports.report import main
@@ -299,29 +341,33 @@ def demonstrations(args: list[str]) -> int:
     """record, import, clean or inspect demonstrations"""
     parser = _parser("demonstrations")
     actions = parser.add_subparsers(dest="action", required=True)
-    record = actions.add_parser("record", help="let the scripted expert of an environment play, or the policy of a run")
-    record.add_argument("environment", nargs="?", help="of the scripted expert")
-    record.add_argument("--run", type=Path, help="the folder of a run, whose policy plays where it was trained")
+    record = actions.add_parser("record", help="record the scripted expert of an environment, or the policy of a run")
+    record.add_argument("environment", nargs="?", help="environment whose scripted expert plays")
+    record.add_argument(
+        "--run", type=Path, help="folder of a run; its policy plays in the environment it was trained in"
+    )
     record.add_argument("--best", action="store_true", help="the run's best checkpoint instead of the newest")
-    record.add_argument("--greedy", action="store_true", help="the run's likeliest actions instead of drawn ones")
+    record.add_argument("--greedy", action="store_true", help="the most likely actions instead of sampled ones")
     record.add_argument("--episodes", type=int, default=100)
     record.add_argument("--seed", type=int, default=0)
     record.add_argument("--output", type=Path, required=True)
     imports = actions.add_parser(
-        "import", help="from a table, an npz, a data set of Minari, or routes; see docs/recordings.md"
+        "import", help="import a table, an npz file, a Minari data set or SUMO routes; see docs/recordings.md"
     )
     imports.add_argument(
-        "file", nargs="+", help="….csv, .tsv or .parquet, .npz, minari:ID; of SUMO's routes .xml, one for each episode"
+        "file",
+        nargs="+",
+        help="a .csv, .tsv, .parquet or .npz file, or minari:ID; for SUMO routes one .xml file per episode",
     )
-    imports.add_argument("--environment", default="", help="in which it was recorded")
+    imports.add_argument("--environment", default="", help="environment in which it was recorded")
     imports.add_argument(
-        "--mapping", type=Path, help="a YAML file: what the table calls columns, types, agents, actions"
+        "--mapping", type=Path, help="YAML file with the table's names of columns, types, agents and actions"
     )
     imports.add_argument("--output", type=Path, required=True)
     clean = actions.add_parser("clean", help="leave out actions that their masks forbid")
     clean.add_argument("file", type=Path)
     clean.add_argument("--output", type=Path, required=True)
-    inspect = actions.add_parser("inspect", help="say what a file holds")
+    inspect = actions.add_parser("inspect", help="show what a file contains")
     inspect.add_argument("file", help="a file, or the name of one that comes with bm3il")
     options = parser.parse_args(args)
     from bm3il.launch import demonstrations
@@ -341,11 +387,13 @@ def demonstrations(args: list[str]) -> int:
 
 
 def check_environment(args: list[str]) -> int:
-    """check what the contract promises of an environment, and how fast it is"""
+    """check that an environment keeps the contract, and measure its speed"""
     parser = _parser("check-environment")
     parser.add_argument("environment")
     parser.add_argument(
-        "--demonstrations", default="", help="do these look like it? a file, or a name that comes along"
+        "--demonstrations",
+        default="",
+        help="also check that these fit it: a file, or the name of one that comes with bm3il",
     )
     options = parser.parse_args(args)
     from bm3il.actors.settings import ActorSettings
@@ -357,10 +405,10 @@ def check_environment(args: list[str]) -> int:
 
 
 def new_environment(args: list[str]) -> int:
-    """write a small environment that works, to begin your own with"""
+    """create a small working environment as a starting point for your own"""
     parser = _parser("new-environment")
-    parser.add_argument("name", help="of the environment and its package: my_town")
-    parser.add_argument("--folder", type=Path, help="a new one; default: NAME-environment")
+    parser.add_argument("name", help="name of the environment and its package, e.g. my_town")
+    parser.add_argument("--folder", type=Path, help="a new folder; default: NAME-environment")
     options = parser.parse_args(args)
     from bm3il.launch.environments.new import new_environment
 
@@ -368,7 +416,7 @@ def new_environment(args: list[str]) -> int:
 
 
 def calibrate(args: list[str]) -> int:
-    """what a day of commuting is worth to random, naive and congestion-aware agents"""
+    """measure the return per day of random, naive and congestion-aware commuters"""
     parser = _parser("calibrate")
     parser.add_argument("environment", help="e.g. 'berlin?types=10&agents=50'")
     parser.add_argument("--days", type=int, default=200)
@@ -380,33 +428,42 @@ def calibrate(args: list[str]) -> int:
 
 
 def scenario(args: list[str]) -> int:
-    """import a road network as a scenario, look into one, draw its map"""
+    """import a road network as a scenario, inspect one, draw its map"""
     parser = _parser("scenario")
     actions = parser.add_subparsers(dest="action", required=True)
-    imports = actions.add_parser("import", help="from a folder of MATSim or TNTP files, or of a town's two tables")
+    imports = actions.add_parser("import", help="import a folder of MATSim or TNTP files, or of a town's two tables")
     imports.add_argument("folder", type=Path)
     imports.add_argument("--output", type=Path, required=True, help="a .json file")
-    imports.add_argument("--name", default="", help="default: the folder's")
-    imports.add_argument("--roads", type=int, default=46, help="an even number; 0 takes all links as they are")
+    imports.add_argument("--name", default="", help="name of the scenario; default: that of the folder")
+    imports.add_argument("--roads", type=int, default=46, help="number of roads (even); 0: keep all links as they are")
     imports.add_argument("--facilities", type=int, default=10)
-    imports.add_argument("--flow-scale", type=float, default=0.0, help="0: a median road holds 0.6 agents")
+    imports.add_argument(
+        "--flow-scale",
+        type=float,
+        default=0.0,
+        help="smaller values mean more congestion; 0: such that the median road holds 0.6 agents (town's tables: 1)",
+    )
     imports.add_argument(
         "--minutes-per-unit",
         type=float,
         default=1.0,
-        help="of the times in TNTP files, which do not tell: 0.0166667 for seconds, 60 for hours",
+        help="minutes per time unit of TNTP files, which do not state it: 0.0166667 for seconds, 60 for hours",
     )
     imports.add_argument(
         "--radius",
         type=float,
         default=0.0,
-        help="only trips so near the middle; in MATSim, metres",
+        help="keep only trips within this distance of the centre (MATSim: metres); 0: all trips",
     )
-    imports.add_argument("--network", default="", help="the file with it; default: found by what is inside")
-    imports.add_argument("--plans", "--trips", default="", help="the file with the trips; default: the same")
-    imports.add_argument("--home", nargs="+", metavar="TYPE", help="activity types in MATSim plans; default: home h")
-    imports.add_argument("--work", nargs="+", metavar="TYPE", help="default: work w")
-    inspect = actions.add_parser("inspect", help="say what a scenario holds")
+    imports.add_argument("--network", default="", help="the network file; default: found by its content")
+    imports.add_argument(
+        "--plans", "--trips", default="", help="the file with the trips; default: found by its content"
+    )
+    imports.add_argument(
+        "--home", nargs="+", metavar="TYPE", help="activity types of MATSim plans that mean home; default: home h"
+    )
+    imports.add_argument("--work", nargs="+", metavar="TYPE", help="activity types that mean work; default: work w")
+    inspect = actions.add_parser("inspect", help="show what a scenario contains")
     inspect.add_argument("scenario", help="a .json file, or the name of one that comes with bm3il")
     inspect.add_argument("--picture", type=Path, help="draw the map into this file")
     options = parser.parse_args(args)
@@ -450,7 +507,7 @@ def _parser(command: str) -> _Parser:
 
 def _usage() -> str:
     lines = [f"  {name:<18} {command.__doc__}" for name, command in COMMANDS.items()]
-    more = "bm3il COMMAND --help tells the options, bm3il --version the release."
+    more = "bm3il COMMAND --help shows the options of a command, bm3il --version the version."
     return "\n".join(["usage: bm3il COMMAND [OPTIONS]", "", *lines, "", more])
 
 

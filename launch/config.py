@@ -48,8 +48,8 @@ class Config:
     """Train agents by imitation, on one machine or many."""
 
     preset: str = DEFAULT_PRESET
-    """Named configuration that the other options start from; a name, or the path of a YAML file. With --environment
-    alone it is that environment's, for those that do not come with bm3il `own`."""
+    """Configuration that the other options start from: a name, or the path of a YAML file. If only --environment is
+    given, it is the preset of that environment, or `own` for an environment without one."""
     environment: str = "rover_tower?pairs=4"
     """Environment and its options."""
     demonstrations: str = ""
@@ -57,43 +57,46 @@ class Config:
     files: Annotated[dict[str, str], tyro.conf.Suppress, tyro.conf.Fixed] = field(default_factory=dict)
     """SHA-256 of each file that the run began with; see `launch.files`."""
     demonstration_episodes: Natural = 0
-    """How many episodes of them are used; 0 takes all."""
+    """Number of demonstration episodes to use; 0: all."""
     algorithm: str = "bm3il"
-    """bm3il, bm3il-released (as the authors' code), ma-gail, ma-daac, bayesian-ma-daac, mtmfil, bc (behaviour cloning),
-    expert or maac (on true rewards)."""
+    """bm3il, bm3il-released (like the authors' code), ma-gail, ma-daac, bayesian-ma-daac, mtmfil, bc (behaviour
+    cloning), expert or maac (both trained on the true reward)."""
     mode: Mode = "lockstep"
-    """lockstep: many processes that wait for each other; serial: the same in one process, to debug: both end with the
-    same bits. async: actors stream without waiting, for throughput."""
+    """lockstep: many processes that wait for each other. serial: the same in one process, for debugging, with results
+    that are identical to the bit. async: actors send data without waiting, for throughput."""
     seed: Natural = 0
-    """In lockstep it determines everything."""
+    """Random seed. In lockstep and serial mode it determines the whole run."""
     steps: Count = 200_000
-    """Budget of joint environment steps: the run ends with the first iteration by which so many were played."""
+    """Budget of joint environment steps; the run ends after the iteration that reaches it."""
     run: str = ""
-    """Name of the run's folder; empty: made of preset, algorithm, seed and time."""
+    """Name of the run's folder; empty: composed of preset, algorithm, seed and time."""
     runs_folder: str = "runs"
-    """Folder that holds the folders of runs."""
+    """Folder in which the run's folder is created."""
     actors: Natural = 0
-    """Actor processes; they share the steps of an iteration. 0: one per node."""
+    """Number of actor processes, which share the steps of an iteration; 0: one per node."""
     nodes: Count = 1
-    """Nodes that the processes are spread over, one supervisor on each."""
+    """Number of nodes that the processes are spread over, with one supervisor on each."""
     hostfile: str = ""
-    """File that names the hosts of the nodes, one a line (host, host:2 or host slots=2), this machine first; empty:
-    Slurm's allocation, or nodes that are simulated on this machine."""
+    """File with the hosts of the nodes, one per line (host, host:2 or host slots=2), this machine first; empty: the
+    Slurm allocation, or nodes simulated on this machine."""
     network: str = ""
-    """Network of the nodes, if they do not find one by themselves: 10.1.0.0/24, or an interface that all have, eth1."""
+    """Network for communication between the nodes, such as 10.1.0.0/24, or an interface that all of them have, such as
+    eth1; needed only if the nodes do not find one themselves."""
     parameter_sharing: ParameterSharing = "type"
-    """One network per agent (the paper), or per type of agents."""
+    """`agent`: one network per agent (as in the paper); `type`: one network per agent type."""
     device: Device = "auto"
-    """Where learner and reward server compute, unless their own settings say it; auto takes a GPU if there is one."""
+    """Device of the learner and the reward server, unless set for one of them; auto: a GPU if there is one."""
     threads: Count = 1
-    """Threads of each process's arithmetic, unless its own settings say it."""
+    """Compute threads of each process, unless set for its role."""
     metrics_token_file: str = ""
-    """File, on every host, with the word that metrics must be asked with (Authorization: Bearer ...); empty: none."""
+    """File, on every host, with the token that requests for metrics must carry (Authorization: Bearer TOKEN); empty: no
+    token is needed."""
     metrics_port: Port = 0
-    """First port of metrics: the supervisors take it and those after it, one per node, then the processes in the order
-    learner, evaluator, reward server, actors. 0: any free ports."""
+    """First port for metrics. Ports are assigned upwards from it: one to the supervisor of each node, then to the
+    learner, the evaluator, the reward server and the actors. 0: any free ports."""
     metrics_address: str = ""
-    """Address that metrics listen on, 0.0.0.0 for all; empty: loopback on one machine, else that of the node."""
+    """Address that metrics are served on, 0.0.0.0 for all interfaces; empty: the loopback address on one machine,
+    otherwise the address of the node."""
     learner: LearnerSettings = field(default_factory=LearnerSettings)
     cloning: CloningSettings = field(default_factory=CloningSettings)
     actor: ActorSettings = field(default_factory=ActorSettings)

@@ -13,24 +13,25 @@ from bm3il.reward_server.settings import RewardSettings
 
 @dataclass(frozen=True)
 class ClippedSettings:
-    """Clipped policy updates (`--learner.policy clipped`), from the fresh episodes of each iteration alone."""
+    """Clipped policy updates (`--learner.policy clipped`), from the fresh episodes of each iteration only."""
 
     clip: Positive = 0.1
-    """ε: how far the probability of an action may move in one iteration, as a part of itself."""
+    """ε, the clipping range: the fraction by which the probability of an action may change in one iteration."""
     epochs: Count = 4
-    """Times that an iteration's rows are gone over."""
+    """Number of passes over the rows of an iteration."""
     parts: Count = 10
-    """Gradient steps of one epoch, each on an equal part of the rows."""
+    """Minibatches per epoch: the rows are split into this many equal parts, with one gradient step on each."""
     decay: Fraction = 0.95
-    """λ of the generalised advantages: 0 trusts the critics after one step, 1 the rewards to the end."""
+    """λ of generalised advantage estimation: 0 relies on the critics after one step, 1 on the rewards up to the end of
+    the episode."""
     entropy_weight: NonNegative = 0.005
-    """Weight of the policies' entropy beside the normalised advantage."""
+    """Weight of the entropy bonus, relative to the normalised advantage."""
     clone_weight: NonNegative | None = None
-    """Weight of the divergence KL(π ‖ π_clone) from the clone that the run started from. None: 0.3 for imitation in the
-    world that was demonstrated, where a clone is hard to better; 0 in one that is a change of it, where the clone is
-    what is wrong, and for runs on true rewards."""
+    """Weight of the divergence KL(π ‖ π_clone), which keeps policies near the clone that the run started from. None:
+    0.3 for imitation in the demonstrated world, where a clone is hard to improve on; 0 in a changed world, where the
+    clone is what is wrong, and for runs on true rewards."""
     critic_first: Natural = 5
-    """Iterations at the start in which only the critics learn: they know nothing of the clone yet."""
+    """Iterations at the start in which only the critics learn, since they know nothing about the policy yet."""
 
 
 @dataclass(frozen=True)
@@ -40,68 +41,73 @@ class LearnerSettings:
     hidden: Count = 64
     """Width of the critic's layers."""
     heads: Count = 4
-    """Attention heads; must divide `hidden`."""
+    """Number of attention heads; must divide `hidden`."""
     attend_own_type: bool = True
-    """The attention of Eq. 11 runs over all types (the text); false leaves the agent's own out (the released code)."""
+    """The attention of Eq. 11 covers all agent types (as in the paper); without it the agent's own type is left out (as
+    in the released code)."""
     mean_field: Literal["others", "all"] = "others"
-    """Whose mean action stands for an agent's own type: the others', so that nothing that a critic sees of them depends
-    on the agent's own action (the baseline of Eq. 13 needs that), or everybody's, the letter of Eq. 6."""
+    """Whose mean action represents an agent's own type. `others` leaves out the agent itself, so that this input of the
+    critic does not depend on its own action (the baseline of Eq. 13 needs that); `all` includes it, literally Eq. 6."""
     query: Literal["state", "state_action"] = "state"
-    """What an agent's attention and critic are computed from: e^i(s), so that one pass gives Q of all own actions, or
-    e^i(s, a^i) as in the text, with a pass for each own action. Continuous actions always take the second."""
+    """Input of an agent's attention and critic: `state` is e^i(s), one pass for the Q-values of all its actions;
+    `state_action` is e^i(s, a^i) as in the paper's text, one pass per action. Continuous actions always use the second.
+    Clipped updates, whose critics estimate V, ignore this."""
     policy: Literal["actor", "boltzmann", "clipped"] = "actor"
-    """What policies move towards: Eq. 13's gradient, the Boltzmann policy over Q (Eq. 12) at the temperature, or, in
-    clipped steps, the advantages of fresh episodes (see `clipped`)."""
+    """How policies are updated. `actor`: the gradient of Eq. 13; `boltzmann`: towards the Boltzmann policy over Q
+    (Eq. 12) at the temperature; `clipped`: clipped steps on the advantages of fresh episodes (see `clipped`)."""
     start: Literal["random", "cloned"] = "random"
-    """Where policies begin: random networks, or behaviour cloning of the demonstrations (see `cloning`)."""
+    """Initial policies: random networks, or a behaviour clone of the demonstrations (see `cloning`)."""
     clipped: ClippedSettings = field(default_factory=ClippedSettings)
     updates: Count = 10
-    """Critic and policy updates per iteration."""
+    """Critic and policy updates per iteration. Clipped updates use `clipped.epochs` and `clipped.parts` instead."""
     batch_size: Count = 256
-    """Joint rows of one update."""
+    """Joint rows per update. Clipped updates use `clipped.parts` instead."""
     window_steps: Natural = 0
-    """Newest joint rows that updates draw from (0: 8,000); their rewards are always the current particles'. Clipped
-    updates have no such window."""
+    """Size of the replay window: updates sample from this many of the newest joint rows; 0: 8,000. Their rewards are
+    always those of the current particles. Clipped updates have no replay window."""
     discount: Fraction = 0.95
-    """γ."""
+    """Discount factor γ."""
     target_rate: Fraction = 0.01
-    """τ: the part by which target networks move towards the trained ones in an update."""
+    """τ: the fraction by which target networks move towards the trained networks in each update. Clipped updates have
+    no target networks."""
     policy_learning_rate: Positive = 3e-3
-    """Step of Adam for the policies."""
+    """Learning rate of the policies (Adam) at the start of the run."""
     critic_learning_rate: Positive = 3e-3
-    """Step of Adam for the critics."""
+    """Learning rate of the critics (Adam) at the start of the run."""
     final_learning_rate: NonNegative = 1.0
-    """Learning rates at the end of the run, as a part of those at the start (linear in between)."""
+    """Learning rates at the end of the run, as a fraction of those at the start (linear in between)."""
     temperature: Positive = 0.3
-    """Weight of the entropy (1/reward scale) at the start of the run."""
+    """Weight of the entropy bonus (the inverse of the reward scale) at the start of the run. Clipped updates use
+    `clipped.entropy_weight` instead."""
     final_temperature: NonNegative = 0.06
-    """Weight of the entropy from `temperature_anneal` of the run on (geometric in between)."""
+    """Temperature at the end of the annealing (see `temperature_anneal`); it falls geometrically and then stays."""
     temperature_anneal: Positive = 0.75
-    """Part of the run over which the temperature falls."""
+    """Fraction of the run over which the temperature falls."""
     reward_offset: float = 0.0
-    """Subtracted from the reward of Eq. 9; log 2 makes the reward of an undecided discriminator 0."""
+    """Constant subtracted from the reward of Eq. 9; with log 2 the reward of an undecided discriminator is 0."""
     policy_gradient_norm: Positive = 0.5
-    """Largest norm of one policy network's gradient."""
+    """Gradient clipping: largest gradient norm of one policy network."""
     critic_gradient_norm: Positive = 10.0
-    """Largest norm of one critic network's gradient."""
+    """Gradient clipping: largest gradient norm of one critic network."""
     precision: Precision = "float32"
-    """Arithmetic of the matrix products, if the device has it (tf32: GPUs alone); parameters and optimisers stay
-    float32."""
+    """Precision of matrix products; float32 is used if the device does not support it (tf32: GPUs only). Parameters
+    and optimisers are always float32."""
     cloning_weight: NonNegative = 0.0
-    """Weight of a behaviour-cloning term on expert rows in the policy loss; 0 is the paper."""
+    """Weight of a behaviour-cloning term on expert rows in the policy loss; 0: none, as in the paper."""
     max_policy_lag: Count = 4
-    """Async: iterations that the policy of a chunk may be behind the one that it trains; the learner waits for actors
-    that would fall back further."""
+    """Async mode: how many iterations the policy that played a chunk may be behind the policy trained on it; the
+    learner waits for actors that would fall further behind."""
     checkpoint_interval: Count = 10
     """Iterations between checkpoints."""
     checkpoints_kept: Count = 3
-    """Newest checkpoints kept (the one with the best evaluation is kept besides)."""
+    """Number of newest checkpoints kept; the one with the best evaluation is kept as well."""
     deadline_seconds: Positive = 120.0
-    """Longest wait for chunks or rewards before the run ends with the name of what it waited for."""
+    """Timeout of the learner's waits for chunks or rewards; when it expires, the run ends and names what it waited
+    for."""
     device: Device = "auto"
-    """Where the learner computes; auto: as --device says."""
+    """Device of the learner; auto: the value of --device."""
     threads: Natural = 0
-    """Threads of its arithmetic; 0: as --threads says. With others the last bits may be others."""
+    """Compute threads of the learner; 0: the value of --threads. Another number may change the last bits of results."""
 
     def check(self) -> None:
         """Raise InputError, naming the flags, for settings that do not go together."""
@@ -125,24 +131,24 @@ class LearnerSettings:
 
 @dataclass(frozen=True)
 class CloningSettings:
-    """Behaviour cloning (`bc`)."""
+    """Behaviour cloning: the algorithm `bc`, and the clone of `--learner.start cloned`."""
 
     updates: Count = 50
     """Gradient steps per iteration."""
     iterations: Count = 100
-    """Iterations of the run."""
+    """Number of iterations."""
     batch_size: Count = 256
-    """Joint expert rows of one step."""
+    """Joint expert rows per gradient step."""
     learning_rate: Positive = 3e-3
-    """Step of Adam at the start; it falls linearly to a twentieth."""
+    """Learning rate (Adam) at the start; it falls linearly to a twentieth."""
     weight_decay: NonNegative = 0.01
     """Decoupled weight decay."""
     held_out: Fraction = 0.1
-    """Part of the independent episodes held out, to tell by `held_out_loss` whether the others are known by heart; 0
-    learns from all."""
+    """Fraction of the independent episodes held out: their `held_out_loss` shows whether the clone overfits the others;
+    0: learn from all."""
     kept_in: str = ""
-    """Folder that keeps the clones that runs start from; a later run with the same start takes its own from there, to
-    the same bits. Empty: none is kept."""
+    """Folder in which the clones that runs start from are stored; a later run with the same start loads its clone from
+    there, identical to the bit. Empty: none is stored."""
 
 
 @dataclass(frozen=True)

@@ -17,55 +17,60 @@ class RewardSettings:
     """Discriminators, their particles, and how queries are batched."""
 
     source: Source = "learned"
-    """`environment` answers the true reward through the same path: to train experts and to debug."""
+    """Where rewards come from; the algorithm decides it: `environment` (the true reward, through the same server) for
+    `expert` and `maac`, `learned` for imitation."""
     particles: Count = 4
-    """L, SVGD particles per discriminator (algorithms without SVGD force 1)."""
+    """L, the number of SVGD particles per discriminator (always 1 for algorithms without SVGD)."""
     hidden: tuple[Count, ...] = (64, 64)
     """Widths of the hidden layers of a discriminator."""
     activation: Literal["relu", "sigmoid"] = "relu"
     """Activation of the hidden layers."""
     sees: tuple[str, ...] = ("all",)
-    """What discriminators see: `all` of the observation and the action (the paper), or named parts of the observation
-    (`place`, `time`), `purpose` (the parts that the environment calls so), `action`."""
+    """Input of the discriminators: `all` (the whole observation and the action, as in the paper), or any of: named
+    parts of the observation (such as `place`, `time`), `purpose` (the parts that the environment marks as such),
+    `action`."""
     kernel_scope: KernelScope = "function"
-    """What the SVGD kernel acts on: logits, each parameter tensor, the whole network; `none` is a plain ensemble."""
+    """What the SVGD kernel acts on: `function` the logits, `tensor` each parameter tensor by itself, `network` all
+    parameters together; `none` is a plain ensemble."""
     likelihood_episodes: Positive = 10.0
-    """Episodes over whose steps the likelihood of Eq. 3 sums: a batch's mean log-likelihood times their steps, whatever
-    the batch size. The more, the less prior and repulsion of the particles matter beside it. With few short episodes
-    the prior wins and nothing is learned: take more of them, or a wider `prior_stddev`."""
+    """Number of episodes that the likelihood of Eq. 3 stands for: it is the mean log-likelihood of a batch times the
+    steps of this many episodes, whatever the batch size. Larger values make the particles' prior and repulsion matter
+    less. With few, short episodes the prior dominates and nothing is learned: raise this or `prior_stddev`."""
     prior_stddev: NonNegative = 1.0
-    """Standard deviation of the Gaussian prior of the parameters; 0 leaves the prior out."""
+    """Standard deviation of the Gaussian prior over the parameters; 0: no prior."""
     learning_rate: Positive = 1e-3
-    """Step of Adam at the start of the run."""
+    """Learning rate (Adam) at the start of the run."""
     final_learning_rate: NonNegative = 1.0
-    """Learning rate at the end of the run, as a part of that at the start (linear in between)."""
+    """Learning rate at the end of the run, as a fraction of the one at the start (linear in between)."""
     label_smoothing: Fraction = 0.0
-    """Labels are smoothing and 1 − smoothing instead of 0 and 1."""
+    """With label smoothing s the labels are s and 1 − s instead of 0 and 1."""
     updates: Count = 5
     """Particle updates per iteration."""
     batch_size: Count = 256
-    """Agent rows, and as many expert rows, of one update."""
+    """Joint rows per update: this many of the agents, and as many of the expert."""
     memory: MemoryKind = "window"
-    """Which of the agents' joint rows updates draw from: the newest of the run (`window`), or a sample of all of them
-    (`run`), so that what agents no longer do is still known to be wrong."""
+    """Which joint rows of the agents are kept for updates: `window` keeps the newest ones, `run` a random sample of the
+    whole run, so that behaviour which the agents have given up is still known to be wrong."""
     imagined: Fraction = 0.0
-    """Part of the agents' rows of an update that nobody played: rows of the expert whose parts are each from another
-    moment, its places at other hours. They keep what was never tried from passing for right."""
+    """Fraction of the agents' rows in an update that is replaced by rows nobody played: each part of the observation,
+    and the action, comes from a different moment of the expert, e.g. its places at other hours. So behaviour that was
+    never tried does not pass as right."""
     window_steps: Count = 8_000
-    """How many joint rows of the agents that is."""
+    """Number of joint rows of the agents that are kept (see `memory`)."""
     max_batch_rows: Count = 4_096
-    """Most joint rows of queries that are computed together."""
+    """Maximum number of joint rows in a batch of queries; a larger query is a batch of its own."""
     max_delay_seconds: NonNegative = 0.001
-    """Longest time that a query waits for others to be computed with."""
+    """Longest time that a query waits for others to fill a batch."""
     max_queue_rows: Count = 262_144
-    """Joint rows that may wait; a query beyond is refused with `overloaded` and asked again by its client."""
+    """Maximum number of joint rows in the queue; a query beyond it is refused with `overloaded`, and its client sends
+    it again."""
     deadline_seconds: Positive = 60.0
-    """Queries older than this are refused instead of computed: nobody waits for them any more. The learner does wait,
-    and is never given less than twice its own deadline."""
+    """Timeout for queries: older ones are refused, because nobody waits for their answer any more. Since the learner
+    does wait, values below twice --learner.deadline-seconds are raised to that."""
     precision: Precision = "float32"
-    """Arithmetic of the matrix products, if the device has it (tf32: GPUs alone); parameters, kernels and the optimiser
-    stay float32."""
+    """Precision of matrix products; float32 is used if the device does not support it (tf32: GPUs only). Parameters,
+    kernels and the optimiser are always float32."""
     device: Device = "auto"
-    """Where the reward server computes; auto: as --device says."""
+    """Device of the reward server; auto: the value of --device."""
     threads: Natural = 0
-    """Threads of its arithmetic; 0: as --threads says."""
+    """Compute threads of the reward server; 0: the value of --threads."""
