@@ -148,7 +148,7 @@ def join(args: list[str]) -> int:
     """add actors to an async run that is in progress"""
     parser = _parser("join")
     parser.add_argument("ticket", type=Path, help="the file join.json in the run's folder, or a copy of it (mode 600)")
-    parser.add_argument("--actors", type=int, default=1)
+    parser.add_argument("--actors", type=int, default=1, help="number of actors to add; default: 1")
     options = parser.parse_args(args)
     from bm3il.launch.nodes.join import join
 
@@ -172,7 +172,7 @@ def evaluate(args: list[str]) -> int:
     """measure the true returns of a run's policy, compared with a random policy and the expert"""
     parser = _parser("evaluate")
     parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument("--episodes", type=int, default=2000, help="number of fresh episodes")
+    parser.add_argument("--episodes", type=int, default=2000, help="number of fresh episodes; default: 2000")
     parser.add_argument("--environment", default="", help="a changed world to play in, e.g. 'rover_tower?slip=0.05'")
     parser.add_argument("--paired", action="store_true", help="also play from the start states of the demonstrations")
     parser.add_argument("--best", action="store_true", help="the best checkpoint instead of the newest")
@@ -239,14 +239,14 @@ def whatif(args: list[str]) -> int:
         type=int,
         default=5,
         metavar="K",
-        help="number of imitation runs in the changed world, one per seed; intervals are over these runs",
+        help="number of imitation runs in the changed world, one per seed; intervals are over these runs; default: 5",
     )
-    parser.add_argument("--steps", type=int, default=40_000, help="joint environment steps of each run")
+    parser.add_argument("--steps", type=int, default=40_000, help="joint environment steps of each run; default: 40000")
     parser.add_argument(
         "--jobs", type=int, default=cores(), help="number of runs at the same time; default: one per core"
     )
     parser.add_argument(
-        "--episodes", "--days", type=int, default=200, help="number of fresh episodes for each policy in the comparison"
+        "--episodes", "--days", type=int, default=200, help="number of fresh episodes for each policy; default: 200"
     )
     options = parser.parse_args(args)
     from bm3il.launch.whatif import whatif
@@ -348,9 +348,11 @@ def demonstrations(args: list[str]) -> int:
     )
     record.add_argument("--best", action="store_true", help="the run's best checkpoint instead of the newest")
     record.add_argument("--greedy", action="store_true", help="the most likely actions instead of sampled ones")
-    record.add_argument("--episodes", type=int, default=100)
-    record.add_argument("--seed", type=int, default=0)
-    record.add_argument("--output", type=Path, required=True)
+    record.add_argument("--episodes", type=int, default=100, help="number of episodes; default: 100")
+    record.add_argument(
+        "--seed", type=int, default=0, help="seed of the start states and of sampled actions; default: 0"
+    )
+    record.add_argument("--output", type=Path, required=True, help="a .safetensors file")
     imports = actions.add_parser(
         "import", help="import a table, an npz file, a Minari data set or SUMO routes; see docs/recordings.md"
     )
@@ -363,10 +365,10 @@ def demonstrations(args: list[str]) -> int:
     imports.add_argument(
         "--mapping", type=Path, help="YAML file with the table's names of columns, types, agents and actions"
     )
-    imports.add_argument("--output", type=Path, required=True)
+    imports.add_argument("--output", type=Path, required=True, help="a .safetensors file")
     clean = actions.add_parser("clean", help="leave out actions that their masks forbid")
-    clean.add_argument("file", type=Path)
-    clean.add_argument("--output", type=Path, required=True)
+    clean.add_argument("file", type=Path, help="demonstrations, a .safetensors file")
+    clean.add_argument("--output", type=Path, required=True, help="a .safetensors file")
     inspect = actions.add_parser("inspect", help="show what a file contains")
     inspect.add_argument("file", help="a file, or the name of one that comes with bm3il")
     options = parser.parse_args(args)
@@ -389,7 +391,7 @@ def demonstrations(args: list[str]) -> int:
 def check_environment(args: list[str]) -> int:
     """check that an environment keeps the contract, and measure its speed"""
     parser = _parser("check-environment")
-    parser.add_argument("environment")
+    parser.add_argument("environment", help="its name, e.g. my_town or 'rover_tower?pairs=4'")
     parser.add_argument(
         "--demonstrations",
         default="",
@@ -419,8 +421,8 @@ def calibrate(args: list[str]) -> int:
     """measure the return per day of random, naive and congestion-aware commuters"""
     parser = _parser("calibrate")
     parser.add_argument("environment", help="e.g. 'berlin?types=10&agents=50'")
-    parser.add_argument("--days", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--days", type=int, default=200, help="number of days of each kind of commuter; default: 200")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the days; default: 0")
     options = parser.parse_args(args)
     from bm3il.launch.environments.calibration import calibrate
 
@@ -432,11 +434,13 @@ def scenario(args: list[str]) -> int:
     parser = _parser("scenario")
     actions = parser.add_subparsers(dest="action", required=True)
     imports = actions.add_parser("import", help="import a folder of MATSim or TNTP files, or of a town's two tables")
-    imports.add_argument("folder", type=Path)
+    imports.add_argument("folder", type=Path, help="folder that holds the files")
     imports.add_argument("--output", type=Path, required=True, help="a .json file")
     imports.add_argument("--name", default="", help="name of the scenario; default: that of the folder")
     imports.add_argument("--roads", type=int, default=46, help="number of roads (even); 0: keep all links as they are")
-    imports.add_argument("--facilities", type=int, default=10)
+    imports.add_argument(
+        "--facilities", type=int, default=10, help="number of facilities, where people live and work; default: 10"
+    )
     imports.add_argument(
         "--flow-scale",
         type=float,

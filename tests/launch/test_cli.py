@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bm3il.launch import config, run
+from bm3il.launch import cli, config, run
 from bm3il.launch.cli import main
 from bm3il.learner.algorithms import ALGORITHMS
+from bm3il.protocol.errors import InputError
 from bm3il.protocol.version import version
 
 
@@ -34,6 +36,25 @@ def test_unknown_names_are_one_line_with_the_nearest(capsys: pytest.CaptureFixtu
     )
     assert "did you mean --steps" in fails(capsys, "resume", "runs/a", "--step", "3")
     assert "did you mean --episodes" in fails(capsys, "demonstrations", "record", "rover_tower", "--episode=3")
+
+
+@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name not in ("train", "submit")])
+def test_every_option_says_what_it_is(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those two have the settings' docstrings, and a test of their own."""
+    seen: list[argparse.ArgumentParser] = []
+
+    def kept(parser: argparse.ArgumentParser, args: object) -> None:
+        seen.append(parser)
+        raise InputError("seen")
+
+    monkeypatch.setattr(cli._Parser, "parse_args", kept)
+    with pytest.raises(InputError, match="seen"):
+        cli.COMMANDS[command]([])
+    for parser in seen:
+        for action in parser._actions:
+            seen.extend(action.choices.values() if isinstance(action, argparse._SubParsersAction) else [])
+            name = action.option_strings or action.dest
+            assert action.help or isinstance(action, argparse._SubParsersAction), f"{parser.prog}: {name}"
 
 
 def test_numbers_are_asked_for_in_words(capsys: pytest.CaptureFixture[str]) -> None:
