@@ -38,6 +38,7 @@ def _copies_for(environment: str, episodes: int) -> int:
 
 def record(environment: str, episodes: int, seed: int, output: Path) -> int:
     """Let the scripted expert of an environment play, and save what it did. Raises InputError."""
+    # First, as everywhere below: playing may take long, and its result would be lost.
     _refuse_existing(output)
     played = make_environment(environment, _copies_for(environment, episodes))
     origin = f"scripted expert of {environment}, seed {seed}"

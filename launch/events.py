@@ -57,6 +57,7 @@ class EventLog:
         """A launcher has begun."""
         how = "resumed" if resumed else "started"
         text = f"bm3il {version()} {how}: {config.algorithm} on {config.environment}, seed {config.seed}, {config.mode}"
+        # The arguments of this process need not be what somebody typed: the first of several nodes has others.
         self.add("start", text, version=version(), command=os.environ.get(COMMAND, shlex.join(sys.argv)))
 
     def end(self, outcome: Outcome) -> None:

@@ -74,6 +74,7 @@ def _digests(demonstrations: Demonstrations, m: int) -> set[bytes]:
     digests = [hashlib.blake2b() for _ in ends]
     for name, array in demonstrations.arrays.items():
         if name.startswith(f"{b}."):
+            # What all agents see is stored once, without an axis of agents.
             mine = array if name == f"{b}.shared" else array[:, agents]
             for digest, rows in zip(digests, np.split(mine, ends[:-1]), strict=True):
                 digest.update(rows.tobytes())

@@ -237,6 +237,7 @@ def critic_bytes(layout: Layout, config: Config) -> int:
         others = (block.observation_dim + block.action_dim, hidden)
         total += seen + _networks(block.groups, (inputs, hidden, said))
         total += _networks(block.groups, others) if kind.context == "agents" else 0
+    # The attention's query, key and value, [hidden, hidden] each, in float32.
     return total + (0 if kind.context == "none" else 3 * 4 * hidden**2)
 
 
@@ -287,8 +288,10 @@ def _limits() -> Iterator[int]:
         _, controllers, name = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
+        # Version 1 has a tree for each controller, version 2 one tree, whose line names none.
         root, limit = (CGROUP / "memory", "memory.limit_in_bytes") if controllers else (CGROUP, "memory.max")
         path = root / name.strip("/")
+        # The limit of a group above holds as well.
         for folder in (path, *path.parents):
             if not folder.is_relative_to(root):
                 break

@@ -106,6 +106,7 @@ class Progress:
 def _table(learner: Status | None, worries: Sequence[str]) -> Table:
     table = Table.grid(padding=(0, 2))
     for name, value in _rows(learner):
+        # `Text`: what a process says of itself may look like markup, which once ended the run.
         table.add_row(Text(name, "dim"), Text(value))
     for worry in worries:
         table.add_row(Text("waiting", "yellow"), Text(worry))

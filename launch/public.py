@@ -167,6 +167,7 @@ def train(preset: str, **settings: Any) -> Run:
     for name, value in settings.items():
         flag = "--" + name.replace("__", ".").replace("_", "-")
         if isinstance(value, bool):
+            # On the command line, the no- stands before the last part of the name: --actor.no-agent-identity.
             head, _, tail = flag.rpartition(".")
             args.append(flag if value else f"{head}.no-{tail}" if head else f"--no-{flag[2:]}")
         else:

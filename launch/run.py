@@ -142,6 +142,7 @@ def check(config: Config, hint: Callable[[str], None] = lambda _: None) -> tuple
     environment = make_environment(config.environment, 1)
     spec = environment.spec
     if not all(kind.discrete for kind in spec.types):
+        # From the state alone, one pass gives the values of all actions: continuous ones cannot be listed.
         config = replace(config, learner=replace(config.learner, query="state_action"))
     config = _near_the_clone(config, spec)
     if config.reward.source == "learned":
@@ -167,6 +168,7 @@ def _near_the_clone(config: Config, spec: EnvironmentSpec) -> Config:
     learner = config.learner
     if learner.clipped.clone_weight is not None:
         return config
+    # Not in a changed world, where the clone is what is wrong (docs/tuning.md).
     held = algorithm(config.algorithm).imitates and learner.start == "cloned" and not spec.changes
     clipped = replace(learner.clipped, clone_weight=CLONE_WEIGHT if held else 0.0)
     return replace(config, learner=replace(learner, clipped=clipped))
@@ -183,6 +185,7 @@ def _compare_starts(recorded: Demonstrations, environment: Environment, hint: Ca
             log.debug("the recordings could not be compared with the environment", exc_info=True)
 
     comparison = threading.Thread(target=compare, name="likeness", daemon=True)
+    # In a thread, which can be left behind: an environment that hangs would keep the run from starting.
     comparison.start()
     comparison.join(HINT_SECONDS)
 
@@ -211,6 +214,7 @@ def _run(config: Config, spec: EnvironmentSpec, folder: Path, needed: Needs) -> 
                 f"'{config.algorithm}' plays no steps, so --steps has no effect: it learns for "
                 f"{config.cloning.iterations} iterations (--cloning.iterations)"
             )
+        # Read before the training writes there: the result of a finished run stays if nothing new is played.
         before = run_folder.read_result(folder)
         try:
             if config.mode == "serial":
@@ -264,6 +268,7 @@ def _run_serial(
             if stopped.count:
                 telemetry.stop.set()
             if stopped.count > 1:
+                # `sys.exit` would end this thread alone, and the other may be in a long step of a simulator.
                 os._exit(INTERRUPTED)
 
     def work() -> str:

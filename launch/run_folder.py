@@ -189,6 +189,7 @@ def rewritten(folder: Path, before: Config, after: Config) -> Iterator[None]:
         yield
         return
     kept = folder / f"config-{before.steps}-steps.yaml"
+    # First the copy: a process that is killed in between leaves the run with its old budget.
     write_atomically(kept, before.to_yaml())
     write_atomically(folder / CONFIG, after.to_yaml())
     try:
@@ -214,6 +215,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the run for this launcher. Raises InputError if another one holds it."""
     with (folder / ".lock").open("wb") as file:
         try:
+            # The kernel gives it back however its holder ends: a killed run can be resumed, and is shown as killed.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(f"{folder} is being run by another process") from error
@@ -289,6 +291,7 @@ def conclude(
         told = {}
     if outcome.code != FINISHED:  # it tells the return of its last evaluation, as one does whose learner was killed
         told = {key: value for key, value in told.items() if value is not None or key not in far}
+    # In this order: what the learner itself told counts more than what its log and its curve end with.
     result = facts | far | told
     result |= {"run_id": start.run_id, "started": _utc(start.time), "ended": _utc(time.time()), **provenance()}
     for key in ("error", "resume"):  # of a first node that has concluded before

@@ -70,6 +70,7 @@ def lasting_output() -> Iterator[None]:
     try:
         yield
     finally:
+        # While a closed pipe or a full disk is still borne: Python's own flush at the end would raise for it.
         sys.stdout.flush()
         sys.stdout, sys.stderr = before
 
@@ -94,6 +95,7 @@ class _Lasting:
             return do()
         except OSError as error:
             silence(self._stream)
+            # Of a closed pipe or a lost terminal nobody need be told; of a full disk somebody may still read.
             if error.errno not in (errno.EPIPE, errno.EIO) and self._stream is not sys.__stderr__:
                 print(f"bm3il: cannot write to the standard output: {error.strerror}; it goes on", file=sys.stderr)
             return otherwise

@@ -18,6 +18,7 @@ from bm3il.protocol.messages import Sender
 from bm3il.protocol.specs import EnvironmentSpec
 from bm3il.protocol.telemetry import Telemetry
 
+# Linux has 108 bytes for the path of a socket, with a zero at the end.
 MAX_IPC_PATH_BYTES = 107
 LOOPBACK = "127.0.0.1"
 ANY_ADDRESS = ("0.0.0.0", "::")
@@ -191,6 +192,7 @@ def place(processes: Iterable[Process], nodes: Sequence[Node]) -> tuple[Process,
     """
     left = [node.cores for node in nodes]
     placed = []
+    # The others first: actors are spread over what these leave of the first node.
     for process in sorted(processes, key=lambda process: process.role == "actor"):
         node = left.index(max(left)) if process.role == "actor" else 0
         left[node] -= 1

@@ -84,6 +84,7 @@ def _played(environment: Environment, seed: int, choose: Choose) -> Episodes:
     )
     for t in range(spec.episode_length):
         ended = np.asarray(step.terminated | step.truncated)
+        # From the copy: an environment may write its next step into the same arrays.
         actions = choose(played.steps[-1], t)
         given = [action.copy() for action in actions]
         step = environment.step(actions)

@@ -81,6 +81,7 @@ def inspect(name: str, picture: Path | None) -> int:
     scenario = load_scenario(name)
     _print(scenario)
     if picture is not None:
+        # Only here: nothing else in this module draws, or needs matplotlib.
         from bm3il.actors.environments.berlin.map import save_map
 
         save_map(scenario, picture)

@@ -32,6 +32,7 @@ def speed(name: str) -> tuple[str, list[str]]:
         f"at once, {own_of_many:.0%}"
     )
     slow = []
+    # By the environment's own time: networks are faster with many copies in any case.
     if own_of_many > 0.5 and many / own_of_many < FEW_TIMES * one / own:
         slow.append(
             f"{MORE_COPIES} copies at once are hardly faster than one after the other. If it is yours, step them as "

@@ -64,6 +64,7 @@ def check_path(path: Path) -> None:
         raise InputError(f"cannot draw '{path.name}': expected one of {', '.join(known)}")
     is_new = not path.exists()
     try:
+        # To append, so that an older picture stays until there is one to take its place.
         path.open("ab").close()
         if is_new:
             path.unlink()
@@ -150,6 +151,7 @@ class _Stage:
 def _titled(figure: Figure, title: str) -> Any:
     """The title, in as many lines as it needs: an environment's name, with all its options, may be long."""
     room = int(CHARACTERS_PER_INCH * figure.get_figwidth())
+    # The options of an environment are one word, which may be broken after any &.
     lines = [textwrap.fill(line.replace("&", "& "), room).replace("& ", "&") for line in title.split("\n")]
     return figure.suptitle("\n".join(lines), fontsize=9)
 

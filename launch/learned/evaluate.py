@@ -176,6 +176,7 @@ def _demonstrated(config: Config, name: str, world: EnvironmentSpec) -> Episodes
 
 
 def _draw(trained: Trained, name: str, policy: Policy, folder: Path, hour: float) -> None:
+    # Here, because each run of a study imports this module, and draws nothing.
     from bm3il.launch.learned.pictures import draw_attention, draw_pictures
 
     folder.mkdir(exist_ok=True)

@@ -100,6 +100,7 @@ def _write(function: Function, form: Format, path: Path) -> None:
 
 
 def _write_onnx(function: Function, example: tuple[torch.Tensor, ...], path: Path) -> None:
+    # An extra of the package: it may be missing where TorchScript is written.
     import onnx
 
     inputs, outputs = [*function.inputs], [*function.outputs]

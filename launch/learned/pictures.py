@@ -72,6 +72,7 @@ def draw_pictures(
     folder.mkdir(exist_ok=True)
     steps = berlin.scenario.steps
     shown = demonstrations.in_form_of(world.spec).arrays["0.codes"][: DAYS * steps, :, 0]
+    # Without the last row, which is what is seen after the last step.
     played = rollout(world, policy, SEED).arrays["0.codes"][:-1, ..., 0].swapaxes(0, 1)
     days = [Days("expert", shown.reshape(-1, steps, shown.shape[1])), Days("imitator", played)]
     step = _busiest(berlin, days[0]) if hour < 0 else _step_at(berlin, hour)

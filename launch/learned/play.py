@@ -99,6 +99,7 @@ def record(
         active = _active(now)
         if step % every == 0 or now.terminated[0] or now.truncated[0]:
             frames[step] = _picture(world)
+    # No part of the contract of an environment, but some hold processes or a window.
     if callable(close := getattr(world, "close", None)):
         close()
     seen = {step: picture for step, picture in frames.items() if picture is not None}
@@ -115,6 +116,7 @@ def _picture(world: Environment) -> np.ndarray | None:
         found = f"{picture.dtype} {list(picture.shape)}" if isinstance(picture, np.ndarray) else type(picture).__name__
         raise InputError(f"'{world.spec.name}': render() must give uint8 [H, W, 3], gave {found}")
     every = math.ceil(max(picture.shape[:2]) / MOST_PIXELS)
+    # A view would keep the large picture, of which there may be hundreds, in memory.
     return picture[::every, ::every].copy()
 
 

@@ -53,6 +53,7 @@ class Backend:
 
     def command(self, network: str) -> list[str]:
         """That runs `launch.nodes.node` once per node, the first with our standard input."""
+        # Two hosts are enough: at least one of them is not the node itself, and shows the way to the others.
         return [*self.program, *module_command("bm3il.launch.nodes.node", f"--network={network}", *self.hosts[:2])]
 
 
@@ -123,6 +124,7 @@ def _srun() -> str:
 
 
 def _slurm_hosts() -> tuple[str, ...]:
+    # Names are for messages and for the choice of an interface: a run goes on without them.
     with suppress(OSError, subprocess.SubprocessError):
         show = ["scontrol", "show", "hostnames"]
         return tuple(subprocess.run(show, capture_output=True, text=True, timeout=10, check=True).stdout.split())

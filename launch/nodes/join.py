@@ -37,6 +37,7 @@ def ticket(plan: Plan) -> Iterator[None]:
     path = Path(plan.run_folder, TICKET)
     keys = Keys.load(Path(plan.keys_file)).of_client().to_text() if plan.keys_file else ""
     try:
+        # Not `write_atomically`: the file holds keys, and must be its owner's alone from the moment it exists.
         path.unlink(missing_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             json.dump({"plan": json.loads(plan.to_json()), "keys": keys}, file)
@@ -77,6 +78,7 @@ def join(path: Path, actors: int) -> int:
     if actors < 1:
         raise InputError(f"--actors must be at least 1, got {actors}")
     plan, keys = read_ticket(path)
+    # The same number for all who join: the director knows them by their actors, and ignores their supervisors.
     node = len(plan.nodes)
     address = _address_towards(plan.control)
     indices = random.SystemRandom().sample(JOINED_INDICES, actors)

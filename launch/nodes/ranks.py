@@ -58,6 +58,7 @@ def run_nodes(config: Config, spec: EnvironmentSpec, folder: Path, run_id: str, 
     for attempt in range(1, MEETINGS + 1):
         begin = time.monotonic()
         with _Ranks(starts, config, folder, run_id, stopped) as ranks:
+            # New keys for each attempt: a rank that is left from the one before must not get in.
             ranks.tell(json.dumps(order | {"run_id": run_id, "keys": Keys.create().to_text()}))
             gave_up = ranks.wait()
         # What mpiexec or srun return says little (it may be 0 after a lost rank): the first node's word counts.
@@ -86,6 +87,7 @@ class _Ranks:
         self._end: Outcome | None = None
         self.ended: Outcome | None = None  # what the first node said of it
         self.met = False
+        # From an earlier start, it would say that these nodes have already met.
         (folder / MET).unlink(missing_ok=True)
         # A session of its own: Ctrl-C reaches only this process, which then asks the first node for an orderly end.
         self._program = subprocess.Popen(

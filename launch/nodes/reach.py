@@ -108,6 +108,7 @@ def answer(found: Interfaces, token: bytes, held: ExitStack) -> list[tuple[str, 
     doors = [door for each in found for door in free_sockets(str(_of(each).ip), 1, held)]
     asked, ended = selectors.DefaultSelector(), threading.Event()
     for door in doors:
+        # All other nodes connect at the same moment; a full queue would cost them a second of the three.
         door.listen(1024)
         door.setblocking(False)
         asked.register(door, selectors.EVENT_READ)
@@ -141,6 +142,7 @@ def chosen(names: Sequence[str], tried: Sequence[Tried], network: str = "") -> l
     Raises InputError that says who cannot reach it, and what happened.
     """
     addresses = list(tried[0])
+    # The loopback comes first (`interfaces`), so that nodes on one machine use it.
     for address in addresses:
         if all(of_node[address][0] for of_node in tried):
             return [address, *(of_node[address][0] for of_node in tried)]

@@ -71,11 +71,14 @@ def meet(private: Path, network: str = "", hosts: Sequence[str] = ()) -> tuple[P
     found = reach.interfaces()
     reach.check_in(network, node_name(number_of(RANK)), found)
     _lead_mpi(network, hosts, found)
+    # Here, since importing MPI initialises it: the command line imports this module, too, and must not be a rank.
     import mpi4py
 
+    # Only the main thread calls MPI.
     mpi4py.rc.threads = False
     from mpi4py import MPI
 
+    # No pickle: also here, what another process sends is data and never code.
     MPI.pickle.__init__(msgpack.packb, msgpack.unpackb)  # type: ignore[misc]
     world = MPI.COMM_WORLD
     _gather_quietly(world)
@@ -146,6 +149,7 @@ def _gather_quietly(world: Any) -> None:
 
 
 def _this_node(address: str, ports: int, held: ExitStack) -> Node:
+    # Not asked of PyTorch: supervisors do without it, because its import takes long.
     gpus = Path("/proc/driver/nvidia/gpus")
     return Node(
         host=socket.gethostname(),

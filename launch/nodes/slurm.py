@@ -85,6 +85,7 @@ def submit(args: Sequence[str], time: str, options: Sequence[str], dry_run: bool
     write_atomically(path, text)
     done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
+        # Otherwise the next try would be refused, as if the run had been submitted.
         path.unlink()
         raise InputError(f"sbatch refuses the job: {done.stderr.strip()}")
     print(f"job {done.stdout.strip()}: {path}\nlog: {_log(config)}\nrun: {folder / config.run}")
@@ -98,6 +99,7 @@ def script(config: Config, args: Sequence[str], time: str, options: Sequence[str
             raise InputError(f"a batch script cannot hold {text!r}: it has letters that cannot be printed")
     if "\\" in str(_log(config)):  # to Slurm it means: take what follows % as it is
         raise InputError(f"Slurm cannot write to {_log(config)}, which has a backslash; take another --runs-folder")
+    # The name is fixed now: when the job comes back, the script looks for this folder.
     given = [*args] if "--run" in args else [*args, "--run", config.run]
     return SCRIPT.format(
         name=_quoted(f"bm3il-{config.run}"),

@@ -70,6 +70,7 @@ class Child:
             stdin.seek(0)
             self._forget_pipe()
             self._done_pipe, told = os.pipe()
+            # `listen` is called in the loop that watches all processes of the node, and must not wait for one of them.
             os.set_blocking(self._done_pipe, False)
             self._popen = subprocess.Popen(
                 lifeline.command(self._command, guarded=True),
@@ -78,6 +79,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 env={**self._env, DONE_FD: str(told)},
                 pass_fds=(told,),
+                # Ctrl-C in a terminal must reach the supervisor alone, which ends its processes in their order.
                 start_new_session=True,
             )
             os.close(told)
@@ -120,6 +122,7 @@ class Child:
         self.start_at = None
         if self.alive and self._popen is not None:
             if number == signal.SIGKILL:
+                # The guard must live: nobody else can end what the program has started in sessions of its own.
                 os.kill(self._popen.pid, lifeline.END)
             else:
                 os.killpg(self._popen.pid, number)

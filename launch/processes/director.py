@@ -29,6 +29,7 @@ from bm3il.protocol.telemetry import END, STOP, Telemetry
 log = logging.getLogger(__name__)
 
 PROCESSES, PROCESSES_SECONDS = "processes.json", 1.0
+# A part of what AFTER_LEARNER_SECONDS keeps free.
 REMOTE_GRACE_SECONDS = 2.0
 LOST_NODE_SECONDS = 15.0
 """Longer than a silent process is only named, since its work is given to other nodes then."""
@@ -75,6 +76,7 @@ class Director:
                     self.events.take([body])
                 else:
                     self._hear(request.message.sender, body)
+            # Answered last: whoever has no answer tells its event again, so none is lost before it is written down.
             self._server.answer(request, Done(STOP if self.stopping else ""))
         self.events.take(self._telemetry.events())
         self._write_targets()
@@ -92,6 +94,7 @@ class Director:
                 "back", f"is heard again, {time.monotonic() - self._heard[name]:.0f} s after its last sign", name
             )
         starts.add(sender.incarnation)
+        # A rate of another process may be infinite: shown as a whole number it once raised here, and ended the run.
         numbers = {key: value for key, value in status.values.items() if math.isfinite(value)}
         self.statuses[name], self._heard[name] = replace(status, values=numbers), time.monotonic()
         if status.stage == END and name not in self._names:
@@ -111,6 +114,7 @@ class Director:
         states = self.states()
         self._metrics.show(states)
         self._write_processes(states)
+        # At the end everybody falls silent, which is no trouble.
         if not self.stopping:
             self._tell_troubles(states, now)
 
@@ -137,6 +141,7 @@ class Director:
         for name in sorted(self._supervisors & set(self.statuses)):
             status = self.statuses[name]
             if "exit_code" in status.values:
+                # Never 0: that a run is finished is said by the learner, and `place` keeps it on the first node.
                 return Outcome(int(status.values["exit_code"]) or CRASHED, status.text)
         return None
 
@@ -260,9 +265,11 @@ def direct(plan: Plan, progress: Progress, stopped: StopRequests) -> Outcome:
                 "once more, and all ends at once"
             )
         end = supervisor.stop_learner(stopped, listen, learner_grace)
+        # Not earlier: the answers to heartbeats would end the reward server, which the last checkpoint needs.
         director.stopping = True
         supervisor.stop_all(stopped, listen)
         director.wait_for_nodes()
+        # What came last is written before the end: readers take the last event for the end of the run.
         listen()
         director.events.end(outcome or end)
         director.close()
@@ -285,10 +292,12 @@ def follow(plan: Plan, node: int, stopped: StopRequests, say: Callable[[str], No
         supervisor.start()
         while not (telemetry.stop.wait(0.1) or stopped.count or lost):
             lost = telemetry.seconds_alone() > patience
+            # Only reported, with the next heartbeats: the director decides, and tells this node to stop.
             if outcome is None and (outcome := supervisor.watch()):
                 telemetry.text, telemetry.numbers["exit_code"] = outcome.text, outcome.code
     finally:
         supervisor.stop_all(stopped, lambda: None)
+        # Before `close`, which sends the last heartbeat: the director waits for this number.
         telemetry.numbers["ended"] = 1
         telemetry.close()
     return lost

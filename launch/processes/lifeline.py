@@ -42,6 +42,7 @@ def command(program: list[str], guarded: bool = False) -> list[str]:
 def guard(parent: int, program: list[str]) -> None:
     """Run a program, and end as it ended: with its exit code, or by the signal that killed it. By then all that it
     started is killed, whatever sessions it made for them."""
+    # Blocked before anybody can send them: END would kill this process, and `sigtimedwait` takes blocked ones only.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, END})
     bind_to_parent(parent, END)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -51,9 +52,11 @@ def guard(parent: int, program: list[str]) -> None:
     own = os.getpid()
     child = os.fork()
     if not child:
+        # What is ignored or blocked stays so across the exec.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD, END})
+        # If the guard does not end, `Child.wait` kills it: its program must not outlive that.
         bind_to_parent(own)
         os.execv(program[0], program)
     while (status := _reaped(child)) is None:
@@ -95,6 +98,7 @@ def _end_children() -> None:
 
 
 def _prctl(option: int, value: int) -> None:
+    # The standard library has no prctl.
     ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 

@@ -56,6 +56,7 @@ class RunMetrics:
 
     def show(self, found: Mapping[str, states.State]) -> None:
         """The states of all processes that there are."""
+        # An actor that had joined and left would keep its last state in Prometheus.
         for gone in self._known - found.keys():
             for name in states.NAMES:
                 self._states.remove(gone, name)

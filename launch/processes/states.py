@@ -49,6 +49,7 @@ def judge(status: Status | None, silent_seconds: float, patience_seconds: float 
     if status.stage.startswith(WAIT):
         if inside > max(SILENT_SECONDS, patience_seconds):
             return State("starved", f"has been in '{status.stage}' for {inside:.0f} s: it waits for others", inside)
+    # A supervisor has no stages: it stays in the first one for ever.
     elif inside > STUCK_SECONDS and status.role != "supervisor":
         return State("stuck", f"has been in '{status.stage}' for {inside:.0f} s", inside)
     return State("alive")

@@ -21,6 +21,7 @@ MAX_RESTARTS, RESTART_WINDOW_SECONDS = 5, 120.0
 """A process that crashes more often within that time would crash for ever; one that crashes once a night may go on."""
 MAX_FRUITLESS_STARTS = 6
 """Of a process that gets nothing done in between, however long each one takes to fail."""
+# Not the reward server: it only does what it is asked for, so that its silence is no failure.
 TELL_WHAT_THEY_DO = ("actor", "evaluator", "learner")
 RESTART_DELAY_SECONDS = 0.5
 SHORT = 400
@@ -36,6 +37,7 @@ AFTER_LEARNER_SECONDS = OTHERS_GRACE_SECONDS + 3.0
 """What is kept of such a notice for the others, other nodes and the writing down of the end."""
 POLL_SECONDS = 0.05
 
+# Numerical libraries read these once, when they are loaded: a worker could not set them for itself in time.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
@@ -112,6 +114,7 @@ class Supervisor:
     def adopt(self, node: int) -> None:
         """Start the processes of a node that was lost, here."""
         theirs = self._plan.on(node)
+        # The moved processes must know it, too: their metrics listen at the address of the node that they are on.
         moved = tuple(replace(p, node=self._node) if p in theirs else p for p in self._plan.processes)
         self._plan = replace(self._plan, processes=moved)
         adopted = self._made([process.name for process in theirs])
@@ -164,6 +167,7 @@ class Supervisor:
         code = learners[0].exit_code if learners else INTERRUPTED
         if code in FINAL_CODES:
             return Outcome(code, learners[0].last_words())
+        # A learner that was killed at the end of the patience, or that waited for its restart, is interrupted, too.
         return Outcome(FINISHED if code == FINISHED else INTERRUPTED)
 
     def stop_all(self, stopped: StopRequests, meanwhile: Callable[[], None]) -> None:
@@ -176,6 +180,7 @@ class Supervisor:
             return Outcome(code)
         if code in FINAL_CODES:
             return Outcome(code, f"{name}: {child.last_words()}")
+        # Code 0, too, is a crash of any other role: only the learner decides that the run is over.
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         child.listen()  # to its last words
         now = time.monotonic()

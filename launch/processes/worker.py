@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 def main(role: str, index: int) -> int:
     """Run one process until it is done or told to stop; returns its exit code."""
     settle()
+    # A crash in C code then leaves a stack in the log, which the supervisor shows as the last traceback.
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     plan = Plan.from_json(sys.stdin.read())

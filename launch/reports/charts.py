@@ -315,6 +315,7 @@ def _apart(values: Sequence[float], room: float = 0.06) -> tuple[float, float]:
 
 def _ticks(low: float, high: float, about: int, whole: bool = False) -> list[float]:
     locator = MaxNLocator(nbins=max(2, about), steps=[1, 2, 2.5, 5, 10], integer=whole)
+    # + 0.0 makes 0 of −0.
     return [float(value) + 0.0 for value in locator.tick_values(low, high) if low <= value <= high]
 
 
@@ -324,6 +325,7 @@ def _labels(values: Sequence[float]) -> list[str]:
     if largest >= 10_000:
         form = EngFormatter(sep="")
         return [form(value) for value in values]
+    # A tick at 0 may come as 1e-17.
     texts = [f"{0.0 if abs(value) < 1e-9 * largest else value:.6g}" for value in values]
     if not any("e" in text for text in texts):
         decimals = max((len(text.partition(".")[2]) for text in texts), default=0)

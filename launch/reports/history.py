@@ -39,6 +39,7 @@ def _rank(process: str) -> tuple[int, str, int]:
     return (
         order.index(role) if role in order else len(order),
         role,
+        # The name comes from a file: Python refuses to convert thousands of digits.
         int(index) if index.isascii() and index.isdigit() and len(index) < 10 else 0,
     )
 

@@ -108,6 +108,7 @@ def stages(log: Columns) -> tuple[Chart | None, list[Stage]]:
     if not names:
         return None, []
     x = log.all_of("iteration")
+    # The log may hold anything, and areas can only be stacked if none is negative.
     spent = {name.removeprefix(SECONDS_OF): [max(0.0, value) for value in log.all_of(name)] for name in names}
     whole = max(sum(map(sum, spent.values())), 1e-9)
     rows = [

@@ -92,6 +92,7 @@ def _objects(path: Path) -> tuple[list[dict[str, Any]], int]:
         return [], 0
     found = []
     for text in texts:
+        # Lists that are nested a thousand deep end in a RecursionError.
         with contextlib.suppress(ValueError, RecursionError):
             if isinstance(line := json.loads(text), dict):
                 found.append(line)

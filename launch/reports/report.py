@@ -51,6 +51,7 @@ def render(template: str, **page: object) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bm3il.launch.reports"),
         autoescape=True,
+        # A name that is misspelt in a template raises, instead of leaving a gap in the page.
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -74,6 +74,7 @@ def seconds_left(paces: Sequence[Pace], jobs: int) -> float | None:
         alike = [seconds for kind, seconds in begun if kind == pace.kind] or [seconds for _, seconds in begun]
         whole = pace.seconds / pace.part if pace.part > 0 and pace.seconds > 0 else sum(alike) / len(alike)
         left.append(max(0.0, 1 - pace.part) * whole)
+    # However many go on at once, nothing ends before the longest of them.
     return max(*left, sum(left) / jobs)
 
 
@@ -108,6 +109,7 @@ class Board:
 
     def show(self, running: Collection[Path], failed: Mapping[Path, str]) -> None:
         """Where the runs are now."""
+        # Also those that ended since: their last figures are read once more.
         changed = self._running | set(running)
         self._running = set(running)
         for folder in changed:

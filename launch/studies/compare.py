@@ -145,6 +145,7 @@ def _of_training(group: Group, first: Group, score: str) -> Figures:
         told |= better("area_improvement", heights, areas(first, score))
     for level in LEVELS if score == SCORES[0] and not math.isnan(told["area"]) else ():
         for name, column in (("steps", 0), ("seconds", 1)):
+            # Unknown if one run never got there: the mean of the others would flatter a method that often fails.
             told[f"{name}_to_{level}"] = _mean([first_at(curve[column], curve[2], level) for curve in curves])
         told[f"reached_{level}"] = sum(bool((scores >= level).any()) for _, _, scores in curves)
     return told

@@ -101,6 +101,7 @@ def _runs_of(path: Path) -> dict[Path, Row | None]:
         return {path.resolve(): None}
     try:
         told = json.loads((path / run_folder.STUDY).read_text(encoding="utf-8"))
+        # The file may be anybody's: a name must not lead out of the study's folder.
         names = [Path(run["run"]).name for run in told["runs"]]
         kept = {row.run: row for row in Rows.read(Path(told["results"])).rows} if told.get("results") else {}
         places = {name: (path / name).resolve() for name in names}

@@ -126,6 +126,7 @@ class Study:
         """
         points = [dict(zip(grid, values, strict=True)) for grid in self.grids for values in product(*grid.values())]
         points = [point for number, point in enumerate(points) if point not in points[:number]]
+        # Once for all seeds: a check makes the environment and reads the demonstrations.
         checked = [self._checked(point) for point in points]
         trials = []
         for seed in self.seeds:

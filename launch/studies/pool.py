@@ -71,6 +71,7 @@ def run_all(
             if not child.alive:
                 del running[folder]
                 child.wait()
+                # By what lies in the folder and not by the exit code, as the next call will judge what is left to do.
                 if not work.done(folder) and not stopped.count:
                     failed[folder] = _why(folder, child)
     watch(running, failed)

@@ -37,6 +37,8 @@ ELSEWHERE = ("run", "runs_folder", "files", "hostfile", "network", "cloning.kept
 def identity(config: Config) -> Settings:
     """What makes a run this one and no other: all settings that have to do with what it learns, by dotted keys. A file
     is its name and the hash of its content, wherever it lies."""
+    # Through JSON, so that tuples equal the lists in a file of rows. Without the files, whose paths would become
+    # keys; their hashes come in below.
     values = flattened(json.loads(json.dumps(asdict(config) | {"files": None})))
     told = {key: value for key, value in values.items() if key not in ELSEWHERE and not key.startswith("metrics_")}
     told["preset"] = Path(config.preset).name
@@ -126,6 +128,7 @@ class Rows:
     def add(self, rows: Sequence[Row]) -> None:
         """Take rows in, in place of those of the same runs, and write the file. Raises InputError if that fails."""
         stay = [row for row in self.rows if not any(row.is_of(new.config) for new in rows)]
+        # The order of finishing differs from call to call; in this one, a file under version control changes little.
         self.rows = sorted([*stay, *rows], key=lambda row: (row.run, row.seed))
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 LEVEL = 0.95
+# Fewer for a curve, whose draws are of all its points: [repetitions, runs, points] numbers in memory.
 REPETITIONS, CURVE_REPETITIONS = 10_000, 1_000
 SEED = 0
 """Of the bootstrap: the same runs have the same intervals."""
@@ -69,6 +70,7 @@ def improvement_interval(ours: Strata, theirs: Strata, repetitions: int = REPETI
     """Both ends of its bootstrapped interval; NaN where no stratum has two runs on either side."""
     if max(map(len, (*ours, *theirs))) < 2:
         return float("nan"), float("nan")
+    # One generator for both sides: with the same numbers for each, runs of the same position would go in pairs.
     random = np.random.default_rng(SEED)
     low, high = _ends(_improvement(*(resampled(side, repetitions, random) for side in (ours, theirs))))
     return float(low), float(high)

@@ -101,12 +101,14 @@ def _open(trials: Sequence[Trial], file: Path, folder: Path) -> None:
         if not place.exists():
             fresh.append(trial)
             continue
+        # The folder is the same, but its path may be written otherwise if the command is given elsewhere.
         begun = replace(run_folder.open_existing(place), runs_folder=trial.config.runs_folder)
         if begun != trial.config:
             raise InputError(
                 f"{place} was begun with other settings: {differences(begun, trial.config)}; make them what they were, "
                 "or take another name for the study"
             )
+    # Only now, when no run has objected: a study that is refused has changed nothing.
     run_folder.write_atomically(folder / run_folder.STUDY_FILE, file.read_text(encoding="utf-8"))
     for trial in fresh:
         run_folder.create(trial.config)

@@ -63,6 +63,7 @@ def judge(folder: Path, study: Study) -> None:
             continue
         drawn, greedy = judged(trained, in_world(trained.config.environment, world), study.episodes)
         done[world] = drawn | {"greedy_return_mean": greedy["return_mean"]}
+        # After each world: whoever is stopped while judging repeats one world at most.
         told = {"policy_sha256": read_result(folder).get("policy_sha256"), "worlds": done}
         write_atomically(folder / WORLDS, json.dumps(told, indent=1) + "\n")
 

@@ -153,6 +153,7 @@ def loads_of(berlin: Berlin, before: Mapping[str, Sample], after: Mapping[str, S
     hours, scenario = np.unique(hours_of(berlin)), berlin.scenario
     edges = np.array([scenario.work_start_minute, scenario.work_end_minute]) / 60
     rush = (np.abs(hours[:, None] + 0.5 - edges) < RUSH_HOURS).any(axis=1)
+    # If the day has no such hours, all of its hours are watched.
     rush = rush if rush.any() else ~rush
     return {
         "unit": "mean agents on the road",

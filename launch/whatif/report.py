@@ -128,6 +128,7 @@ def draw_changes(berlin: Berlin, report: Figures, path: Path) -> None:
     closed, change = loads["closed"], {name: _load_change(loads, name) for name in ("imitator", "expert")}
     largest = np.abs(np.stack(list(change.values()))).max(axis=0)
     still_open = np.setdiff1d(np.arange(scenario.num_roads), closed)
+    # Stable, so that roads with equal changes are in the same order on every machine.
     shown = still_open[np.argsort(-largest[still_open], kind="stable")][:SHOWN_ROADS]
     limit = max(float(largest.max()), MIN_LIMIT)
     figure = Figure(figsize=(13, 10.5), layout="constrained")

@@ -71,6 +71,7 @@ def changed_world(config: Config, environment: str, seed: int, steps: int) -> Co
     imitates = algorithm(config.algorithm).imitates
     has_purpose = all(agent_type.purpose for agent_type in spec.types)
     has_parts = all(agent_type.parts for agent_type in spec.types)
+    # What the parts of this recipe are worth: docs/when.md.
     return replace(
         config,
         environment=environment,
@@ -223,6 +224,7 @@ def _opened(configs: list[Config]) -> list[Path]:
                     f"{folder} was begun with other settings: {differences(begun, config)}; give these again, or "
                     f"delete {folder.parent}"
                 )
+    # Only when none of the runs that are there has objected: what is refused leaves nothing behind.
     for folder, config in zip(folders, configs, strict=True):
         if not folder.exists():
             run_folder.create(config)
@@ -267,6 +269,7 @@ def _played(
 ) -> tuple[dict[str, Sample], dict[str, Sample]]:
     """Everybody's episodes by name: in the world as demonstrated, and in the changed one."""
     seen: dict[str, dict[str, list[Sample]]] = {question.before: {}, question.after: {}}
+    # Random, the run, and the expert in both worlds; of each seed the clone in both worlds, and the imitator.
     options: dict[str, Any] = {"total": 4 + 3 * len(folders), "console": console, "transient": True}
     for world, name, policy in track(_everybody(question, folders), "playing", **options):
         if stopped.count:
