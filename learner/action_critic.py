@@ -114,6 +114,7 @@ class ActionActorCritic(ActorCritic):
                     figures = {"policy_loss": policy_loss} | self._entropy(policy_loss, temperature)
                 else:
                     taken = self.critic.of(b, observations, actions, scene).float()
+                    # `FewActions` are of discrete blocks alone. A constant scene spares gradients that nobody takes.
                     seen = scene.detach() if isinstance(scene, Scene) else None
                     figures = self._improve_continuous(b, observations, seen, temperature, weight)
                 loss = loss + (weight * (taken - target) ** 2).sum()
@@ -136,6 +137,7 @@ class ActionActorCritic(ActorCritic):
         action, log_density = gaussian.draw(network(observations).float(), self._generator)
         q = self.critic.of(b, observations, action, scene).float()
         loss = (weight * (temperature * log_density - q)).sum()
+        # Named inputs: the same loss has gradients in the critic, which must not move to make its own Q larger.
         torch.autograd.backward(loss, inputs=list(network.parameters()))
         return {"policy_loss": loss.detach(), "policy_entropy": -(weight * log_density.detach()).sum()}
 

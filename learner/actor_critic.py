@@ -79,6 +79,7 @@ class ActorCritic:
         if device.type == "cuda":  # a recorded graph reads it anew each time
             self._temperature = torch.full((), settings.temperature, device=device)
         self._recorded = Recorded(self._learn)
+        # Found once, and not in every update: to walk through modules takes Python time.
         self._parameters: list[torch.Tensor] = [*policy.parameters(), *critic.parameters()]
         self._target_parameters: list[torch.Tensor] = [
             *self.target_policy.parameters(),
@@ -147,6 +148,7 @@ class ActorCritic:
         blocks, left = len(self.layout.blocks), iter(tensors)
         batch = Batch.taken(self.layout, left)
         rewards, numbers = list(islice(left, blocks)), left
+        # Of the whole batch, so that gradients of its chunks add up to that of its mean, however it is cut.
         weights = losses.row_weights(self.layout, batch.rows.active)
         sums = []
         for rows in self._chunks(len(batch.rows)):
@@ -195,6 +197,7 @@ class ActorCritic:
                 sums["policy_loss"] += self._improve(b, observations[b], options, q, temperature, weight)
                 sums["value"] += (weight * target).sum()
         for context, gradients in zip(contexts, d_contexts, strict=True):
+            # Of all blocks at once: their keys and values are of one graph, which a pass through it gives up.
             torch.autograd.backward(context, gradients)
         torch.autograd.backward(encoded, [e.grad for e in own])
         return sums | self._entropy(sums["policy_loss"], temperature)
@@ -205,8 +208,10 @@ class ActorCritic:
 
     def _targets(self, batch: Batch, rewards: list[torch.Tensor], numbers: list[torch.Tensor]) -> list[torch.Tensor]:
         """y of Eq. 8 per block [G, S·B]; ã' from actions that the target policies draw with the next masks."""
+        # No graph is built here, as target networks have no gradients (`_frozen`).
         observations = self._see(batch.next_observations)
         options = [seen.options() for seen in observations]
+        # Zeros, here and below: rows of empty slots may be in no tile, and what they hold must be finite.
         logits = [torch.zeros(option.allowed.shape, device=self.device) for option in options]
         actions = []
         for b, block in enumerate(self.layout.blocks):
@@ -256,6 +261,7 @@ class ActorCritic:
         total = torch.zeros((), device=self.device)
 
         def gradient(tile: Tile, q: torch.Tensor) -> torch.Tensor:
+            # Under autocast heads say bfloat16: differences of Q and losses are taken in float32.
             q = q.to(q_values.dtype)
             q_values[tile] = options[tile].of(q)
             loss, d_q = losses.critic_loss(q, actions[tile], target[tile], weight[tile])
@@ -293,6 +299,7 @@ class ActorCritic:
     def _set(self, schedule: Schedule) -> None:
         """The temperature and the steps of the next update."""
         if isinstance(self._temperature, torch.Tensor):
+            # In place: a recorded graph reads this very tensor.
             self._temperature.fill_(schedule.temperature)
         else:
             self._temperature = schedule.temperature

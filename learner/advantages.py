@@ -31,6 +31,7 @@ def advantages(
     ahead = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
         torch.addcmul(temporal[t], carried[t], ahead, out=result[t])
+        # The weight is carried back, and not kept in Â_t: there it belongs to the loss, which weighs the row once.
         ahead = result[t] if weights is None else weights[t] * result[t]
     weighted = result if weights is None else weights * result
     return result, values[:-1] + weighted

@@ -27,4 +27,5 @@ def attention_by_type(critic: Critic, rows: JointRows) -> np.ndarray | None:
     per_agent = (weights * active.unsqueeze(-1)).sum(dim=0)
     per_type = torch.zeros(len(agents), size, dtype=weights.dtype).index_add_(1, entities, per_agent)
     totals = torch.zeros(size, size, dtype=weights.dtype).index_add_(0, agents, per_type)
+    # A type of which nobody was there pays no attention: 0, and not NaN.
     return (totals / seen.clamp(min=1).unsqueeze(1)).numpy()

@@ -64,6 +64,7 @@ class CheckpointFolder:
         """
         final = self._folder / f"{checkpoint.iteration:08d}"
         temporary = self._folder / f".{final.name}.tmp"
+        # It may be left of a process that was killed while it wrote.
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
@@ -82,8 +83,10 @@ class CheckpointFolder:
                 "packed": packings,
             }
             _write(temporary / "checkpoint.json", json.dumps(header, indent=1).encode())
+            # An iteration may be written twice: by its interval and by a stop right after it, or again after a rewind.
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
+            # A rename is on the disk only when the folder is.
             _sync_folder(self._folder)
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -135,6 +138,7 @@ class CheckpointFolder:
     def _names(self) -> list[str]:
         if not self._folder.is_dir():
             return []
+        # Eight digits, so that names are in the order of iterations; what is being written begins with a dot.
         return sorted(path.name for path in self._folder.iterdir() if path.name.isdigit() and path.is_dir())
 
     def _prune(self) -> None:
@@ -180,6 +184,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             arrays[name] = _unpacked(load(content), header["packed"][name])
         return Checkpoint(int(header["iteration"]), str(header["config"]), dict(header["facts"]), **arrays)
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        # It is a ValueError, too, and names the file already.
         if isinstance(error, InputError):
             raise
         raise InputError(f"{folder} is not a usable checkpoint: {error}") from error

@@ -94,6 +94,7 @@ class ClippedActorCritic:
         self.clone: Policy | None = None
         # V is learned in units of the horizon: numbers of the size of one reward, whatever γ and the episodes are.
         discount, length = settings.discount, self.layout.spec.episode_length
+        # The bound is for γ = 1, where episodes alone end the horizon.
         self._horizon = min(float(length), 1 / max(1 - discount, 1e-6))
         self._optimisers = {"policy": Adam(policy.parameters()), "critic": Adam(critic.parameters())}
         self._clips = {
@@ -101,6 +102,7 @@ class ClippedActorCritic:
             "critic": NetworkClip(critic, settings.critic_gradient_norm),
         }
         self._generator = torch.Generator().manual_seed(seed)
+        # Two of them, since a recorded graph has no branches.
         self._learn_critic = Recorded(lambda tensors: self._learn(tensors, False))
         self._learn_both = Recorded(lambda tensors: self._learn(tensors, True))
         if device.type == "cpu":
@@ -126,12 +128,14 @@ class ClippedActorCritic:
     ) -> dict[str, float]:
         settings = self.settings.clipped
         self._set_rates(Schedule.at(progress, self.settings))
+        # Before the first epoch, for all of them: ρ and Â are against the policy of the iteration's start.
         steps = self._look_back(segments.to(self.device), moved(rewards, self.device))
         learned = Figures()
         # The entropy of continuous policies is that of a draw, and draws are the CPU's.
         recordable = all(block.discrete for block in self.layout.blocks)
         learn = self._learn_both if learn_policy else self._learn_critic
         for _ in range(settings.epochs):
+            # Joint steps are shuffled, and not the rows of agents: contexts need all agents of a step.
             order = torch.randperm(len(steps.rows), generator=self._generator)
             for index in order.chunk(settings.parts):
                 part = _select(steps, index.to(self.device, non_blocking=True)).tensors()
@@ -150,6 +154,7 @@ class ClippedActorCritic:
     def load_state(self, arrays: dict[str, np.ndarray]) -> None:
         """Take over a state of the same networks. Raises KeyError or RuntimeError if it is of others."""
         if part(arrays, "clone"):
+            # Makes room for π_clone, whose parameters are loaded below with the others.
             self.start_from(self.policy)
         for name, network in self._networks():
             network.load_state_dict({key: torch.tensor(value) for key, value in part(arrays, name).items()})
@@ -221,6 +226,7 @@ class ClippedActorCritic:
         found: list[list[torch.Tensor]] = [[] for _ in self.layout.blocks]
         for index in torch.arange(len(rows), device=self.device).split(self._height):
             for values, block, value in zip(found, self.layout.blocks, self.critic(rows.select(index)), strict=True):
+                # Back in units of a reward, which advantages are sums of.
                 values.append(block.rows(value.float()) * self._horizon)
         return [torch.cat(values).unflatten(0, shape) for values in found]
 
@@ -347,6 +353,7 @@ class ClippedActorCritic:
         log_ratio = gaussian.log_density(output, action) - old
         entropy = -(weight * gaussian.draw(output, self._generator)[1]).sum()
         loss, d_ratio = losses.clipped_gain(log_ratio.detach(), advantage, settings.clip, weight)
+        # Not the loss, but it has its gradient: `d_ratio` is a constant, which autograd carries to the network.
         surrogate = (d_ratio * log_ratio).sum() - settings.entropy_weight * entropy
         if clone is not None:
             assert settings.clone_weight is not None

@@ -48,6 +48,7 @@ class Cloning:
     @torch.no_grad()
     def loss_of_all(self, policy: Policy) -> torch.Tensor:
         """As `loss`, of all expert rows; a batch at a time, since days of thousands of agents fill the memory."""
+        # Over all rows at once: parts with weights of their own would count the last, smaller one for more.
         weights = losses.row_weights(self._layout, self._rows.active)
         total = torch.zeros((), device=self._rows.active[0].device)
         for first in range(0, len(self._rows), self._batch_size):
@@ -57,6 +58,7 @@ class Cloning:
 
     def _weighed(self, policy: Policy, rows: JointRows, weights: Sequence[torch.Tensor]) -> torch.Tensor:
         """−Σ weight · log π(a|s); weights: per block [G, S, B]."""
+        # Demonstrations stay as small as they are kept; only what is computed with becomes int64.
         rows = rows.widened()
         terms = []
         for b, block in enumerate(self._layout.blocks):
@@ -103,6 +105,7 @@ def clone(
             if iteration:
                 left = (time.monotonic() - began) / iteration * (run.iterations - iteration)
                 telemetry.numbers["cloning_left_seconds"] = left
+            # The progress that `Training` gives to `bc`, and so the same learning rates.
             run.iterate(iteration / run.iterations, abort)
     finally:
         for name in SHOWN:
@@ -135,6 +138,7 @@ class BehaviourCloning:
         self.iterations = settings.iterations
         train, held_out = demonstrations.split(settings.held_out, derive_seed(seed, "held-out"))
         self._train = Cloning(policy.layout, train, settings.batch_size, derive_seed(seed, "cloning"), device)
+        # Nothing is drawn with this seed: `loss_of_all` takes every row.
         self._held_out = held_out and Cloning(policy.layout, held_out, settings.batch_size, 0, device)
         self._optimiser = Adam(policy.parameters(), weight_decay=settings.weight_decay)
         if device.type == "cpu":

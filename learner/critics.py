@@ -151,6 +151,7 @@ class Attention(nn.Module):
             for b in layout.blocks
         )
         self.query, self.key, self.value = (uniform((hidden, hidden), hidden, generator) for _ in range(3))
+        # Among agents none attends to itself: e_j holds a^j, and Eq. 13's baseline must not depend on the own action.
         self._hides_own = context == "agents" or not attend_own
         self._leaves_out_own = not self._hides_own and mean_field == "others"
         self._most_actions = max(b.action_dim for b in layout.blocks)
@@ -161,6 +162,7 @@ class Attention(nn.Module):
             and types * self._most_actions <= FEW_ACTIONS
         )
         self.own: torch.Tensor
+        # Follows from the layout: it moves with the critic, and no checkpoint needs it.
         self.register_buffer("own", _own(layout, context), persistent=False)
 
     def forward(self, encoded: Sequence[torch.Tensor], rows: JointRows) -> list[torch.Tensor]:
@@ -208,6 +210,7 @@ class Attention(nn.Module):
     @property
     def _scaled_key(self) -> torch.Tensor:
         """W_k/√d."""
+        # The H² numbers of W_k are divided once, and not the scores of every agent and entity.
         return self.key / math.sqrt(self.key.shape[-1] // self.heads)
 
     def _scene(self, rows: JointRows) -> Scene:
@@ -232,6 +235,7 @@ class Attention(nn.Module):
         values = self._tables(self.value)
         found = map(total_actions, self.layout.blocks, rows.actions, rows.active)
         totals, counts = zip(*found, strict=True)
+        # Types of different blocks may have different numbers of actions; nobody takes those that are added.
         padded = [functional.pad(total, (0, self._most_actions - total.shape[2])) for total in totals]
         of_types = torch.cat(padded, dim=1).permute(1, 2, 0)[:, :, None, None]
         number = torch.cat(counts, dim=1).mT[:, None, None]
@@ -245,6 +249,7 @@ class Attention(nn.Module):
                 left = left - taken.to(left.dtype)
                 shares = of_types - (taken.unsqueeze(1) & (block.grid(actions) == action)).to(of_types.dtype)
             visible = (left > 0) & ~own if self._hides_own else left > 0
+            # A type without others has shares of 0, not NaN; `visible` hides it.
             shares = shares / left.clamp(min=1).unsqueeze(1)
             scenes.append(FewActions(keys, values, shares.flatten(2), visible.flatten(1)))
         return scenes
@@ -255,6 +260,7 @@ class Attention(nn.Module):
         for embed in self.embeddings:
             weight, bias = embed.parameters()
             with torch.autocast(projection.device.type, enabled=False):  # gradients of many rows meet here
+                # W a + b of a one-hot a is a row of W, plus b; and shares that add up to 1 give the mean's b once.
                 table = (weight + bias) @ projection
             tables.append(functional.pad(table, (0, 0, 0, self._most_actions - table.shape[1])))
         return torch.cat(tables)

@@ -116,12 +116,14 @@ class RemoteExperience:
         self._heard: dict[int, float] = {}
         """When each actor last said something, in monotonic seconds."""
         self._evaluator_heard = self._published = time.monotonic()
+        # No session: a chunk that comes before the first weights are out is stale.
         self._current = ("", -1)
         self._count_drop, self._numbers = telemetry.count_drop, telemetry.numbers
 
     def publish(self, session: str, version: int, policy: Policy, evaluate_episodes: int) -> None:
         self._chunks.clear()
         if session != self._current[0]:
+            # What is kept for late subscribers is the first policy of a session that is over.
             self._weights.forget()
         self._current, self._published = (session, version), time.monotonic()
         # An evaluator that starts later than others shall not miss the first policy.
@@ -143,6 +145,7 @@ class RemoteExperience:
             self._metrics.policy_lag.observe(self._current[1] - version)
             self._metrics.taken.inc(trajectories.num_bytes)
         self._metrics.waiting.set(0)
+        # By actor, and not as they came: in lockstep nothing depends on timing.
         return [self._chunks[index][1] for index in range(self._actors)]
 
     def evaluations(self, wait_seconds: float = 0.0) -> list[Evaluated]:
@@ -160,6 +163,7 @@ class RemoteExperience:
 
     def _silent_seconds(self, actor: int, since: float) -> float:
         """For how long nothing was heard of an actor, at most since then."""
+        # Before `since` the learner was not listening: that silence was its own.
         return time.monotonic() - max(since, self._heard.get(actor, since))
 
     def _receive(self, timeout_seconds: float) -> None:
@@ -177,6 +181,7 @@ class RemoteExperience:
         if isinstance(body, Working | Leaving | Evaluating):
             return ""
         if (body.session, body.version) != self._current and isinstance(body, Chunk):
+            # Answered all the same, or its actor would ask after it again and again.
             return "stale"
         if isinstance(body, Evaluation):
             if body.session == self._current[0]:
@@ -185,6 +190,7 @@ class RemoteExperience:
                 self._evaluated.append(Evaluated(body.version, arrays["returns"], arrays["random"]))
             return "taken"
         try:
+            # An actor that was started again plays the same chunk to the same bits: the first one will do.
             self._chunks.setdefault(body.actor, (body.version, Trajectories.from_arrays(arrays, self._spec)))
             self._metrics.waiting.set(len(self._chunks))
         except ProtocolError as error:

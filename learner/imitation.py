@@ -96,6 +96,7 @@ class Imitation(ABC):
         `abort` may raise while the clone is made, which can take a minute.
         """
         if learner is not None:
+            # First: `_kept` tells the server of the rows that the restored replay holds.
             self._load_state(learner)
         with self._waiting_for("particles"):
             self._rewards.begin(session, rewards, self._kept())
@@ -165,6 +166,7 @@ class OffPolicyImitation(Imitation):
         return kinds(self.policy, critic, settings, device, derive_seed(job.seed, "next-actions"))
 
     def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None, abort: Callable[[], None]) -> None:
+        # Tickets of the session before, which nobody answers any more.
         self._asked.clear()
         super().begin(session, learner, rewards, abort)
 
@@ -204,11 +206,13 @@ class OffPolicyImitation(Imitation):
     def _ask(self) -> None:
         """Draw a batch and ask for its rewards."""
         batch, numbers = self._replay.sample(self._settings.batch_size, self._generator)
+        # Imitation never reads true rewards: here they stay behind.
         true_rewards = None if self._imitates else batch.rewards
         self._asked.append((batch, self._rewards.submit(batch.rows, true_rewards, numbers)))
 
     def _batches(self) -> Iterator[tuple[Batch, list[torch.Tensor]]]:
         """Batches with the rewards of the current particles; the next queries travel while one is trained on."""
+        # All that was asked for is trained on: nothing is left for an iteration whose particles are newer.
         for number in range(self._settings.updates + PREFETCHED_BATCHES):
             if number < self._settings.updates:
                 self._ask()
@@ -224,6 +228,7 @@ class OffPolicyImitation(Imitation):
         kept = self._replay.kept() if self._imitates else None
         if kept is None:
             return Kept(self._replay.capacity if self._imitates else 0, self._replay.observed)
+        # A ring has more rows than transitions: whatever can be drawn is among the newest that the server keeps.
         return Kept(self._replay.capacity, *kept)
 
 
@@ -236,6 +241,7 @@ class OnPolicyImitation(Imitation):
         job, settings = self._job, self._settings
         critic = build_value_critic(job, settings, self.policy.layout)
         self._seen, self._babbling = 0, actor.babbling
+        # Rewards are asked for of fresh rows alone: the server need keep no more than an iteration's.
         self._room = steps_per_iteration(actor, job)
         seed = derive_seed(job.seed, "epochs")
         return ClippedActorCritic(self.policy, critic, settings, device, seed, lagging=job.mode == "async")
@@ -276,6 +282,7 @@ class OnPolicyImitation(Imitation):
     def _numbers(self, rows: JointRows) -> torch.Tensor | None:
         """Of the rows that are shown to the server next, if it keeps them all."""
         first = self._observed
+        # The server numbers all rows that it is shown, also those that it has no room for.
         self._observed += len(rows)
         return torch.arange(first, self._observed) if len(rows) <= self._room else None
 

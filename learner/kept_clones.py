@@ -58,6 +58,7 @@ class KeptClone:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(save(policy.to_arrays()))
+            # Not synced to the disk: a file that a power cut leaves broken is made anew (`load`).
             temporary.rename(self._path)
         except OSError as error:
             with suppress(OSError):
@@ -69,6 +70,7 @@ def _key(policy: Policy, demonstrations: Demonstrations, settings: CloningSettin
     """Not of the environment that the run is in: the clone is made without it."""
     facts = {
         "made": WAY,
+        # Where clones are kept changes none of their bits.
         "settings": asdict(settings) | {"kept_in": ""},
         "seed": seed,
         "networks": [(block.groups, block.slots) for block in policy.layout.blocks],

@@ -54,6 +54,7 @@ def policy_loss(
     log_policy = log_softmax(logits)
     policy = log_policy.exp()
     entropy = -(policy * log_policy).sum(-1)
+    # Last, since it writes over log π; the gradient is written out, as stacked networks go back without autograd.
     gain = torch.sub(log_policy.mul_(temperature), q)
     gradient = gain.sub_((policy * gain).sum(-1, keepdim=True)).mul_(policy).mul_(weight.unsqueeze(-1))
     return -temperature * (weight * entropy).sum(), gradient
@@ -87,6 +88,7 @@ def clipped_gain(
     """
     ratio = log_ratio.exp()
     free, bound = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
+    # ∂(ρÂ)/∂log ρ = ρÂ. Where both branches are equal, within the clip, the gradient is the free one's.
     return -(weight * torch.minimum(free, bound)).sum(), -weight * free * (free <= bound)
 
 
@@ -132,4 +134,5 @@ def cloning_loss(log_policy: torch.Tensor, action: torch.Tensor, weight: torch.T
 def row_weights(layout: Layout, active: list[torch.Tensor]) -> list[torch.Tensor]:
     """Per block [G, S, B]: 1/(active rows of the network) where the agent is active, else 0."""
     grids = [block.grid(rows).float() for block, rows in zip(layout.blocks, active, strict=True)]
+    # A network without active rows has weights of 0, and not NaN.
     return [grid / grid.sum(dim=(1, 2), keepdim=True).clamp(min=1) for grid in grids]

@@ -49,5 +49,6 @@ def _count_actions(block: Block, actions: torch.Tensor, active: torch.Tensor) ->
     type_of_agent = block.on(actions.device, "type_of_agent")
     cell = torch.arange(batch, device=actions.device).unsqueeze(1) * num_types + type_of_agent
     totals = torch.zeros(batch * num_types * width, device=actions.device)
+    # Counts of whole numbers: float32 adds them up exactly, in whatever order a GPU does.
     totals.index_add_(0, (cell * width + actions).flatten(), active.flatten().to(totals.dtype))
     return totals.view(batch, num_types, width)

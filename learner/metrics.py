@@ -39,6 +39,7 @@ class LearnerMetrics:
         """Publish true returns: of all agents, and `return_mean` of each type."""
         self._episode_return.set(mean)
         for name, told in types.items():
+            # The mean is always there (`Scale.of_types`); only others of these figures may be None.
             self._type_return.labels(name).set(told["return_mean"] or 0.0)
 
     def count_iteration(self, iteration: int, env_steps: int, figures: dict[str, float]) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional
 TILE_NUMBERS = 1 << 18
 """Of what agents look for, [R, n, H], in a tile: a megabyte, which stays in the cache with as much of what is made of
 it; smaller tiles are bound by Python."""
+# Not −∞: the softmax of an agent that sees nothing would be NaN, and no factor of 0 mends that.
 FORBIDDEN_SCORE = -1e9
 
 _softmax_backward = torch.ops.aten._softmax_backward_data
@@ -140,6 +141,7 @@ class _Mixture(torch.autograd.Function):
         for rows in _tiles(queries):
             w, q, d = weights[:, rows], queries[rows], gradient[rows]
             of_keys, of_values = _seen(k, share, own, rows), _seen(v, share, own, rows)
+            # The slope of Σ_k α_k v_k in α_k is d · v_k: what scores are, with values for keys.
             d_weights = work.products(d, of_values)
             d_scores = _softmax_backward(d_weights, w.to(d_weights.dtype), 2, d_weights.dtype)
             work.combine(d_queries[rows], d_scores, of_keys)

@@ -26,7 +26,9 @@ class NetworkClip:
         for stack in self._stacks:
             gradients = [p.grad for p in stack if p.grad is not None]
             if gradients:
+                # Not clip_grad_norm_: with one norm over the stack, one network's gradient would shrink those of all.
                 norm = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
+                # The bound from below leaves small gradients as they are, and divides by no 0.
                 scale = (self._largest_norm / norm.clamp(min=self._largest_norm)).view(-1, 1, 1)
                 torch._foreach_mul_(gradients, [scale] * len(gradients))
         if self._shared:

@@ -64,6 +64,7 @@ def curve_figure(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -
         axes.plot(steps[-1], means[-1], "o", color=CURVE_COLOR, markersize=6)
         labels.append(_label(axes, f"learned {means[-1]:.1f}", means[-1], color=CURVE_COLOR, fontweight="bold"))
     title = f"{result.get('algorithm', '')} on {result.get('environment', '')}"
+    # Lines break at spaces, of which the options in an environment's name have none.
     lines_of_title = textwrap.fill(title.replace("&", "& "), TITLE_CHARACTERS).replace("& ", "&")
     axes.set_title(lines_of_title, loc="left", color=TEXT_COLOR)
     if clone is not None and random is not None:
@@ -110,6 +111,7 @@ def _keep_apart(labels: Sequence[Annotation], axes: Axes) -> None:
     """Move labels up, and those that then stand above the axes down again, until none lies on another."""
     figure = axes.get_figure(root=True)
     assert figure is not None
+    # Texts have no size before they are laid out.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # what is moved now shall not move the axes
     labels = sorted(labels, key=lambda label: label.xy[1])

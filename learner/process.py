@@ -40,6 +40,7 @@ def run_learner(job: Job, settings: Settings, config_yaml: str, telemetry: Telem
 
     def rewards() -> RewardService:
         layout = Layout.of_job(job)
+        # No `abort`: an iteration that has begun is ended, so that an interrupted run is as after a whole one.
         return RemoteRewards(
             job.endpoints.rewards,
             telemetry.sender,

@@ -77,6 +77,7 @@ class RunRecord:
         row: dict[str, Any] = dict(zip(COLUMNS, (*fixed, estimate.episodes), strict=True)) | told | dict(figures)
         rows = self._rows()
         names = list(rows[0]) if rows else list(row)
+        # Figures may come later than the first row, as those of updates do: then the header is written anew.
         if set(row) <= set(names):
             _append(self._curve, _csv(names, [row], header=not rows))
         else:
@@ -96,12 +97,14 @@ class RunRecord:
         iterations, wall_seconds = 0, 0.0
         if self._log.exists():
             logged = [(_logged(line), line) for line in self._log.read_text(encoding="utf-8").splitlines()]
+            # A line that a crash cut short has no iteration: it goes, and is not counted.
             lines = [line for told, line in logged if told.get("iteration", math.inf) <= iteration]
             write_whole(self._log, "".join(f"{line}\n" for line in lines))
             iterations = sum(told.get("iteration", -1) > iteration for told, _ in logged)
             wall_seconds = max((told.get("wall_seconds", 0.0) for told, _ in logged), default=0.0)
         if self._events is not None:
             self._events.close()
+        # TensorBoard then hides what older event files say of these iterations, which are done again.
         self._events, self._purge_step = None, iteration + 1
         return Forgotten(evaluated, not kept, iterations, wall_seconds)
 

@@ -47,7 +47,9 @@ class Recorded:
                 return self._work(inputs)
             self._graph, self._of = self._record(inputs), shapes
         assert self._graph is not None
+        # A graph reads and writes the addresses that it was recorded with: inputs go there.
         torch._foreach_copy_(self._inputs, list(inputs))
+        # After a recording, too: while work is recorded, none of it is done.
         self._graph.replay()
         return self._answer
 

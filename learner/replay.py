@@ -98,6 +98,7 @@ class Replay:
         return {
             name: (dtype, (capacity, *shape[2:]))
             for name, (dtype, shape) in one.items()
+            # Off-policy updates do not ask how likely an action was; what has no dot is of no block's agents.
             if "." in name and not name.endswith(".log_probabilities")
         }
 
@@ -120,12 +121,14 @@ class Replay:
 
     def add_all(self, chunks: Sequence[Trajectories]) -> JointRows:
         """`add` each; returns the rows of all fresh transitions, copied, even if some overwrite others."""
+        # Gathered once, when all chunks are in; where later ones overwrite earlier ones, each before the next.
         if sum(map(_num_rows, chunks)) <= self.capacity:
             return self.rows(np.concatenate([self.add(chunk) for chunk in chunks]))
         return JointRows.joined([self.rows(self.add(chunk)) for chunk in chunks])
 
     def rows(self, index: np.ndarray) -> JointRows:
         """The transitions at these places, copied."""
+        # Kept as the smallest integers, as they came; indices of tensors must be int64.
         actions = [widened(action) for action in self._take("actions", index)]
         return JointRows(self._seen(index), actions, self._take("active", index))
 
@@ -144,6 +147,7 @@ class Replay:
         return self._batch(index), torch.from_numpy(self._number[index])
 
     def _batch(self, index: np.ndarray) -> Batch:
+        # Never overwritten before its predecessor: the ring is written in its own order, the oldest row first.
         following = (index + 1) % self.capacity
         return Batch(
             rows=self.rows(index),

@@ -63,6 +63,7 @@ class StreamedExperience(RemoteExperience):
             for request, _ in self._queue:
                 self._server.answer(request, Done("stale"))
             self._queue.clear()
+            # Versions of another session, which say nothing of how far behind this one an actor is.
             self._next_version.clear()
         super().publish(session, version, policy, evaluate_episodes)
 
@@ -79,6 +80,7 @@ class StreamedExperience(RemoteExperience):
                 raise DeadlineError(
                     f"{len(self._queue)} of {self._share} chunks from actors within {self._deadline_seconds:.0f} s"
                 )
+            # While chunks are missing nobody is given up: the learner could not go on without them anyway.
             if len(self._queue) >= self._share and now - start > PATIENCE_SECONDS:
                 self._give_up_on([*self._behind(), *self._silent(start)])
             self._weights.pump(repeat=now - repeated > REPEAT_SECONDS)
@@ -197,6 +199,7 @@ class StreamedOffPolicy(OffPolicyImitation):
             self._ask()
         learned = Figures()
         for _ in range(self._settings.updates):
+            # One is asked for as one is taken, also for the next iteration: so many are under way at any time.
             batch, rewards = self._answered()
             self._ask()
             self._train(batch, rewards, progress, learned)

@@ -129,6 +129,7 @@ class Training:
                 self._finish(self._session())
                 return "finished"
             except Interrupted:
+                # After the last iteration its checkpoint is on the disk already.
                 if self._progress < 1:
                     self._checkpoint_if_possible()
                 self._write_result("interrupted")
@@ -143,6 +144,7 @@ class Training:
 
     def _session(self) -> str:
         """All iterations that are left; returns the session, whose last policy is not handed out yet."""
+        # Not from the seed: what is still under way of a session before must not fit this one.
         session = secrets.token_hex(8)
         self._restore(session)
         if self._progress < 1:
@@ -159,6 +161,7 @@ class Training:
             self._facts.env_steps += fresh_steps
             self._count_seconds()
             self._metrics.count_iteration(self._facts.iteration, self._facts.env_steps, figures)
+            # Exact, as `_progress` is cut off at 1 and n / n is 1.
             is_last = self._progress == 1
             if not is_last:  # at once: actors play with it while it is written down
                 self._publish(session)
@@ -213,6 +216,7 @@ class Training:
             seconds = self._facts.wall_seconds
             self._facts = Facts(**checkpoint.facts)
             forgotten = self._record.go_on_from(checkpoint.iteration)
+            # The iterations that are lost took their time: their seconds stay counted.
             self._facts.wall_seconds = max(self._facts.wall_seconds, forgotten.wall_seconds, seconds)
             self._evaluate_again = checkpoint.iteration if forgotten.evaluated else None
             self._figures = {checkpoint.iteration: self._position()}
@@ -227,6 +231,7 @@ class Training:
     def _publish_start(self, session: str) -> None:
         """The first policy again: the run was stopped before its evaluation had come."""
         if (start := self._checkpoints.first()) is not None:
+            # The run's own policy is the restored one, and remains it.
             policy = copy.deepcopy(self._algorithm.policy)
             policy.load_arrays(part(start.learner, "policy"))
             self._figures[0] = {"env_steps": 0, "wall_seconds": float(start.facts["wall_seconds"])}

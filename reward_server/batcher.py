@@ -44,6 +44,7 @@ class QueryBatcher:
 
     def add(self, query: Waiting) -> Refusal | None:
         """Queue a query, or say why not (cause `overloaded`)."""
+        # An empty queue takes a query of any size: it would otherwise be refused for ever.
         if self._queue and self.rows + len(query.rows) > self._max_queue_rows:
             return Refusal("overloaded", f"{self.rows} joint rows are waiting, of at most {self._max_queue_rows}")
         self._queue.append(query)
@@ -68,6 +69,7 @@ class QueryBatcher:
     def late(self, now: float) -> list[Waiting]:
         """Take out the queries that are past their deadline."""
         queries = []
+        # Queries stand in the order in which they arrived: behind one that is in time, all are.
         while self._queue and now - self._queue[0].arrived > self._deadline_seconds:
             queries.append(self._pop())
         return queries
@@ -82,6 +84,7 @@ class QueryBatcher:
             return 1, True
         rows = 0
         for count, query in enumerate(self._queue):
+            # Order is kept: a smaller query behind one that does not fit is not taken before it.
             if query.alone or (count and rows + len(query.rows) > self._max_batch_rows):
                 return count, True
             rows += len(query.rows)

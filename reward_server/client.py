@@ -126,6 +126,7 @@ class LocalRewards:
         self, rows: JointRows, true_rewards: list[torch.Tensor] | None = None, numbers: torch.Tensor | None = None
     ) -> int:
         self._ticket += 1
+        # `numbers` spare a message its rows; here the rows are at hand.
         self._answers[self._ticket] = self._begun.query(rows, true_rewards=true_rewards)[0]
         return self._ticket
 
@@ -183,6 +184,7 @@ class RemoteRewards:
         self.lag = 0
 
     def begin(self, session: str, state: Mapping[str, np.ndarray] | None = None, kept: Kept = NOTHING_KEPT) -> None:
+        # What is under way belongs to the session before, and nobody will ask for it.
         self._client.forget()
         self._asked.clear()
         self._session, self.lag, self._newest_version = session, 0, 0
@@ -225,6 +227,7 @@ class RemoteRewards:
             arrays = rows.on_host().to_arrays()
             arrays |= {f"{b}.rewards": values.cpu().numpy() for b, values in enumerate(true_rewards or [])}
         ticket = self._client.submit(body, arrays)
+        # Kept to be sent again: a server that refused them as `overloaded` has thrown them away.
         self._asked[ticket] = _Asked(body, arrays, ticket)
         return ticket
 
@@ -234,6 +237,7 @@ class RemoteRewards:
     def answer(self, ticket: int) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
         """Rewards and, if asked for, their deviations."""
         asked = self._asked.pop(ticket)
+        # One deadline for all tries: to be refused and to ask again shall not prolong the wait.
         give_up = time.monotonic() + self._deadline_seconds
         while True:
             try:
@@ -247,9 +251,11 @@ class RemoteRewards:
             time.sleep(OVERLOAD_PAUSE_SECONDS)
             asked.ticket = self._client.submit(asked.body, asked.arrays)
         self.particles_version = message.body.particles_version
+        # What was asked before an update may be taken after its figures: then it is of older particles.
         self._newest_version = max(self._newest_version, self.particles_version)
         self.lag = self._newest_version - self.particles_version
         arrays = message.arrays
+        # Copied: arrays are read-only views of the frames.
         rewards = [torch.tensor(arrays[f"{b}.rewards"]) for b in self._blocks]
         if not all(bool(torch.isfinite(values).all()) for values in rewards):
             raise NumericalError("a reward that the reward server answered is not finite")
@@ -261,6 +267,7 @@ class RemoteRewards:
         message = self._request(GetState(self._session))
         if message.body.note != STATE:
             raise Refused(Refusal("body", "the reward server answered something else than its state"))
+        # They are read-only views of the frames; a state is the caller's, to keep and to change.
         return {name: array.copy() for name, array in message.arrays.items()}
 
     def close(self) -> None:

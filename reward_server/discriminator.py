@@ -117,6 +117,7 @@ class Architecture:
         """Layers drawn from U(±1/√fan_in)."""
         layers = []
         for layer, shape in enumerate(self.shapes):
+            # The customary start of a linear layer; the columns of biases, one of which is 1 at a time, are no fan-in.
             bound = 1 / math.sqrt(self.split(layer))
             layers.append(torch.empty(shape).uniform_(-bound, bound, generator=generator))
         return layers
@@ -140,6 +141,7 @@ class Architecture:
             x[..., width:end].zero_().scatter_(-1, actions.to(x.device).unsqueeze(-1), 1)
         elif self.seen.action:
             x[..., width:end] = actions
+        # Biases are columns of the layer, so that one product adds them and, going back, gives their gradients, too.
         x[..., end:] = torch.eye(self.biases, device=x.device)[: x.shape[1], None]
 
 
@@ -203,10 +205,12 @@ def backward(
     if first.dtype == grad.dtype:
         torch.bmm(grad, x, out=first)
     else:
+        # Products cannot be written to another dtype; gradients of bfloat16 layers are summed up in float32.
         first.copy_(torch.bmm(grad, x))
 
 
 _ACTIVATE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": torch.relu_, "sigmoid": torch.sigmoid_}
+# From outputs, since activations overwrite their inputs: ReLU's is 0 where its slope is, and σ′ = σ (1 − σ).
 _DIFFERENTIATE: dict[str, Callable[..., torch.Tensor]] = {
     "relu": partial(_aten.threshold_backward.grad_input, threshold=0),
     "sigmoid": _aten.sigmoid_backward.grad_input,

@@ -37,6 +37,7 @@ class Health:
             "accuracy_expert": right * (active - agent),
             "discriminator_loss": loss * active,
             "discriminator_entropy": (probability * surprise + (1 - probability) * other) * active,
+            # softplus(−z) is the reward (Eq. 9). Without Bessel's correction, which is NaN for L = 1.
             "particle_deviation": surprise.std(dim=1, keepdim=True, correction=0) * active,
         }
         for name, values in per_row.items():
@@ -62,12 +63,14 @@ class Health:
         `accuracy_expert`, `particle_deviation` (standard deviation of the reward over particles), `particle_distance`
         (Euclidean, of the parameters of two particles), `repulsion_ratio` (of the kernel's two forces, ‖Σ_j ∇k‖ /
         ‖Σ_j k ∇ log p‖, mean over groups; 0 where there is no kernel)."""
+        # One read for all sums: each would wait for the GPU.
         sums = dict(zip(self._sums, torch.stack([*self._sums.values()]).tolist(), strict=True))
         rows = {"accuracy_agent": sums["agent"], "accuracy_expert": sums["expert"]}
         total = sums["agent"] + sums["expert"]
         means = [name for name in sums if name not in ("agent", "expert")]
         figures = {name: sums[name] / max(1.0, rows.get(name, total)) for name in means}
         distances = torch.cat(self._distances)
+        # Of L² distances, without those of the L particles to themselves, which are 0.
         pairs = distances.shape[1] - round(distances.shape[1] ** 0.5)
         figures["particle_distance"] = float(distances.sum(dim=1).mean()) / max(1, pairs)
         figures["repulsion_ratio"] = float(torch.cat(self._ratios).mean()) if self._ratios else 0.0

@@ -27,6 +27,7 @@ class Held:
         if len(newest) > self.capacity:  # the older ones would be overwritten by the same rows
             newest = newest.map(lambda tensor: tensor[len(rows) - self.capacity :])
         self._next += len(rows)
+        # A row lies at its number modulo the capacity, so that `take` needs no index of what is where.
         place = (torch.arange(self._next - len(newest), self._next) % max(1, self.capacity)).to(self._device)
         for mine, theirs in zip(self._rows.tensors(), newest.tensors(), strict=True):
             mine.index_copy_(0, place, theirs.to(device=self._device, dtype=mine.dtype))

@@ -53,8 +53,10 @@ class Inference:
         if self._form.runs:
             grid.times((groups, slice(0, rows)), self._weight[groups], 0, h)
         else:
+            # Constants alone are seen, and what they add is in the bias.
             h.zero_()
         add_bias(h, self._bias[groups, :slots])
+        # Rows in front suit the gathering of weights; the deeper layers are stacked by particle.
         of_particles = h.unflatten(2, (particles, -1)).transpose(1, 2).reshape(len(h) * particles, rows, -1)
         return deeper(layers[1:], of_particles.mT, self._architecture.activation, work)[0].unflatten(0, (-1, particles))
 
@@ -88,6 +90,7 @@ def _seen(architecture: Architecture) -> tuple[Form, list[Columns], list[Columns
             own += block.action_dim
         end = action.stop
     none = form.constants[:, :0]
+    # `_tensors` caches the form's arrays on devices, and the old form's constants are not those of this one.
     seen = replace(
         form, observation_dim=end, runs=_merged(runs), own=own, code_sizes=codes, constants=none, _tensors={}
     )
@@ -114,6 +117,7 @@ def _merged(runs: list[Run]) -> tuple[Run, ...]:
     merged: list[Run] = []
     for run in runs:
         last = merged[-1] if merged else None
+        # Every code is a one-hot of its own.
         alike = last is not None and (last.kind, last.masked) == (run.kind, run.masked) and run.kind != "code"
         if last is not None and alike and not run.masked and last.stored.stop == run.source:
             merged[-1] = replace(last, end=run.end)

@@ -51,12 +51,15 @@ class Memory:
         """
         number = self.observed + torch.arange(len(rows))
         place = number % self.capacity if self._kind == "window" else self._drawn(number)
+        # Of rows with one place only the latest is written: which of them comes last is left open by `index_copy_`.
+        # The place behind the others takes the rows that are not kept.
         last = torch.full((self.capacity + 1,), -1)
         last.scatter_reduce_(0, place.clamp_max(self.capacity), torch.arange(len(rows)), "amax")
         written = (last[:-1] >= 0).nonzero().squeeze(1)
         taken = rows.without_masks().select(last[written]).to(self._device)
         written = written.to(self._device, non_blocking=True)
         for mine, theirs in zip(self.rows.tensors(), taken.tensors(), strict=True):
+            # Actions may come as int64; kept are the smallest integers that hold them.
             mine.index_copy_(0, written, theirs.to(mine.dtype))
         self.observed += len(rows)
 

@@ -52,6 +52,7 @@ class RewardServerMetrics:
             "particle_deviation": "Standard deviation of a reward over particles, mean over rows and agents",
             "repulsion_ratio": "Repulsion of the particles as a part of their attraction (SVGD), mean over groups",
         }
+        # Prometheus wants the unit in a name; in log.jsonl the figures keep their shorter ones.
         exported = {
             "discriminator_loss": "loss_nats",
             "discriminator_entropy": "entropy_nats",

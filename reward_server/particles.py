@@ -97,6 +97,7 @@ class RewardModel:
         # SVGD gives a direction to ascend in.
         self._adam = Adam(parameters, ascend=True)
         for layer in parameters:
+            # Made once: `backward` writes into parts of them, where the optimiser reads them.
             layer.grad = torch.zeros_like(layer)
 
     @property
@@ -120,9 +121,11 @@ class RewardModel:
         rate = self.settings.learning_rate * (1 + (self.settings.final_learning_rate - 1) * progress)
         self._adam.set_rate(rate)
         health = Health()
+        # They copy the first layer and look at the deeper ones: a stale one would meet what has moved.
         self._inferences.clear()
         for step in range(self.settings.updates):
             self._step(health if step == self.settings.updates - 1 else None)
+        # Whatever is not finite makes its sum so: one number per block, and one wait for the GPU, tell of all.
         sums = torch.stack([torch.stack([layer.detach().sum() for layer in layers]).sum() for layers in self._layers])
         for b, total in enumerate(sums.tolist()):
             if not math.isfinite(total):
@@ -146,6 +149,7 @@ class RewardModel:
 
     def state(self) -> Arrays:
         """Everything that a restart needs, copied; `state_table` gives names and shapes."""
+        # All parameters step together, so one count stands for all.
         counters = np.array([self.version, int(self._adam.steps[0])], np.int64)
         arrays: Arrays = {"counters": counters, "generator": self._generator.get_state().numpy()}
         arrays |= {MEMORY + name: array for name, array in self._memory.state().items()}
@@ -178,6 +182,7 @@ class RewardModel:
     @torch.no_grad()
     def _step(self, health: Health | None) -> None:
         batch = self.settings.batch_size
+        # All blocks learn from the same joint steps. The order of draws is part of what a seed means.
         agent = self._draw(self._memory.filled, batch)
         expert = self._draw(len(self._expert), batch)
         for b, layers in enumerate(self._layers):
@@ -199,6 +204,7 @@ class RewardModel:
         sources = [Source(g, part, 0, block.observation_dim) for g, part in zip(grids, rows, strict=True)]
         actions = torch.cat([widened(rows.actions[b][index]) for rows, index in parts])
         active = torch.cat([rows.active[b][index] for rows, index in parts])
+        # They take the place of agents' rows: labels and `_row_weights` count on two halves of one size.
         if count := round(self.settings.imagined * size):
             sources += self._imagine(b, actions[:count], active[:count])
         return _Batch(sources, block.grid(actions).contiguous(), block.grid(active).to(torch.float32).contiguous())
@@ -218,6 +224,7 @@ class RewardModel:
         for part, moment in zip(parts, moments, strict=False):
             grid = block.see(self._expert.observations[b].select(moment))
             sources.append(Source(grid, slice(0, count), first, first + part.width))
+            # A part of an agent that was not there means nothing: such a row must not count.
             active &= self._expert.active[b][moment]
             first += part.width
         actions.copy_(self._expert.actions[b][moments[-1]])
@@ -247,8 +254,10 @@ class RewardModel:
             logits = outputs.float()
             if health:
                 health.add_logits(logits, labels, active, of_agent)
+            # Eq. 3: the slope of label · log D + (1 − label) · log(1 − D) in z is label − D, smoothed labels included.
             score = (labels - torch.sigmoid(logits)) * weights
             if self.settings.kernel_scope == "function" and architecture.particles > 1:
+                # Rows of agents that are not there shall not keep particles apart: equal logits add no distance.
                 forces = svgd_forces(logits * active, score)
                 mass[tile] = forces.mass
                 if health:
@@ -300,6 +309,7 @@ class RewardModel:
         architecture, block = self._architectures[b], self.layout.blocks[b]
         answer = torch.zeros(1 + deviation, block.groups, block.slots, len(rows), device=self._device)
         inference = self._inference(b)
+        # On a CPU `_together` bounds the groups of a part, and this its rows; a GPU takes all groups at once.
         row = block.slots if self._device.type == "cpu" else block.slots * architecture.activations * block.groups
         for part in self._tiles(len(rows), row, QUERY_ROWS):
             grid = inference.see(rows.observations[b].map(itemgetter(part)), rows.actions[b][part])
@@ -309,6 +319,7 @@ class RewardModel:
                 rewards = functional.softplus(logits.float().neg_()).unflatten(2, (slots, grid.steps))
                 answer[0, groups, :slots, part] = rewards.mean(dim=1)
                 if deviation:
+                    # Without Bessel's correction, as in `Health`: of one particle the deviation is 0, and not NaN.
                     answer[1, groups, :slots, part] = rewards.std(dim=1, correction=0)
         return [(block.rows(grid) * rows.active[b]).cpu() for grid in answer]
 

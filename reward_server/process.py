@@ -125,6 +125,8 @@ class RewardServer:
         body, arrays = request.message.body, request.message.arrays
         try:
             sender = request.message.sender
+            # Incarnations begin with the time of the start, so that they are ordered as texts. Within the session
+            # everybody is answered: other clients may have started before its learner.
             if sender.incarnation < self._learner and (isinstance(body, Begin) or body.session != self._session):
                 self._refuse(request, Refusal("superseded", SUPERSEDED))
             elif isinstance(body, Begin):
@@ -151,6 +153,7 @@ class RewardServer:
         for query in self._queries.clear():
             self._refuse(query.request, Refusal("no_session", f"the session {body.session} has begun"))
         with self._telemetry.stage("begin"):
+            # If making the model fails there is no session at all, and not an old one with half a new model.
             self._session = None
             if not (0 <= body.held <= MAX_NUMBER and 0 <= body.first <= MAX_NUMBER):
                 raise ProtocolError("body", f"held and first must lie in 0..{MAX_NUMBER}: {body.held}, {body.first}")
@@ -185,6 +188,7 @@ class RewardServer:
 
     def _queue(self, request: Request, body: Query, arrays: Arrays) -> None:
         if body.numbered:
+            # Here, so that a number that is not held refuses this query alone, and not its whole batch.
             rows = self._held.take(torch.tensor(arrays["numbers"]))
         else:
             rows = JointRows.from_arrays(arrays, self._layout)
@@ -208,6 +212,7 @@ class RewardServer:
                 cause = "numerical" if isinstance(error, NumericalError) else error.cause
                 for query in batch:
                     self._refuse(query.request, Refusal(cause, str(error)))
+            # Computing took its time: further queries may be due by now.
             now = time.monotonic()
 
     def _compute(self, batch: list[Waiting], now: float) -> None:
@@ -218,6 +223,7 @@ class RewardServer:
             columns = [("rewards", rewards), ("deviation", deviations or [])]
             split = {f"{b}.{name}": values.split(counts) for name, blocks in columns for b, values in enumerate(blocks)}
         seconds = time.perf_counter() - start
+        # Before the answers: whoever has one finds it counted.
         self._metrics.count_batch(counts, [now - query.arrived for query in batch], seconds, self._queries.rows)
         for number, query in enumerate(batch):
             table = rewards_table(self._layout, counts[number], query.deviation)
@@ -247,6 +253,7 @@ def request_schema(layout: Layout, settings: RewardSettings, state: ArrayTable) 
             case GetState():
                 return {}
             case Hold(rows=rows) | Update(rows=rows) | Query(rows=rows):
+                # More could never wait together; `listen` cuts off longer frames by the same number.
                 if not 1 <= rows <= settings.max_queue_rows:
                     raise ProtocolError("body", f"rows must lie in 1..{settings.max_queue_rows}, got {rows}")
                 if isinstance(body, Update | Query) and body.numbered:

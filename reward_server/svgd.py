@@ -40,6 +40,7 @@ def inverse_bandwidth(distances: torch.Tensor) -> torch.Tensor:
     """1/2h of the kernel from squared distances [..., L, L]: true median, zero diagonal included → [..., 1, 1]."""
     particles = distances.shape[-1]
     ordered = distances.flatten(-2).sort(dim=-1).values
+    # Not torch.median, which takes the lower of two middle values (L even): the design asks for the true median.
     middle = particles * particles // 2
     median = ordered[..., middle] if particles % 2 else (ordered[..., middle - 1] + ordered[..., middle]) / 2
     h = median / (2 * math.log(particles + 1))
@@ -72,6 +73,7 @@ def svgd_forces_of(particles: Sequence[torch.Tensor], score: Sequence[torch.Tens
     moved = [(part - part[:, :1]).flatten(2) for part in particles]
     distances = torch.stack([_distances(part) for part in moved])
     if one_kernel:
+        # Squared distances of the whole network are the sums of those of its tensors.
         distances = distances.sum(dim=0).expand_as(distances)
     parts = zip(*_coefficients(distances), moved, score, strict=True)
     forces = [(_combine(kernel, repulsion, x, s.flatten(2)), s.shape) for kernel, repulsion, x, s in parts]
@@ -85,6 +87,7 @@ def svgd_forces_of(particles: Sequence[torch.Tensor], score: Sequence[torch.Tens
 def _distances(moved: torch.Tensor) -> torch.Tensor:
     products = moved @ moved.mT
     norms = products.diagonal(dim1=-2, dim2=-1)
+    # From products: differences [L, L, d] would be L times as large as the particles. Rounding may leave less than 0.
     distances = (norms[..., :, None] + norms[..., None, :] - 2 * products).clamp_min_(0)
     distances.diagonal(dim1=-2, dim2=-1).zero_()
     return distances
