@@ -34,6 +34,7 @@ class Babble:
             for stack in policy.networks:
                 assert isinstance(stack, StackedMLP)
                 for part in (stack.weights[-1], stack.biases[-1]):
+                    # Through `data`: autograd refuses to change a parameter in place.
                     part.data.mul_(factor)
 
     def act(self, now: TimeStep, generator: torch.Generator, greedy: bool = False) -> list[np.ndarray]:

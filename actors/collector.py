@@ -45,8 +45,11 @@ class Collector:
         seed = derive_seed(self._seed, "rollout", self._index, *(stream or (version,)))
         acting: Acts = policy
         if version < self._settings.babbling:
+            # Made anew from the chunk's own seed: what an actor played before has no part in it.
             acting = Babble(policy.layout, self._settings.hidden, self.environment.num_envs, seed)
         played = rollout(self.environment, acting, seed)
+        # Here, although the learner checks it again: that one can only drop the chunk, and would then wait in vain for
+        # another, from an actor that nobody blames.
         self.environment.check(played)
         return played
 

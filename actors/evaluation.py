@@ -53,6 +53,7 @@ class ReturnEstimate:
         if groups is None:
             groups = np.arange(len(values))
         _, index = np.unique(groups, return_inverse=True)
+        # Summed by group: episodes of one start vary together, so they count as one draw.
         residuals = np.bincount(index, weights=values - values.mean())
         count = len(residuals)
         variance = (residuals**2).sum() * count / max(count - 1, 1)
@@ -139,6 +140,8 @@ class Evaluator:
         Raises SimulatorError if the environment fails.
         """
         job, settings = self._job, self._settings
+        # Measured once, so that all policies begin with the same batches: which episodes a batch holds depends on
+        # where it begins, and on how many it holds.
         if self._pace is None:
             most = max(settings.episodes, settings.final_episodes) if self._groups is None else len(self._groups)
             at_once = min(episodes_at_once(job.spec), most)
@@ -178,6 +181,7 @@ def remembered_random_returns(job: Job) -> np.ndarray | None:
         told = json.loads((job.run_folder / BASELINE).read_text(encoding="utf-8"))["random_returns"]
         values = np.array(told, np.float32)
     except (OSError, ValueError, LookupError, TypeError):
+        # Absent, damaged or of another release: it is played again, and written over.
         return None
     return values if values.shape == (job.spec.num_agents,) else None
 

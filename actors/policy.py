@@ -94,6 +94,7 @@ class Policy(nn.Module):
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Copies of the parameters by name: the payload of `Weights`."""
+        # Copied: a broadcast lends them to ZeroMQ, and repeats them, while updates change the parameters in place.
         return {name: value.detach().cpu().numpy().copy() for name, value in self.state_dict().items()}
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -135,6 +136,7 @@ def draw(log_policy: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     An option of probability 0 adds nothing to the share and so is never the first.
     """
     shares = log_policy.exp().cumsum(-1)
+    # Of the sum as it was rounded, not of 1: a number near 1 could otherwise lie beyond all options.
     threshold = numbers * shares[..., -1]
     return (shares <= threshold.unsqueeze(-1)).sum(-1)
 

@@ -64,6 +64,7 @@ def run_actor(job: Job, settings: ActorSettings, index: int, telemetry: Telemetr
                 actor.stream()
             else:
                 actor.follow()
+        # Only if it was told to end: one that fails is started again, and its next chunk is worth waiting for.
         actor.leave()
     finally:
         actor.close()
@@ -104,6 +105,7 @@ class _Actor:
         """Async: one chunk with the newest weights; a pause while the learner has not taken the chunks before."""
         before = self._weights_of
         pauses = self._learner.pending_of(Chunk) >= self._credits
+        # Short, since the wait is for weights: credit comes on the other socket, which is looked at between two waits.
         waits = POLL_SECONDS / 10 if pauses or before is None else 0.0
         self._refresh(waits, "wait_for_credit" if pauses else "wait_for_weights")
         if before is not None and self._weights_of is not None and before[0] != self._weights_of[0]:
@@ -112,7 +114,9 @@ class _Actor:
             return
         session, version = self._weights_of
         self._chunks += 1
+        # With the incarnation: an actor that is started again counts from 1, and must not play the same episodes again.
         chunk, seconds = self._collect(version, self._telemetry.sender.incarnation, self._chunks)
+        # Once more: the chunk says of which version the next one will be, by which the learner bounds the policy lag.
         self._refresh(0.0)
         if self._weights_of[0] == session:
             self._send(chunk, seconds, session, version, self._weights_of[1])
@@ -217,6 +221,7 @@ class _Evaluating:
     def _skip(self) -> None:
         """Let those go that would keep the newest waiting for longer than one evaluation may take. The first policy of
         a run is always evaluated: it may be the clone that the run is held against."""
+        # Before the first evaluation nothing has taken any time: then memory alone is the limit.
         room = max(1, min(MAX_WAITING, int(self._seconds / max(self._took, 1e-9))))
         older, newer = self._waiting[:-room], self._waiting[-room:]
         if skipped := [message.body.version for message in older if message.body.version]:

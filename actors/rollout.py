@@ -102,6 +102,7 @@ def returns(
     _, moments = play(environment, policy, seed, greedy, starts)
     total = np.zeros((environment.num_envs, environment.spec.num_agents), np.float32)
     for moment in moments:
+        # Also of episodes that have ended: their rewards are 0 by the contract of `step`.
         total += np.concatenate(moment.now.rewards, axis=1)
     return total
 
@@ -123,5 +124,6 @@ class _Writer:
         self.per_type("active", t, now.active)
 
     def per_type(self, name: str, t: int, arrays: Sequence[np.ndarray]) -> None:
+        # Not strict: of chances that nobody tells there are no arrays at all.
         for target, array in zip(self._per_type[name], arrays, strict=False):
             target[t] = array

@@ -48,6 +48,7 @@ class Simulator:
         """As `Environment.step`."""
         with self._blamed(), _watched(self._name, "step"):
             now = self._inner.step(actions)
+        # Outside of the blame and of the clock: what our own callback raises or takes is no fault of the environment.
         self._after_step()
         return now
 
@@ -127,7 +128,9 @@ def _started(patience_seconds: float, done: threading.Event) -> threading.Thread
 
 
 def _watch(patience_seconds: float, end: Callable[[str], None], done: threading.Event) -> None:
+    # A patience of less than a few looks is kept to within a quarter.
     while not done.wait(min(LOOK_SECONDS, patience_seconds / 4)):
+        # Read once: the thread that plays may leave the call at any moment.
         inside = _clock.inside
         # A call that holds the interpreter stops this thread, too: then another clock, which needs no interpreter. It
         # runs while there are calls, since a learner may be deaf for longer at other times.
@@ -144,5 +147,6 @@ def _end(text: str) -> None:
     faulthandler.cancel_dump_traceback_later()
     faulthandler.dump_traceback(STDERR)
     with suppress(OSError):
+        # Like the last line of a traceback, by which the supervisor knows whose fault it was (launch.processes.child).
         os.write(STDERR, f"{SimulatorError.__module__}.{SimulatorError.__name__}: {text}\n".encode())
     os._exit(1)

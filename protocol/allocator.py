@@ -17,5 +17,7 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
+            # No allocation is mapped by itself: such memory goes back to the kernel as soon as it is freed.
             mallopt(M_MMAP_MAX, 0)
+            # The largest int, which is what mallopt takes.
             mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

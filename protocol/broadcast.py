@@ -23,6 +23,7 @@ class Broadcaster:
 
     def __init__(self, endpoint: str, sender: Sender, count_drop: CountDrop) -> None:
         self._socket = open_socket(zmq.XPUB, MAX_SUBSCRIPTION_BYTES, MAX_SUBSCRIPTION_BYTES)
+        # Otherwise only the first of several listeners is heard of, and later ones would not be sent the newest.
         self._socket.setsockopt(zmq.XPUB_VERBOSE, 1)
         secure_server(self._socket, endpoint, sender.keys, count_drop)
         bind(self._socket, endpoint)
@@ -94,6 +95,7 @@ class Listener:
 
     def newest(self, timeout_seconds: float) -> Message | None:
         """The last message that has come; older ones are skipped."""
+        # Not zmq.CONFLATE, which keeps single frames and not messages of several.
         newest = message = self.next(timeout_seconds)
         while message is not None:
             newest, message = message, self.next(0)

@@ -141,6 +141,7 @@ class Server:
             self._drops.add(peer.bytes.hex(), error)
             if error.cause in ("version", "array_table", "body"):
                 # An honest peer of another release would otherwise wait for an answer for ever.
+                # Under -1, as the number of a message that was not understood is not known.
                 self._send(peer.bytes, encode(self._sender, -1, Refusal(error.cause, str(error))))
             return None
         if isinstance(message.body, Inquiry):

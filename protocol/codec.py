@@ -112,6 +112,7 @@ def _header(frames: Sequence[Any]) -> dict[str, Any]:
         raise ProtocolError("header", f"the header is not msgpack: {type(error).__name__}") from error
     if not isinstance(header, dict):
         raise ProtocolError("header", f"expected a map, got {type(header).__name__}")
+    # Before all other fields, which may be different ones in another version: its sender shall hear of the version.
     if header.get("v") != PROTOCOL_VERSION:
         raise ProtocolError(
             "version",
@@ -143,6 +144,7 @@ def _body(kind: str, values: dict[str, Any]) -> Any:
 def _is(value: Any, hint: Any) -> bool:
     if hint == dict[str, float]:
         return isinstance(value, dict) and all(type(k) is str and type(v) in (int, float) for k, v in value.items())
+    # Not isinstance, to which True is an integer.
     return type(value) in ((int, float) if hint is float else (hint,))
 
 

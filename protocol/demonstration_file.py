@@ -84,6 +84,7 @@ def read(path: str | Path) -> Contents:
     Raises InputError, naming the file and what is wrong, for tensors that are not as described above.
     """
     try:
+        # By torch, whose tensors stay mapped to the file; as numpy's arrays they would be copied into memory.
         with safe_open(path, framework="pt") as file:
             return _contents(file)
     except InputError as error:
@@ -139,6 +140,7 @@ def _contents(file: Any) -> Contents:
     starts = sorted(name for name in tensors.names if START_NAME.fullmatch(name))
     found = [name.removesuffix(PACKED) for name in tensors.names - set(starts)]
     lengths = tensors.read("episode_lengths", "I64") if "episode_lengths" in tensors.names else np.zeros(0, np.int64)
+    # Clipped: nobody has checked them yet, and a negative sum, or one that wraps around, is no shape.
     rows = int(lengths.clip(0, MAX_UNPACKED_BYTES).sum())
     arrays = _columns(tensors, found, spec, rows) if version == VERSION else _columns_1(tensors, found, spec, rows)
     return Contents(

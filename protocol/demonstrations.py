@@ -235,6 +235,7 @@ class Demonstrations:
     def split(self, held_out: float, seed: int) -> tuple[Demonstrations, Demonstrations | None]:
         """Part of the groups, `held_out` of 1 (rounded down), apart from the others; None if that is no group."""
         names = np.unique(self.groups)
+        # 0.29 · 100 is 28.999…96 in floating point.
         count = int(held_out * len(names) + 1e-9)
         if not count:
             return self, None
@@ -370,6 +371,7 @@ def load_demonstrations(job: Job) -> Demonstrations | None:
         return None
     demonstrations = Demonstrations.load(job.demonstrations)
     demonstrations.check_against(job.spec)
+    # First the few that are wanted: what follows may expand all rows that there are.
     if job.demonstration_episodes:
         demonstrations = demonstrations.select(job.demonstration_episodes, seed=0)
     return demonstrations.in_form_of(job.spec).for_crowd(job.spec)

@@ -84,6 +84,7 @@ class Keys:
         try:
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(file, "w", encoding="utf-8") as opened:
+                # A file that was there before has kept its mode.
                 os.fchmod(opened.fileno(), 0o600)
                 opened.write(self.to_text())
         except OSError as error:
@@ -138,6 +139,7 @@ def secure_server(
     keys = _needed(keys, endpoint)
     if not keys.server_secret:
         raise InputError(f"these keys are a client's; nobody can listen on {endpoint} with them")
+    # One for each socket: the authenticator is the whole process's, and tells sockets apart by their domains alone.
     domain = f"bm3il-{next(_DOMAINS)}"
     socket.curve_secretkey, socket.curve_publickey = keys.server_secret.encode(), keys.server_public.encode()
     socket.curve_server, socket.zap_domain = True, domain.encode()
@@ -233,6 +235,7 @@ def _check(key: Any) -> None:
 def _peer(descriptor: int) -> str:
     """Address of a connection, which libzmq may close at any time."""
     try:
+        # A duplicate: to close this object must not close the connection, which is libzmq's.
         with sockets.socket(fileno=os.dup(descriptor)) as connection:
             host, port = connection.getpeername()[:2]
             return f"{host}:{port}"

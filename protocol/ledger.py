@@ -46,6 +46,7 @@ class Ledger:
         client.requests[message.sequence] = None
         if len(client.requests) > REQUESTS_KEPT:
             oldest = next(iter(client.requests))
+            # What is forgotten counts as settled: should it come again, it must not be carried out again.
             client.settled = max(client.settled, oldest + 1)
             self._drop(key, client, oldest)
         return True

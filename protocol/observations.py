@@ -145,6 +145,7 @@ class Form:
         """[size, D] int64: the D actions, at most, that the table allows with every value of the code; padded."""
         assert self.table is not None
         allowed = self.table[:-1]
+        # Stable: the allowed actions come first in their own order, on every machine.
         return np.argsort(~allowed, axis=1, kind="stable")[:, : allowed.sum(axis=1).max()]
 
     @cached_property
@@ -295,6 +296,7 @@ def compacted(
         found.append(columns)
         if form.table is not None:
             code, size = columns["codes"][..., form.mask_code], form.code_sizes[form.mask_code]
+            # The first row with a value speaks for all of them: whether it may shows below, where all are expanded.
             for value in np.unique(code[code < size]).tolist():
                 tables[spec.types[block[0]].mask][value] = tuple(np.flatnonzero(allowed[code == value][0]).tolist())
     try:

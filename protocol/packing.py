@@ -41,6 +41,7 @@ def unpacked(name: str, small: np.ndarray, dtype: str, shape: tuple[int, ...]) -
         raise InputError(f"tensor '{name}': expected {size} bytes when unpacked, found {len(data)}")
     if dtype == "bool" and np.frombuffer(data, np.uint8).max(initial=0) > 1:
         raise InputError(f"tensor '{name}': expected bytes of 0 and 1")
+    # A bytearray: of bytes the array would be read-only, and torch would want a copy of it.
     return np.frombuffer(bytearray(data), dtype).reshape(shape)
 
 

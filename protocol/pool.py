@@ -65,11 +65,13 @@ class Pool:
                 told = self._call(b"make" for _ in self._children)
                 self.spec = EnvironmentSpec.from_json(json.loads(told[0]))
                 table = array_table(self.spec, num_envs)
+                # Only now: how much memory there must be follows from the spec, which only a child can tell.
                 os.ftruncate(memory.fileno(), _bytes_of(table))
                 self._call(b"map" for _ in self._children)
             except BaseException:
                 self.close()
                 raise
+            # The file may be closed afterwards: maps keep its memory.
             self._arrays = arrays_in(memory.fileno(), table)
         self._now = compact_step(
             self.spec,

@@ -49,6 +49,7 @@ def make_environment(name: str, num_envs: int, drawn: bool = False) -> Environme
     processes = min(around.pop(PROCESSES, 1), num_envs)
     divided = processes > 1 and not drawn  # children draw nothing
     environment = Pool(inner, num_envs, processes) if divided else make_share(inner, num_envs, drawn=drawn)
+    # Around the pool, so that one stream of chances is for all copies, however they are divided.
     return perturbed(environment, **around)
 
 

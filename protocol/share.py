@@ -27,6 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     look_there_last()
     name, *numbers = arguments
     first, end, num_envs, socket, memory = map(int, numbers)
+    # First of all: a simulator that takes minutes to load shall not outlive its parent by them either.
     threading.Thread(target=_end_with, args=(socket,), daemon=True).start()
     share, link = Share(name, slice(first, end), num_envs, memory), Connection(socket)
     with suppress(EOFError, OSError):
@@ -88,6 +89,7 @@ def _answer(share: Share, request: bytes) -> bytes:
             case b"step":
                 share.step()
     except Exception as error:
+        # Of a subclass, too: the other side knows InputError by its name alone.
         kind = InputError if isinstance(error, InputError) else type(error)
         told = {"kind": kind.__name__, "text": str(error), "traceback": traceback.format_exc()}
         return BAD + json.dumps(told).encode()

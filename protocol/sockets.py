@@ -61,6 +61,7 @@ def bind(socket: zmq.Socket[bytes], endpoint: str) -> None:
 
 def send(socket: zmq.Socket[bytes], frames: list[Any]) -> None:
     """Without waiting; large frames are lent, not copied. Raises zmq.Again if the queue is full."""
+    # Only the first frame can find the queue full: libzmq counts whole messages, and takes all of one it has begun.
     for frame in frames[:-1]:
         socket.send(frame, _MORE, copy=len(frame) < ZERO_COPY_BYTES)
     socket.send(frames[-1], zmq.NOBLOCK, copy=len(frames[-1]) < ZERO_COPY_BYTES)

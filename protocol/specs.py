@@ -292,6 +292,7 @@ class EnvironmentSpec:
             tables = tuple((str(name), tuple(map(tuple, table))) for name, table in value.get("tables", ()))
             return cls(str(value["name"]), types, value["episode_length"], view, changes, tables)
         except InputError:
+            # A ValueError, too, which says already what is wrong.
             raise
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise InputError(f"not an environment spec: {error!r}") from error

@@ -72,6 +72,7 @@ class Telemetry:
         port: int = 0,
         bind: str = "",
     ) -> None:
+        # Else each counter and histogram has a second time series, of when it was made.
         prometheus_client.disable_created_metrics()
         self.role, self.index, self.sender, self.node = role, index, sender, node
         self.stop = threading.Event()
@@ -197,6 +198,7 @@ class Telemetry:
         (stage, since), waited, now = self._now, self._waited, time.monotonic()  # another thread asks than works
         if stage == BETWEEN and waited[0] and now - waited[2] <= PAUSE_SECONDS:
             stage, since = waited[:2]
+        # Copied: the thread that works may add a number meanwhile.
         values = {name: float(value) for name, value in self.numbers.copy().items()}
         values["stage_seconds"] = now - since
         return Status(
@@ -207,6 +209,7 @@ class Telemetry:
             stage=stage,
             metrics_address=self.metrics_address,
             values=values,
+            # The limit is on bytes, of which a character may take four.
             text=self.text[-MAX_TEXT // 4 :],
         )
 
@@ -238,9 +241,11 @@ class Telemetry:
         self._server.server_close()
 
     def _beat(self, control: str) -> None:
+        # Made here: a socket of ZeroMQ is for the thread that uses it alone.
         client = Client(control, self.sender, _answers, self.count_drop)
         last = False
         while not last:
+            # Once more after `close`: the last status says that this was the end.
             last = self._closing.is_set()
             # A status that was not answered is not resent: the next one is newer.
             with suppress(Unanswered):
@@ -260,6 +265,7 @@ class Telemetry:
 
 def _guarded(app: Callable[..., Any], token: str) -> Callable[..., Any]:
     """A WSGI application that answers only who knows the token."""
+    # WSGI hands headers over as latin-1.
     wanted = f"Bearer {token}".encode("latin-1")
 
     def answer(environment: dict[str, str], start_response: Callable[..., Any]) -> Any:

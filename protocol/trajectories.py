@@ -116,6 +116,7 @@ class Trajectories:
         steps, lengths = len(self.terminated), self.lengths
         if lengths.size and not (lengths.min() >= 1 and lengths.max() <= steps):
             raise ProtocolError("bad_value", f"episode lengths must lie in 1..{steps}")
+        # Not the rewards: imitation never reads them, and a test puts NaN in their place to prove it.
         for b, (types, seen) in enumerate(zip(self.spec.blocks, self.seen(), strict=True)):
             first = self.spec.types[types[0]]
             whose = f"type '{first.name}'" + (" or one like it" if len(types) > 1 else "")

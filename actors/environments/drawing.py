@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 def pixels(figure: Figure) -> np.ndarray:
     """What it looks like, [H, W, 3] uint8."""
+    # Not by pyplot, which keeps every figure and chooses a backend by the display.
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.array(canvas.buffer_rgba())[..., :3]

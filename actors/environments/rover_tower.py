@@ -15,6 +15,7 @@ from bm3il.protocol.errors import InputError
 from bm3il.protocol.observations import forms
 from bm3il.protocol.specs import FREE, EnvironmentSpec, Part, TypeSpec
 
+# All as in the original, whose recorded episodes the tests reproduce to 1e-6.
 EPISODE_LENGTH = 25
 LANDMARKS = 6
 SYMBOLS = 5
@@ -75,6 +76,7 @@ class RoverTower:
         self._at_goal = np.empty(agents, bool)
         self._rover_of_tower = np.zeros(agents, np.int64)
         self._tower_of_rover = np.zeros(agents, np.int64)
+        # As if an episode had just ended: a step before `reset` changes nothing.
         self._steps = EPISODE_LENGTH
 
     @property
@@ -160,6 +162,7 @@ class RoverTower:
     def _move(self, actions: np.ndarray) -> None:
         velocity, work = self._velocity, self._work
         for coordinate, push in enumerate(VELOCITY_GAIN * DIRECTIONS.T):
+            # `step` has checked them, so nothing is clipped; in its default mode numpy fills `out` through a buffer.
             np.take(push, actions, out=work[coordinate], mode="clip")
         velocity *= VELOCITY_KEPT
         velocity += work

@@ -157,9 +157,11 @@ class CongestionAware(_Commuters):
         """[E, K] what entering each location costs more than was anticipated, as full as it looks now."""
         scenario, roads = self.scenario, self.scenario.num_roads
         fullness = seen.fullness.astype(np.float64)
+        # Solves (n + 1)/(n + 1 + load) for (n + 1)/load: how crowded the road is with oneself on it.
         chance = self._chance_to_leave(fullness / (1 - fullness))
         delay_steps = (1 / chance - 1 / self._leaving[seen.step + 1, :roads]).clip(-scenario.steps, scenario.steps)
         cost = np.zeros((len(fullness), self._places))
+        # A step of delay is a step at the wrong place that would have been one at the right place.
         cost[:, :roads] = (scenario.right_reward - scenario.wrong_reward) * delay_steps
         return cost
 
@@ -188,6 +190,7 @@ class CongestionAware(_Commuters):
         hours = 2 * self._shifts + 2
         allowed = self._forbidden == 0
         slips_to = allowed / allowed.sum(axis=1, keepdims=True)
+        # In place of the last round's at once: `_ahead` reads from it the steps that are already done.
         self._value = np.zeros((self.scenario.steps + 1, len(self._kinds), hours, self._places))
         for step in reversed(range(self.scenario.steps)):
             ahead = self._ahead(step)
@@ -208,6 +211,7 @@ class CongestionAware(_Commuters):
     def _simulate(self, days: Environment, number: int) -> np.ndarray:
         """[T + 1, K] the mean chance to leave of those who were there; what was anticipated where nobody was."""
         berlin = berlin_of(days)
+        # Seeded by the round alone: whoever plans in a world plans the same, so recordings can be made again.
         generator = torch.Generator().manual_seed(number)
         now, experienced = days.reset(number), self._leaving.copy()
         for step in range(self.scenario.steps):

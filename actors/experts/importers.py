@@ -50,6 +50,7 @@ def import_day(path: str | Path, environment: str) -> tuple[Demonstrations, list
     steps, agents = town.spec.episode_length, town.spec.num_agents
     if recorded.ndim != 2 or recorded.shape[0] < steps + 1 or recorded.shape[1] != agents:
         raise InputError(f"{path}: expected {steps + 1} or more minutes of {agents} persons, found {recorded.shape}")
+    # Before they are renumbered, which would make some other place of −1.
     if recorded.min() < 0 or recorded.max() >= places:
         raise InputError(f"{path}: locations must lie in 0..{places - 1}")
     location = np.where(recorded < facilities, recorded + town.scenario.num_roads, recorded - facilities)

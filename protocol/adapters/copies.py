@@ -94,6 +94,7 @@ class Copies:
 
     def close(self) -> None:
         """End the simulators that were started, and hang up on the others."""
+        # All of them first: they then end side by side, and not one after the other.
         for session in self._sessions:
             session.hang_up()
         for session in self._sessions:

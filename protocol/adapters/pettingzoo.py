@@ -155,6 +155,7 @@ class PettingZooParallel:
             agent = agents[name]
             self._now.rewards[agent.m][e, agent.x] = rewards.get(name, 0.0)
         left = [name for name in env.agents if not (terminated.get(name) or truncated.get(name))]
+        # An episode may begin with nobody: it is not over before somebody has been there.
         over = not left and self._lived[e]
         if not over and self._steps < self.spec.episode_length:
             self._show(e, observations, infos, left)

@@ -56,6 +56,7 @@ class Session:
             self._process = _started(name, target)
             assert self._process.stdin is not None
             assert self._process.stdout is not None
+            # Duplicates: `Line` closes by number, and a file object that did so, too, might then hit another file.
             self._line = Line(os.dup(self._process.stdout.fileno()), os.dup(self._process.stdin.fileno()))
             self._process.stdin.close()
             self._process.stdout.close()
@@ -162,6 +163,7 @@ def _connected(name: str, target: str, seconds: float) -> socket.socket:
         connection = socket.create_connection((host.strip("[]"), int(port)), seconds)
     except (OSError, OverflowError) as error:
         raise SimulatorError(f"environment '{name}': nobody answers at {target}: {error}") from error
+    # Questions are small and their answers waited for: nothing is won by collecting them into larger packets.
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection
 
@@ -178,6 +180,8 @@ def _started(name: str, command: str) -> subprocess.Popen[bytes]:
         )
     if shutil.which(words[0]) is None:
         raise InputError(f"{name}: there is no program '{words[0]}' here: install it, or give its path")
+    # -I: no module of the user's hides those that it imports; -S: a quicker start. `_BOUND` looks for its parent since
+    # that may have died before prctl was called.
     bound = [sys.executable, "-I", "-S", "-c", _BOUND, str(os.getpid())] if sys.platform == "linux" else []
     pipe = subprocess.PIPE
     # In a session of its own: a stop is told to a run's processes, which let the simulator finish its step.

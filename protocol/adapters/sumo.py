@@ -123,6 +123,7 @@ class DrivesAgain:
         """What the environment itself would show; without those who do now what is none of its actions."""
         taken = [seen[..., -1].astype(np.int64) for seen in now.observations]
         active = [there & (chosen >= 0) for there, chosen in zip(now.active, taken, strict=True)]
+        # Files that come round again to fill the copies were counted before.
         again = np.arange(self.num_envs) + self.num_envs * (self._reset_count - 1) >= self._files
         for there, acting in zip(now.active, active, strict=True):
             self.left_out += int((there & ~acting)[~again].sum())

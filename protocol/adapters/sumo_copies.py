@@ -42,6 +42,7 @@ class Copy:
     def tell(self, is_step: bool, numbers: np.ndarray) -> None:
         """An action of each vehicle, or a seed."""
         with suppress(OSError):  # of one that has ended, which `view` tells
+            # A seed is repeated to the length of actions: the other end reads so many bytes, whichever it is.
             self._line.sendall(np.resize([is_step, *numbers], 1 + self._vehicles).astype("<u4").tobytes())
 
     def view(self) -> View:
@@ -67,6 +68,7 @@ def _play(world: World, line: socket.socket, vehicles: int) -> NoReturn:
         code = 1
     finally:
         sys.stderr.flush()
+        # Not sys.exit: what the parent has registered for its own end is no business of a fork.
         os._exit(code)
 
 

@@ -62,6 +62,7 @@ class Network:
             raise ValueError(f"{path}: no edge leads to another")
         before, after = np.array(pairs).T
         shape = (len(edges), len(edges))
+        # Turned round: one search from a destination finds the ways there from everywhere.
         self._backwards = csr_matrix((self.seconds[after], (after, before)), shape)
         _, label = connected_components(self._backwards, connection="strong")
         self.connected = np.flatnonzero(label == np.bincount(label).argmax())

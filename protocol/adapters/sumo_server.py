@@ -24,6 +24,7 @@ def main() -> None:
     os.dup2(2, 1)  # SUMO prints, and already when it is imported
     from bm3il.protocol.adapters.sumo_copies import Server
 
+    # Made at the first question: what goes wrong in making it is then told by an answer, FAIL.
     server = cache(lambda: Server(**given))
     while len(head := questions.read(HEAD.size)) == HEAD.size:
         kind, length = HEAD.unpack(head)

@@ -33,6 +33,7 @@ class Adam:
         self._rate: float | torch.Tensor = torch.tensor(rate, device=device) if device.type == "cuda" else rate
         self.first_moments = [torch.zeros_like(p) for p in self._parameters]
         self.second_moments = [torch.zeros_like(p) for p in self._parameters]
+        # The fused kernel takes counts as float32 tensors beside the parameters.
         self.steps = [torch.zeros((), dtype=torch.float32, device=p.device) for p in self._parameters]
 
     def set_rate(self, rate: float) -> None:

@@ -91,6 +91,7 @@ class ObservationGrid:
                 torch.index_select(weight.flatten(0, 1), 0, index.flatten(), out=y.view(-1, y.shape[2]))
             else:
                 rows, shares = index.flatten(0, 1), None if share is None else share.flatten(0, 1)
+                # It adds rows of the weights up without writing all of them down side by side.
                 sums = functional.embedding_bag(rows, weight.flatten(0, 1), mode="sum", per_sample_weights=shares)
                 y.copy_(sums.view(y.shape))
         for runs in others:
@@ -226,6 +227,7 @@ class ObservationGrid:
             seen = self._shared[self._cut(tile)[1], runs[0].stored]  # once per row: where slots share, it repeats
             return seen.to(dtype).expand(self._size(tile)[0], -1, -1)
         first, end = runs[0].first, runs[-1].end
+        # By the end, too: forward and back may expand runs that only begin alike.
         key = first, end, dtype
         if key in self._kept:
             return self._kept[key][tile]

@@ -60,6 +60,7 @@ class Options:
         """[...] actions, which are allowed → which of the options they are."""
         if self.actions is None:
             return action
+        # torch has no argmax of bool.
         return (self.actions == action.unsqueeze(-1)).to(torch.uint8).argmax(-1)
 
     def action(self, number: torch.Tensor) -> torch.Tensor:

@@ -246,11 +246,13 @@ class _Layers:
 
         spare: room like that of the activations.   gradients: of these layers.
         """
+        # A later tile of the same networks adds to what the first one has written.
         add = add or tile[1].start > 0
         # Of biases per slot each tile has others, some slots none: those are zeros at first, and always added to.
         to_slots = add or gradients.biases[0].shape[1] > 1
         for layer in reversed(range(len(self.weights))):
             if self._activates(layer):
+                # From results (True), which were written over what went in: they are above zero where that was.
                 d = _leaky_relu_backward(d, activations[layer], self.slope, True, grad_input=spare[layer])
             gradient = gradients.weights[layer]
             _put_bias(gradients.biases[layer], d, add if layer else to_slots)

@@ -190,6 +190,7 @@ class _LongTable:
                     )
             elif self._has(REWARD, t):
                 column = self._names.column(REWARD, t)
+                # Not +=, which would add one row of each agent. A reward that is missing makes the return NaN, unknown.
                 np.add.at(returns, whose, self._table.numbers(column, "its reward", mine, optional=True))
             else:
                 returns[:, self._spec.agents(m)] = np.nan

@@ -75,6 +75,7 @@ class Recorder:
     def step(self, actions: Mapping[Any, Any]) -> Any:
         """As the environment's. Raises InputError for observations and actions of another environment's widths."""
         acting = [agent for agent in self.env.agents if agent in actions and agent in self._observations]
+        # Before the step, in which an environment may write over what it has shown.
         moments = {agent: self._moment(agent, actions[agent]) for agent in acting}
         came = self.env.step(actions)
         self._observations, rewards, _, _, self._infos = came

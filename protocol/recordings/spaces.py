@@ -21,4 +21,5 @@ def unit(space: Any, actions: np.ndarray) -> np.ndarray:
     width = space.high.astype(np.float64) - space.low
     part = (np.asarray(actions, np.float64) - space.low) / np.where(width > 0, width, 1)
     scaled = np.where(width > 0, 2 * part - 1, 0).reshape(*np.shape(actions)[: np.ndim(actions) - space.low.ndim], -1)
+    # What lies farther out than by rounding stays there, for the recording's checks to refuse it with its place.
     return np.where(np.abs(scaled) <= 1 + ROUNDING, np.clip(scaled, -1, 1), scaled).astype(np.float32)

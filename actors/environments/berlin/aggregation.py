@@ -25,6 +25,7 @@ from bm3il.actors.environments.berlin.raw_network import SMALLEST_MINUTES, RawNe
 from bm3il.actors.environments.berlin.scenario import Scenario
 from bm3il.protocol.errors import InputError
 
+# Seed and redundancy as in the script that aggregated the scenarios that ship (design: build_berlin.py).
 SEED = 2020
 CELLS_ACROSS = 40
 NEAR_NODES = 40

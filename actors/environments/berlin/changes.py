@@ -58,9 +58,11 @@ class Changes:
         Raises InputError if the closed roads leave no way between somebody's home and work, there or back.
         """
         commuters = scenario.agent_types(types, agents)
+        # With all roads open there is a way: a scenario is strongly connected.
         for home, work, _ in commuters if self.closed else ():
             self._check_way(scenario, home, work, f"home{home}-work{work}")
             self._check_way(scenario, work, home, f"home{home}-work{work}")
+        # Not `round`, which takes 2.5 to 2 and 3.5 to 4.
         return [(home, work, max(1, math.floor(count * self.demand + 0.5))) for home, work, count in commuters]
 
     def allowed(self, scenario: Scenario) -> np.ndarray:

@@ -188,10 +188,12 @@ class Berlin:
 
     def draw_starts(self, seed: int) -> dict[str, np.ndarray]:
         """The start states of `reset(seed)`, to be given to `reset(starts=…)` later."""
+        # A stream of its own: from given start states the chances to leave are those of the same seed.
         variant, scenario, random = self.variant, self.scenario, np.random.default_rng([seed, 1])
         if not variant.varies:
             return {}
         agents, roads = (self.num_envs, len(self.home)), (self.num_envs, scenario.num_roads)
+        # In whole steps: the scripted commuters have one plan for each of these shifts.
         shift = np.round(random.uniform(-1, 1, agents) * variant.shift_minutes / scenario.step_minutes)
         at_work = random.random(agents) >= variant.absence
         work = [
@@ -251,6 +253,7 @@ class Berlin:
         if self.variant.incidents:
             slow = self._conditions["slow_from_minute"] <= self.minute
             slow &= self.minute < self._conditions["slow_until_minute"]
+            # Slow roads are looked up in the second half of the tables.
             self._cell[:, : slow.shape[1]] += slow * (places * (agents + 1))
         self._shared[:, :places] = self._fullness.ravel().take(self._cell)
         angle = 2 * math.pi * self.minute / MINUTES_OF_DAY
@@ -354,6 +357,7 @@ def _tables(
     """Probability of leaving, and fullness, of each location that n = 0..N agents are on: [2, K, N + 1] float32, first
     of roads as they are, then of slow ones. A facility is full with `base_agents`, however many there are."""
     places, roads = scenario.num_locations, scenario.num_roads
+    # For every count there can be, once: a step looks up what it would otherwise have to raise to a power.
     count = np.arange(agents + 1)
     leaving, fullness = np.ones((2, places, agents + 1), np.float32), np.empty((2, places, agents + 1), np.float32)
     fullness[:, roads:] = count / base_agents

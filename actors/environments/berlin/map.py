@@ -40,6 +40,7 @@ def draw_map(
     road_values: [R] what colours the roads, within `limits`; grey without.   facility_counts: [F] agents there, written
     beside the facilities.   names: whether facilities' names are written.   closed: roads that are drawn dotted.
     """
+    # Epsilons here and below: nothing keeps junctions of an imported network from lying at one place.
     xy, width = scenario.junction_xy, max(float(np.ptp(scenario.junction_xy, axis=0).max()), 1e-9)
     ends = np.stack([xy[scenario.tail], xy[scenario.head]], axis=1)
     along = ends[:, 1] - ends[:, 0]

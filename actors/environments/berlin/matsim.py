@@ -89,6 +89,7 @@ def _read_roads(path: Path) -> _Roads:
             if isinstance(road, str):
                 closed[road] += 1
                 continue
+            # Of roads alone: where no car goes, nobody needs to know the place.
             if lost := [end for end in (a, b) if not all(map(math.isfinite, nodes[end]))]:
                 raise InputError(f"{path}: node '{lost[0]}' needs x and y that are finite, got {nodes[lost[0]]}")
             links.append((a, b, *road))
@@ -199,6 +200,7 @@ def _elements(path: Path, tags: tuple[str, ...]) -> Iterator[Any]:
                 elif event == "end" and element.tag in tags and element.tag != "links":
                     yield element
                     if element.tag in ("person", "facility"):
+                        # What was read would stay below the root, and so in memory, until the end of the file.
                         root.clear()
         except ElementTree.ParseError as error:
             raise InputError(f"{path}: expected a MATSim XML file: {error}") from error

@@ -35,6 +35,7 @@ def unpacked(path: Path, most_bytes: int = MAX_UNPACKED_BYTES) -> Iterator[Binar
                 source = zstd.open(file, "rb")
             yield io.BufferedReader(_Limited(source, path, most_bytes))
     except damage as error:
+        # Before OSError: gzip.BadGzipFile is one, and means a damaged file, not one that cannot be read.
         raise InputError(f"{path} is damaged and cannot be unpacked: {error}") from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error

@@ -89,6 +89,7 @@ class RawNetwork:
     def graph(self) -> csr_array:
         """[n, n] minutes of the fastest link between two nodes; links out of zones are those of their own trips."""
         minutes = np.maximum(self.minutes, SMALLEST_MINUTES)
+        # One of parallel links is kept, since a sparse matrix would add up their minutes.
         order = np.argsort(-minutes, kind="stable")  # the last one that is written stays
         fastest = dict(zip(zip(self.tail[order].tolist(), self.head[order].tolist(), strict=True), order, strict=True))
         keep = np.array([link for (tail, head), link in fastest.items() if tail != head and self.through[tail]])

@@ -62,6 +62,7 @@ class Scenario:
     demand: np.ndarray
 
     def __post_init__(self) -> None:
+        # In this order: later ones index by what earlier ones have checked.
         for check in (_check_hours, _check_tables, _check_transitions, _check_connections):
             if problem := check(self):
                 raise InputError(f"scenario '{self.name}': {problem}")
@@ -198,6 +199,7 @@ def _check_tables(scenario: Scenario) -> str | None:
         if found != shape:
             return f"{name}: expected {list(shape)}, found {list(found)}"
     limits = {
+        # Limits are inclusive: the smallest number above 0.
         "free_flow_minutes": (math.ulp(0.0), 1e6, "above 0"),
         "load_vehicles": (math.ulp(0.0), 1e12, "above 0"),
         **dict.fromkeys(("junction_xy", "facility_xy"), (-1e12, 1e12, "finite")),

@@ -121,6 +121,7 @@ class _Table:
 
     def integers(self, column: str) -> np.ndarray:
         values = self._values(column, int, "an integer")
+        # JSON's integers have no limit, int64 has.
         if any(abs(value) > 1 << 62 for value in values):
             raise InputError(f"table '{self._name}', column '{column}': a number is too large")
         return np.array(values, np.int64)
@@ -139,6 +140,7 @@ class _Table:
         if column not in self._columns:
             raise InputError(f"table '{self._name}': the column '{column}' is missing")
         for row, value in enumerate(self._columns[column]):
+            # To Python JSON's `true` is an integer.
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise InputError(f"table '{self._name}', column '{column}', row {row}: expected {what}, got {value!r}")
         return self._columns[column]

@@ -115,6 +115,7 @@ def _columns(tail: np.ndarray, head: np.ndarray, roads: int) -> np.ndarray:
 
 def _read(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     try:
+        # Spreadsheets write a byte-order mark, which would be part of the first column's name.
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
