@@ -152,10 +152,13 @@ def section(held: Held, picture: str) -> str:
     ]
     parts = ["## Claims", "\n".join(sentences), f"![claims]({picture})"]
     how = (
-        "Interquartile means of the differences between runs of one seed, normalised returns; of all places together "
-        "the mean of theirs. 95% bootstrap intervals, each for itself: of a hundred, a few miss by chance. "
-        "P: the probability that a run is better than one of the others; *shown*: the interval of the difference lies "
-        "above 0. In the picture are those of all places together: green is shown, grey is not, red is the reverse."
+        "A difference is taken between runs with the same seed. The tables show interquartile means of the differences "
+        "of normalised returns, or of areas under their curves; for all places together, they show the mean over the "
+        "places. The brackets hold 95% bootstrap intervals, which are not corrected for the number of comparisons: of "
+        "a hundred, a few miss by chance. P is the probability that a run is better than one of the others. *Shown* "
+        "means that the interval of the difference lies above 0, *the reverse* that it lies below 0. The picture shows "
+        "the differences over all places together: green is shown, grey is not shown, red is the reverse. *Held back* "
+        "means regularised, so that few episodes are not memorised."
     )
     return "\n\n".join([*parts, how, *tables])
 

@@ -298,7 +298,7 @@ def caption(drawn: Drawn) -> str:
     hours = sum(row.core_seconds or 0.0 for row in rows) / 3600
     whole = f"; {drawn.missing} of {len(rows) + drawn.missing} runs are still to come" if drawn.missing else ""
     everywhere = all(drawn.base(panel) == drawn.base(None) for panel in drawn.panels)
-    elsewhere = "" if everywhere else " (of the first line, where that is not)"
+    elsewhere = "" if everywhere else " (in panels without it: than one of their first line)"
     two = " (of two runs: the lesser and the greater)" if len(seeds) == 2 else ""
     held = f"; P: the probability that a run is better than one of *{drawn.base(None)}*{elsewhere}"
     return (
