@@ -68,6 +68,7 @@ def run_all(
         watch(running, failed)
         time.sleep(POLL_SECONDS)
         for folder, child in list(running.items()):
+            child.listen()  # its pipe would be full after some thousand iterations, and the run would wait for ever
             if not child.alive:
                 del running[folder]
                 child.wait()

@@ -1,0 +1,28 @@
+"""Runs at once on this machine: what they tell on the way is taken in."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from bm3il.launch.processes.supervisor import StopRequests
+from bm3il.launch.studies.pool import Work, run_all
+from bm3il.protocol.telemetry import DONE_FD
+
+MORE_THAN_A_PIPE_HOLDS = 30_000
+TELL = f"""
+import os, pathlib, sys
+for number in range(1, {MORE_THAN_A_PIPE_HOLDS}):
+    os.write(int(os.environ["{DONE_FD}"]), b"%d\\n" % number)
+pathlib.Path(sys.argv[1], "done").touch()
+"""
+
+
+@pytest.mark.timeout(60)
+def test_a_run_of_many_iterations_is_listened_to(tmp_path: Path) -> None:
+    """It tells of each one through a pipe, and would wait for ever for room in it."""
+    work = Work(lambda folder: [sys.executable, "-c", TELL, str(folder)], lambda folder: (folder / "done").exists())
+    assert run_all([tmp_path], 1, StopRequests(), lambda *_: None, work) == {}
+    assert (tmp_path / "done").exists()
