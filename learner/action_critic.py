@@ -95,8 +95,8 @@ class ActionActorCritic(ActorCritic):
         self, batch: Batch, rewards: list[torch.Tensor], weights: list[torch.Tensor], numbers: list[torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         temperature = self._temperature
-        names = ("critic_loss", "policy_loss", "value", "policy_entropy")
-        sums = {name: torch.zeros((), device=self.device) for name in names}
+        zero = torch.zeros((), device=self.device)
+        sums = {"policy_loss": zero, "value": zero}  # and the policy's entropy, where its update tells it
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
             targets = self._targets(batch, rewards, numbers)
             scenes = self.critic.scenes(batch.rows)
@@ -119,8 +119,8 @@ class ActionActorCritic(ActorCritic):
                     figures = self._improve_continuous(b, observations, seen, temperature, weight)
                 loss = loss + (weight * (taken - target) ** 2).sum()
                 for name, value in figures.items():
-                    sums[name] += value
-                sums["value"] += (weight * target).sum()
+                    sums[name] = sums.get(name, zero) + value
+                sums["value"] = sums["value"] + (weight * target).sum()
         loss.backward()
         return sums | {"critic_loss": loss.detach()}
 

@@ -83,6 +83,7 @@ class CheckpointFolder:
                 "packed": packings,
             }
             _write(temporary / "checkpoint.json", json.dumps(header, indent=1).encode())
+            _sync_folder(temporary)  # the files are on the disk, their names in this folder may not be yet
             # An iteration may be written twice: by its interval and by a stop right after it, or again after a rewind.
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)

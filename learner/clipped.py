@@ -355,11 +355,13 @@ class ClippedActorCritic:
         loss, d_ratio = losses.clipped_gain(log_ratio.detach(), advantage, settings.clip, weight)
         # Not the loss, but it has its gradient: `d_ratio` is a constant, which autograd carries to the network.
         surrogate = (d_ratio * log_ratio).sum() - settings.entropy_weight * entropy
+        loss = loss - settings.entropy_weight * entropy.detach()
         if clone is not None:
             assert settings.clone_weight is not None
-            surrogate = surrogate + settings.clone_weight * (weight * gaussian.divergence(output, clone)).sum()
+            away = settings.clone_weight * (weight * gaussian.divergence(output, clone)).sum()
+            surrogate, loss = surrogate + away, loss + away.detach()
         surrogate.backward()
-        return loss - settings.entropy_weight * entropy.detach(), entropy.detach()
+        return loss, entropy.detach()
 
     def _set_rates(self, schedule: Schedule) -> None:
         rates = {"policy": self.settings.policy_learning_rate, "critic": self.settings.critic_learning_rate}

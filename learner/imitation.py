@@ -89,6 +89,7 @@ class Imitation(ABC):
         self._experience, self._rewards, self._telemetry = experience, rewards, telemetry
         self._metrics = RewardMetrics(telemetry.registry)
         self._learner = self._build(device, settings.actor)
+        self._is_cloned = False
 
     def begin(self, session: str, learner: Arrays | None, rewards: Arrays | None, abort: Callable[[], None]) -> None:
         """Start a session on both sides: from a checkpoint's arrays, or from the seed and perhaps from the clone.
@@ -100,12 +101,14 @@ class Imitation(ABC):
             self._load_state(learner)
         with self._waiting_for("particles"):
             self._rewards.begin(session, rewards, self._kept())
-        if learner is None and self.starts_cloned:
+        # Made once: without a checkpoint, a session that begins anew has the clone already, and would clone a clone.
+        if learner is None and self.starts_cloned and not self._is_cloned:
             if self._demonstrations is None:
                 raise InputError("learner.start cloned needs demonstrations; name a file with --demonstrations")
             with self._telemetry.stage("clone"):
                 clone(self.policy, self._demonstrations, self._cloning_settings, self._job.seed, self._telemetry, abort)
             self._learner.start_from(self.policy)
+            self._is_cloned = True
 
     @abstractmethod
     def iterate(self, progress: float, abort: Callable[[], None]) -> tuple[int, dict[str, float]]:

@@ -68,8 +68,8 @@ class RunRecord:
         types: Mapping[str, Mapping[str, float | None]],
         figures: Mapping[str, float],
     ) -> None:
-        """Append a row to `curve.csv`: the fixed columns, of each type `return_mean.TYPE` and the like, and the
-        figures; the first row's name the columns."""
+        """Add a row to `curve.csv`, in the order of iterations: the fixed columns, of each type `return_mean.TYPE` and
+        the like, and the figures; the first row's name the columns."""
         normalized = "" if normalized_return is None else normalized_return
         fixed = (iteration, env_steps, round(wall_seconds, 3), estimate.mean, estimate.stderr, normalized)
         of_types = {f"{key}.{name}": told[key] for name, told in types.items() for key in OF_TYPES}
@@ -78,11 +78,14 @@ class RunRecord:
         rows = self._rows()
         names = list(rows[0]) if rows else list(row)
         # Figures may come later than the first row, as those of updates do: then the header is written anew.
-        if set(row) <= set(names):
+        is_next = not rows or int(rows[-1]["iteration"]) < iteration
+        if is_next and set(row) <= set(names):
             _append(self._curve, _csv(names, [row], header=not rows))
         else:
             names += [name for name in row if name not in names]
-            write_whole(self._curve, _csv(names, [*rows, row], header=True))
+            # The first policy may be evaluated after a later one that overtook it.
+            ordered = sorted([*rows, row], key=lambda each: int(each["iteration"]))
+            write_whole(self._curve, _csv(names, ordered, header=True))
         means = {"return_mean": estimate.mean, "return_stderr": estimate.stderr}
         known = {name.replace(".", "/"): value for name, value in of_types.items() if value is not None}
         self._add_scalars("evaluation", iteration, means | known)

@@ -1,6 +1,6 @@
 """A run from its first iteration to its result: sessions, evaluations, checkpoints, records.
 
-What an iteration does is the business of `Imitation` or `CloningRun`; the loop here is the same for both, in one
+What an iteration does is the business of `Imitation` or `BehaviourCloning`; the loop here is the same for both, in one
 process and in many.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from bm3il.actors.evaluation import Evaluator, Scale, remembered_random_returns
+from bm3il.actors.evaluation import Evaluator, ReturnEstimate, Scale, remembered_random_returns
 from bm3il.actors.policy import Policy
 from bm3il.learner.checkpoint import Checkpoint, CheckpointFolder, configuration_differences
 from bm3il.learner.experience import Evaluated, Experience
@@ -34,11 +34,13 @@ from bm3il.protocol.telemetry import OF_TYPE, Telemetry
 log = logging.getLogger(__name__)
 
 MOST_TYPES_SHOWN = 10
+"""With every heartbeat: the curve and the result have those of all."""
 SHOWN_FIGURES = "held_out_loss", "accuracy_agent", "accuracy_expert"
 """What tells how far the imitation is, also where no true reward is known."""
-"""With every heartbeat: the curve and the result have those of all."""
 
 Arrays = dict[str, np.ndarray]
+OfTypes = dict[str, dict[str, float | None]]
+"""Figures by the name of a type."""
 CHECKPOINT_EVENT_SECONDS = 60.0
 """Between two events that tell of a checkpoint; the last one before an end is told in any case."""
 CURABLE = ("no_session", "deadline", "answer_gone")
@@ -331,14 +333,12 @@ class Training:
             types,
             figures,
         )
-        self._figures = {version: rest for version, rest in self._figures.items() if version > evaluated.version}
+        # Older versions were skipped, but for the first, which may be overtaken on its way to the evaluator.
+        self._figures = {v: rest for v, rest in self._figures.items() if v > evaluated.version or v == 0}
         if evaluated.version == 0 and self._algorithm.starts_cloned:
             self._facts.clone_return = estimate.mean
-        self._telemetry.numbers |= {"return_mean": estimate.mean, "evaluated_iteration": evaluated.version}
-        if len(types) <= MOST_TYPES_SHOWN:
-            of_types = {f"{OF_TYPE}{name}": told["normalized_return"] for name, told in types.items()}
-            self._telemetry.numbers |= {name: value for name, value in of_types.items() if value is not None}
-        self._metrics.count_evaluation(estimate.mean, types)
+        if evaluated.version >= self._telemetry.numbers.get("evaluated_iteration", 0):
+            self._show_evaluation(evaluated.version, estimate, types)
         # A better policy without a checkpoint must not keep the best one that has a checkpoint from being marked.
         if estimate.mean > self._facts.best_return and self._checkpoints.mark_best(evaluated.version):
             self._facts.best_return = estimate.mean
@@ -350,7 +350,15 @@ class Training:
             what = f"final policy: return {estimate.mean:.2f} ± {estimate.stderr:.2f}"
             self._telemetry.event("evaluated", what)
 
-    def _types(self, evaluated: Evaluated) -> dict[str, dict[str, float | None]]:
+    def _show_evaluation(self, version: int, estimate: ReturnEstimate, types: OfTypes) -> None:
+        """On the screen and in the metrics, which tell of the newest."""
+        self._telemetry.numbers |= {"return_mean": estimate.mean, "evaluated_iteration": version}
+        if len(types) <= MOST_TYPES_SHOWN:
+            of_types = {f"{OF_TYPE}{name}": told["normalized_return"] for name, told in types.items()}
+            self._telemetry.numbers |= {name: value for name, value in of_types.items() if value is not None}
+        self._metrics.count_evaluation(estimate.mean, types)
+
+    def _types(self, evaluated: Evaluated) -> OfTypes:
         return self._scale.of_types(evaluated.returns, self._evaluator.groups(evaluated.returns))
 
     def _finish(self, session: str) -> None:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -277,6 +278,41 @@ def test_an_evaluation_that_comes_twice_is_recorded_once(tmp_path: Path, monkeyp
     rows = (tmp_path / "run" / "curve.csv").read_text().splitlines()[1:]
     steps = [(iteration, iteration * STEPS_PER_ITERATION) for iteration in (0, 2, 4, 6)]
     assert [row.split(",")[:2] for row in rows] == [[str(value) for value in pair] for pair in steps]
+
+
+def test_the_first_evaluation_is_recorded_though_a_later_one_overtakes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once, held = LocalExperience.evaluations, []  # type: ignore[var-annotated]
+
+    def overtaken(*args: Any, **kinds: Any) -> list[Any]:
+        came = list(once(*args, **kinds))
+        held.extend(one for one in came if one.version == 0)
+        came = [one for one in came if one.version]
+        return came + [held.pop() for _ in held[:]] if came else []
+
+    monkeypatch.setattr(LocalExperience, "evaluations", overtaken)
+    run(tmp_path / "run")
+    rows = (tmp_path / "run" / "curve.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[0] for row in rows] == ["0", "2", "4", "6"]
+
+
+def test_a_reward_server_that_is_lost_while_the_clone_is_made_changes_no_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no checkpoint yet: the session begins anew, from the clone that is there."""
+    state, lost = LocalRewards.state, []  # type: ignore[var-annotated]
+    clones = {"start": "cloned", "policy": "clipped", "window_steps": 0}
+
+    def lost_once(rewards: LocalRewards) -> Any:
+        lost.append(1)
+        if len(lost) == 1:
+            raise Refused(Refusal("no_session", "this server is not in the session"))
+        return state(rewards)
+
+    undisturbed = run(tmp_path / "undisturbed", **clones)  # type: ignore[arg-type]
+    monkeypatch.setattr(LocalRewards, "state", lost_once)
+    assert run(tmp_path / "lost", **clones)["policy_sha256"] == undisturbed["policy_sha256"]  # type: ignore[arg-type]
 
 
 def test_what_the_reward_server_refuses_for_good_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
