@@ -39,6 +39,9 @@ from bm3il.reward_server.particles import QUERY_ROWS, TILE_ACTIVATIONS, architec
 PROCESS_BYTES = 200 << 20
 """Of a process that has loaded Python and PyTorch and has done nothing yet, without what it shares with others."""
 CGROUP, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+VERSION_1 = "memory.limit_in_bytes", "memory.usage_in_bytes"
+VERSION_2 = "memory.max", "memory.current"
+"""The limit of a control group, and what it uses."""
 NETWORKS = "--learner.hidden and --actor.hidden, or --parameter-sharing type"
 PARTICLES = "--reward.hidden and --reward.particles, or --parameter-sharing type"
 
@@ -289,13 +292,27 @@ def _limits() -> Iterator[int]:
         if controllers not in ("", "memory"):
             continue
         # Version 1 has a tree for each controller, version 2 one tree, whose line names none.
-        root, limit = (CGROUP / "memory", "memory.limit_in_bytes") if controllers else (CGROUP, "memory.max")
+        root, limit, used = (CGROUP / "memory", *VERSION_1) if controllers else (CGROUP, *VERSION_2)
         path = root / name.strip("/")
         # The limit of a group above holds as well.
         for folder in (path, *path.parents):
             if not folder.is_relative_to(root):
                 break
             try:
-                yield int((folder / limit).read_text(encoding="utf-8"))
+                most = int((folder / limit).read_text(encoding="utf-8"))
             except (OSError, ValueError):  # "max" is none
                 continue
+            yield max(0, most - _taken(folder, used))
+
+
+def _taken(folder: Path, used: str) -> int:
+    """What a control group uses, but for what caches files and is given up when it is wanted; 0 if nobody knows."""
+    try:
+        facts = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+        cached = int(facts.get("inactive_file", 0))
+    except (OSError, ValueError):
+        cached = 0
+    try:
+        return int((folder / used).read_text(encoding="utf-8")) - cached
+    except (OSError, ValueError):
+        return 0

@@ -28,6 +28,7 @@ from bm3il.protocol.environment import Environment
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.layout import JointRows
 from bm3il.protocol.observations import Observations, compact, forms
+from bm3il.protocol.registry import copies_at_once
 from bm3il.protocol.registry import make_environment as of_registry
 from bm3il.protocol.specs import EnvironmentSpec
 from bm3il.reward_server.particles import RewardModel
@@ -240,4 +241,5 @@ def rollout(
 
     policy: of a run, or anything that has its `act`.
     """
-    return record(of_registry(environment, min(episodes, EPISODES_AT_ONCE)), policy, episodes, seed, origin, greedy)
+    at_once = copies_at_once(environment, min(episodes, EPISODES_AT_ONCE))
+    return record(of_registry(environment, at_once), policy, episodes, seed, origin, greedy)

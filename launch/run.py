@@ -98,8 +98,7 @@ def resume(folder: Path, flags: Config | None = None, steps: int | None = None) 
     _check_devices(config)
     needed = needs(config, spec)
     _check_room(config, needed)
-    with run_folder.rewritten(folder, started, config):
-        return _run(config, spec, folder, needed)
+    return _run(config, spec, folder, needed, started)
 
 
 def _is_complete(folder: Path, config: Config) -> bool:
@@ -205,9 +204,16 @@ def _check_room(config: Config, needed: Needs) -> None:
         needed.check_memory(available_memory())
 
 
-def _run(config: Config, spec: EnvironmentSpec, folder: Path, needed: Needs) -> int:
+def _run(config: Config, spec: EnvironmentSpec, folder: Path, needed: Needs, started: Config | None = None) -> int:
+    """started: the configuration that a resumed run has had until now."""
     progress, stopped, start = Progress(), StopRequests(), run_folder.Start(secrets.token_hex(8), time.time())
-    with run_folder.locked(folder), run_folder.announced(folder), stopped.heard(), lasting_output():
+    with (
+        run_folder.locked(folder),
+        run_folder.rewritten(folder, started or config, config),  # by nobody who does not hold the folder
+        run_folder.announced(folder),
+        stopped.heard(),
+        lasting_output(),
+    ):
         progress.note(needed.line())
         if algorithm(config.algorithm).clones:
             progress.note(

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bm3il.launch.config import Config
 from bm3il.launch.outcome import CRASHED, FINISHED, INTERRUPTED, Outcome
@@ -35,6 +35,8 @@ CONFIG, STUDY, STUDY_FILE = "config.yaml", "study.json", "study.yaml"
 TAIL_BYTES = 1 << 20
 """Of a log, in which its last line lies."""
 MAX_SLUG = 80
+LOCK_TRIES, LOCK_PAUSE_SECONDS = 5, 0.02
+"""Who only looks whether a run is running holds its lock for some microseconds."""
 ANNOUNCED, ENDED_WELL = ".targets", ("finished", "interrupted")
 MIN_FREE_BYTES = 64 << 20
 """Room for two checkpoints of the Berlin preset: with less, the first iterations would be lost work."""
@@ -215,11 +217,23 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the run for this launcher. Raises InputError if another one holds it."""
     with (folder / ".lock").open("wb") as file:
         try:
-            # The kernel gives it back however its holder ends: a killed run can be resumed, and is shown as killed.
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except BlockingIOError as error:
             raise InputError(f"{folder} is being run by another process") from error
         yield
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Raises BlockingIOError if somebody holds it for longer than a look takes (`is_running`)."""
+    for left in reversed(range(LOCK_TRIES)):
+        try:
+            # The kernel gives it back however its holder ends: a killed run can be resumed, and is shown as killed.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not left:
+                raise
+            time.sleep(LOCK_PAUSE_SECONDS)
 
 
 @contextmanager

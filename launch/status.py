@@ -37,9 +37,9 @@ from bm3il.launch.surroundings import screen
 from bm3il.protocol.errors import InputError
 
 EVENTS_SHOWN, EVENTS_TOLD = 8, 50
+"""To people, and to programs."""
 ROUTINE = ("checkpoint", "best", "evaluated")
 """Events that would hide what went wrong, and whose figures are shown besides."""
-"""To people, and to programs."""
 RATE_SECONDS = 60.0
 """Of the run's clock, over which its speed is measured."""
 CLOCK = {"iteration", "env_steps", "wall_seconds"}
@@ -199,7 +199,8 @@ def _study(folder: Path) -> dict[str, Any]:
 
 
 def _started(folder: Path) -> str:
-    """When the run's `config.yaml` was written, which is never written again; of a study, when it was begun last."""
+    """When the run's `config.yaml` was written: again only for another budget of steps; of a study, when it was begun
+    last."""
     mark = next(folder / name for name in (CONFIG, STUDY_FILE, STUDY) if (folder / name).exists())
     return datetime.fromtimestamp(mark.stat().st_mtime).astimezone().isoformat(timespec="seconds")
 

@@ -69,6 +69,7 @@ def guard(parent: int, program: list[str]) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # its core, if any, is written
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {-code})  # it may be END
         os.kill(own, -code)
     os._exit(code)
 

@@ -24,9 +24,11 @@ MAX_FRUITLESS_STARTS = 6
 # Not the reward server: it only does what it is asked for, so that its silence is no failure.
 TELL_WHAT_THEY_DO = ("actor", "evaluator", "learner")
 RESTART_DELAY_SECONDS = 0.5
+"""So that a process that dies at once does not take a core from those that work."""
+HEARSAY_SECONDS = 3.0
+"""How long after an actor has ended well the end of the run may be heard of, which the learner tells it directly."""
 SHORT = 400
 """Characters of why a process is started again."""
-"""So that a process that dies at once does not take a core from those that work."""
 LEARNER_GRACE_SECONDS, OTHERS_GRACE_SECONDS = 5.5, 1.5
 """From the wish to stop to SIGKILL. The learner ends its iteration and writes a checkpoint, for which it gets more time
 where iterations are long (`patience`); the others have nothing to save. Together, with what it takes to write down the
@@ -103,6 +105,7 @@ class Supervisor:
         self._say, self._plan, self._node, self._command, self._tell = say, plan, node, command, telemetry.event
         self._metrics = SupervisorMetrics(telemetry.registry, Path(plan.run_folder))
         self._children = self._made([process.name for process in plan.on(node)])
+        self._ended_well: dict[str, float] = {}  # and when that was seen first
 
     def start(self) -> None:
         """Start all processes of the node; none waits for another."""
@@ -146,7 +149,9 @@ class Supervisor:
             child.listen()
             if child.start_at is not None and time.monotonic() >= child.start_at:
                 child.spawn()
-            elif (code := child.exit_code) is not None and (outcome := self._ended(child, code)):
+            elif (code := child.exit_code) is None or self._may_be_over(child, code):
+                continue
+            elif outcome := self._ended(child, code):
                 return self._without_evaluation(outcome) if child.process.role == "evaluator" else outcome
         self._metrics.processes.set(sum(child.alive for child in self._children))
         return None
@@ -174,8 +179,17 @@ class Supervisor:
         """End whatever is left on the node."""
         self._end(self._children, lambda: OTHERS_GRACE_SECONDS, stopped, meanwhile)
 
+    def _may_be_over(self, child: Child, code: int) -> bool:
+        """Whether a process has ended as one does that was told the end of the run, and so lately that the word may
+        still be on its way to this node."""
+        if child.process.role == "learner" or code != FINISHED:
+            return False
+        first_seen = self._ended_well.setdefault(child.process.name, time.monotonic())
+        return time.monotonic() - first_seen < HEARSAY_SECONDS
+
     def _ended(self, child: Child, code: int) -> Outcome | None:
         name = child.process.name
+        self._ended_well.pop(name, None)
         if child.process.role == "learner" and code in (FINISHED, INTERRUPTED):
             return Outcome(code)
         if code in FINAL_CODES:

@@ -140,10 +140,7 @@ def run_page(folder: Path) -> RunPage:
 
 
 def _state(folder: Path, result: Mapping[str, Any]) -> str:
-    with contextlib.suppress(OSError):  # somebody else's folder
-        if is_running(folder):
-            return "running"
-    return str(result.get("status", "killed"))
+    return "running" if is_running(folder) else str(result.get("status", "killed"))
 
 
 def _facts(config: Config, result: Mapping[str, Any], log: Columns) -> list[tuple[str, str]]:

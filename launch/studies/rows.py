@@ -102,7 +102,7 @@ class Rows:
 
     @classmethod
     def read(cls, path: Path) -> Rows:
-        """None if there is no such file yet. Raises InputError for one that holds no rows."""
+        """No rows if there is no such file yet. Raises InputError for one that holds no rows."""
         if not path.exists():
             return cls(path, [])
         try:

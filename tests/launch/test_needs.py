@@ -169,6 +169,18 @@ def test_checkpoints_that_the_disk_does_not_hold_are_refused(
     [
         ("0::/job/step", {"job/memory.max": "7000", "job/step/memory.max": "max"}, 7000),
         ("4:memory:/job\n0::/", {"memory/job/memory.limit_in_bytes": "5000"}, 5000),
+        ("0::/job", {"job/memory.max": "7000", "job/memory.current": "3000", "job/memory.stat": ""}, 4000),
+        # What files are cached in is given up when it is wanted.
+        (
+            "0::/job",
+            {"job/memory.max": "7", "job/memory.current": "6", "job/memory.stat": "anon 1\ninactive_file 4"},
+            5,
+        ),
+        (
+            "4:memory:/job\n0::/",
+            {"memory/job/memory.limit_in_bytes": "5000", "memory/job/memory.usage_in_bytes": "1000"},
+            4000,
+        ),
         ("0::/job", {}, None),
     ],
 )

@@ -64,10 +64,11 @@ def token() -> str:
         (lambda guard: None, 7),
         (lambda guard: worker_of(guard).kill(), -signal.SIGKILL),
         (lambda guard: worker_of(guard).send_signal(signal.SIGSEGV), -signal.SIGSEGV),
+        (lambda guard: worker_of(guard).send_signal(signal.SIGUSR1), -signal.SIGUSR1),
         (lambda guard: guard.terminate(), 7),  # a guard does not end before what it guards
         (lambda guard: guard.send_signal(lifeline.END), -signal.SIGKILL),
     ],
-    ids=["itself", "killed", "crashed", "the guard terminated", "at once"],
+    ids=["itself", "killed", "crashed", "by the signal of guards", "the guard terminated", "at once"],
 )
 def test_nothing_is_left_however_it_ended(end: Callable[[subprocess.Popen[str]], None], code: int, token: str) -> None:
     guard = started(token, 0.7)

@@ -220,6 +220,20 @@ def test_a_killed_process_comes_back(tmp_path: Path, telemetry: Telemetry) -> No
     assert said == ["actor-0 was killed by SIGKILL; starting it again"]
 
 
+def test_who_was_told_the_end_before_its_supervisor_has_not_crashed(
+    tmp_path: Path, telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The learner tells actors directly; on another node the supervisor hears of it up to a second later."""
+    said: list[str] = []
+    supervisor = start(tmp_path, telemetry, {"actor": ["pass"]}, said)
+    began = time.monotonic()
+    watch(supervisor, lambda: time.monotonic() - began > 1.2)
+    assert not said
+    watch(supervisor, lambda: bool(said))  # and if no end comes, it is one
+    assert said == ["actor-0 ended with code 0; starting it again"]
+    end(supervisor)
+
+
 @pytest.mark.parametrize(("code", "role"), [(2, "actor"), (3, "learner"), (4, "learner")])
 def test_final_codes_end_the_run_without_a_restart(tmp_path: Path, telemetry: Telemetry, code: int, role: str) -> None:
     script = f"import sys; print('why it ended', file=sys.stderr); sys.exit({code})"
