@@ -37,6 +37,8 @@ def unpacked(name: str, small: np.ndarray, dtype: str, shape: tuple[int, ...]) -
         data = decompressor.decompress(small.tobytes(), max_length=size)
     except lzma.LZMAError as error:
         raise InputError(f"tensor '{name}': expected xz: {error}") from error
+    if not decompressor.eof and len(data) == size:
+        raise InputError(f"tensor '{name}': expected {size} bytes when unpacked, found more")
     if len(data) != size:
         raise InputError(f"tensor '{name}': expected {size} bytes when unpacked, found {len(data)}")
     if dtype == "bool" and np.frombuffer(data, np.uint8).max(initial=0) > 1:

@@ -176,7 +176,7 @@ class _LongTable:
         """[episodes, N]: what is written, or the sums of rewards; NaN where neither is."""
         returns = np.zeros((len(rows.lengths), self._spec.num_agents))
         for m, t in enumerate(self._spec.types):
-            mine = np.flatnonzero(rows.kind == m)
+            mine = self._active_rows(rows, m)
             whose = rows.episode[mine], self._spec.offsets[m] + rows.number[mine]
             if self._has(RETURN, t):
                 column = self._names.column(RETURN, t)

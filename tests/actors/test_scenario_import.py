@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bm3il.actors.environments.berlin.aggregation import Hours, aggregate
 from bm3il.actors.environments.berlin.environment import Berlin
+from bm3il.actors.environments.berlin.raw_network import RawNetwork
 from bm3il.actors.environments.berlin.scenario import Scenario
 from bm3il.actors.environments.berlin.scenario_file import load_scenario
 from bm3il.launch.cli import main
@@ -169,3 +171,14 @@ def test_real_networks(shared: Path, folder: str, options: tuple[str, ...], tmp_
     if "matsim" in folder:  # the Berlin that ships has 5.0, 9.5 and 16.9 minutes a road
         assert 4 < scenario.free_flow_minutes.min() < np.median(scenario.free_flow_minutes) < 11
         assert scenario.free_flow_minutes.max() < 20
+
+
+@pytest.mark.parametrize("roads", [8, 0])
+def test_a_link_of_no_length_takes_hardly_any_time(roads: int) -> None:
+    tail, head = np.array([0, 1, 1, 2, 2, 3, 3, 0]), np.array([1, 0, 2, 1, 3, 2, 0, 3])
+    xy = np.array([[0.0, 0], [1, 0], [1, 1], [0, 1]])
+    minutes = np.where(np.minimum(tail, head) + np.maximum(tail, head) == 1, 0.0, 5.0)
+    names = tuple("abcd")
+    ends = xy[:2], xy[2:]
+    raw = RawNetwork("a ring", names, xy, tail, head, minutes, np.full(8, 600.0), *ends, np.ones(2), np.ones(4, bool))
+    assert (aggregate(raw, "ring", roads, 2, Hours()).free_flow_minutes > 0).all()

@@ -102,7 +102,8 @@ def _as_it_is(raw: RawNetwork) -> _Roads:
     links = keep[raw.tail] & keep[raw.head] & (raw.tail != raw.head)
     names = tuple(np.array(raw.node_names)[keep].tolist())
     ends = number[raw.tail[links]], number[raw.head[links]]
-    return _Roads(names, raw.node_xy[keep], *ends, raw.minutes[links], raw.capacity[links])
+    minutes = np.maximum(raw.minutes[links], SMALLEST_MINUTES)  # a link of no length takes no time
+    return _Roads(names, raw.node_xy[keep], *ends, minutes, raw.capacity[links])
 
 
 def _aggregated(raw: RawNetwork, roads: int, facilities: int) -> _Roads:

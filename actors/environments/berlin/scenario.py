@@ -162,7 +162,8 @@ class Scenario:
         trips = np.array([pair[2] for pair in chosen], np.float64)
         share = trips / trips.sum() * (agents - least * types)
         counts = np.floor(share).astype(int) + least
-        counts[np.argsort(np.floor(share) - share)[: agents - counts.sum()]] += 1
+        # Stable: of equal shares the first pairs get the agents that are left, on every processor.
+        counts[np.argsort(np.floor(share) - share, kind="stable")[: agents - counts.sum()]] += 1
         return [(pair[0], pair[1], int(count)) for pair, count in zip(chosen, counts, strict=True)]
 
 

@@ -105,9 +105,11 @@ def test_who_comes_late_or_leaves_early_is_inactive_then(tmp_path: Path) -> None
 
 def test_who_is_away_for_a_while_says_so_in_a_column(tmp_path: Path) -> None:
     rows = town_rows()
-    rows[2]["active"], rows[2]["action"] = "false", None  # the first taxi in the second step of monday
+    # The first taxi in the second step of monday; the rest of its row is not read.
+    rows[2] |= {"active": "false", "action": None, "reward": None}
     found = read(tmp_path, [{"active": "true"} | row for row in rows])
     assert found.active[0][:3, 0].tolist() == [True, False, True]
+    assert found.returns[0, :2].tolist() == [1.0, 0.5]
 
 
 def test_a_code_may_be_one_column(tmp_path: Path) -> None:
