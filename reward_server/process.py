@@ -199,21 +199,22 @@ class RewardServer:
             self._refuse(request, refusal)
 
     def _answer_queries(self, flush: bool = False) -> None:
-        now = time.monotonic()
-        for query in self._queries.late(now):
-            waited = now - query.arrived
-            self._refuse(
-                query.request, Refusal("deadline", f"the query waited for {waited:.1f} s; nobody needs it now")
-            )
-        while batch := self._queries.take(now, flush):
+        while True:
+            # Computing took its time: further queries may be too late by now, and others due.
+            now = time.monotonic()
+            for query in self._queries.late(now):
+                waited = now - query.arrived
+                self._refuse(
+                    query.request, Refusal("deadline", f"the query waited for {waited:.1f} s; nobody needs it now")
+                )
+            if not (batch := self._queries.take(now, flush)):
+                return
             try:
                 self._compute(batch, now)
             except (NumericalError, ProtocolError) as error:
                 cause = "numerical" if isinstance(error, NumericalError) else error.cause
                 for query in batch:
                     self._refuse(query.request, Refusal(cause, str(error)))
-            # Computing took its time: further queries may be due by now.
-            now = time.monotonic()
 
     def _compute(self, batch: list[Waiting], now: float) -> None:
         start = time.perf_counter()
@@ -271,5 +272,7 @@ def _merged(batch: list[Waiting]) -> tuple[JointRows, bool, list[torch.Tensor] |
     deviation = any(query.deviation for query in batch)
     if len(batch) == 1:
         return batch[0].rows, deviation, batch[0].true_rewards
+    if len({query.true_rewards is None for query in batch}) > 1:
+        raise ProtocolError("body", "queries with true rewards and without cannot be computed together")
     true_rewards = [torch.cat(block) for block in zip(*(query.true_rewards or [] for query in batch), strict=True)]
     return JointRows.joined([query.rows for query in batch]), deviation, true_rewards or None
