@@ -175,12 +175,12 @@ class ClippedActorCritic:
         played, discount = segments.played, self.settings.discount
         values = self._values(segments)
         rows, per_step = segments.rows(), segments.spread(rewards)
-        old = segments.of_rows(segments.log_probabilities)
+        acted = segments.of_rows(segments.log_probabilities)
+        old = self._log_probabilities(rows) if self._lagging or self._is_rounded else acted
         weights: list[torch.Tensor | None] = [None] * len(self.layout.blocks)
         if self._lagging:
-            now = self._log_probabilities(rows)
-            ratios = [(mine - acted).exp().clamp(max=1) for mine, acted in zip(now, old, strict=True)]
-            weights, old = [*segments.spread(ratios)], now
+            ratios = [(mine - theirs).exp().clamp(max=1) for mine, theirs in zip(old, acted, strict=True)]
+            weights = [*segments.spread(ratios)]
         advantage: list[torch.Tensor] = []
         target: list[torch.Tensor] = []
         weight: list[torch.Tensor] = []
@@ -243,18 +243,25 @@ class ClippedActorCritic:
                 drawn.append(gaussian.draw(block.rows(self.policy.outputs(b, seen).float()), self._generator)[0])
         return drawn
 
+    @property
+    def _is_rounded(self) -> bool:
+        """Whether log π(a|s) is not what the actor said of the same policy: near its bounds a squashed action does not
+        tell the number that was drawn, and bfloat16 has other logits. Ratios must begin at 1 all the same."""
+        return self.settings.precision == "bfloat16" or not all(block.discrete for block in self.layout.blocks)
+
     def _log_probabilities(self, rows: JointRows) -> list[torch.Tensor]:
-        """log π(a|s) of the actions taken, [R, N_b] per block."""
+        """log π(a|s) of the actions taken, [R, N_b] per block, in the arithmetic of the updates."""
         result = []
         for b, block in enumerate(self.layout.blocks):
             seen = block.see(rows.observations[b])
-            if block.discrete:
-                logits, options = self.policy.logits(b, seen)
-                taken = options.number(grid(block, rows.actions[b])).unsqueeze(-1)
-                result.append(block.joint(log_softmax(logits).gather(-1, taken).squeeze(-1)))
-            else:
-                output = block.rows(self.policy.outputs(b, seen).float())
-                result.append(gaussian.log_density(output, rows.actions[b]))
+            with self._autocast():
+                if block.discrete:
+                    logits, options = self.policy.logits(b, seen)
+                    taken = options.number(grid(block, rows.actions[b])).unsqueeze(-1)
+                    result.append(block.joint(log_softmax(logits.float()).gather(-1, taken).squeeze(-1)))
+                else:
+                    output = block.rows(self.policy.outputs(b, seen).float())
+                    result.append(gaussian.log_density(output, rows.actions[b]))
         return result
 
     def _outputs(self, policy: Policy, rows: JointRows) -> list[torch.Tensor]:
@@ -280,10 +287,11 @@ class ClippedActorCritic:
         """Write the gradients of some rows into the parameters; returns sums over networks."""
         for optimiser in self._optimisers.values():
             optimiser.zero_grad()
-        weights = [w.flatten(1, 2) for w in losses.row_weights(self.layout, steps.rows.active)]
-        weights = [
-            w * grid(b, steps.weight[k]) for k, (b, w) in enumerate(zip(self.layout.blocks, weights, strict=True))
-        ]
+        plain = [w.flatten(1, 2) for w in losses.row_weights(self.layout, steps.rows.active)]
+        weights = [w * grid(b, steps.weight[k]) for k, (b, w) in enumerate(zip(self.layout.blocks, plain, strict=True))]
+        # What is told of values and entropy is a mean, also where old chunks weigh less than new ones.
+        shares = [w.sum() / p.sum().clamp(min=1e-9) for w, p in zip(weights, plain, strict=True)]
+        shares = [share.clamp(min=1e-9) for share in shares]
         figures = {name: torch.zeros((), device=self.device) for name in FIGURES}
         with self._autocast():
             loss = torch.zeros((), device=self.device)
@@ -291,14 +299,14 @@ class ClippedActorCritic:
                 target = grid(block, steps.target[b])
                 error = value.float().flatten(1, 2) - target / self._horizon
                 loss = loss + (weights[b] * error**2).sum()
-                figures["value"] += (weights[b] * target).sum()
+                figures["value"] += (weights[b] * target).sum() / shares[b]
         loss.backward()  # outside: what was kept in float32 goes back in float32
         figures["critic_loss"] = loss.detach()
         with self._autocast():
             for b in range(len(self.layout.blocks)) if learn_policy else ():
                 policy_loss, entropy = self._improve(b, steps, weights[b])
                 figures["policy_loss"] += policy_loss
-                figures["policy_entropy"] += entropy
+                figures["policy_entropy"] += entropy / shares[b]
         return figures
 
     def _autocast(self) -> torch.autocast:

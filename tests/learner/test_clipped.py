@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from bm3il.actors.policy import Policy
+from bm3il.learner import losses
 from bm3il.learner.clipped import ClippedActorCritic
 from bm3il.learner.critics import Context, ValueCritic
 from bm3il.learner.segments import Segments
@@ -250,3 +252,33 @@ def test_a_loss_that_is_no_number_is_told() -> None:
     rewards[0][0] = float("nan")
     with pytest.raises(NumericalError, match="loss is nan"):
         built.update(segments, rewards, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["bounds", "bfloat16"])
+def test_ratios_begin_at_one_whatever_rounds(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An action near its bounds does not tell the number that was drawn, and bfloat16 has other logits."""
+    settings = dataclasses.replace(SETTINGS, precision="bfloat16") if kind == "bfloat16" else SETTINGS
+    built = build(CONTINUOUS if kind == "bounds" else UNEVEN, settings=settings)
+    with torch.no_grad():
+        for stack in built.policy.networks:
+            for part in (stack.weights[-1], stack.biases[-1]):  # type: ignore[union-attr, index]
+                part.mul_(3.0)
+        if kind == "bounds":
+            built.policy.networks[0].biases[-1][..., :2] = 8.0  # type: ignore[union-attr, index]
+    segments, rewards = played(built)
+    first: list[float] = []
+    gain, loss = losses.clipped_gain, losses.clipped_loss
+
+    def seen_gain(log_ratio: torch.Tensor, advantage: torch.Tensor, clip: float, weight: torch.Tensor) -> Any:
+        first.append(float((log_ratio * (weight > 0)).abs().max()))
+        return gain(log_ratio, advantage, clip, weight)
+
+    def seen_loss(logits: torch.Tensor, number: torch.Tensor, old: torch.Tensor, *rest: Any) -> Any:
+        now = torch.log_softmax(logits.float(), -1).gather(-1, number.unsqueeze(-1)).squeeze(-1)
+        first.append(float(((now - old) * (rest[1] > 0)).abs().max()))
+        return loss(logits, number, old, *rest)
+
+    monkeypatch.setattr(losses, "clipped_gain", seen_gain)
+    monkeypatch.setattr(losses, "clipped_loss", seen_loss)
+    built.update(segments, rewards, 0.0)
+    assert max(first[: len(built.layout.blocks)]) < 1e-5
