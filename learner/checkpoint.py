@@ -106,6 +106,13 @@ class CheckpointFolder:
         temporary.rename(self._folder / "best")
         return True
 
+    def best_iteration(self) -> int:
+        """Of the checkpoint that is marked best; until one is, 0."""
+        try:
+            return int((self._folder / "best").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return 0
+
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that passes all checks, or None if there is none at all.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from operator import itemgetter
@@ -18,6 +19,7 @@ from bm3il.learner.settings import CloningSettings
 from bm3il.protocol.allocator import keep_freed_memory
 from bm3il.protocol.demonstrations import Demonstrations
 from bm3il.protocol.device import CPU
+from bm3il.protocol.errors import NumericalError
 from bm3il.protocol.layout import JointRows, Layout
 from bm3il.protocol.networks.adam import Adam
 from bm3il.protocol.networks.options import log_softmax
@@ -161,6 +163,9 @@ class BehaviourCloning:
                 loss.backward()
                 self._optimiser.step()
             figures = {"cloning_loss": loss.item()}
+        if not math.isfinite(figures["cloning_loss"]):
+            # Here, where it is known: a policy of NaN would be blamed on the simulator that it plays in.
+            raise NumericalError(f"cloning_loss is {figures['cloning_loss']}")
         if self._held_out:
             figures["held_out_loss"] = self._held_out.loss_of_all(self.policy).item()
         return 0, figures

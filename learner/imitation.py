@@ -204,7 +204,7 @@ class OffPolicyImitation(Imitation):
     def _train(self, batch: Batch, rewards: list[torch.Tensor], progress: float, learned: Figures) -> None:
         with self._telemetry.stage("update"):
             figures = self._learner.update(batch, rewards, progress, self._cloning)
-        learned.add({**figures, "reward": _mean(rewards)})
+        learned.add({**figures, "reward": _mean(rewards, batch.rows.active)})
 
     def _ask(self) -> None:
         """Draw a batch and ask for its rewards."""
@@ -244,6 +244,9 @@ class OnPolicyImitation(Imitation):
         job, settings = self._job, self._settings
         critic = build_value_critic(job, settings, self.policy.layout)
         self._seen, self._babbling = 0, actor.babbling
+        if self._babbling and job.mode == "async":
+            # Chunks of the last babbled version are taken for so many iterations more.
+            self._babbling += settings.max_policy_lag
         # Rewards are asked for of fresh rows alone: the server need keep no more than an iteration's.
         self._room = steps_per_iteration(actor, job)
         seed = derive_seed(job.seed, "epochs")
@@ -252,7 +255,7 @@ class OnPolicyImitation(Imitation):
     def iterate(self, progress: float, abort: Callable[[], None]) -> tuple[int, dict[str, float]]:
         segments = Segments.of(self._collect(abort), self.policy.layout)
         rewards, figures = self._reward(segments, progress)
-        figures = merged(figures, {"reward": _mean(rewards)})
+        figures = merged(figures, {"reward": _mean(rewards, segments.of_rows(segments.active))})
         self._seen += 1
         own = self._seen - self._babbling
         if own > 0:  # what was babbled is nobody's policy: there is no advantage over it
@@ -330,5 +333,6 @@ def iterations_for(settings: ActorSettings, job: Job) -> int:
     return math.ceil(job.steps / steps_per_iteration(settings, job))
 
 
-def _mean(rewards: list[torch.Tensor]) -> float:
-    return float(sum(r.sum() for r in rewards) / sum(r.numel() for r in rewards))
+def _mean(rewards: list[torch.Tensor], active: list[torch.Tensor]) -> float:
+    """Per agent and step of those who were there: of the others rewards are 0."""
+    return float(sum(r.sum() for r in rewards) / max(1, sum(int(there.sum()) for there in active)))

@@ -125,6 +125,10 @@ class RunRecord:
             self._events.flush()
         return path
 
+    def returns(self) -> dict[int, float]:
+        """The mean returns of the curve, by iteration."""
+        return {int(row["iteration"]): float(row["return_mean"]) for row in self._rows()}
+
     def _rows(self) -> list[dict[str, str]]:
         if not self._curve.exists():
             return []

@@ -79,7 +79,7 @@ class LearnerSettings:
     temperature: Positive = 0.3
     """Weight of the entropy bonus (the inverse of the reward scale) at the start of the run. Clipped updates use
     `clipped.entropy_weight` instead."""
-    final_temperature: NonNegative = 0.06
+    final_temperature: Positive = 0.06
     """Temperature at the end of the annealing (see `temperature_anneal`); it falls geometrically and then stays."""
     temperature_anneal: Positive = 0.75
     """Fraction of the run over which the temperature falls."""

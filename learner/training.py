@@ -43,8 +43,9 @@ OfTypes = dict[str, dict[str, float | None]]
 """Figures by the name of a type."""
 CHECKPOINT_EVENT_SECONDS = 60.0
 """Between two events that tell of a checkpoint; the last one before an end is told in any case."""
-CURABLE = ("no_session", "deadline", "answer_gone")
-"""Refusals of a reward server that was started again, or was stopped or cut off for a while."""
+CURABLE = ("no_session", "deadline", "answer_gone", "not_held")
+"""Refusals of a reward server that was started again, or was stopped or cut off for a while: a cut may lose a large
+update, and let the query behind it through, of rows that have not come."""
 RESTARTED = "the reward server was started again and knows nothing of this run"
 MAX_REWINDS = 10
 """To the last checkpoint, without a further iteration done than ever before. More than a reward server is started
@@ -218,6 +219,7 @@ class Training:
             seconds = self._facts.wall_seconds
             self._facts = Facts(**checkpoint.facts)
             forgotten = self._record.go_on_from(checkpoint.iteration)
+            self._recall_returns()
             # The iterations that are lost took their time: their seconds stay counted.
             self._facts.wall_seconds = max(self._facts.wall_seconds, forgotten.wall_seconds, seconds)
             self._evaluate_again = checkpoint.iteration if forgotten.evaluated else None
@@ -226,6 +228,13 @@ class Training:
             self._telemetry.event("restored", f"goes on from the checkpoint of iteration {checkpoint.iteration}{again}")
             if forgotten.everything and checkpoint.iteration:
                 self._publish_start(session)
+
+    def _recall_returns(self) -> None:
+        """What was evaluated after the checkpoint was written is in the curve: the clone's return, and the best one."""
+        facts, returns = self._facts, self._record.returns()
+        if facts.clone_return is None and self._algorithm.starts_cloned:
+            facts.clone_return = returns.get(0)
+        facts.best_return = max(facts.best_return, returns.get(self._checkpoints.best_iteration(), -math.inf))
 
     def _publish(self, session: str) -> None:
         self._hand_out(session, self._facts.iteration, self._algorithm.policy)

@@ -12,6 +12,7 @@ from bm3il.actors.rollout import rollout
 from bm3il.learner.cloning import Cloning, clone
 from bm3il.learner.settings import CloningSettings
 from bm3il.protocol.demonstrations import Demonstrations
+from bm3il.protocol.errors import NumericalError
 from bm3il.protocol.layout import Layout
 from bm3il.protocol.messages import Sender
 from bm3il.protocol.registry import make_environment
@@ -78,3 +79,15 @@ def test_a_clone_ends_with_its_last_update_whatever_held_out_episodes_like(monke
     telemetry.close()
     assert len(set(seen)) == 3
     assert policy.sha256() == seen[-1]
+
+
+def test_a_clone_that_is_no_number_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = make_environment("berlin?agents=4&types=2", 2)
+    layout = Layout.of(environment.spec, "type")
+    policy = Policy(layout, (8,), torch.Generator().manual_seed(0))
+    demonstrations = Demonstrations.from_trajectories(rollout(environment, policy, 5), environment.spec, "")
+    telemetry = Telemetry("learner", 0, Sender("run", "learner-0"))
+    settings = CloningSettings(updates=2, iterations=3, batch_size=4, learning_rate=1e30)
+    with pytest.raises(NumericalError, match=r"cloning_loss is (nan|inf)"):
+        clone(policy, demonstrations, settings, 0, telemetry)
+    telemetry.close()

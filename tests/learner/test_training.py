@@ -342,6 +342,53 @@ def test_a_run_that_is_refused_again_and_again_ends(tmp_path: Path, monkeypatch:
     assert asked[0] == 5 + past + 4 * (past % 2)
 
 
+def test_an_update_that_a_query_overtook_is_cured_by_a_rewind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Undisturbed
+) -> None:
+    """A cut loses the large update; the query behind it is sent first afterwards, of rows that the server has not."""
+    refused, update = [], LocalRewards.update  # type: ignore[var-annotated]
+
+    def overtaken(rewards: LocalRewards, rows: JointRows, progress: float) -> int:
+        if progress > 0.4 and not refused:
+            refused.append(progress)
+            raise Refused(Refusal("not_held", "rows 0..19 are asked for, this server holds 0..-1"))
+        return update(rewards, rows, progress)
+
+    monkeypatch.setattr(LocalRewards, "update", overtaken)
+    assert run(tmp_path / "run")["policy_sha256"] == undisturbed("bm3il")[1]["policy_sha256"]
+    assert refused
+
+
+def test_a_rewind_forgets_neither_the_clones_return_nor_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluations may come after the checkpoint to which a run goes back."""
+    update, evaluations = LocalRewards.update, LocalExperience.evaluations
+    lost, held, calls = [], [], []  # type: ignore[var-annotated]
+    returns = iter([0.0, 10.0, 100.0, 50.0, 20.0, 20.0, 20.0, 20.0])
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: np.full((20, 4), next(returns), np.float32))
+
+    def lost_once(rewards: LocalRewards, rows: JointRows, progress: float) -> int:
+        if progress > 0.7 and not lost:
+            lost.append(progress)
+            raise Refused(Refusal("no_session", "this server is not in the session"))
+        return update(rewards, rows, progress)
+
+    def late(*args: Any, **kinds: Any) -> list[Any]:
+        """All after the checkpoint of iteration 4, to which the run goes back."""
+        calls.append(1)
+        held.extend(evaluations(*args, **kinds))
+        return [held.pop(0) for _ in held[:]] if len(calls) >= 4 else []
+
+    monkeypatch.setattr(LocalRewards, "update", lost_once)
+    monkeypatch.setattr(LocalExperience, "evaluations", late)
+    clones = {"start": "cloned", "policy": "clipped", "window_steps": 0, "checkpoint_interval": 2}
+    result = run(tmp_path / "run", **clones)  # type: ignore[arg-type]
+    assert lost
+    assert result["clone_return"] == 10.0
+    assert (tmp_path / "run" / "checkpoints" / "best").read_text() == "00000002\n"
+
+
 def test_a_run_that_is_refused_often_and_gets_on_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused, update = set[float](), LocalRewards.update
 
