@@ -30,7 +30,9 @@ class Babble:
         count = min(NETWORKS, num_envs)
         self._policies = [Policy(layout, hidden, _generator(seed, number)) for number in range(count)]
         for number, policy in enumerate(self._policies):
-            factor = LARGEST_FACTOR ** (number / max(1, count - 1))
+            # A single environment cannot show the whole range at once: it has another place in it each time.
+            place = number / (count - 1) if count > 1 else float(torch.rand((), generator=_generator(seed, count)))
+            factor = LARGEST_FACTOR**place
             for stack in policy.networks:
                 assert isinstance(stack, StackedMLP)
                 for part in (stack.weights[-1], stack.biases[-1]):

@@ -195,14 +195,19 @@ class _Evaluating:
     def follow(self) -> None:
         """Wait a while for policies to evaluate, and evaluate the one whose turn it is."""
         with self._telemetry.stage(self._stage):
-            message = self._weights.next(0.0 if self._waiting else POLL_SECONDS)
-            while message is not None:
-                self._queue(message)
-                message = self._weights.next(0.0)
+            self._take_in(0.0 if self._waiting else POLL_SECONDS)
             _pump(self._learner)
-        self._skip()
         if self._waiting:
             self._evaluate(self._waiting.pop(0))
+
+    def _take_in(self, timeout_seconds: float = 0.0) -> None:
+        message = self._weights.next(timeout_seconds)
+        if message is None:
+            return
+        while message is not None:
+            self._queue(message)
+            message = self._weights.next(0.0)
+        self._skip()
 
     def _queue(self, message: Message) -> None:
         body = message.body
@@ -244,6 +249,8 @@ class _Evaluating:
 
     def _say_so(self, episodes: int, of: int) -> None:
         """Tell the learner, now and then, that the work goes on."""
+        # Policies that nobody takes in would fill the socket's queue, which then drops the newest.
+        self._take_in()
         if time.monotonic() - self._said < WORKING_SECONDS:
             return
         self._said = time.monotonic()
