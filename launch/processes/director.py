@@ -33,6 +33,8 @@ PROCESSES, PROCESSES_SECONDS = "processes.json", 1.0
 REMOTE_GRACE_SECONDS = 2.0
 LOST_NODE_SECONDS = 15.0
 """Longer than a silent process is only named, since its work is given to other nodes then."""
+PAUSE_SECONDS = 5.0
+"""Of this process itself, from which on it is no silence of the others: below that they are heard again in time."""
 JOINED = re.compile(r"actor-\d{1,6}")
 """Names of actors that may come to an async run."""
 ADDRESS = re.compile(r"[\w.:\[\]-]{1,255}:\d{1,5}")
@@ -63,13 +65,18 @@ class Director:
         self._heard: dict[str, float] = {}
         self._starts: dict[str, set[str]] = {}
         self._looked, self._began, self._warned = 0.0, time.monotonic(), False
+        self._awake = self._began
+        """When it was last seen that this process is not paused."""
         self.statuses: dict[str, Status] = {}
         self.stopping = False
         """Whether everybody who is heard is told to stop."""
 
     def pump(self, timeout_seconds: float = 0.0) -> None:
         """Take in heartbeats, waiting up to `timeout_seconds` for the first."""
-        for request in self._server.poll(timeout_seconds):
+        self._forgive_pause()
+        requests = self._server.poll(timeout_seconds)
+        self._forgive_pause(timeout_seconds)
+        for request in requests:
             name, body = request.message.sender.name, request.message.body
             if name in self._names or (self._takes_more and JOINED.fullmatch(name)):
                 if isinstance(body, Event):
@@ -83,6 +90,15 @@ class Director:
         if (now := time.monotonic()) - self._looked >= PROCESSES_SECONDS:
             self._looked = now
             self._look(now)
+
+    def _forgive_pause(self, waited_seconds: float = 0.0) -> None:
+        """Take it for nobody's silence that this process could not listen: its disk stalled, or it was suspended."""
+        now = time.monotonic()
+        if (pause := now - self._awake - waited_seconds) > PAUSE_SECONDS:
+            log.warning("could not listen for %.0f s: did the disk of %s stall?", pause, self._plan.run_folder)
+            self._heard = {name: min(now, heard + pause) for name, heard in self._heard.items()}
+            self._began += pause
+        self._awake = now
 
     def _hear(self, sender: Sender, status: Status) -> None:
         name = sender.name
@@ -164,6 +180,7 @@ class Director:
 
     def lost_nodes(self) -> list[int]:
         """Nodes whose supervisors were heard, and are no longer; each is told once."""
+        self._forgive_pause()
         now = time.monotonic()
         lost = [
             name for name in self._supervisors if name in self._heard and now - self._heard[name] > LOST_NODE_SECONDS

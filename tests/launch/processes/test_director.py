@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -181,3 +182,33 @@ def test_a_process_that_is_heard_again_is_back(director: Director, tmp_path: Pat
     (back,) = [e for e in read_events(tmp_path, 9) if e["event"] == "back"]
     assert back["process"] == "learner-0"
     assert back["text"].startswith("is heard again, 0 s after its last sign")
+
+
+@pytest.mark.parametrize("at", ["while it writes", "between"])
+def test_a_pause_of_the_director_itself_loses_no_node(
+    director: Director, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """Else a disk that stalls makes it take over what other nodes are doing."""
+    clock = SimpleNamespace(offset=0.0)
+    monotonic = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + clock.offset)
+    tell(director, tmp_path, "supervisor-1", Status("supervisor", 1, 1, 1, "start", "", {}))
+
+    def stall(*_: object) -> None:
+        clock.offset += 2 * LOST_NODE_SECONDS
+
+    if at == "between":
+        stall()
+    else:
+        monkeypatch.setattr("bm3il.launch.processes.director.write_atomically", stall)
+        director._looked = 0.0
+        director.pump()
+        monkeypatch.undo()
+        monkeypatch.setattr(time, "monotonic", lambda: monotonic() + clock.offset)
+    assert director.lost_nodes() == []
+    director.pump()
+    assert director.lost_nodes() == []
+    for _ in range(10):  # it listens now, and hears nothing
+        clock.offset += LOST_NODE_SECONDS / 8
+        director.pump()
+    assert director.lost_nodes() == [1]
