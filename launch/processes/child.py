@@ -64,6 +64,7 @@ class Child:
     def spawn(self) -> None:
         """Start it, bound to this process: call from the main thread (see `lifeline`)."""
         self.start_at = None
+        self.log.parent.mkdir(parents=True, exist_ok=True)  # whoever cleans up logs does not end the run
         with self.log.open("ab") as output, _nameless_file() as stdin:
             self._log_start = output.tell()
             stdin.write(self._stdin.encode())
@@ -160,8 +161,11 @@ class Child:
         return "\n".join(text.strip().splitlines()[-TAIL_LINES:])
 
     def _tail(self) -> str:
-        """The end of what it wrote since its last start."""
-        with self.log.open("rb") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(self._log_start, end - TAIL_BYTES))
-            return file.read().decode(errors="replace")
+        """The end of what it wrote since its last start; nothing if somebody has removed that."""
+        try:
+            with self.log.open("rb") as file:
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(self._log_start, end - TAIL_BYTES))
+                return file.read().decode(errors="replace")
+        except OSError:
+            return ""

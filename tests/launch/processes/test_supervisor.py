@@ -220,6 +220,16 @@ def test_a_killed_process_comes_back(tmp_path: Path, telemetry: Telemetry) -> No
     assert said == ["actor-0 was killed by SIGKILL; starting it again"]
 
 
+def test_a_process_whose_log_was_removed_comes_back(tmp_path: Path, telemetry: Telemetry) -> None:
+    """Whoever makes room on the disk does not end the run."""
+    crash = "import pathlib, shutil, sys; shutil.rmtree(sys.argv[1]); sys.exit(1)"
+    said: list[str] = []
+    supervisor = start(tmp_path, telemetry, {"actor": [crash, str(tmp_path / "logs")]}, said)
+    assert watch(supervisor, lambda: len(said) == 2) is None
+    assert "actor-0 ended with code 1; starting it again" in said[0]
+    supervisor.stop_all(StopRequests(), lambda: None)
+
+
 def test_who_was_told_the_end_before_its_supervisor_has_not_crashed(
     tmp_path: Path, telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
