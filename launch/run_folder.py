@@ -37,6 +37,7 @@ TAIL_BYTES = 1 << 20
 MAX_SLUG = 80
 LOCK_TRIES, LOCK_PAUSE_SECONDS = 5, 0.02
 """Who only looks whether a run is running holds its lock for some microseconds."""
+SECOND = len("2026-11-27T14:57:41")
 ANNOUNCED, ENDED_WELL = ".targets", ("finished", "interrupted")
 MIN_FREE_BYTES = 64 << 20
 """Room for two checkpoints of the Berlin preset: with less, the first iterations would be lost work."""
@@ -266,6 +267,20 @@ def read_result(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return _failure(folder)
     return result if isinstance(result, dict) else {}
+
+
+def present_result(folder: Path, config: Config) -> dict[str, Any]:
+    """`read_result` of the run as it stands, else {}: it may be running again, or have been killed since it ended."""
+    if is_running(folder):
+        return {}
+    result = read_result(folder)
+    if result.get("status") == "finished":  # it stays whatever came later, unless it shall play more steps
+        return result if result.get("steps", config.steps) == config.steps else _failure(folder)
+    lines = _lines(folder / "events.jsonl")
+    starts = [line for line in lines if line.get("event") == "start"] or lines[:1]
+    # To the second, as results tell it.
+    began = [str(line.get("time", ""))[:SECOND] for line in starts[-1:]]
+    return _failure(folder) if [str(result.get("ended", ""))[:SECOND]] < began else result
 
 
 def _failure(folder: Path) -> dict[str, Any]:

@@ -30,8 +30,8 @@ from bm3il.launch.run_folder import (
     folders_with,
     is_running,
     logged,
+    present_result,
     read_config,
-    read_result,
 )
 from bm3il.launch.surroundings import screen
 from bm3il.protocol.errors import InputError
@@ -125,15 +125,16 @@ def describe(folder: Path) -> dict[str, Any]:
         "checkpoint": _checkpoint(folder),
         "processes": _told_of_processes(folder) if running else {},
         "events": read_events(folder, EVENTS_TOLD),
-        "result": read_result(folder),
+        "result": present_result(folder, config),
         "config": asdict(config),
     }
 
 
 def _summary(folder: Path, config: Config) -> dict[str, Any]:
     """What a run is, and how far: the same for one run and for a list of them."""
-    result, progress = read_result(folder), _how_far(folder, config)
-    state = "running" if is_running(folder) else str(result.get("status", "killed"))
+    running = is_running(folder)  # before its result, which a run writes before it ends
+    result, progress = present_result(folder, config), _how_far(folder, config)
+    state = "running" if running else str(result.get("status", "killed"))
     if state != "running":
         progress |= {"seconds_left": None}
     evaluation = _evaluation(folder)

@@ -15,7 +15,7 @@ from bm3il.launch.reports.history import Entry, listed, timelines
 from bm3il.launch.reports.log_charts import Group, Stage, groups, stages
 from bm3il.launch.reports.recorded import Columns, read_all_events, read_curve, read_log
 from bm3il.launch.reports.seen import Seen, look_at
-from bm3il.launch.run_folder import is_running, read_config, read_result
+from bm3il.launch.run_folder import is_running, present_result, read_config
 from bm3il.launch.status import ROUTINE
 from bm3il.launch.studies.compared import UNREWARDED
 from bm3il.protocol.errors import InputError
@@ -104,7 +104,7 @@ class RunPage:
 def run_page(folder: Path) -> RunPage:
     """Read a run's folder, and let its newest policy play what pictures show. Raises InputError if this is no run."""
     config = read_config(folder)
-    evaluations, log, result = read_curve(folder), read_log(folder), read_result(folder)
+    evaluations, log, result = read_curve(folder), read_log(folder), present_result(folder, config)
     events, damaged = read_all_events(folder)
     counted = {"log.jsonl": log.damaged, "curve.csv": evaluations.damaged, "events.jsonl": damaged}
     notes = [f"{lines} damaged line{'s' * (lines > 1)} of {name} left out" for name, lines in counted.items() if lines]

@@ -55,11 +55,13 @@ def run_all(
     work = work or Work()
     waiting = deque(folder for folder in folders if not work.done(folder))
     running: dict[Path, Child] = {}
+    before: dict[Path, tuple[str, str]] = {}
     failed: dict[Path, str] = {}
     heard = 0
     while running or (waiting and not stopped.count):
         while waiting and len(running) < jobs and not stopped.count:
             folder = waiting.popleft()
+            before[folder] = _error(folder)
             running[folder] = _start(folder, work)
         if stopped.count > heard:
             heard = stopped.count
@@ -74,7 +76,7 @@ def run_all(
                 child.wait()
                 # By what lies in the folder and not by the exit code, as the next call will judge what is left to do.
                 if not work.done(folder) and not stopped.count:
-                    failed[folder] = _why(folder, child)
+                    failed[folder] = _why(folder, child, before[folder])
     watch(running, failed)
     return failed
 
@@ -86,9 +88,17 @@ def _start(folder: Path, work: Work) -> Child:
     return child
 
 
-def _why(folder: Path, child: Child) -> str:
+def _error(folder: Path) -> tuple[str, str]:
+    """Of the run's result, and of which start it is."""
+    result = read_result(folder)
+    return str(result.get("error", "")), str(result.get("run_id", ""))
+
+
+def _why(folder: Path, child: Child, before: tuple[str, str]) -> str:
     code = child.exit_code or 0
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
-    words = str(read_result(folder).get("error", "")) or child.last_words()
+    now = _error(folder)
+    # What was there before is of an earlier start: this one was refused, and had no result.
+    words = (now[0] if now != before else "") or child.last_words()
     return (words.strip().splitlines() or [f"ended with code {code}"])[-1].removeprefix("bm3il: ")

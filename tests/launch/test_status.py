@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,6 +171,42 @@ def test_a_list_says_why_a_run_has_failed(
     monkeypatch.setattr(status, "is_running", lambda _: False)
     assert print_list(folder.parent) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "  learner-0: No space left on device"
+
+
+FAILED = {"status": "failed", "error": "of an old start", "ended": "2024-01-01T00:00:00+00:00", "return_mean": 1.5}
+
+
+@pytest.mark.parametrize(("held", "state"), [(True, "running"), (False, "killed")])
+def test_the_result_of_an_earlier_start_tells_nothing_of_the_present_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], held: bool, state: str
+) -> None:
+    (folder / "result.json").write_text(json.dumps(FAILED | {"resume": "bm3il resume it"}))
+    monkeypatch.undo()
+    with run_folder.locked(folder) if held else nullcontext():
+        if not held:
+            (folder / "events.jsonl").unlink()
+            told = status.describe(folder)
+            assert (told["state"], told["reason"]) == ("failed", "of an old start")
+            EventLog(folder, "supervisor-0").start(load_preset("rover_tower_8"), resumed=True)
+        told = status.describe(folder)
+        assert (told["state"], told["reason"], told["result"], told["return_mean"]) == (state, "", {}, 97.25)
+        assert print_status(folder) == 0
+        assert "old start" not in (text := capsys.readouterr().out)
+        assert "go on with" not in text
+
+
+@pytest.mark.parametrize(("steps", "state"), [(200_000, "finished"), (100_000, "killed")])
+def test_a_run_that_shall_play_more_steps_is_not_finished(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, steps: int, state: str
+) -> None:
+    monkeypatch.setattr(run_folder, "is_running", lambda _: False)
+    monkeypatch.setattr(status, "is_running", lambda _: False)
+    (folder / "result.json").write_text(json.dumps({"status": "finished", "steps": steps}))
+    assert status.describe(folder)["state"] == state
+    EventLog(folder, "supervisor-0").start(load_preset("rover_tower_8"), resumed=True)
+    EventLog(folder, "supervisor-0").end(Outcome(2, "no GPU"))
+    told = status.describe(folder)
+    assert (told["state"], told["reason"]) == ((state, "") if state == "finished" else ("failed", "no GPU"))
 
 
 def test_a_status_for_programs_says_all(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

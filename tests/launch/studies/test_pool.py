@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -26,3 +27,17 @@ def test_a_run_of_many_iterations_is_listened_to(tmp_path: Path) -> None:
     work = Work(lambda folder: [sys.executable, "-c", TELL, str(folder)], lambda folder: (folder / "done").exists())
     assert run_all([tmp_path], 1, StopRequests(), lambda *_: None, work) == {}
     assert (tmp_path / "done").exists()
+
+
+FAILS = """
+import json, pathlib, sys
+pathlib.Path(sys.argv[1], "result.json").write_text(json.dumps({"status": "failed", "run_id": "2", "error": "NaN"}))
+"""
+REFUSED = "import sys; sys.exit('bm3il: town.xml has changed')"
+
+
+@pytest.mark.parametrize(("program", "why"), [(REFUSED, "town.xml has changed"), (FAILS, "NaN")])
+def test_a_run_that_is_refused_does_not_tell_why_it_failed_before(tmp_path: Path, program: str, why: str) -> None:
+    (tmp_path / "result.json").write_text(json.dumps({"status": "failed", "run_id": "1", "error": "of an old start"}))
+    work = Work(lambda folder: [sys.executable, "-c", program, str(folder)])
+    assert run_all([tmp_path], 1, StopRequests(), lambda *_: None, work) == {tmp_path: why}
