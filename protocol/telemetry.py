@@ -58,6 +58,7 @@ class Telemetry:
     registry: where each room registers its own metrics (`<room>/metrics.py`).
     token: what metrics must be asked with (`Authorization: Bearer …`); empty: nothing.
     host, port: where metrics are reached; 0 takes a free port.   bind: the address they listen on, if it is another.
+    answered: whether the director has ever answered.
     numbers, text: sent along with every heartbeat. A stage adds `seconds_<stage>`, its last duration.
     """
 
@@ -108,7 +109,7 @@ class Telemetry:
         if token:
             self._server.set_app(_guarded(prometheus_client.make_wsgi_app(self.registry), token))
         self.metrics_address = f"{host}:{self._server.server_port}"
-        self._heard = time.monotonic()
+        self._heard, self.answered = time.monotonic(), False
         self._closing = threading.Event()
         self._heartbeat: threading.Thread | None = None
 
@@ -253,7 +254,7 @@ class Telemetry:
                     for event in islice(self.events(), EVENTS_UNDER_WAY - client.pending_of(Event)):
                         client.tell(event)
                     answer = client.request(self.status(), deadline_seconds=HEARTBEAT_SECONDS)
-                    self._heard = time.monotonic()
+                    self._heard, self.answered = time.monotonic(), True
                     if answer.body.note == STOP:
                         self.stop.set()
                 except Refused as refusal:

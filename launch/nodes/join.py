@@ -7,6 +7,7 @@ import os
 import random
 import socket
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +16,8 @@ from urllib.parse import urlsplit
 
 import dacite
 
-from bm3il.launch.processes.director import follow
+from bm3il.launch.outcome import DEADLINE, FINISHED, Outcome
+from bm3il.launch.processes.director import Followed, follow
 from bm3il.launch.processes.supervisor import StopRequests
 from bm3il.launch.surroundings import lasting_output, private_folder
 from bm3il.launch.topology import LOOPBACK, Node, Plan, Process
@@ -95,9 +97,28 @@ def join(path: Path, actors: int) -> int:
         stopped = StopRequests()
         print(f"joining the run of {plan.control} with {', '.join(f'actor-{index}' for index in indices)}", flush=True)
         with stopped.heard():
-            follow(plan, node, stopped, lambda line: print(line, flush=True))
+            end = follow(plan, node, stopped, lambda line: print(line, flush=True), joined=True)
+    if outcome := _outcome(end, plan, path):
+        print(f"bm3il: {outcome.text}", file=sys.stderr)
+        return outcome.code
     print("left")
-    return 0
+    return FINISHED
+
+
+def _outcome(end: Followed, plan: Plan, path: Path) -> Outcome | None:
+    """What went wrong, if something has. Actors give up a run that is not heard about when their supervisor does."""
+    if end.outcome and end.outcome.code != DEADLINE:
+        return end.outcome
+    if not end.lost and not end.outcome:
+        return None
+    seconds = f"{plan.config.learner.deadline_seconds:.0f} s"
+    if end.heard:
+        return end.outcome or Outcome(DEADLINE, f"the run of {plan.control} was not heard for {seconds}")
+    return Outcome(
+        DEADLINE,
+        f"nobody answered at {plan.control} within {seconds}: {path} may be of an earlier start of the run, or this "
+        "machine cannot reach it",
+    )
 
 
 def _address_towards(endpoint: str) -> str:

@@ -45,7 +45,7 @@ def main() -> int:
 
 def _run(plan: Plan, node: int, stopped: StopRequests) -> int:
     if node > 0:
-        if follow(plan, node, stopped, lambda line: print(line, flush=True)):
+        if follow(plan, node, stopped, lambda line: print(line, flush=True)).lost:
             backends.start_again()
         return 0
     threading.Thread(target=rendezvous.listen_for_stop, args=(stopped,), daemon=True).start()

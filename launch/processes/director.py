@@ -294,10 +294,24 @@ def direct(plan: Plan, progress: Progress, stopped: StopRequests) -> Outcome:
     return outcome or end
 
 
-def follow(plan: Plan, node: int, stopped: StopRequests, say: Callable[[str], None]) -> bool:
+@dataclass(frozen=True)
+class Followed:
+    """How another node's part ended.
+
+    outcome: what a process of it has decided, if one has.   heard: whether the director ever was.   lost: whether it
+    was not, for as long as a wait may last.
+    """
+
+    outcome: Outcome | None
+    heard: bool
+    lost: bool
+
+
+def follow(plan: Plan, node: int, stopped: StopRequests, say: Callable[[str], None], joined: bool = False) -> Followed:
     """Run another node's part: until the director says stop, or has not been heard for as long as a wait may last.
 
-    Returns whether the director was lost.
+    joined: it is no part of the plan. The director hears its actors only, and so it ends with the first that has an
+    outcome.
     """
     patience = plan.config.learner.deadline_seconds
     lost = False
@@ -307,7 +321,7 @@ def follow(plan: Plan, node: int, stopped: StopRequests, say: Callable[[str], No
     outcome: Outcome | None = None
     try:
         supervisor.start()
-        while not (telemetry.stop.wait(0.1) or stopped.count or lost):
+        while not (telemetry.stop.wait(0.1) or stopped.count or lost or (joined and outcome)):
             lost = telemetry.seconds_alone() > patience
             # Only reported, with the next heartbeats: the director decides, and tells this node to stop.
             if outcome is None and (outcome := supervisor.watch()):
@@ -317,7 +331,7 @@ def follow(plan: Plan, node: int, stopped: StopRequests, say: Callable[[str], No
         # Before `close`, which sends the last heartbeat: the director waits for this number.
         telemetry.numbers["ended"] = 1
         telemetry.close()
-    return lost
+    return Followed(outcome, telemetry.answered, lost)
 
 
 def _schema(body: Any) -> ArrayTable | None:

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,14 @@ import pytest
 
 from bm3il.launch.config import load_preset
 from bm3il.launch.events import read_events
-from bm3il.launch.nodes.join import read_ticket, ticket
+from bm3il.launch.nodes.join import join, read_ticket, ticket
+from bm3il.launch.outcome import Outcome
+from bm3il.launch.processes import director
 from bm3il.launch.topology import Node, Plan, ipc_addresses, processes_of
+from bm3il.protocol.channels import Server
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.keys import Keys
+from bm3il.protocol.messages import Done, Sender
 from tests.launch.test_faults import DEADLINE_SECONDS, alive, descendants, iterations, result_of, start, wait_for
 
 
@@ -54,6 +59,67 @@ def test_what_is_no_ticket_is_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(InputError, match="is not the join"):
         read_ticket(path)
+
+
+class Actors:
+    """Those of a supervisor, of whom none is ever started."""
+
+    outcome: Outcome | None = None
+
+    def __init__(self, *_: object) -> None:
+        self.began = time.monotonic()
+
+    def start(self) -> None: ...
+
+    def stop_all(self, *_: object) -> None: ...
+
+    def watch(self) -> Outcome | None:
+        return self.outcome if time.monotonic() - self.began > 2 else None
+
+
+@pytest.mark.parametrize(
+    ("answered", "outcome", "code", "told"),
+    [
+        (False, None, 4, "nobody answered at ipc://"),
+        (False, Outcome(4, "actor-1: no weights"), 4, "nobody answered at ipc://"),
+        (True, Outcome(2, "actor-1: cannot read town.xml"), 2, "actor-1: cannot read town.xml"),
+    ],
+)
+def test_who_cannot_join_says_why(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    answered: bool,
+    outcome: Outcome | None,
+    code: int,
+    told: str,
+) -> None:
+    monkeypatch.setattr(director, "Supervisor", type("Theirs", (Actors,), {"outcome": outcome}))
+    plan = plan_of(tmp_path, "async")
+    learner = replace(plan.config.learner, deadline_seconds=30.0 if answered else 3.0)
+    plan = replace(plan, config_yaml=replace(plan.config, learner=learner).to_yaml(), keys_file="")
+    ended = threading.Event()
+
+    def answer() -> None:
+        server = Server(plan.control, Sender("run", "supervisor-0"), lambda _: {}, lambda _: None)
+        while not ended.is_set():
+            for request in server.poll(0.05):
+                server.answer(request, Done(""))
+        server.close()
+
+    thread = threading.Thread(target=answer)
+    if answered:
+        thread.start()
+    try:
+        with ticket(plan):
+            assert join(tmp_path / "join.json", 1) == code
+    finally:
+        ended.set()
+        if answered:
+            thread.join()
+    output = capsys.readouterr()
+    assert output.err.startswith(f"bm3il: {told}")
+    assert "left" not in output.out
 
 
 LEARNER = ["bm3il.launch.processes.worker", "learner", "0"]
