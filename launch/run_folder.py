@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import csv
 import difflib
+import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
+import secrets
 import shlex
 import shutil
 import time
@@ -35,6 +37,8 @@ CONFIG, STUDY, STUDY_FILE = "config.yaml", "study.json", "study.yaml"
 TAIL_BYTES = 1 << 20
 """Of a log, in which its last line lies."""
 MAX_SLUG = 80
+TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+"""How the system says, of a folder that shall be renamed, that something of the new name is there."""
 LOCK_TRIES, LOCK_PAUSE_SECONDS = 5, 0.02
 """Who only looks whether a run is running holds its lock for some microseconds."""
 SECOND = len("2026-11-27T14:57:41")
@@ -91,21 +95,23 @@ def create(config: Config) -> Path:
     Raises InputError if it exists, cannot be written or has no space; nothing is left behind then.
     """
     folder = Path(config.runs_folder, config.run)
+    taken = RunExistsError(f"{folder} exists; take another --run, or `bm3il resume {folder}` to go on with it")
     discard(folder)
+    if os.path.lexists(folder):
+        raise taken
+    # Under another name until it is whole: who is killed here leaves no folder that is in the way and is no run.
+    fresh = folder.with_name(f".new-{secrets.token_hex(8)}")
     try:
-        folder.mkdir(parents=True)
-    except FileExistsError as error:
-        raise RunExistsError(
-            f"{folder} exists; take another --run, or `bm3il resume {folder}` to go on with it"
-        ) from error
+        fresh.mkdir(parents=True)
+        check_space(folder.parent)
+        write_atomically(fresh / CONFIG, config.to_yaml())
+        fresh.rename(folder)
     except OSError as error:
+        if error.errno in TAKEN and fresh.exists():
+            raise taken from error
         raise InputError(f"cannot create {folder}: {error.strerror}; take another --runs-folder") from error
-    try:
-        check_space(folder)
-        write_atomically(folder / CONFIG, config.to_yaml())
-    except InputError:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
     return folder.resolve()
 
 

@@ -50,6 +50,37 @@ def test_no_space_leaves_nothing(config: Config, monkeypatch: pytest.MonkeyPatch
     assert not Path(config.runs_folder, "mine").exists()
 
 
+def test_a_folder_that_is_no_run_yet_is_not_in_the_way(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is killed while it is made leaves nothing that a study or a run of this name would trip over."""
+    folder, seen = Path(config.runs_folder, config.run), []
+    write = run_folder.write_atomically
+
+    def look(path: Path, text: str) -> None:
+        write(path, text)
+        seen.append(folder.exists())
+
+    monkeypatch.setattr(run_folder, "write_atomically", look)
+    run_folder.create(config)
+    assert seen == [False]
+    assert [path.name for path in folder.parent.iterdir()] == [config.run]
+
+
+def test_of_two_that_make_one_folder_the_first_has_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(config.runs_folder, config.run)
+    write = run_folder.write_atomically
+
+    def overtaken(path: Path, text: str) -> None:
+        folder.mkdir()
+        (folder / "config.yaml").write_text("another's")
+        write(path, text)
+
+    monkeypatch.setattr(run_folder, "write_atomically", overtaken)
+    with pytest.raises(run_folder.RunExistsError):
+        run_folder.create(config)
+    assert (folder / "config.yaml").read_text() == "another's"
+    assert [path.name for path in folder.parent.iterdir()] == [config.run], "nothing hidden is left"
+
+
 def test_a_run_that_ended_at_its_start_does_not_keep_its_name(config: Config) -> None:
     folder = run_folder.create(config)
     (folder / "logs").mkdir()
