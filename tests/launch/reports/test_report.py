@@ -25,6 +25,7 @@ from bm3il.launch.reports.recorded import read_curve, read_log
 from bm3il.launch.reports.report import render, write_report
 from bm3il.launch.reports.run_page import run_page
 from bm3il.launch.reports.study_page import estimate, study_page
+from bm3il.launch.run_folder import locked
 from bm3il.protocol.errors import InputError
 
 HOSTILE = "<script>alert('&\"')</script>"
@@ -452,3 +453,13 @@ def test_a_browser_shows_pages_at_both_widths(tmp_path: Path, folder: Path, stud
     assert [(width, scrolled) for width, scrolled, _ in shown] == [(1280, 1280), (400, 400)]
     assert all(plots > 0 for _, _, plots in shown)
     assert "CONSOLE" not in done.stderr
+
+
+def test_the_page_of_a_run_that_is_running_again_tells_nothing_of_how_it_ended_before(folder: Path) -> None:
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result | {"status": "failed", "error": "no chunk", "iterations": 7}))
+    assert run_page(folder).error == "no chunk"
+    with locked(folder):
+        page = run_page(folder)
+    assert (page.state, page.error, dict(page.facts)["Iterations"]) == ("running", "", "300")
+    assert page.returns[0].learned == read_curve(folder).rows[-1]["return_mean"]
