@@ -89,6 +89,8 @@ class Table:
             found = f"'{text}'" if text else "nothing"
             hint = f"; {nearest(text, words)}" if words and text else ""
             expected = "an integer" if whole else "a number"
+            if words and np.isfinite(_plain(written[at : at + 1])[0]):
+                expected = "a word of the mapping file"
             raise InputError(f"{self.row(rows[at])}: expected {expected} in '{name}' ({why}), got {found}{hint}")
         return values
 
@@ -133,11 +135,26 @@ def _stripped(texts: Any) -> Any:
 
 
 def _values(written: Any, words: Mapping[str, int]) -> np.ndarray:
-    """Numbers, NaN where there are none."""
+    """Numbers, NaN where there are none. Where words are numbers themselves, they number anew: one that is no word may
+    not be told from one of ours, and is none."""
+    if not words:
+        return _plain(written)
+    polars = _polars()
+    texts = _stripped(written.cast(polars.String))
+    found = texts.replace_strict(words, default=None, return_dtype=polars.Float64).to_numpy()
+    values = _plain(texts)
+    meant = zip(_plain(polars.Series(list(words))).tolist(), words.values(), strict=True)
+    if anew := {value: number for value, number in meant if np.isfinite(value)}:
+        # By value: programs write the same number as 1, 1.0 or 01.
+        values = polars.Series(values).replace_strict(anew, default=None, return_dtype=polars.Float64).to_numpy()
+    return np.where(np.isnan(found), values, found)
+
+
+def _plain(written: Any) -> np.ndarray:
+    """Numbers as they are written, NaN where there are none."""
     polars = _polars()
     if written.dtype == polars.String:
-        texts = _stripped(written).replace({word: str(number) for word, number in words.items()})
-        written = texts.str.to_lowercase().replace(FLAGS)
+        written = _stripped(written).str.to_lowercase().replace(FLAGS)
     return written.cast(polars.Float64, strict=False).to_numpy().astype(np.float64)
 
 

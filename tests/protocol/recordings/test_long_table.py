@@ -171,6 +171,27 @@ def test_a_mapping_file_tells_other_names(tmp_path: Path) -> None:
         read(tmp_path, changed("turn", "rigth")(mapped_rows()), MAPPING)
 
 
+NUMBERED_ANEW = "actions: {taxi: {1: 0, 2: 1, 3: 2}}"
+
+
+@pytest.mark.parametrize("kind", ["text", "whole", "floats"])
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_words_may_be_numbers_however_they_are_written(tmp_path: Path, kind: str, suffix: str) -> None:
+    write_as: Callable[[int], Any] = {"text": str, "whole": int, "floats": float}[kind]
+    rows = [r | {"action": write_as(r["action"] + 1)} if "action" in r else r for r in town_rows()]
+    (tmp_path / "mapping.yaml").write_text(NUMBERED_ANEW)
+    path = write(tmp_path / f"anew{suffix}", rows)
+    assert_same(read_table(path, TOWN, tmp_path / "mapping.yaml")[0], read(tmp_path, town_rows()))
+    path = write(path, changed("action", write_as(0))(rows))
+    with pytest.raises(InputError, match=r"row \d: expected a word of the mapping file in 'action' \(.*\), got '0"):
+        read_table(path, TOWN, tmp_path / "mapping.yaml")
+
+
+def test_plain_numbers_do_beside_words(tmp_path: Path) -> None:
+    found = read(tmp_path, town_rows(), "actions: {taxi: {no: 0, left: 1, right: 2}}")
+    assert_same(found, read(tmp_path, town_rows()))
+
+
 @pytest.mark.parametrize(
     ("mapping", "text"),
     [
