@@ -44,7 +44,14 @@ def read_table(
     Raises InputError, naming file and row, for whatever cannot be meant.
     """
     spec = environment.spec
-    table = _LongTable(Table(path), Names.read(mapping, spec), spec)
+    written, names = Table(path), Names.read(mapping, spec)
+    try:
+        # Also of columns that may be left out: who names one means that it is there.
+        for (kind, ours), theirs in names.columns.items():
+            written.require(theirs, f"'{ours}'" + (f" of '{kind}'" if kind else ""))
+    except InputError as error:
+        raise InputError(f"{mapping}: {error}") from error
+    table = _LongTable(written, names, spec)
     origin, tells = f"imported from {Path(path).name}", teller(environment)
     notes: list[str] = []
     if tells is None or table.has_actions:

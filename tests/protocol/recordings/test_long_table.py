@@ -204,6 +204,10 @@ def test_plain_numbers_do_beside_words(tmp_path: Path) -> None:
         ("columns: {step: [a, b]}", "expected one column for 'step'"),
         ("types: {cab: taxy}", r"unknown type 'taxy'; did you mean taxi"),
         ("agents: {M 10: taxi_2}", r"unknown agent 'taxi_2'; did you mean taxi_"),
+        ("columns: {reward: {tram: rewrad}}", r"column 'rewrad' \('reward' of 'tram'\) is missing; did you mean reward"),
+        ("columns: {active: prezent}", r"the column 'prezent' \('active' of 'taxi'\) is missing; did you mean agent"),
+        ("columns: {mask: {taxi: [mask.0, mask.1, musk]}}", "'musk' .* is missing; did you mean mask"),
+        ("columns: {episode: day}", r"the column 'day' \('episode'\) is missing"),
         ("actions: {taxi: {left: 3}}", r"expected 0..2 for 'left' of 'taxi', got 3"),
     ],
 )
