@@ -14,8 +14,9 @@ For each type `TYPE` of the environment, a row being one joint step, episodes on
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -112,20 +113,23 @@ def _shapes(t: TypeSpec, rows: int) -> dict[str, tuple[int, ...]]:
 
 def _recording(spec: EnvironmentSpec, arrays: Mapping[str, np.ndarray], lengths: np.ndarray) -> Recording:
     ends = np.cumsum(lengths)
-    active, actions, masks = [], [], []
-    for t in spec.types:
-        chosen, allowed = arrays[f"{t.name}.actions"], arrays.get(f"{t.name}.action_masks")
-        everywhere = np.ones((int(lengths.sum()), t.count), bool)
-        active.append(arrays.get(f"{t.name}.active", everywhere).astype(bool))
-        if t.discrete and chosen.dtype.kind not in "iu":
-            raise InputError(f"{t.name}.actions: expected integers, found {chosen.dtype}")
-        actions.append(chosen)
-        masks.append(None if allowed is None else allowed.astype(bool))
 
     def place(m: int, row: int, agent: int) -> str:
         episode = int(np.searchsorted(ends, row, side="right"))
         step = row - int(ends[episode] - lengths[episode])
         return f"row {row} (step {step} of episode {episode}), {spec.types[m].name}_{agent}"
+
+    active, actions, masks = [], [], []
+    for m, t in enumerate(spec.types):
+        chosen, allowed = arrays[f"{t.name}.actions"], arrays.get(f"{t.name}.action_masks")
+        everywhere = np.ones((int(lengths.sum()), t.count), bool)
+        there = _flags(f"{t.name}.active", arrays.get(f"{t.name}.active", everywhere), everywhere, partial(place, m))
+        active.append(there)
+        if t.discrete and chosen.dtype.kind not in "iu":
+            raise InputError(f"{t.name}.actions: expected integers, found {chosen.dtype}")
+        actions.append(chosen)
+        name = f"{t.name}.action_masks"
+        masks.append(None if allowed is None else _flags(name, allowed, there[..., None], partial(place, m)))
 
     with np.errstate(over="ignore"):  # what overflows is found to be infinite
         observations = [arrays[f"{t.name}.observations"].astype(np.float32) for t in spec.types]
@@ -138,3 +142,12 @@ def _recording(spec: EnvironmentSpec, arrays: Mapping[str, np.ndarray], lengths:
         returns=arrays.get("returns", np.full((len(lengths), spec.num_agents), np.nan)),
         place=place,
     )
+
+
+def _flags(name: str, given: np.ndarray, there: np.ndarray, place: Callable[[int, int], str]) -> np.ndarray:
+    """An array as bool. Raises InputError for what is neither 0 nor 1 where `there` is true: a −1, say, may mean
+    either."""
+    if (wrong := there & (given != 0) & (given != 1)).any():  # NaN is neither
+        at = tuple(map(int, np.argwhere(wrong)[0]))
+        raise InputError(f"{place(at[0], at[1])}: expected 0 or 1 (false or true) in '{name}', got {given[at]}")
+    return given.astype(bool)

@@ -129,7 +129,7 @@ class _LongTable:
         mine, t = np.flatnonzero(rows.kind == m), self._spec.types[m]
         if not self._has(ACTIVE, t):
             return mine
-        return mine[self._columns([ACTIVE], t, "whether it takes part", mine)[:, 0] != 0]
+        return mine[self._flags([ACTIVE], t, "whether it takes part", mine)[:, 0]]
 
     def _observations(self, t: TypeSpec, rows: np.ndarray) -> np.ndarray:
         """[len(rows), O_m] float32."""
@@ -177,7 +177,7 @@ class _LongTable:
         columns = mask_columns(t) if t.discrete else []
         if all(self._table.is_empty(self._names.column(column, t), rows) for column in columns):
             return None
-        return self._columns(columns, t, "whether it may do that", rows) != 0
+        return self._flags(columns, t, "whether it may do that", rows)
 
     def _returns(self, rows: Rows) -> np.ndarray:
         """[episodes, N]: what is written, or the sums of rewards; NaN where neither is."""
@@ -207,6 +207,15 @@ class _LongTable:
         """[len(rows), len(names)] float64."""
         whose = f"{why}, of '{t.name}'"
         return np.stack([self._table.numbers(self._names.column(name, t), whose, rows) for name in names], axis=1)
+
+    def _flags(self, names: Sequence[str], t: TypeSpec, why: str, rows: np.ndarray) -> np.ndarray:
+        """[len(rows), len(names)] bool. Raises InputError for what is neither 0 nor 1: a −1, say, may mean either."""
+        values = self._columns(names, t, why, rows)
+        if (wrong := (values != 0) & (values != 1)).any():
+            row, column = np.argwhere(wrong)[0]
+            where = f"'{self._names.column(names[column], t)}' ({why}, of '{t.name}')"
+            raise InputError(f"{self._table.row(rows[row])}: expected 0 or 1 in {where}, got {values[row, column]:g}")
+        return values == 1
 
     def _has(self, name: str, t: TypeSpec) -> bool:
         return self._names.column(name, t) in self._table.columns

@@ -54,6 +54,13 @@ def test_arrays_come_back(tmp_path: Path) -> None:
     assert (found.episode_lengths.tolist(), found.groups.tolist(), found.return_mean) == ([3, 2], [4, 4], 1)
 
 
+def test_masks_of_who_takes_no_part_may_be_anything(tmp_path: Path) -> None:
+    fields = arrays()
+    masks = np.where((fields["bus.active"] == 1)[..., None], fields["bus.action_masks"], np.nan)
+    found = read_arrays(write(tmp_path, **fields | {"bus.action_masks": masks}), SPEC)
+    np.testing.assert_array_equal(found.action_masks[0], read_arrays(write(tmp_path, **fields), SPEC).action_masks[0])
+
+
 def test_what_may_be_left_out_is(tmp_path: Path) -> None:
     optional = ("bus.action_masks", "bus.active", "returns", "groups")
     found = read_arrays(write(tmp_path, **{n: a for n, a in arrays().items() if n not in optional}), SPEC)
@@ -99,6 +106,13 @@ def test_an_environment_that_describes_its_observations_takes_them_expanded(tmp_
             r"tram_0: expected a finite number in 'observation.0', got nan",
         ),
         ("bus.observations", np.full((5, 2, 3), 1e99), r"bus_0: expected a finite number in 'observation.0', got inf"),
+        (
+            "bus.active",
+            np.full((5, 2), 0.5),
+            r"row 0 \(step 0 .*\), bus_0: expected 0 or 1 .* in 'bus.active', got 0.5",
+        ),
+        ("bus.active", np.full((5, 2), np.nan), r"bus_0: expected 0 or 1 .* in 'bus.active', got nan"),
+        ("bus.action_masks", np.full((5, 2, 4), -1), r"bus_0: expected 0 or 1 .* in 'bus.action_masks', got -1"),
         ("groups", np.array([0.5, np.nan]), "groups: expected integers, found float64"),
         ("tram.observations", np.array([[{}]], object), "pickle"),
     ],

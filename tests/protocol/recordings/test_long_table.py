@@ -204,7 +204,7 @@ def test_plain_numbers_do_beside_words(tmp_path: Path) -> None:
         ("columns: {step: [a, b]}", "expected one column for 'step'"),
         ("types: {cab: taxy}", r"unknown type 'taxy'; did you mean taxi"),
         ("agents: {M 10: taxi_2}", r"unknown agent 'taxi_2'; did you mean taxi_"),
-        ("columns: {reward: {tram: rewrad}}", r"column 'rewrad' \('reward' of 'tram'\) is missing; did you mean reward"),
+        ("columns: {reward: {tram: rewrad}}", r"'rewrad' \('reward' of 'tram'\) is missing; did you mean reward"),
         ("columns: {active: prezent}", r"the column 'prezent' \('active' of 'taxi'\) is missing; did you mean agent"),
         ("columns: {mask: {taxi: [mask.0, mask.1, musk]}}", "'musk' .* is missing; did you mean mask"),
         ("columns: {episode: day}", r"the column 'day' \('episode'\) is missing"),
@@ -252,6 +252,12 @@ def without(column: str) -> Callable[[list[Row]], list[Row]]:
         (changed("action", 2), r"row 5: expected an allowed action \(0, 1\), got 2$"),
         (changed("action.1", 1.5, 1), r"row 3: expected an action of 'tram' in -1..1, got 1.5$"),
         (changed("mask.1", "maybe"), r"row 5: expected a number in 'mask.1' .*, got 'maybe'"),
+        (changed("mask.1", -1), r"row 5: expected 0 or 1 in 'mask.1' \(whether it may do that, of 'taxi'\), got -1$"),
+        (changed("mask.1", 0.5), r"row 5: expected 0 or 1 in 'mask.1' .*, got 0.5$"),
+        (
+            lambda rows: changed("active", 2)([r | {"active": "true"} for r in rows]),
+            r"row 5: expected 0 or 1 in 'active' \(whether it takes part, of 'taxi'\), got 2$",
+        ),
         (changed("return", 5), None),
     ],
 )
