@@ -188,10 +188,10 @@ def remembered_random_returns(job: Job) -> np.ndarray | None:
 
 def _per_agent(demonstrations: Demonstrations, spec: EnvironmentSpec) -> np.ndarray | None:
     """What the expert's agents return, for as many agents as there are: of another crowd, the mean of each type."""
-    known = demonstrations.returns_of_agents
-    if known is None or known.shape == (spec.num_agents,):
+    known, recorded = demonstrations.returns_of_agents, demonstrations.spec
+    # Of each type as many, not only in all: else those of one type would be held against another's.
+    if known is None or [t.count for t in recorded.types] == [t.count for t in spec.types]:
         return known
-    recorded = demonstrations.spec
     return np.concatenate([np.full(t.count, known[recorded.agents(m)].mean()) for m, t in enumerate(spec.types)])
 
 

@@ -232,6 +232,16 @@ def test_the_expert_of_another_crowd_is_known_by_its_types(job: Job) -> None:
     np.testing.assert_allclose(found, np.repeat([known[:2].mean(), known[2:].mean()], 3))
 
 
+def test_the_expert_of_as_many_agents_of_other_types_is_known_by_its_types(job: Job) -> None:
+    recorded = Demonstrations.load(resolve("rover_tower_4"))
+    known = np.array([1.0, 1, 100, 100], np.float32)
+    recorded = replace(recorded, returns=np.tile(known, (recorded.num_episodes, 1)))
+    rover, tower = recorded.spec.types
+    other = replace(recorded.spec, types=(replace(rover, count=3), replace(tower, count=1)), changes="rover_tower")
+    np.testing.assert_array_equal(evaluation._per_agent(recorded, other), [1, 1, 1, 100])
+    np.testing.assert_array_equal(evaluation._per_agent(recorded, recorded.spec), known)
+
+
 def test_an_evaluator_says_how_far_it_is(job: Job) -> None:
     said: list[tuple[int, int]] = []
     settings = EvaluationSettings(final_episodes=300)
