@@ -78,34 +78,38 @@ class Run:
         observations: of each type [X_m, O_m] or [B, X_m, O_m].
         action_masks: of each type [X_m, A_m] or [B, X_m, A_m] bool, the actions allowed now; None: all.
         greedy: the likeliest action instead of a draw by `seed`.
-        Raises InputError for arrays of other types or shapes.
+        Raises InputError for arrays of other types or shapes, and for masks of another batch than observations.
         """
-        seen, batched = self._seen(observations, action_masks)
+        seen, lead = self._seen(observations, action_masks)
         actions, _ = self.policy.choose(seen, torch.Generator().manual_seed(seed), greedy)
-        return {t.name: a if batched else a[0] for t, a in zip(self.spec.types, actions, strict=True)}
+        return {t.name: a if lead else a[0] for t, a in zip(self.spec.types, actions, strict=True)}
 
     def reward(self, observations: ByType, actions: ByType) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """The learned reward of each agent (Eq. 9), and its standard deviation over the particles: [X_m] each, [B] in
         front if that is so.
 
+        actions: as `act` gives them, of the same batch as observations.
         Raises InputError for arrays of other types or shapes, or if this run has no learned reward.
         """
-        seen, batched = self._seen(observations, None)
+        seen, lead = self._seen(observations, None)
         shapes = [() if t.discrete else (t.action_dim,) for t in self.spec.types]
-        per_type, _ = self._checked("actions", actions, shapes)
-        for t, chosen in zip(self.spec.types, per_type, strict=True):
-            outside = chosen[(chosen < 0) | (chosen >= t.action_dim)] if t.discrete else chosen[~np.isfinite(chosen)]
-            if outside.size:
-                expected = f"0 to {t.action_dim - 1}" if t.discrete else "finite numbers"
-                raise InputError(f"actions of '{t.name}': expected {expected}, got {outside[0]}")
+        per_type, _ = self._checked("actions", actions, shapes, lead)
+        for m, t in enumerate(self.spec.types):
+            chosen, expected = per_type[m], "finite numbers"
+            wrong = ~np.isfinite(chosen)
+            if t.discrete:
+                expected = f"integers from 0 to {t.action_dim - 1}"
+                wrong |= (chosen < 0) | (chosen >= t.action_dim) | (chosen != np.floor(chosen))
+            if wrong.any():
+                raise InputError(f"actions of '{t.name}': expected {expected}, got {chosen[wrong][0]}")
+            per_type[m] = chosen.astype(np.int64) if t.discrete else chosen
         done = [torch.from_numpy(np.concatenate([per_type[m] for m in types], axis=1)) for types in self.spec.blocks]
         active = [torch.ones(action.shape[:2], dtype=torch.bool) for action in done]
         mean, deviation = self._rewards.query(JointRows(seen, done, active), deviation=True)
         assert deviation is not None
         means, deviations = (self.spec.by_type([v.numpy() for v in part], axis=1) for part in (mean, deviation))
         return {
-            t.name: (m, d) if batched else (m[0], d[0])
-            for t, m, d in zip(self.spec.types, means, deviations, strict=True)
+            t.name: (m, d) if lead else (m[0], d[0]) for t, m, d in zip(self.spec.types, means, deviations, strict=True)
         }
 
     @cached_property
@@ -115,16 +119,16 @@ class Run:
             raise InputError(f"{self.folder} has no learned reward: its algorithm is '{self.trained.config.algorithm}'")
         return model
 
-    def _seen(self, observations: ByType, masks: ByType | None) -> tuple[list[Observations], bool]:
-        """Of each block, and whether there was a batch of them."""
+    def _seen(self, observations: ByType, masks: ByType | None) -> tuple[list[Observations], tuple[int, ...]]:
+        """Of each block, and (B,) if there was a batch of them, else ()."""
         spec = self.spec
-        dense, batched = self._checked("observations", observations, [(t.observation_dim,) for t in spec.types])
+        dense, lead = self._checked("observations", observations, [(t.observation_dim,) for t in spec.types])
         if masks is None:
             allowed = [
                 np.ones((*seen.shape[:2], t.action_dim), bool) for seen, t in zip(dense, spec.types, strict=True)
             ]
         else:
-            allowed, _ = self._checked("action masks", masks, [(t.action_dim,) for t in spec.types])
+            allowed, _ = self._checked("action masks", masks, [(t.action_dim,) for t in spec.types], lead)
         found = []
         for form, types in zip(forms(spec), spec.blocks, strict=True):
             seen, may = (np.concatenate([part[m] for m in types], axis=1) for part in (dense, allowed))
@@ -133,21 +137,28 @@ class Run:
                 names = ", ".join(spec.types[m].name for m in types)
                 raise InputError(f"no agent of '{spec.name}' observes that: observations of {names}")
             found.append(columns)
-        return found, batched
+        return found, lead
 
-    def _checked(self, what: str, given: ByType, shapes: Sequence[tuple[int, ...]]) -> tuple[list[np.ndarray], bool]:
-        """Arrays [B, X_m, *shape] in the order of the types, and whether B was there."""
+    def _checked(
+        self, what: str, given: ByType, shapes: Sequence[tuple[int, ...]], lead: tuple[int, ...] | None = None
+    ) -> tuple[list[np.ndarray], tuple[int, ...]]:
+        """Arrays [B, X_m, *shape] in the order of the types, and what stood in front of X_m: (B,), or ().
+
+        lead: what must stand there, as in arrays of which these are; None: either.
+        """
         names = [t.name for t in self.spec.types]
         if set(given) != set(names):
             raise InputError(f"{what}: expected the types {', '.join(names)}, got {', '.join(given) or 'none'}")
         arrays = [np.asarray(given[name]) for name in names]
-        batched = arrays[0].ndim == 2 + len(shapes[0])
-        size = arrays[0].shape[:1] if batched else ()
+        if lead is None:
+            lead = arrays[0].shape[:1] if arrays[0].ndim == 2 + len(shapes[0]) else ()
         for t, array, shape in zip(self.spec.types, arrays, shapes, strict=True):
-            expected = (*size, t.count, *shape)
+            expected = (*lead, t.count, *shape)
             if array.shape != expected:
                 raise InputError(f"{what} of '{t.name}': expected the shape {expected}, got {array.shape}")
-        return [array if batched else array[None] for array in arrays], batched
+            if array.dtype.kind not in "biuf":
+                raise InputError(f"{what} of '{t.name}': expected numbers, got {array.dtype}")
+        return [array if lead else array[None] for array in arrays], lead
 
 
 def load(run: str | Path, best: bool = False) -> Run:

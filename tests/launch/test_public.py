@@ -102,8 +102,30 @@ def test_arrays_that_fit_nothing_are_refused(rovers: bm3il.Run) -> None:
         bm3il.InputError, match=rf"of 'tower': expected the shape \({tower.count}, {tower.observation_dim}\)"
     ):
         rovers.act(good | {"tower": good["tower"][:, 1:]})
-    with pytest.raises(bm3il.InputError, match=r"actions of 'rover': expected 0 to 4, got 5"):
+    with pytest.raises(bm3il.InputError, match=r"actions of 'rover': expected integers from 0 to 4, got 5"):
         rovers.reward(good, actions | {"rover": actions["rover"] + 5})
+    for value in (0.5, np.nan, np.inf):
+        with pytest.raises(bm3il.InputError, match=rf"'rover': expected integers from 0 to 4, got {value}$"):
+            rovers.reward(good, actions | {"rover": np.full(rover.count, value)})
+    with pytest.raises(bm3il.InputError, match=r"actions of 'tower': expected numbers, got <U4$"):
+        rovers.reward(good, actions | {"tower": np.full(tower.count, "left")})
+    whole = rovers.reward(good, {name: chosen.astype(np.float32) for name, chosen in actions.items()})
+    np.testing.assert_array_equal(whole["rover"], rovers.reward(good, actions)["rover"])
+
+
+def test_batches_that_do_not_fit_each_other_are_refused(rovers: bm3il.Run) -> None:
+    def of(rows: tuple[int, ...], dim: str = "", dtype: Any = np.float32) -> dict[str, np.ndarray]:
+        widths = {t.name: (getattr(t, dim),) if dim else () for t in rovers.spec.types}
+        return {t.name: np.full((*rows, t.count, *widths[t.name]), dtype is bool, dtype) for t in rovers.spec.types}
+
+    for seen, done in (((5,), ()), ((), (5,)), ((), (1,)), ((5,), (3,)), ((5,), (1,))):
+        shape = re.escape(str((*seen, 2)))
+        with pytest.raises(bm3il.InputError, match=rf"actions of 'rover': expected the shape {shape}, got"):
+            rovers.reward(of(seen, "observation_dim"), of(done, dtype=np.int64))
+        with pytest.raises(bm3il.InputError, match="action masks of 'rover': expected the shape"):
+            rovers.act(of(seen, "observation_dim"), of(done, "action_dim", bool))
+    assert rovers.reward(of((5,), "observation_dim"), of((5,), dtype=np.int64))["rover"][0].shape == (5, 2)
+    assert rovers.act(of((), "observation_dim"), of((), "action_dim", bool))["rover"].shape == (2,)
 
 
 def test_an_observation_that_a_world_cannot_show_is_refused(commuters: bm3il.Run) -> None:
