@@ -321,6 +321,11 @@ class EnvironmentSpec:
                 expected, found = getattr(mine, field), getattr(theirs, field)
                 if expected != found:
                     return f"type '{mine.name}': expected {field} {expected!r}, found {found!r}"
+            # Of equal widths, columns could change places and nobody would see it. Who names no parts is believed.
+            for wanted, part in zip(mine.parts, theirs.parts, strict=False):
+                if (wanted.name, wanted.width) != (part.name, part.width):
+                    expected, found = (f"'{p.name}' ({p.width} wide)" for p in (wanted, part))
+                    return f"type '{mine.name}': expected {expected} in what it observes, found {found} in its place"
         return None
 
 

@@ -69,6 +69,21 @@ def test_first_difference_is_told() -> None:
         assert difference == f"type 'tram': expected {field} {getattr(SPEC.types[1], field)!r}, found {value!r}"
 
 
+def test_parts_in_another_order_are_a_difference() -> None:
+    def town(*parts: Part) -> EnvironmentSpec:
+        return EnvironmentSpec("town", (TypeSpec("bus", 1, 3, 5, parts=parts),), 6)
+
+    spec, unnamed = town(Part("place", 1), Part("goal", 1), Part("load", 1)), town()
+    swapped = town(Part("goal", 1), Part("place", 1), Part("load", 1))
+    told = "type 'bus': expected 'place' (1 wide) in what it observes, found 'goal' (1 wide) in its place"
+    assert spec.difference(swapped) == told
+    assert "expected 'load' (1 wide)" in str(spec.difference(town(*spec.types[0].parts[:2], Part("fuel", 1))))
+    assert "found 'place' (2 wide)" in str(spec.difference(town(Part("place", 2), Part("load", 1))))
+    for other in (spec, spec.plain(), town(Part("place", 1), Part("goal", 1, "uint8"), Part("load", 1)), unnamed):
+        assert spec.difference(other) is None
+        assert other.difference(spec) is None
+
+
 def test_columns_of_named_parts() -> None:
     parts = (Part("place.road", 2), Part("place.facility", 3), Part("time", 1))
     driver = TypeSpec("driver", 1, 6, 5, parts=parts, purpose=("place.facility", "time"))
