@@ -124,9 +124,12 @@ def _frame(path: Path) -> Any:
     except (OSError, polars.exceptions.PolarsError, polars.exceptions.PanicException) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"{path}: this cannot be read as a table: {reason}") from error
+    stripped = [name.strip() for name in frame.columns]
+    if doubled := [name for name in stripped if stripped.count(name) > 1]:
+        raise InputError(f"{path}: expected columns of different names, found '{doubled[0]}' more than once in row 1")
     written = frame.select(polars.any_horizontal(polars.all().is_not_null())).to_series().arg_true()
     rows = 0 if written.is_empty() else written[-1] + 1  # many files end with empty lines
-    return frame.head(rows).rename({name: name.strip() for name in frame.columns})
+    return frame.head(rows).rename(dict(zip(frame.columns, stripped, strict=True)))
 
 
 def _stripped(texts: Any) -> Any:

@@ -330,6 +330,7 @@ def test_a_part_may_be_called_like_a_key(tmp_path: Path) -> None:
     [
         ("a.csv", b"", "cannot be read as a table"),
         ("a.csv", b"episode,step\n", "found none below the heading"),
+        ("a.csv", b"episode,step, step\n0,0,0\n", "found 'step' more than once"),
         ("a.csv", b"episode,step\n0,0,0\n", "cannot be read as a table"),
         ("a.csv", b"episode,step\n\xff\xfe,0\n", "cannot be read as a table"),
         ("a.parquet", b"PAR1 and not more", "cannot be read as a table"),
