@@ -26,7 +26,7 @@ from bm3il.protocol.errors import InputError, unknown_name
 from bm3il.protocol.recordings.recording import Recording
 from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
 
-MAX_UNPACKED_BYTES = 1 << 34
+MAX_UNPACKED_BYTES = MAX_ROWS = 1 << 34
 NO_ARCHIVE = (OSError, EOFError, NotImplementedError, zipfile.BadZipFile, ValueError)
 """What files raise that are no npz, of a version that nobody knows, or damaged; InputError is a ValueError."""
 
@@ -94,10 +94,11 @@ def field(file: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...] | No
 
 def _lengths(file: Mapping[str, np.ndarray]) -> np.ndarray:
     lengths = field(file, "episode_lengths", None)
+    first = lengths.ravel()[:5].tolist()
     if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or not lengths.size or lengths.min() < 1:
-        raise InputError(
-            f"episode_lengths: expected [episodes] integers from 1 on, found {lengths.dtype} {lengths[:5]}"
-        )
+        raise InputError(f"episode_lengths: expected [episodes] integers from 1 on, found {lengths.dtype} {first}")
+    if lengths.sum(dtype=np.float64) > MAX_ROWS:  # a sum of integers could overflow, to the number of rows there are
+        raise InputError(f"episode_lengths: expected at most {MAX_ROWS} rows in all, found {first}")
     return lengths.astype(np.int64)
 
 

@@ -91,6 +91,8 @@ def test_an_environment_that_describes_its_observations_takes_them_expanded(tmp_
         ("bus.activ", np.ones((5, 2)), r"unknown array 'bus.activ'; did you mean bus.active"),
         ("episode_lengths", np.array([2, 2]), r"bus.observations: expected \[4, 2, 3\], found \[5, 2, 3\]"),
         ("episode_lengths", np.array([5]), r"row 4 \(step 4 of episode 0\), .*: expected episodes of at most 4 steps"),
+        ("episode_lengths", np.array([2**62] * 3 + [2**62 + 5]), r"episode_lengths: expected at most \d+ rows in all"),
+        ("episode_lengths", np.array(5), r"episode_lengths: expected \[episodes\] integers .*, found int64 \[5\]"),
         ("episode_lengths", np.array([3.0, 2.0]), "episode_lengths: expected"),
         (
             "bus.actions",
@@ -119,7 +121,7 @@ def test_an_environment_that_describes_its_observations_takes_them_expanded(tmp_
 )
 def test_what_cannot_be_meant_is_named(tmp_path: Path, name: str, value: Any, text: str) -> None:
     fields = {n: a for n, a in (arrays() | {name: value}).items() if a is not None}
-    if name == "episode_lengths" and value is not None and len(value) == 1:
+    if name == "episode_lengths" and value is not None and value.size == 1:
         fields = {n: a for n, a in fields.items() if n not in ("returns", "groups")}
     with pytest.raises(InputError, match=text) as error:
         read_arrays(write(tmp_path, **fields), SPEC)
