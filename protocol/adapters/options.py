@@ -44,9 +44,12 @@ def agents_by_type(names: list[Any], types: str) -> dict[str, list[Any]]:
     listed = [name for group in table for name in group]
     if sorted(listed) != sorted(called):
         raise InputError(f"types must name each agent once ({', '.join(called)}), got {', '.join(listed)}")
-    return {
-        f"type{m}" if len(group) > 1 else group[0]: [called[name] for name in group] for m, group in enumerate(table)
-    }
+    kinds = [f"type{m}" if len(group) > 1 else group[0] for m, group in enumerate(table)]
+    if twice := [kind for kind in kinds if kinds.count(kind) > 1]:
+        raise InputError(
+            f"types: the agent '{twice[0]}' is called like a type of several agents; list it at another place"
+        )
+    return {kind: [called[name] for name in group] for kind, group in zip(kinds, table, strict=True)}
 
 
 def one_line(error: Exception) -> str:
