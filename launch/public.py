@@ -231,8 +231,10 @@ def evaluate(
     the same states, whoever plays.
 
     environment: its name, as a change of the run's world; "": the run's own.
-    Raises InputError for an environment that the policy does not fit.
+    Raises InputError for an environment that the policy does not fit, and for no episodes.
     """
+    if episodes < 1:
+        raise InputError(f"episodes must be at least 1, got {episodes}")
     name = environment or run.trained.config.environment
     spec = of_registry(name, 1).spec
     returns = play(name, run.trained.policy_in(spec), episodes, seed, greedy)

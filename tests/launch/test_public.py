@@ -140,6 +140,8 @@ def test_returns_are_told_of_each_type(rovers: bm3il.Run) -> None:
     counts = [t.count for t in rovers.spec.types]
     mean = np.average([found["rover"].mean, found["tower"].mean], weights=counts)
     assert found["all"].mean == pytest.approx(mean, rel=1e-5)
+    with pytest.raises(bm3il.InputError, match="episodes must be at least 1, got 0"):
+        bm3il.evaluate(rovers, episodes=0)
     slipping = bm3il.evaluate(rovers, "rover_tower?pairs=2&slip=0.5", episodes=4)
     assert slipping["all"].mean != found["all"].mean
 
