@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from bm3il.actors.experts import recording
 from bm3il.actors.experts.importers import DAY, import_day, import_rover_tower
@@ -68,12 +69,12 @@ def import_files(files: Sequence[str], environment: str, mapping: Path | None, o
     path = Path(file)
     if mapping is not None and path.suffix.lower() not in SUFFIXES:
         raise InputError(f"--mapping names the columns of a table ({', '.join(SUFFIXES)}), and {file} is none")
+    if others and not all(name.endswith(ROUTES) for name in files):
+        raise InputError(f"expected one file, or routes of SUMO ({', '.join(ROUTES)}), got {', '.join(files)}")
     if not environment:
         if path.suffix != ".npz":
             raise InputError(f"{file}: name the environment it was recorded in with --environment")
         return _save(import_rover_tower(path), output)
-    if others and not all(name.endswith(ROUTES) for name in files):
-        raise InputError(f"expected one file, or routes of SUMO ({', '.join(ROUTES)}), got {', '.join(files)}")
     notes: list[str] = []
     if file.endswith(ROUTES):
         demonstrations, notes = _import_routes([Path(name) for name in files], environment)
@@ -171,7 +172,7 @@ def _print(demonstrations: Demonstrations, path: Path) -> None:
         returns = demonstrations.returns[:, demonstrations.spec.agents(m)]
         known = returns[np.isfinite(returns).all(axis=1)]
         mean = f"{known.mean(dtype=np.float64):.1f}" if known.size else "unknown"
-        table.add_row(t.name, str(t.count), str(t.observation_dim), actions, mean)
+        table.add_row(Text(t.name), str(t.count), str(t.observation_dim), actions, mean)
     console.print(table)
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from bm3il.launch.surroundings import screen
 from bm3il.protocol.demonstrations import Demonstrations
@@ -24,7 +25,7 @@ def print_types(demonstrations: Demonstrations) -> None:
         lives = np.array([life for episode in np.split(active, firsts) for life in _lives(episode)]).reshape(-1, 3)
         copies = demonstrations.num_episodes - len(_digests(demonstrations, m))
         table.add_row(
-            t.name,
+            Text(t.name),  # no markup: a type may be called [bus]
             f"{len(lives)} of {demonstrations.num_episodes * t.count}",
             *(_range(lives[:, column]) for column in (2, 0, 1)),
             _frequencies(actions[active]) if t.discrete else _spread(actions[active]),

@@ -111,12 +111,16 @@ def test_what_cannot_be_imported_is_said_in_one_line(tmp_path: Path, capsys: pyt
     assert "name the environment it was recorded in with --environment" in error("mine.csv")
     assert "expected a file that ends with .csv" in error("mine.xls", "--environment", ROVERS)
     assert "--mapping names the columns of a table" in error("a.npz", "--mapping", "b", "--environment", ROVERS)
+    two = fails(capsys, "demonstrations", "import", "a.npz", "not_there.npz", "--output", str(tmp_path / "x"))
+    assert "expected one file, or routes of SUMO" in two
     assert "cannot be read as a table" in error(str(tmp_path / "absent.csv"), "--environment", ROVERS)
     assert "expected an npz" in error(str(tmp_path / "absent.npz"), "--environment", ROVERS)
     assert "are of one agent" in error("minari:corridor/test-v0", "--environment", ROVERS)
 
 
-def test_inspect_tells_of_each_type_when_it_takes_part_and_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_tells_of_each_type_when_it_takes_part_and_what_it_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     spec = EnvironmentSpec("town", (TypeSpec("bus", 2, 1, 3), TypeSpec("tram", 1, 1, 2, discrete=False)), 9)
     active = np.ones((9, 2), bool)
     active[[0, 1, 3, 4, 6, 7], 1] = False  # the second bus comes in the third step
@@ -142,6 +146,10 @@ def test_inspect_tells_of_each_type_when_it_takes_part_and_what_it_does(capsys: 
     }
     assert told["bus"] == ["6 of 6", "1–2–3", "0–1–2", "2", "2: 50%, 0: 25%, 1: 25%", "1 of 3 episodes"]
     assert told["tram"] == ["3 of 3", "3", "0", "2", "0.50 ± 0.00, -1.00 ± 0.00", "2 of 3 episodes"]
+    bracketed = replace(spec, types=(replace(spec.types[0], name="[bus]"), spec.types[1]))
+    replace(demonstrations, spec=bracketed).save(tmp_path / "bracketed.safetensors")
+    assert main(["demonstrations", "inspect", str(tmp_path / "bracketed.safetensors")]) == 0
+    assert capsys.readouterr().out.count("[bus]") == 2
     print_types(replace(demonstrations, arrays={**demonstrations.arrays, "0.active": np.zeros_like(active)}))
     assert "0 of 6" in capsys.readouterr().out
 
