@@ -17,6 +17,7 @@ from bm3il.protocol.perturbation import unperturbed
 from bm3il.protocol.recordings.recording import Recording
 from bm3il.protocol.recordings.spaces import unit
 from bm3il.protocol.registry import make_environment
+from bm3il.protocol.specs import EnvironmentSpec
 
 
 @dataclass
@@ -46,7 +47,11 @@ class Recorder:
     def __init__(self, env: Any, name: str) -> None:
         """Raises InputError if `env` is neither of them, or `name` one of other agents."""
         world = unperturbed(make_environment(name, 1))
-        places = getattr(world if isinstance(world, PettingZooParallel) else env, "places", None)
+        # What is played tells whom its names mean: as_parallel_env has its own, also of an environment of PettingZoo.
+        if is_ours := isinstance(getattr(env, "spec", None), EnvironmentSpec):
+            places = env.places
+        else:
+            places = world.places if isinstance(world, PettingZooParallel) else None
         if places is None:
             raise InputError(
                 "a recorder is for environments of PettingZoo, pettingzoo:MODULE, and for bm3il.as_parallel_env(NAME), "
@@ -56,6 +61,8 @@ class Recorder:
         if unknown := [str(agent) for agent in env.possible_agents if agent not in self._places]:
             known = ", ".join(map(str, self._places))
             raise InputError(f"'{name}' has the agents {known}, and not {', '.join(unknown)}: name what is recorded")
+        if is_ours and (difference := world.spec.difference(env.spec)):
+            raise InputError(f"'{name}' is another environment than is played ({difference}): name what is recorded")
         self._episodes: list[list[dict[Any, _Moment]]] = []
         self._observations: Mapping[Any, Any] = {}
         self._infos: Mapping[Any, Any] = {}

@@ -197,3 +197,34 @@ def test_any_environment_of_ours_is_recorded_as_parallel_env() -> None:
         now = world.step(last)
     with pytest.raises(bm3il.InputError, match=r"and for bm3il\.as_parallel_env"):
         bm3il.Recorder(simple_tag_v3.parallel_env(), name)
+
+
+@pytest.mark.parametrize("names", ["a_1+a_0", "alice+bob", "player_1+player_2"])
+def test_environments_of_pettingzoo_are_recorded_as_parallel_env_whatever_their_agents_are_called(
+    names: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """as_parallel_env counts agents in their order, by names that PettingZoo's own may have for others."""
+
+    class Named(Leaving):
+        def __init__(self, names: str) -> None:
+            super().__init__()
+            self.possible_agents = names.split("+")
+
+        def observation_space(self, name: str) -> Any:
+            return spaces.Box(-9, 9, (1,), np.float32)
+
+        def seen(self) -> tuple[dict[str, Any], dict[str, Any]]:
+            return {a: np.array([n], np.float32) for n, a in enumerate(self.possible_agents)}, {}
+
+    module = ModuleType("named")
+    module.parallel_env = Named  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "named", module)
+    name = f"pettingzoo:named?arguments=names:{names}"
+    env = bm3il.Recorder(bm3il.as_parallel_env(name), name)
+    seen, _ = env.reset(seed=1)
+    env.step({agent: int(seen[agent]["observation"][0]) for agent in env.agents})
+    found = env.demonstrations()
+    assert np.concatenate([seen[0, :, 0] for seen in found.observations]).tolist() == [0, 1]
+    assert np.concatenate([done[0] for done in found.actions]).tolist() == [0, 1]
+    with pytest.raises(bm3il.InputError, match=r"is another environment than is played \(.*\): name what is recorded"):
+        bm3il.Recorder(bm3il.as_parallel_env(name), "rover_tower")
