@@ -11,6 +11,7 @@ from pettingzoo import ParallelEnv
 
 from bm3il.protocol.adapters.spaces import MASK, OBSERVATION
 from bm3il.protocol.environment import Environment, TimeStep
+from bm3il.protocol.errors import InputError
 from bm3il.protocol.specs import FREE, TypeSpec
 
 NOT_DONE = "an action that its mask forbids is not done: the agent does the first one that is allowed"
@@ -22,7 +23,8 @@ class AsParallel(ParallelEnv[str, Any, Any]):
     Observations are float32 boxes, [O_m]; those of agents with action masks are dictionaries of such an `observation`
     and an `action_mask`, [A_m] int8, as in PettingZoo's games: whoever samples there finds the mask. An action that it
     forbids does what the first allowed one does, with a warning. Continuous actions lie in [-1, 1].
-    An agent that becomes inactive has terminated; all of its observation is 0 then.
+    An agent that becomes inactive has terminated; all of its observation is 0 then. Steps in which nobody is active are
+    passed over, since a loop of PettingZoo ends where nobody is left: the next that is shown has all rewards since.
     """
 
     def __init__(self, environment: Environment) -> None:
@@ -53,17 +55,21 @@ class AsParallel(ParallelEnv[str, Any, Any]):
             seed = int(self._random.integers(1 << 62))
         else:
             self._random = np.random.default_rng(seed)
-        self._show(self.inner.reset(seed))
+        self._show(self._passed_over(self.inner.reset(seed))[0])
         self.agents = self._active
         return self._observed(self.agents), {name: {} for name in self.agents}
 
     def step(self, actions: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-        """One joint step, with an action of each living agent. Those who have come are among the observations."""
+        """One joint step, with an action of each living agent. Those who have come are among the observations.
+
+        Raises InputError for what is no action.
+        """
         before = self.agents
-        self._show(now := self.inner.step(self._joint(actions)))
+        now, gained = self._passed_over(self.inner.step(self._joint(actions)))
+        self._show(now)
         terminated, truncated = bool(now.terminated[0]), bool(now.truncated[0])
         here = [*before, *(name for name in self._active if name not in before)]
-        rewards = {name: float(now.rewards[m][0, x]) for name in here for m, x in (self.places[name],)}
+        rewards = {name: float(gained[m][x]) for name in here for m, x in (self.places[name],)}
         died = {name: terminated or name not in self._active for name in here}
         cut = {name: truncated and not died[name] for name in here}
         self.agents = [name for name in here if not (died[name] or cut[name])]
@@ -73,6 +79,17 @@ class AsParallel(ParallelEnv[str, Any, Any]):
         """Free what the environment holds, if it can."""
         if (close := getattr(self.inner, "close", None)) is not None:
             close()
+
+    def _passed_over(self, now: TimeStep) -> tuple[TimeStep, list[np.ndarray]]:
+        """The first step from this one on in which somebody is there or the episode has ended; rewards [X_m] so far."""
+        gained = [rewards[0].copy() for rewards in now.rewards]  # the next step may be written over them
+        for _ in range(self.spec.episode_length):  # and not for ever in one that does not end as it should
+            if any(active[0].any() for active in now.active) or now.terminated[0] or now.truncated[0]:
+                break
+            self._show(now)  # the masks, for actions that are allowed
+            now = self.inner.step(self._joint({}))
+            gained = [so_far + rewards[0] for so_far, rewards in zip(gained, now.rewards, strict=True)]
+        return now, gained
 
     def _show(self, now: TimeStep) -> None:
         self._seen, self._masks = (
@@ -100,7 +117,10 @@ class AsParallel(ParallelEnv[str, Any, Any]):
             m, x = self.places[name]
             if not self.spec.types[m].discrete:
                 joint[m][x] = action
-            elif self._masks[m][x, int(action)]:
+                continue
+            if not 0 <= int(action) < self.spec.types[m].action_dim:  # below 0 it would be counted from the last
+                raise InputError(f"{name}: expected an action in 0..{self.spec.types[m].action_dim - 1}, got {action}")
+            if self._masks[m][x, int(action)]:
                 joint[m][x] = int(action)
             else:
                 warnings.warn(NOT_DONE, stacklevel=3)

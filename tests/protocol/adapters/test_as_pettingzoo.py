@@ -17,9 +17,11 @@ from pettingzoo import ParallelEnv
 from pettingzoo.test import parallel_api_test, parallel_seed_test
 
 import bm3il
-from bm3il.protocol.adapters.as_pettingzoo import NOT_DONE
+from bm3il.protocol.adapters.as_pettingzoo import NOT_DONE, AsParallel
+from bm3il.protocol.environment import TimeStep
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.registry import make_environment
+from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
 
 BERLIN = "berlin?types=5&agents=10"
 SPREAD = "pettingzoo:mpe2.simple_spread_v3?arguments=continuous_actions:true"
@@ -108,6 +110,60 @@ def test_agents_that_die_terminate_and_those_that_appear_observe() -> None:
     assert last[2] == {"ant_0": True, "ant_1": True, "bee_0": False}
     assert not last[0]["ant_0"]["observation"].any()
     assert last[0]["bee_0"]["observation"].any()
+
+
+class Coming:
+    """Two agents, of whom `there` tells in which steps who is active; each step gives 1 to both."""
+
+    def __init__(self, there: list[list[int]], ends: bool = True) -> None:
+        self.there, self.num_envs, self.ends = there, 1, ends
+        self.spec = EnvironmentSpec("coming", (TypeSpec("ant", 2, 1, 3),), len(there) - 1)
+        self.rewards = [np.ones((1, 2), np.float32)]  # the same array in every step
+        self.done: list[list[int]] = []
+
+    def reset(self, seed: int, starts: object = None) -> TimeStep:
+        self.steps = 0
+        return self.shown()
+
+    def step(self, actions: Any) -> TimeStep:
+        self.steps += 1
+        self.done.append(actions[0][0].tolist())
+        return self.shown()
+
+    def shown(self) -> TimeStep:
+        masks = np.array([[[False, True, True]] * 2])
+        active = np.array([self.there[min(self.steps, len(self.there) - 1)]], bool)
+        over = np.full(1, self.ends and self.steps >= self.spec.episode_length)
+        return TimeStep([np.ones((1, 2, 1), np.float32)], [masks], [active], self.rewards, np.zeros(1, bool), over)
+
+
+def played(there: list[list[int]], ends: bool = True) -> tuple[list[dict[str, float]], Coming]:
+    """The rewards of each step of a loop of PettingZoo."""
+    inner = Coming(there, ends)
+    world, rewards = AsParallel(inner), []
+    world.reset(seed=0)
+    while world.agents:
+        rewards.append(world.step(dict.fromkeys(world.agents, 2))[1])
+    return rewards, inner
+
+
+def test_steps_in_which_nobody_is_there_are_passed_over() -> None:
+    rewards, inner = played([[1, 0], [0, 0], [0, 0], [0, 1], [0, 1]])
+    assert rewards == [{"ant_0": 3, "ant_1": 3}, {"ant_1": 1}]
+    assert inner.done == [[2, 1], [1, 1], [1, 1], [1, 2]], "of those who are not there what is allowed"
+    rewards, inner = played([[0, 0], [0, 0], [1, 1], [1, 1]])
+    assert (rewards, inner.steps) == ([{"ant_0": 1, "ant_1": 1}], 3), "nor at the start"
+    rewards, inner = played([[1, 1], [1, 1], [0, 0], [0, 0]])
+    assert (len(rewards), inner.steps) == (2, 3)
+    assert len(played([[1, 1], [0, 0], [0, 0]], ends=False)[0]) == 1, "nor for ever"
+
+
+@pytest.mark.parametrize("action", [-1, 3])
+def test_what_is_no_action_is_refused(action: int) -> None:
+    world = AsParallel(Coming([[1, 1]] * 3))
+    world.reset(seed=0)
+    with pytest.raises(InputError, match=rf"ant_1: expected an action in 0\.\.2, got {action}"):
+        world.step({"ant_1": action})
 
 
 def test_episodes_without_a_seed_follow_from_the_last_one() -> None:
