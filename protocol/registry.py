@@ -18,13 +18,16 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from bm3il.protocol.adapters.options import one_line
 from bm3il.protocol.environment import Environment
-from bm3il.protocol.errors import InputError, unknown_name
+from bm3il.protocol.errors import InputError, SimulatorError, unknown_name
 from bm3il.protocol.perturbation import OPTIONS, perturbed
 from bm3il.protocol.pool import Pool
 
@@ -43,12 +46,17 @@ def make_environment(name: str, num_envs: int, drawn: bool = False) -> Environme
     """Build E = `num_envs` copies of the environment that `name` describes.
 
     drawn: whether it will be asked to `render`; a factory that must know has a parameter of that name.
-    Raises InputError for an unknown name or option, a value of the wrong kind, or a package that cannot be imported.
+    Raises InputError for an unknown name or option, a value of the wrong kind, or a package that cannot be imported;
+    SimulatorError, naming the environment, for whatever else it raises in being imported or made.
     """
     inner, around = _parted(name)
     processes = min(around.pop(PROCESSES, 1), num_envs)
     divided = processes > 1 and not drawn  # children draw nothing
-    environment = Pool(inner, num_envs, processes) if divided else make_share(inner, num_envs, drawn=drawn)
+    if divided:
+        environment: Environment = Pool(inner, num_envs, processes)
+    else:
+        with _blamed(name):
+            environment = make_share(inner, num_envs, drawn=drawn)
     # Around the pool, so that one stream of chances is for all copies, however they are divided.
     return perturbed(environment, **around)
 
@@ -64,6 +72,8 @@ def make_share(name: str, num_envs: int, first_copy: int = 0, drawn: bool = Fals
     kinds = AROUND | _options_of(factory)
     options = dict(_parse_option(key, part, kinds, _takes_any(factory)) for part in query.split("&") if part)
     if target:
+        if "target" not in _parameters(factory) and not _takes_any(factory):
+            raise InputError(f"environment '{key}' takes nothing after ':', got '{target}'; its options follow '?'")
         options["target"] = target
     for option, value in ((FIRST_COPY, first_copy), (DRAWN, drawn)):
         if option in _parameters(factory):
@@ -128,10 +138,22 @@ def _parted(name: str) -> tuple[str, dict[str, Any]]:
 
 def _factory(key: str) -> Callable[..., Any]:
     point = _point(key)
+    with _blamed(key):
+        try:
+            return point.load()
+        except (ImportError, AttributeError) as error:
+            raise InputError(f"environment '{key}' is {point.value}, which cannot be imported: {error}") from error
+
+
+@contextmanager
+def _blamed(name: str) -> Iterator[None]:
+    """Whatever an environment raises is told in a line that names it, as `actors.simulator` does while it is played."""
     try:
-        return point.load()
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"environment '{key}' is {point.value}, which cannot be imported: {error}") from error
+        yield
+    except (InputError, SimulatorError):  # which name it themselves
+        raise
+    except Exception as error:
+        raise SimulatorError(f"environment '{name}' raised {one_line(error)}") from error
 
 
 @cache  # to look through all installed packages takes longer than a short episode; what is not found is not kept
@@ -144,14 +166,26 @@ def _point(key: str) -> EntryPoint:
 
 def _options_of(factory: Callable[..., Any]) -> dict[str, Any]:
     """Option → its type, as the signature has them: annotated, or else that of its default."""
-    hints = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    try:
+        hints = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    except Exception:  # an annotation that is there for type checkers alone, say
+        texts = {name: str(parameter.annotation) for name, parameter in _parameters(factory).items()}
+        plain = {kind.__name__: kind for kind in (bool, int, float, str)}
+        hints = {name: plain[kind] for name, text in texts.items() if (kind := text.removesuffix(" | None")) in plain}
     return {
-        name: hints.get(name, type(parameter.default))
+        name: _given(hints.get(name, type(parameter.default)))
         for name, parameter in _parameters(factory).items()
         if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         and name not in ("num_envs", FIRST_COPY, DRAWN)
         and (name in hints or parameter.default is not parameter.empty)
     }
+
+
+def _given(kind: Any) -> Any:
+    """The type of what is given for an option that may also be None; text, if nobody says of what type it is."""
+    union = get_origin(kind) in (Union, UnionType)
+    kinds = [each for each in get_args(kind) if each is not NoneType] if union else [kind]
+    return str if kinds == [NoneType] else kinds[0] if len(kinds) == 1 else kind
 
 
 def _takes_any(factory: Callable[..., Any]) -> bool:
@@ -168,9 +202,11 @@ def _parse_option(environment: str, part: str, kinds: dict[str, Any], any_other:
     if option not in kinds and not any_other:
         raise unknown_name(f"option of environment {environment}", option, kinds)
     kind = kinds.get(option, str)
+    if kind not in (bool, int, float, str):
+        raise InputError(f"option {option} of environment {environment}: a name cannot hold {kind}; leave it out")
     if kind is bool and text in ("true", "false"):
         return option, text == "true"
-    if kind in (int, float, str) and text:
+    if kind is not bool and text:
         try:
             return option, kind(text)
         except ValueError:

@@ -17,7 +17,7 @@ pytest.importorskip("mpe2")
 from bm3il.launch.cli import main
 from bm3il.launch.environments.check import check_environment
 from bm3il.protocol.environment import Environment
-from bm3il.protocol.errors import InputError
+from bm3il.protocol.errors import InputError, SimulatorError
 from bm3il.protocol.registry import make_environment
 
 WHOLE, HALF = 8, 3
@@ -215,5 +215,6 @@ def test_who_has_no_pettingzoo_is_told_to_install_it(missing: str, monkeypatch: 
 
 
 def test_what_may_pass_is_left_to_whoever_tries_again() -> None:
-    with pytest.raises(TimeoutError, match="no answer"):
+    """As a failure of the environment, after which an actor is started again."""
+    with pytest.raises(SimulatorError, match=r"environment 'pettingzoo:odd_world.*' raised TimeoutError: no answer"):
         make_environment(odd("no answer"), 1)
