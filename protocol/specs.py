@@ -30,6 +30,8 @@ OWN_MASK, FREE = "own", "free"
 
 MAX_AGENTS = MAX_WIDTH = 1_000_000
 """A spec comes in files and messages, and arrays of its sizes are made."""
+MAX_STEPS = 10_000_000
+"""Of an episode: far more than anybody plays, and few enough to be counted in."""
 MAX_VALUE = 3.4e38
 """float32 holds it."""
 MAX_EXPANDED = 1 << 28
@@ -192,8 +194,11 @@ class EnvironmentSpec:
         names = [agent_type.name for agent_type in self.types]
         if len(set(names)) != len(names):
             raise InputError(f"environment '{self.name}' has two types of one name: {', '.join(names)}")
-        if type(self.episode_length) is not int or self.episode_length < 1:
-            raise InputError(f"environment '{self.name}': episode_length must be a positive integer")
+        if type(self.episode_length) is not int or not 1 <= self.episode_length <= MAX_STEPS:
+            raise InputError(
+                f"environment '{self.name}': episode_length must be an integer in 1..{MAX_STEPS}, the most steps of an "
+                f"episode, got {self.episode_length!r}"
+            )
         for agent_type in self.types:
             if agent_type.mask not in (OWN_MASK, FREE):
                 self._check_table(agent_type)

@@ -24,6 +24,8 @@ from bm3il.protocol.registry import make_environment
 from bm3il.protocol.specs import EnvironmentSpec
 
 COPIES, SEED = 3, 7
+AFTER_END = 3
+"""Steps that are played when all episodes have ended: how long they might have been is of no matter any more."""
 LARGE = 30.0
 """Numbers in observations beyond which networks of ordinary size learn slowly: inputs are not normalised."""
 
@@ -72,8 +74,11 @@ def check_environment(name: str, demonstrations: str = "") -> int:
     return 0
 
 
-def _played(environment: Environment, seed: int, choose: Choose) -> Episodes:
-    """Copies of all that is shown, each checked by itself."""
+def _played(environment: Environment, seed: int, choose: Choose, steps: int = 0) -> Episodes:
+    """Copies of all that is shown, each checked by itself.
+
+    steps: how many, to be compared with others; 0: until a little after all episodes have ended.
+    """
     played, spec = Episodes(), environment.spec
     step = environment.reset(seed)
     played.steps.append(_checked(environment, step))
@@ -82,8 +87,13 @@ def _played(environment: Environment, seed: int, choose: Choose) -> Episodes:
         "no episode has ended after reset",
         mend="reset clears `terminated` and `truncated`",
     )
-    for t in range(spec.episode_length):
+    rest = AFTER_END
+    for t in range(steps or spec.episode_length):
         ended = np.asarray(step.terminated | step.truncated)
+        if not steps and ended.all():
+            if not rest:
+                break
+            rest -= 1
         # From the copy: an environment may write its next step into the same arrays.
         actions = choose(played.steps[-1], t)
         given = [action.copy() for action in actions]
@@ -95,7 +105,7 @@ def _played(environment: Environment, seed: int, choose: Choose) -> Episodes:
         played.actions.append(given)
     ended = np.asarray(step.terminated | step.truncated)
     _expect(
-        bool(ended.all()),
+        bool(ended.all()) or len(played.actions) < spec.episode_length,
         f"every episode ends within {spec.episode_length} steps",
         f"{int((~ended).sum())} of {len(ended)} have not",
         "set `truncated` at the last step of the spec's episode_length, or make that longer",
@@ -130,9 +140,10 @@ def _check_again(name: str, environment: Environment, first: Episodes) -> None:
     def as_before(now: TimeStep, t: int) -> list[np.ndarray]:
         return [action.copy() for action in first.actions[t]]
 
-    if found := _first_difference(first, _played(environment, SEED, as_before)):
+    steps = len(first.actions)
+    if found := _first_difference(first, _played(environment, SEED, as_before, steps)):
         # Copies that remember what was played are told from those that do not heed their seed.
-        remembers = not _first_difference(first, _played(Simulator(name, COPIES), SEED, as_before))
+        remembers = not _first_difference(first, _played(Simulator(name, COPIES), SEED, as_before, steps))
         mend = (
             "let reset clear all that the last episode left: new copies do give the same"
             + ", and ?anew=true makes some for every episode" * name.startswith("pettingzoo")
@@ -140,7 +151,7 @@ def _check_again(name: str, environment: Environment, first: Episodes) -> None:
             else "draw all chance from np.random.default_rng(seed), made in reset"
         )
         _expect(False, "the same seed and actions give the same episode", found, mend)
-    idle = _first_difference(first, _played(environment, SEED, _drawn(environment.spec, inactive=True)))
+    idle = _first_difference(first, _played(environment, SEED, _drawn(environment.spec, inactive=True), steps))
     _expect(
         not idle,
         "what inactive agents are told to do changes nothing",
@@ -166,7 +177,7 @@ def _of_other_plays(environment: Environment, first: Episodes) -> Iterator[str]:
             "two seeds start in the same state. If starts should differ, draw them in reset by its seed: else the "
             "policy learns one start by heart"
         )
-    apart = _played(environment, SEED, _drawn(environment.spec, others=1))
+    apart = _played(environment, SEED, _drawn(environment.spec, others=1), len(first.actions))
     if found := _first_difference(first, apart, [copy for copy in range(environment.num_envs) if copy != 1]):
         yield (
             f"what one copy of the environment does changes others: {found}. Copies shall not share state, nor draw "

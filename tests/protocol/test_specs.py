@@ -35,8 +35,9 @@ def test_json_and_back() -> None:
         (("types", 1, "observation_dim"), -1, "type 'tram': observation_dim"),
         (("types", 1, "action_dim"), 2.5, "type 'tram': action_dim"),
         (("types", 1, "name"), "bus", "two types of one name: bus, bus"),
-        (("episode_length",), 0, "episode_length must be a positive integer"),
-        (("episode_length",), "6", "episode_length must be a positive integer"),
+        (("episode_length",), 0, r"episode_length must be an integer in 1\.\.10000000"),
+        (("episode_length",), 10**7 + 1, "the most steps of an episode, got 10000001"),
+        (("episode_length",), "6", r"episode_length must be an integer in 1\.\.10000000"),
     ],
 )
 def test_untrusted_json_is_checked(path: tuple[Any, ...], value: Any, text: str) -> None:

@@ -135,6 +135,8 @@ class Faulty(MyTown):
                 actions[0] = np.where(self._asleep(), 2 - actions[0], actions[0])
             case "empty at first" if self._steps == 0:
                 actions = [np.zeros_like(action) for action in actions]
+            case "over early":  # who has ended waits
+                actions = [np.where((self._steps >= self._ends())[:, None], 1, action) for action in actions]
             case "copies mixed":
                 actions[0] = (
                     actions[0][self.num_envs // 2][None].repeat(self.num_envs, 0) if self._steps == 2 else actions[0]
@@ -142,6 +144,10 @@ class Faulty(MyTown):
             case "global chance":
                 self._places[0] += self._drawn.integers(2, size=self._places[0].shape)
         return self._spoilt(super().step(actions))
+
+    def _ends(self) -> np.ndarray:
+        """When the episode of each copy is over, one after the other."""
+        return 3 + np.arange(self.num_envs)
 
     def _asleep(self) -> np.ndarray:
         return np.full(self._places[0].shape, False) | (np.arange(self._places[0].shape[1]) == 0)
@@ -184,6 +190,11 @@ class Faulty(MyTown):
                 now.observations[0][:] *= 4000
             case "no reward":
                 now.rewards = [reward * 0 for reward in now.rewards]
+            case "over early":
+                now.terminated[:] = self._steps >= self._ends()
+                for active, reward in zip(now.active, now.rewards, strict=True):
+                    active &= (self._steps <= self._ends())[:, None]
+                    reward *= active
             case "end of time":
                 now.terminated, now.truncated = now.truncated, now.terminated
         return now
@@ -247,3 +258,19 @@ def test_what_is_seldom_meant_is_a_hint(
     hints = [line for line in hints if "one after the other" not in line]  # how fast it is depends on who else computes
     assert len(hints) == bool(hint)
     assert not hint or hint in hints[0]
+
+
+def test_it_does_not_play_on_when_all_episodes_have_ended(
+    check_made: Callable[[Callable[[int], Environment]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However long they might have been: of a million steps it kept all that was shown, five times."""
+    made: list[Faulty] = []
+
+    def of_a_million(copies: int) -> Environment:
+        made.append(Faulty(copies, "over early"))
+        made[-1].spec = replace(made[-1].spec, episode_length=1_000_000)
+        return made[-1]
+
+    assert check_made(of_a_million) == 0
+    assert "8 steps played, all checks passed" in capsys.readouterr().out
+    assert max(environment._steps for environment in made) < 1000
