@@ -52,6 +52,6 @@ def agents_by_type(names: list[Any], types: str) -> dict[str, list[Any]]:
     return {kind: [called[name] for name in group] for kind, group in zip(kinds, table, strict=True)}
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What somebody else's code has raised, to be told in a line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -18,12 +18,15 @@ from typing import NoReturn
 
 import numpy as np
 
+from bm3il.protocol.adapters.options import one_line
 from bm3il.protocol.adapters.sumo_network import Network, numbered, random_demand, recorded_day, recorded_demand
 from bm3il.protocol.adapters.sumo_world import AHEAD, GOAL, OWN, View, World
 from bm3il.protocol.adapters.wire import HELO, RESET, SHOW, SPEC, VERSION
 
 RANDOM_DEPARTURES = 0.25
 """The part of an episode in which random trips begin."""
+SHOWN, FAILED = b"\1", b"\0"
+"""Before what a child shows, and before the reason why it ends."""
 
 
 class Copy:
@@ -46,13 +49,16 @@ class Copy:
             self._line.sendall(np.resize([is_step, *numbers], 1 + self._vehicles).astype("<u4").tobytes())
 
     def view(self) -> View:
-        """Its answer. Raises RuntimeError if there is none."""
-        size, data = len(View.empty(self._network, self._vehicles).tobytes()), b""
+        """Its answer. Raises RuntimeError if there is none, with the reason if it could tell that."""
+        size, data = 1 + len(View.empty(self._network, self._vehicles).tobytes()), b""
         with suppress(OSError):
             data = self._line.recv(size, socket.MSG_WAITALL)
-        if len(data) < size:
-            raise RuntimeError("the process of a simulation has ended")
-        return View.of(self._network, self._vehicles, data)
+            while data.startswith(FAILED) and (more := self._line.recv(size)):
+                data += more
+        if len(data) < size or not data.startswith(SHOWN):
+            told = data[1:].decode(errors="replace") if data.startswith(FAILED) else ""
+            raise RuntimeError("the process of a simulation has ended" + f": {told}" * bool(told))
+        return View.of(self._network, self._vehicles, data[1:])
 
 
 def _play(world: World, line: socket.socket, vehicles: int) -> NoReturn:
@@ -62,9 +68,11 @@ def _play(world: World, line: socket.socket, vehicles: int) -> NoReturn:
         while question := line.recv(4 * (1 + vehicles), socket.MSG_WAITALL):
             is_step, *numbers = np.frombuffer(question, "<u4").tolist()
             view = world.step(numbers) if is_step else world.reset(numbers[0])
-            line.sendall(view.tobytes())
-    except BaseException:
+            line.sendall(SHOWN + view.tobytes())
+    except BaseException as error:
         traceback.print_exc()
+        with suppress(OSError):  # of a parent that has ended, who needs no reason
+            line.sendall(FAILED + one_line(error).encode())
         code = 1
     finally:
         sys.stderr.flush()

@@ -19,6 +19,8 @@ from scipy.sparse.csgraph import connected_components, dijkstra
 from bm3il.protocol.errors import nearest
 
 CARS, TURN_AROUND = "passenger", "t"
+CAR, DEFAULT = "car", "DEFAULT_VEHTYPE"
+"""What vehicles of no type are called here, and in SUMO; a `vType` of that name in its files says what they are."""
 VEHICLES = 20
 """Random trips, if nobody says how many."""
 
@@ -150,7 +152,7 @@ def random_demand(network: Network, vehicles: int, window: float) -> Demand:
     """Cars on random trips."""
     if len(network.connected) < 2:
         raise ValueError("no two edges of the network can be reached from each other")
-    return Demand({"car": {}}, ["car"] * (vehicles or VEHICLES), window=window)
+    return Demand({CAR: {}}, [CAR] * (vehicles or VEHICLES), window=window)
 
 
 def recorded_demand(network: Network, path: str, vehicles: int) -> Demand:
@@ -213,8 +215,12 @@ def _read_routes(network: Network, path: str) -> tuple[dict[str, Mapping[str, st
             types[each.get("id", "")] = dict(each.attrib)
         elif each.tag == "route" and each.get("id"):
             routes[each.get("id", "")] = each.get("edges", "").split()
+    default = DEFAULT if CAR in types else CAR
+    if DEFAULT in types:
+        types[default] = types[DEFAULT]
+    called = {None: CAR, DEFAULT: default}
     found = [
-        Vehicle(each.get("id", ""), each.get("type", "car"), _trip(network, each, routes))
+        Vehicle(each.get("id", ""), called.get(kind := each.get("type"), str(kind)), _trip(network, each, routes))
         for each in root
         if each.tag in ("trip", "vehicle")
     ]

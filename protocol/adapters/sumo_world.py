@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import libsumo
 import numpy as np
 
-from bm3il.protocol.adapters.sumo_network import AT_HOME, Demand, Network, Trip
+from bm3il.protocol.adapters.sumo_network import AT_HOME, DEFAULT, Demand, Network, Trip
 
 STAY, ARRIVED = 0, 10.0
 """The action of those who have nothing to decide; what an arrival is worth, in minutes on the way."""
@@ -93,8 +93,10 @@ class World:
         else:
             libsumo.start(["sumo", *options])
         self._running = True
+        for kind in self._demand.types:  # all of them before one is changed, which may be the default itself
+            if kind != DEFAULT:
+                libsumo.vehicletype.copy(DEFAULT, kind)
         for kind, attributes in self._demand.types.items():
-            libsumo.vehicletype.copy("DEFAULT_VEHTYPE", kind)
             for name, value in attributes.items():
                 if name in SET:
                     SET[name](kind, value)

@@ -119,6 +119,34 @@ def test_routes_that_cannot_be_driven_are_named(tmp_path: Path, element: str, te
         make_environment(f"sumo:{GRID}?routes={file}", 1)
 
 
+def test_a_type_of_the_default_s_name_says_what_vehicles_of_no_type_are(network: Network, tmp_path: Path) -> None:
+    file = tmp_path / "day.rou.xml"
+    vehicles = """<vehicle id="a" type="DEFAULT_VEHTYPE" depart="0"><route edges="B0C0 C0C1 C1C2"/></vehicle>
+      <vehicle id="b" depart="1"><route edges="B0B1 B1C1 C1C2"/></vehicle>"""
+    slow = '<vType id="DEFAULT_VEHTYPE" maxSpeed="2"/>'
+    for types, kinds in (("", ["car", "car"]), ('<vType id="car"/>', ["DEFAULT_VEHTYPE", "car"])):
+        file.write_text(f"<routes>{slow}{types}{vehicles}</routes>", encoding="utf-8")
+        demand = recorded_demand(network, str(file), 0)
+        assert demand.kinds == kinds
+        assert demand.types[kinds[0]]["maxSpeed"] == "2"
+        world = make_environment(f"sumo:{GRID}?routes={file}&steps=8", 1)
+        now = world.reset(0)
+        for _ in range(3):
+            now = world.step([mask.argmax(axis=-1) for mask in now.action_masks])
+        speeds = [seen[0, x, 5] for seen in now.observations for x in range(seen.shape[1])]
+        assert 0 < speeds[0] < 0.2, "of those that are allowed"
+        assert (speeds[1] > 0.2) == bool(types), "another kind is as it is without"
+        world.close()  # type: ignore[attr-defined]
+
+
+def test_what_a_simulation_fails_of_is_told(tmp_path: Path) -> None:
+    text = '<routes><vType id="t" length="abc"/><trip id="a" type="t" depart="0" from="B0C0" to="C1C2"/></routes>'
+    (tmp_path / "day.rou.xml").write_text(text, encoding="utf-8")
+    world = make_environment(f"sumo:{GRID}?routes={tmp_path / 'day.rou.xml'}&steps=8", 1)
+    with pytest.raises(SimulatorError, match=r"has ended: ValueError: could not convert string to float: 'abc'$"):
+        world.reset(0)
+
+
 def test_trips_begin_with_the_first_and_stand_type_by_type(network: Network, tmp_path: Path) -> None:
     (tmp_path / "day.rou.xml").write_text(ROUTES, encoding="utf-8")
     demand = recorded_demand(network, str(tmp_path / "day.rou.xml"), 0)
