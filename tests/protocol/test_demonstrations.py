@@ -408,19 +408,16 @@ def test_what_repeats_is_packed_and_comes_back(packed_file: Path, demonstrations
     [
         ("0.own.xz", b"no xz at all", "expected xz"),
         ("0.own.xz", lzma.compress(bytes(8)), "bytes when unpacked, found 8"),
-        ("0.own.xz", lzma.compress(bytes(10 * 19 * 3 * 4 * 4)), None),
+        ("0.own.xz", lzma.compress(bytes(10 * 19 * 3 * 4 * 4)), "bytes when unpacked, found more"),
         ("0.masks.xz", lzma.compress(bytes([2]) * (19 * 3 * 5)), "expected bytes of 0 and 1"),
         ("episode_lengths.xz", lzma.compress(bytes(40)), "a tensor is there twice"),
     ],
 )
-def test_hostile_packed_tensors_are_refused(packed_file: Path, name: str, packed: bytes, message: str | None) -> None:
+def test_hostile_packed_tensors_are_refused(packed_file: Path, name: str, packed: bytes, message: str) -> None:
     tensors, metadata = opened(packed_file)
     tensors.pop(name.removesuffix(".xz") if "mask" in name else name, None)
     tensors[name] = np.frombuffer(packed, np.uint8)
     save_file(tensors, packed_file, metadata)
-    if message is None:  # what is too long is cut, so that it never takes more memory than it should
-        assert Demonstrations.load(packed_file).observations[0].shape == (19, 3, 4)
-        return
     with pytest.raises(InputError, match=message):
         Demonstrations.load(packed_file)
 
