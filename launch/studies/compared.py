@@ -13,12 +13,14 @@ import numpy as np
 from bm3il.launch import run_folder
 from bm3il.launch.studies.file import Settings, text_of
 from bm3il.launch.studies.pool import finished
-from bm3il.launch.studies.rows import CURVE, Row, Rows, identity
+from bm3il.launch.studies.rows import CURVE, DEFAULTS, Row, Rows, identity
 from bm3il.launch.studies.trial import all_evaluations
 from bm3il.protocol.errors import InputError, unknown_name
 
 UNITS = {"normalized_return": "normalised return", "return_mean": "true return per agent and episode"}
 SCORES = tuple(UNITS)
+UNKNOWN = "–"
+"""The value of a setting that a run does not have."""
 UNREWARDED = (
     "all returns are 0: this world seems to know no true reward; held_out_loss, accuracy_expert and accuracy_agent in "
     "log.jsonl tell how far an imitation is"
@@ -55,9 +57,13 @@ class Result:
     @classmethod
     def of_row(cls, row: Row) -> Result:
         """Of a run that may be gone, by what a file of results keeps."""
-        settings = _in_words(row.config)
+        settings = _in_words(DEFAULTS | row.config)  # what was no setting yet was as the default is: see `Row.is_of`
         curve = {name: np.array([_number(value) for value in values], float) for name, values in row.curve.items()}
         return cls(Path(row.run), settings, row.evaluations, curve, _number(row.wall_seconds))
+
+    def value(self, key: str) -> str:
+        """Of a setting, in words."""
+        return self.settings.get(key, UNKNOWN)
 
     def figure(self, world: str, name: str) -> float:
         """Of an evaluation; NaN if it is not known."""
@@ -160,14 +166,15 @@ class Grouping:
 
         Raises InputError for a setting that does not exist, or in which the runs do not differ.
         """
-        names = results[0].settings
-        varied = {key: tuple(result.settings[key] for result in results) for key in names}
+        # Rows of old may have settings that are none now.
+        names = dict.fromkeys(key for result in results for key in result.settings)
+        varied = {key: tuple(result.value(key) for result in results) for key in names}
         varied = {key: values for key, values in varied.items() if len(set(values)) > 1}
         by = by.replace("-", "_")
         if by and by not in varied:
             if by not in names:
                 raise unknown_name("setting", by, names)
-            raise InputError(f"--by {by}: it is {results[0].settings[by]} in all of these runs; {_differ(varied)}")
+            raise InputError(f"--by {by}: it is {results[0].value(by)} in all of these runs; {_differ(varied)}")
         # What makes no finer parts than those before it goes with them: a batch size that an algorithm brings along.
         parting: list[str] = []
         for key in [by, *varied] if by else varied:
@@ -177,7 +184,7 @@ class Grouping:
         tasks = tuple(key for key in parting if key not in keys)
         groups: dict[tuple[str, ...], dict[tuple[str, ...], list[Result]]] = {}
         for result in results:
-            method, task = (tuple(result.settings[key] for key in part) for part in (keys, tasks))
+            method, task = (tuple(result.value(key) for key in part) for part in (keys, tasks))
             groups.setdefault(method, {}).setdefault(task, []).append(result)
         also = {key: tuple(dict.fromkeys(values)) for key, values in varied.items() if key not in parting}
         return cls(keys, tasks, also, tuple(Group(values, strata) for values, strata in groups.items()))

@@ -13,6 +13,7 @@ import pytest
 from bm3il.launch.cli import main
 from bm3il.launch.config import configured
 from bm3il.launch.studies.compared import Grouping, Result, read_results
+from bm3il.launch.studies.rows import CURVE, DEFAULTS, Row, Rows, identity
 from bm3il.protocol.errors import InputError
 
 
@@ -193,3 +194,31 @@ def test_a_world_without_a_true_reward_is_told(tmp_path: Path, capsys: pytest.Ca
         (run / "result.json").write_text(json.dumps(told))
     compared(tmp_path / "out", *runs)
     assert "no true reward" in " ".join(capsys.readouterr().out.split())
+
+
+def row_of(score: float = 0.5, seed: int = 1, run: str = "", **settings: object) -> Row:
+    """Of such a run as `run_of` makes."""
+    named = {"preset": "rover_tower_4", **{key.replace("__", "."): value for key, value in settings.items()}}
+    config = configured(named | {"seed": seed}, "").checked()
+    curve: dict[str, list[float | None]] = {name: [0.0, score] for name in CURVE}
+    told = {"as trained": {"return_mean": 100 * score, "normalized_return": score, "episodes": 5}}
+    return Row(run or f"run_seed-{seed}", {}, identity(config), seed, "c", 5, 1.0, 8.0, told, curve)
+
+
+@pytest.mark.parametrize("old_first", [True, False])
+def test_rows_of_different_commits_are_compared_by_all_settings_of_each(tmp_path: Path, old_first: bool) -> None:
+    """What a row lacks was as the default is; what only a row of old has differs from none."""
+    old = [row_of(seed=seed, run=f"old-{seed}", algorithm="ma-gail") for seed in (1, 2)]
+    for row in old:
+        del row.config["learner.batch_size"]
+    new = [row_of(0.9, seed, f"new-{seed}", algorithm="ma-gail", learner__batch_size=999) for seed in (1, 2)]
+    new[0].config["learner.of_old"] = new[1].config["learner.of_old"] = 3
+    paths = [tmp_path / "old.json", tmp_path / "new.json"]
+    for path, rows in zip(paths, (old, new), strict=True):
+        path.write_text(Rows(path, rows).text())
+    grouping = grouping_of(paths if old_first else paths[::-1])
+    assert grouping.keys == ("learner.batch_size",)
+    names = [str(DEFAULTS["learner.batch_size"]), "999"]
+    assert [group.name for group in grouping.groups] == (names if old_first else names[::-1])
+    assert set(grouping.also["learner.of_old"]) == {"–", "3"}
+    assert [len(group.results) for group in grouping.groups] == [2, 2]
