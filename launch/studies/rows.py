@@ -14,17 +14,20 @@ commit: the row says by which it was made.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from bm3il.launch import run_folder
 from bm3il.launch.config import Config, flattened
 from bm3il.launch.studies.file import Settings
-from bm3il.launch.studies.trial import all_evaluations, core_seconds
+from bm3il.launch.studies.trial import AS_TRAINED, all_evaluations, core_seconds
 from bm3il.protocol.errors import InputError
 
 VERSION = 1
@@ -53,8 +56,9 @@ class Row:
     """A finished run.
 
     settings: what the study's grid says of it.   config: see `identity`.   episodes: those that it was judged by in the
-    study's worlds.   core_seconds: processor time of its processes; None if it is not known.   evaluations: figures by
-    world.   curve: of each of CURVE a value for every evaluation on the way, None where there is none.
+    study's worlds; those of other studies tell their own.   core_seconds: processor time of its processes; None if it
+    is not known.   evaluations: figures by world.   curve: of each of CURVE a value for every evaluation on the way,
+    None where there is none.
     """
 
     run: str
@@ -89,6 +93,16 @@ class Row:
         """Whether it is the run of this identity. What was no setting yet when it ran was as the default is now."""
         known = all(wanted.get(key, ...) == value for key, value in self.config.items())
         return known and all(value == DEFAULTS.get(key, ...) for key, value in wanted.items() if key not in self.config)
+
+    def joined(self, before: Row) -> Row:
+        """With the evaluations in other worlds that an earlier row has, if that is of the same policy."""
+        if before.commit != self.commit or before.evaluations.get(AS_TRAINED) != self.evaluations.get(AS_TRAINED):
+            return self
+        return replace(self, evaluations=before.evaluations | self.evaluations)
+
+    def has(self, worlds: Sequence[str], episodes: int) -> bool:
+        """Whether the run was judged in these worlds by so many episodes."""
+        return all(self.evaluations.get(world, {}).get("episodes") == episodes for world in worlds)
 
 
 DEFAULTS = identity(Config())
@@ -127,14 +141,20 @@ class Rows:
 
     def add(self, rows: Sequence[Row]) -> None:
         """Take rows in, in place of those of the same runs, and write the file. Raises InputError if that fails."""
-        stay = [row for row in self.rows if not any(row.is_of(new.config) for new in rows)]
-        # The order of finishing differs from call to call; in this one, a file under version control changes little.
-        self.rows = sorted([*stay, *rows], key=lambda row: (row.run, row.seed))
+        path = self.path.resolve()  # a link stays one
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"cannot create {self.path.parent}: {error.strerror}") from error
-        run_folder.write_atomically(self.path, self.text())
+            raise InputError(f"cannot create {path.parent}: {error.strerror}") from error
+        with _locked(path):
+            # Another study may have written since, or version control: what they brought stays.
+            before = Rows.read(path).rows
+            rows = [reduce(Row.joined, (old for old in before if old.is_of(new.config)), new) for new in rows]
+            stay = [row for row in before if not any(row.is_of(new.config) for new in rows)]
+            # The order of finishing differs from call to call; in this one, a file under version control changes
+            # little.
+            self.rows = sorted([*stay, *rows], key=lambda row: (row.run, row.seed))
+            run_folder.write_atomically(path, self.text())
 
     def text(self) -> str:
         """Of the file."""
@@ -150,6 +170,21 @@ class Rows:
         ]
         lines = ",\n".join(json.dumps(row) for row in own)
         return f'{{"version": {VERSION},\n"common": {json.dumps(common, indent=1)},\n"runs": [\n{lines}\n]}}\n'
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One writer at a time; the others wait. The lock is a file beside it, since the file itself is replaced.
+
+    Raises InputError if that cannot be locked.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    with ExitStack() as stack:
+        try:
+            fcntl.flock(stack.enter_context(lock.open("wb")), fcntl.LOCK_EX)
+        except OSError as error:
+            raise InputError(f"cannot lock {lock}: {error.strerror}") from error
+        yield
 
 
 def _row(told: Mapping[str, Any], common: Settings) -> Row:

@@ -161,9 +161,7 @@ class Record:
     def kept(self, trial: Trial) -> Row | None:
         """What the file of results holds of a run that was judged in all worlds."""
         row = self._rows.find(trial.config) if self._rows else None
-        worlds = self.study.worlds
-        whole = row and (not worlds or (set(worlds) <= set(row.evaluations) and row.episodes == self.study.episodes))
-        return row if whole else None
+        return row if row and row.has(self.study.worlds, self.study.episodes) else None
 
     def place(self, trial: Trial) -> Path:
         """The folder of a run."""

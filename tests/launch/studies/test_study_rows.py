@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -205,3 +207,60 @@ def test_what_a_file_of_results_holds_is_not_trained_again(tmp_path: Path, capsy
         told = {"settings": settings, "seeds": [1], "worlds": ["own"], "episodes": 3} | more
         assert study(written(tmp_path, **told), "third", "--dry-run") == 0
         assert "1 to do" in capsys.readouterr().out
+
+
+def test_what_others_write_into_a_file_of_results_stays(tmp_path: Path) -> None:
+    """Another study, or version control: a file is read again before it is written."""
+    mine, theirs = Rows.read(tmp_path / "rows.json"), Rows.read(tmp_path / "rows.json")
+    mine.add([row_of(config(seed=1), run="mine")])
+    theirs.add([row_of(config(seed=2), run="theirs")])
+    assert [row.run for row in Rows.read(mine.path).rows] == [row.run for row in theirs.rows] == ["mine", "theirs"]
+    mine.path.write_text(Rows(mine.path, [row_of(config(seed=3), run="pulled")]).text())
+    mine.add([row_of(config(seed=4), run="new")])
+    assert [row.run for row in Rows.read(mine.path).rows] == ["new", "pulled"]
+
+
+def test_two_studies_that_write_at_once_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = study_rows.run_folder.write_atomically
+
+    def slowly(path: Path, text: str) -> None:
+        time.sleep(0.2)
+        whole(path, text)
+
+    monkeypatch.setattr(study_rows.run_folder, "write_atomically", slowly)
+    rows = [row_of(config(seed=seed), run=f"s{seed}") for seed in range(3)]
+    with ThreadPoolExecutor() as pool_of_threads:
+        list(pool_of_threads.map(lambda row: Rows.read(tmp_path / "rows.json").add([row]), rows))
+    assert [row.run for row in Rows.read(tmp_path / "rows.json").rows] == ["s0", "s1", "s2"]
+
+
+def test_a_link_to_a_file_of_results_stays_one(tmp_path: Path) -> None:
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "shared.json")
+    Rows.read(link).add([row_of(config())])
+    assert link.is_symlink()
+    assert len(Rows.read(tmp_path / "shared.json").rows) == 1
+
+
+def test_evaluations_of_one_run_in_several_studies_are_joined(tmp_path: Path) -> None:
+    """If it is one and the same: of one trained anew, or at another commit, the old ones would be of another policy."""
+    path, trained = tmp_path / "rows.json", {"as trained": {"return_mean": 1.5}}
+    for world, commit in (("slip=0.1", "c"), ("slip=0.2", "c"), ("slip=0.3", "d")):
+        told = {world: {"return_mean": 1.0, "episodes": 3}}
+        Rows.read(path).add([row_of(config(), evaluations=trained | told, commit=commit)])
+        (row,) = Rows.read(path).rows
+        if world == "slip=0.2":
+            assert set(row.evaluations) == {"as trained", "slip=0.1", "slip=0.2"}
+    assert set(row.evaluations) == {"as trained", "slip=0.3"}
+
+
+def test_worlds_of_other_episodes_do_not_count(tmp_path: Path) -> None:
+    """Of each world by its own: a row may have some from another study."""
+    path = written(tmp_path, worlds=["own"], episodes=3)
+    (trial,) = Study.read(path).trials(tmp_path / "runs")
+    own, other = {"return_mean": 1.0, "episodes": 3}, {"return_mean": 2.0, "episodes": 4}
+    for worlds, done in (({"own": own, "slip=0.1": other}, True), ({"own": other, "slip=0.1": own}, False)):
+        (tmp_path / KEPT).unlink(missing_ok=True)
+        Rows.read(tmp_path / KEPT).add([row_of(trial.config, evaluations=worlds, episodes=4 if done else 3)])
+        record = Record(Study.read(path), tmp_path / "runs", [trial])
+        assert record.is_done(record.place(trial)) is done
