@@ -20,7 +20,7 @@ from __future__ import annotations
 import csv
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +96,11 @@ class Drawn:
 
     @classmethod
     def read(cls, of: Described, study: Study, runs_folder: Path, command: str) -> Drawn:
-        """The rows of the study's own runs. Raises InputError for a file of results that is broken."""
+        """Rows of the study's own runs, as it calls them. Raises InputError for a file of results that is broken."""
         assert study.results is not None
         rows, trials = Rows.read(study.results), study.trials(runs_folder)
-        found = [row for trial in trials if (row := rows.find(trial.config))]
+        pairs = [(trial, rows.find(trial.config)) for trial in trials]
+        found = [replace(row, settings=trial.settings) for trial, row in pairs if row]
         panels: dict[str, Lines] = {}
         values = {}
         for row in found:

@@ -107,11 +107,14 @@ def _runs_of(path: Path) -> dict[Path, Row | None]:
         return {path.resolve(): None}
     try:
         told = json.loads((path / run_folder.STUDY).read_text(encoding="utf-8"))
-        # The file may be anybody's: a name must not lead out of the study's folder.
-        names = [Path(run["run"]).name for run in told["runs"]]
-        kept = {row.run: row for row in Rows.read(Path(told["results"])).rows} if told.get("results") else {}
-        places = {name: (path / name).resolve() for name in names}
-        return {place: None if finished(place) else kept.get(name) for name, place in places.items()}
+        kept, common = Rows.read(Path(told["results"])) if told.get("results") else None, told.get("common", {})
+        found: dict[Path, Row | None] = {}
+        for run in told["runs"]:
+            # The file may be anybody's: a name must not lead out of the study's folder.
+            place = (path / Path(run["run"]).name).resolve()
+            # By its configuration: rows of another study, or of this one before it was edited, may be called the same.
+            found[place] = kept.of(common | run.get("config", {})) if kept and not finished(place) else None
+        return found
     except InputError:
         raise
     except (OSError, ValueError, LookupError, TypeError) as error:

@@ -136,8 +136,11 @@ class Rows:
 
     def find(self, config: Config) -> Row | None:
         """The row of the run that a configuration describes."""
-        wanted = identity(config)
-        return next((row for row in self.rows if row.seed == config.seed and row.is_of(wanted)), None)
+        return self.of(identity(config))
+
+    def of(self, wanted: Settings) -> Row | None:
+        """The row of the run of this identity."""
+        return next((row for row in self.rows if row.is_of(wanted)), None)
 
     def add(self, rows: Sequence[Row]) -> None:
         """Take rows in, in place of those of the same runs, and write the file. Raises InputError if that fails."""
@@ -158,18 +161,17 @@ class Rows:
 
     def text(self) -> str:
         """Of the file."""
-        configs = [row.config for row in self.rows]
-        common = {
-            key: value
-            for key, value in (configs[0] if configs else {}).items()
-            if all(config.get(key, ...) == value for config in configs)
-        }
-        own = [
-            asdict(row) | {"config": {key: value for key, value in row.config.items() if key not in common}}
-            for row in self.rows
-        ]
+        common, configs = shared([row.config for row in self.rows])
+        own = [asdict(row) | {"config": config} for row, config in zip(self.rows, configs, strict=True)]
         lines = ",\n".join(json.dumps(row) for row in own)
         return f'{{"version": {VERSION},\n"common": {json.dumps(common, indent=1)},\n"runs": [\n{lines}\n]}}\n'
+
+
+def shared(configs: Sequence[Settings]) -> tuple[Settings, list[Settings]]:
+    """What all have in common, and the rest of each."""
+    first = configs[0] if configs else {}
+    common = {key: value for key, value in first.items() if all(told.get(key, ...) == value for told in configs)}
+    return common, [{key: value for key, value in told.items() if key not in common} for told in configs]
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 RUNS/NAME/ holds a folder of each run, `study.yaml`, a copy of the file, and `study.json`: of every run its folder, what
 distinguishes it, how it stands (`waiting`, `running`, `finished`, `failed` and why, `interrupted`), and its returns in
 the worlds, of which `as trained` is the final evaluation of the training. A study whose file names `results` takes what
-that holds as done, without a folder, and adds to it what finishes; see `rows`.
+that holds as done, without a folder, and adds to it what finishes; see `rows`. Then `study.json` tells `results`, and
+as that file does the configuration of each run, by which its row is found.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from bm3il.launch.run import differences, iterations
 from bm3il.launch.studies.board import Board
 from bm3il.launch.studies.file import Study, Trial, text_of
 from bm3il.launch.studies.pool import LOG, Work, finished, run_all
-from bm3il.launch.studies.rows import Row, Rows
+from bm3il.launch.studies.rows import Row, Rows, identity, shared
 from bm3il.launch.studies.trial import all_evaluations, evaluations
 from bm3il.launch.surroundings import cores, lasting_output, module_command, screen
 from bm3il.launch.topology import processes_of
@@ -183,9 +184,12 @@ class Record:
         if (now := (set(running), dict(failed or {}))) == self._written:
             return
         self._keep(running)
-        told = {"version": VERSION, "name": self.study.name, "runs": self.rows(running, failed)}
+        told: dict[str, Any] = {"version": VERSION, "name": self.study.name, "runs": self.rows(running, failed)}
         if self._rows:
             told["results"] = str(self._rows.path.resolve())
+            # For whoever looks for their rows: of what the grid says a run can be called otherwise there.
+            told["common"], configs = shared([identity(trial.config) for trial in self.trials])
+            told["runs"] = [run | {"config": config} for run, config in zip(told["runs"], configs, strict=True)]
         run_folder.write_atomically(self.folder / run_folder.STUDY, json.dumps(told, indent=1) + "\n")
         self._written = now
 

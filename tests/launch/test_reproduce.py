@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -328,3 +329,14 @@ def test_seeds_without_a_partner_and_single_ones_are_left_out(tmp_path: Path) ->
     assert claims.compared(reproduce.claimed(values), drawn_of(study)) == []
     filled(study, 3)
     assert {one.pairs for one in claims.compared(reproduce.claimed(values), drawn_of(study))} == {3, 6}
+
+
+def test_runs_are_called_what_the_study_calls_them(tmp_path: Path) -> None:
+    """And not what that of the row did: one that was trained as part of another grid would be on no line."""
+    study = study_of(tmp_path)
+    filled(study)
+    assert study.results is not None
+    rows = Rows.read(study.results)
+    rows.add([replace(row, settings={"environment": "another"}, run=f"other-{n}") for n, row in enumerate(rows.rows)])
+    drawn = drawn_of(study)
+    assert (list(drawn.panels), drawn.lines) == (["rover_tower?pairs=2", "slipping"], ["bc", "ma-gail", "bm3il"])

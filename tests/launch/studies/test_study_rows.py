@@ -17,6 +17,7 @@ from bm3il.launch.cli import main
 from bm3il.launch.config import Config, configured
 from bm3il.launch.studies import pool
 from bm3il.launch.studies import rows as study_rows
+from bm3il.launch.studies.compared import Result, read_results
 from bm3il.launch.studies.file import Study
 from bm3il.launch.studies.rows import Rows, identity
 from bm3il.launch.studies.study import Record
@@ -264,3 +265,25 @@ def test_worlds_of_other_episodes_do_not_count(tmp_path: Path) -> None:
         Rows.read(tmp_path / KEPT).add([row_of(trial.config, evaluations=worlds, episodes=4 if done else 3)])
         record = Record(Study.read(path), tmp_path / "runs", [trial])
         assert record.is_done(record.place(trial)) is done
+
+
+def test_a_study_is_compared_by_the_runs_that_it_describes(tmp_path: Path) -> None:
+    """Whatever they are called: rows of a learning rate of before are none of an edited study."""
+    path, folder = written(tmp_path, seeds=[1, 2]), tmp_path / "runs" / "tiny"
+    folder.mkdir(parents=True)
+    (first, second) = Study.read(path).trials(folder)
+    edited = replace(second.config, learner=replace(second.config.learner, policy_learning_rate=0.5))
+    rows = [row_of(first.config, run="called_otherwise"), row_of(edited, run=second.name)]
+    Rows.read(tmp_path / KEPT).add(rows)
+    record = Record(Study.read(path), folder, [first, second])
+    record.write()
+    assert [told["status"] for told in record.rows()] == ["finished", "waiting"]
+    results, left_out = read_results([folder])
+    assert [result.settings for result in results] == [Result.of_row(rows[0]).settings]
+    assert left_out == [folder / second.name]
+    told = json.loads((folder / "study.json").read_text())
+    for run in told["runs"]:
+        del run["config"]  # as by a release of before
+    (folder / "study.json").write_text(json.dumps(told))
+    with pytest.raises(InputError, match="none of 2 runs is finished"):
+        read_results([folder])
