@@ -59,7 +59,9 @@ def main(paths: Sequence[Path], by: str, world: str, baseline: str, output: Path
     output: the folder of CSV and picture; None: that of the run or study, if one is given alone.
     Raises InputError for what is neither run nor study, and for names that are not there.
     """
-    results, left_out = read_results(paths)
+    results, unfinished, twice = read_results(paths)
+    left_out = [f"since it is not finished: {folder.name}" for folder in unfinished]
+    left_out += [f"since it is given twice: {folder.name}" for folder in twice]
     grouping = Grouping.of(results, by)
     first = _baseline(grouping, baseline)
     worlds = list(dict.fromkeys(name for result in results for name in result.evaluations))
@@ -156,9 +158,9 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else math.nan
 
 
-def _print(grouping: Grouping, first: Group, rows: Sequence[Figures], left_out: Sequence[Path]) -> None:
+def _print(grouping: Grouping, first: Group, rows: Sequence[Figures], left_out: Sequence[str]) -> None:
     console = screen()
-    lines = [f"left out, since it is not finished: {folder.name}" for folder in left_out]
+    lines = [f"left out, {why}" for why in left_out]
     if grouping.tasks:
         lines.append(f"on the same tasks, by {', '.join(grouping.tasks)}")
     lines += [f"with these differs {key}: {', '.join(values)}" for key, values in grouping.also.items()]

@@ -13,8 +13,8 @@ import numpy as np
 from bm3il.launch import run_folder
 from bm3il.launch.studies.file import Settings, text_of
 from bm3il.launch.studies.pool import finished
-from bm3il.launch.studies.rows import CURVE, DEFAULTS, Row, Rows, identity
-from bm3il.launch.studies.trial import all_evaluations
+from bm3il.launch.studies.rows import CURVE, DEFAULTS, Row, Rows, identity, short
+from bm3il.launch.studies.trial import AS_TRAINED, all_evaluations
 from bm3il.protocol.errors import InputError, unknown_name
 
 UNITS = {"normalized_return": "normalised return", "return_mean": "true return per agent and episode"}
@@ -36,12 +36,13 @@ Scores = dict[tuple[str, ...], np.ndarray]
 class Result:
     """A finished run.
 
-    settings: all of them, in words, by dotted key.   evaluations: by world.
+    settings: all of them but the seed, in words, by dotted key.   evaluations: by world.
     curve: of each of CURVE an array [evaluations]; NaN where it is not known.   wall_seconds: of the training.
     """
 
     folder: Path
     settings: dict[str, str]
+    seed: int
     evaluations: dict[str, Figures]
     curve: dict[str, np.ndarray]
     wall_seconds: float
@@ -49,17 +50,24 @@ class Result:
     @classmethod
     def of(cls, folder: Path) -> Result:
         """Raises InputError if this is no run."""
-        settings = _in_words(identity(run_folder.read_config(folder)))
+        config = run_folder.read_config(folder)
         result, rows = run_folder.read_result(folder), run_folder.curve(folder)
         curve = {name: np.array([_number(row.get(name)) for row in rows], float) for name in CURVE}
-        return cls(folder, settings, all_evaluations(folder), curve, _number(result.get("wall_seconds")))
+        settings, wall_seconds = _in_words(identity(config)), _number(result.get("wall_seconds"))
+        return cls(folder, settings, config.seed, all_evaluations(folder), curve, wall_seconds)
 
     @classmethod
     def of_row(cls, row: Row) -> Result:
         """Of a run that may be gone, by what a file of results keeps."""
         settings = _in_words(DEFAULTS | row.config)  # what was no setting yet was as the default is: see `Row.is_of`
         curve = {name: np.array([_number(value) for value in values], float) for name, values in row.curve.items()}
-        return cls(Path(row.run), settings, row.evaluations, curve, _number(row.wall_seconds))
+        return cls(Path(row.run), settings, row.seed, row.evaluations, curve, _number(row.wall_seconds))
+
+    @property
+    def fingerprint(self) -> tuple[Any, ...]:
+        """Equal for a run and its row, or a copy: settings, seed, and returns in as many digits as rows have."""
+        returns = [*self.curve["return_mean"], self.figure(AS_TRAINED, "return_mean")]
+        return tuple(sorted(self.settings.items())), self.seed, tuple(map(short, returns))
 
     def value(self, key: str) -> str:
         """Of a setting, in words."""
@@ -82,29 +90,33 @@ def _number(value: Any) -> float:
         return float("nan")
 
 
-def read_results(paths: Sequence[Path]) -> tuple[list[Result], list[Path]]:
-    """Finished runs of these folders of runs and studies, and those that are not finished.
+def read_results(paths: Sequence[Path]) -> tuple[list[Result], list[Path], list[Path]]:
+    """Finished runs of these folders of runs and studies, those that are not finished, and those that are there twice.
 
     Raises InputError for a folder that is neither, and if nothing is finished.
     """
-    folders: dict[Path, Row | None] = {}
-    for path in paths:
-        folders |= _runs_of(path)
-    done = {folder: row for folder, row in folders.items() if finished(folder) or row}
+    every = [run for path in paths for run in _runs_of(path)]
+    done = [(folder, row) for folder, row in every if row or finished(folder)]
     if not done:
-        raise InputError(f"none of {len(folders)} runs is finished (`bm3il list {paths[0]}`)")
-    results = [Result.of_row(row) if row else Result.of(folder) for folder, row in done.items()]
-    return results, [folder for folder in folders if folder not in done]
+        raise InputError(f"none of {len(every)} runs is finished (`bm3il list {paths[0]}`)")
+    results: dict[Any, Result] = {}
+    twice = []
+    for folder, row in done:
+        result = Result.of_row(row) if row else Result.of(folder)
+        if results.setdefault(result.fingerprint, result) is not result:
+            twice.append(folder)
+    left_out = [folder for folder, row in every if not (row or finished(folder))]
+    return list(results.values()), list(dict.fromkeys(left_out)), twice
 
 
-def _runs_of(path: Path) -> dict[Path, Row | None]:
+def _runs_of(path: Path) -> list[tuple[Path, Row | None]]:
     """The folders of runs, each with its row if that is all there is of it."""
     if path.is_file():
-        return {path / row.run: row for row in Rows.read(path).rows}
+        return [(path / row.run, row) for row in Rows.read(path).rows]
     if not path.exists():
         raise run_folder.missing(path)
     if (path / run_folder.CONFIG).exists():
-        return {path.resolve(): None}
+        return [(path.resolve(), None)]
     try:
         told = json.loads((path / run_folder.STUDY).read_text(encoding="utf-8"))
         kept, common = Rows.read(Path(told["results"])) if told.get("results") else None, told.get("common", {})
@@ -114,7 +126,7 @@ def _runs_of(path: Path) -> dict[Path, Row | None]:
             place = (path / Path(run["run"]).name).resolve()
             # By its configuration: rows of another study, or of this one before it was edited, may be called the same.
             found[place] = kept.of(common | run.get("config", {})) if kept and not finished(place) else None
-        return found
+        return list(found.items())
     except InputError:
         raise
     except (OSError, ValueError, LookupError, TypeError) as error:

@@ -83,10 +83,10 @@ class Row:
             seed=config.seed,
             commit=str(result.get("commit") or result.get("version")),
             episodes=episodes,
-            core_seconds=_short(core_seconds(folder)),
-            wall_seconds=_short(result.get("wall_seconds")),
+            core_seconds=short(core_seconds(folder)),
+            wall_seconds=short(result.get("wall_seconds")),
             evaluations={world: _shortened(told) for world, told in all_evaluations(folder).items()},
-            curve={name: [_short(point.get(name)) for point in points] for name in CURVE},
+            curve={name: [short(point.get(name)) for point in points] for name in CURVE},
         )
 
     def is_of(self, wanted: Settings) -> bool:
@@ -200,10 +200,10 @@ def _row(told: Mapping[str, Any], common: Settings) -> Row:
 
 def _shortened(told: Mapping[str, Any]) -> dict[str, Any]:
     """Its numbers."""
-    return {key: _short(value) for key, value in told.items() if value is None or isinstance(value, (int, float))}
+    return {key: short(value) for key, value in told.items() if value is None or isinstance(value, (int, float))}
 
 
-def _short(value: Any) -> float | None:
+def short(value: Any) -> float | None:
     """A number of so many digits as are worth a line in a file."""
     try:
         number = float(value)

@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
+from bm3il.launch import run_folder
 from bm3il.launch.cli import main
 from bm3il.launch.config import configured
 from bm3il.launch.studies.compared import Grouping, Result, read_results
@@ -222,3 +223,20 @@ def test_rows_of_different_commits_are_compared_by_all_settings_of_each(tmp_path
     assert [group.name for group in grouping.groups] == (names if old_first else names[::-1])
     assert set(grouping.also["learner.of_old"]) == {"–", "3"}
     assert [len(group.results) for group in grouping.groups] == [2, 2]
+
+
+def test_a_run_that_is_given_twice_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From its folder and its row, or from a file and its copy; another of the same name is another run."""
+    run = run_of(tmp_path / "a", 1 / 3, algorithm="ma-gail")
+    config = run_folder.read_config(run)
+    rows = [Row.of(run, {}, config, 5), row_of(0.7, 1, "a", algorithm="mtmfil"), row_of(0.8, 2, "a")]
+    for name in ("rows.json", "copy.json"):
+        (tmp_path / name).write_text(Rows(tmp_path / name, rows).text())
+    paths = [run, tmp_path / "rows.json", tmp_path / "copy.json"]
+    lines = compared(tmp_path / "out", *paths)
+    assert [(line["group"], line["runs"]) for line in lines] == [("ma-gail", "1"), ("mtmfil", "1"), ("bm3il", "1")]
+    said = capsys.readouterr().out
+    assert said.count("left out, since it is given twice: a") == 4
+    # Of the same settings and seed, and yet no copy: an asynchronous run comes out otherwise each time.
+    other = run_of(tmp_path / "b", 0.4, algorithm="ma-gail")
+    assert [line["runs"] for line in compared(tmp_path / "again", run, other)] == ["2"]

@@ -278,7 +278,7 @@ def test_a_study_is_compared_by_the_runs_that_it_describes(tmp_path: Path) -> No
     record = Record(Study.read(path), folder, [first, second])
     record.write()
     assert [told["status"] for told in record.rows()] == ["finished", "waiting"]
-    results, left_out = read_results([folder])
+    results, left_out, _ = read_results([folder])
     assert [result.settings for result in results] == [Result.of_row(rows[0]).settings]
     assert left_out == [folder / second.name]
     told = json.loads((folder / "study.json").read_text())
