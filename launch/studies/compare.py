@@ -161,7 +161,13 @@ def _mean(values: Sequence[float]) -> float:
 def _print(grouping: Grouping, first: Group, rows: Sequence[Figures], left_out: Sequence[str]) -> None:
     console = screen()
     lines = [f"left out, {why}" for why in left_out]
-    if grouping.tasks:
+    if not grouping.shared:
+        lines.append("no task is shared by all groups: their figures are not of the same tasks")
+    elif grouping.tasks:
+        lines += [
+            f"left out, since not all groups have it: the task {task} ({runs} runs)"
+            for task, runs in grouping.lacking.items()
+        ]
         lines.append(f"on the same tasks, by {', '.join(grouping.tasks)}")
     lines += [f"with these differs {key}: {', '.join(values)}" for key, values in grouping.also.items()]
     against = len(grouping.groups) > 1

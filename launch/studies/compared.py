@@ -167,12 +167,15 @@ class Grouping:
     """Groups of runs, and why they are groups.
 
     keys: the settings that make a method.   tasks: others that differ beside them.   also: of settings that go with
-    these the values, in the order of the runs.
+    these the values, in the order of the runs.   lacking: runs by task that not all groups have; they are left out,
+    unless nothing else is there (`shared` is False).
     """
 
     keys: tuple[str, ...]
     tasks: tuple[str, ...]
     also: dict[str, tuple[str, ...]]
+    lacking: dict[str, int]
+    shared: bool
     groups: tuple[Group, ...]
 
     @classmethod
@@ -201,8 +204,17 @@ class Grouping:
         for result in results:
             method, task = (tuple(result.value(key) for key in part) for part in (keys, tasks))
             groups.setdefault(method, {}).setdefault(task, []).append(result)
+        every = dict.fromkeys(task for strata in groups.values() for task in strata)
+        common = [task for task in every if all(task in strata for strata in groups.values())]
+        lacking = {
+            ", ".join(task): sum(len(strata.get(task, ())) for strata in groups.values())
+            for task in every
+            if task not in common
+        }
+        if common:
+            groups = {method: {task: strata[task] for task in common} for method, strata in groups.items()}
         also = {key: tuple(dict.fromkeys(values)) for key, values in varied.items() if key not in parting}
-        return cls(keys, tasks, also, tuple(Group(values, strata) for values, strata in groups.items()))
+        return cls(keys, tasks, also, lacking, bool(common), tuple(Group(*group) for group in groups.items()))
 
 
 def _parts(varied: dict[str, tuple[str, ...]], keys: Sequence[str]) -> int:

@@ -240,3 +240,27 @@ def test_a_run_that_is_given_twice_counts_once(tmp_path: Path, capsys: pytest.Ca
     # Of the same settings and seed, and yet no copy: an asynchronous run comes out otherwise each time.
     other = run_of(tmp_path / "b", 0.4, algorithm="ma-gail")
     assert [line["runs"] for line in compared(tmp_path / "again", run, other)] == ["2"]
+
+
+def test_by_a_setting_groups_are_compared_on_tasks_that_all_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second method is better where both were, and was also where it is hard."""
+    levels = {("bc", 5): 0.9, ("bm3il", 5): 0.95, ("bm3il", 20): 0.3, ("bm3il", 50): 0.2}
+    runs = []
+    for (method, episodes), level in levels.items():
+        for seed in (1, 2):
+            folder = tmp_path / f"{method}-{episodes}-{seed}"
+            runs.append(run_of(folder, level + seed / 100, seed, algorithm=method, demonstration_episodes=episodes))
+    clone, imitator = compared(tmp_path / "out", *runs, "--by", "algorithm")
+    assert [(row["runs"], round(float(row["mean"]), 3)) for row in (clone, imitator)] == [("2", 0.915), ("2", 0.965)]
+    said = capsys.readouterr().out
+    assert [f"left out, since not all groups have it: the task {n} (2 runs)" in said for n in (5, 20, 50)] == [
+        *(False, True, True)
+    ]
+    apart = [run for run in runs if "bm3il-5-" not in run.name]
+    clone, imitator = compared(tmp_path / "apart", *apart, "--by", "algorithm")
+    assert (clone["runs"], imitator["runs"], "improvement" in imitator) == ("2", "4", False)
+    said = capsys.readouterr().out
+    assert "no task is shared by all groups: their figures are not of the same tasks" in said
+    assert "on the same tasks" not in said
