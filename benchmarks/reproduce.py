@@ -19,6 +19,7 @@ from figures import Described, Drawn, draw, section
 
 from bm3il.launch.cli import main as bm3il
 from bm3il.launch.config import flattened
+from bm3il.launch.outcome import FINISHED, INPUT_ERROR, INTERRUPTED
 from bm3il.launch.studies.file import Study
 from bm3il.launch.studies.rows import Rows
 from bm3il.protocol.demonstrations import resolve
@@ -153,6 +154,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--authors", type=Path, default=Path("../shared/data"), help="data of the paper's authors")
     given = parser.parse_args(arguments)
     runs, _ = PLACES[given.quick]
+    worst = FINISHED
     try:
         prepare(told["demonstrations"], given.authors)
         found = studies(told, given.only, given.quick)
@@ -161,14 +163,16 @@ def main(arguments: Sequence[str]) -> int:
         if given.dry_run:
             return 0
         for study in () if given.figures else found.values():
-            if code := bm3il(["study", study.source, "--jobs", str(given.jobs), "--runs-folder", str(runs)]):
+            code = bm3il(["study", study.source, "--jobs", str(given.jobs), "--runs-folder", str(runs)])
+            if code in (INTERRUPTED, INPUT_ERROR):
                 return code
+            worst = max(worst, code)  # what failed in one study keeps no other from its figures
         # A page holds all figures, those of studies that were not asked for, too.
         show(told, studies(told, told["studies"], given.quick), given.quick, given.authors)
     except InputError as error:
         print(f"reproduce: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return INPUT_ERROR
+    return worst
 
 
 if __name__ == "__main__":

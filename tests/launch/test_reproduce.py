@@ -340,3 +340,26 @@ def test_runs_are_called_what_the_study_calls_them(tmp_path: Path) -> None:
     rows.add([replace(row, settings={"environment": "another"}, run=f"other-{n}") for n, row in enumerate(rows.rows)])
     drawn = drawn_of(study)
     assert (list(drawn.panels), drawn.lines) == (["rover_tower?pairs=2", "slipping"], ["bc", "ma-gail", "bm3il"])
+
+
+@pytest.mark.parametrize(
+    ("codes", "ends", "begun"), [((1, 0), 1, 2), ((0, 1), 1, 2), ((130, 0), 130, 1), ((2, 0), 2, 1)]
+)
+def test_a_study_in_which_runs_failed_does_not_keep_others_from_going_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes: tuple[int, ...], ends: int, begun: int
+) -> None:
+    """Nor the page from being drawn; what was stopped, or cannot be meant, ends it at once."""
+    study = study_of(tmp_path)
+    filled(study)
+    (tmp_path / "other.yaml").write_text((tmp_path / "tiny.yaml").read_text())
+    plan = {"demonstrations": {}, "studies": ["tiny", "other"], "figures": [FIGURE]}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "STUDIES", tmp_path)
+    monkeypatch.setattr(reproduce, "PLAN", tmp_path / "plan.yaml")
+    told: list[str] = []
+    monkeypatch.setattr(reproduce, "bm3il", lambda command: (told.append(command[1]), codes[len(told) - 1])[1])
+    assert reproduce.main([]) == ends
+    assert len(told) == begun
+    assert (tmp_path / "docs" / "figures.md").exists() is (begun == 2)
