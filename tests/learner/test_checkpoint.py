@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bm3il.learner.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
+from bm3il.learner.checkpoint import Checkpoint, CheckpointFolder, configuration_differences, read_checkpoint
 from bm3il.protocol.errors import InputError
 
 
@@ -117,3 +118,17 @@ def test_what_agents_saw_is_packed_where_that_makes_it_much_smaller(tmp_path: Pa
     for name, array in learner.items():
         assert found[name].dtype == array.dtype
         np.testing.assert_array_equal(found[name], array)
+
+
+def test_an_iteration_that_is_written_twice_is_what_was_written_last(folder: CheckpointFolder) -> None:
+    folder.write(checkpoint(3))
+    folder.write(dataclasses.replace(checkpoint(3), facts={"env_steps": 7}))
+    back = folder.newest()
+    assert back is not None
+    assert back.facts == {"env_steps": 7}
+
+
+def test_settings_that_one_release_alone_knows_are_no_difference() -> None:
+    then, now = "a: {b: 1, gone: 2}\nsteps: 3", "a: {b: 1, new: 4}\nsteps: 9"
+    assert configuration_differences(then, now) == ""
+    assert configuration_differences(then, now.replace("b: 1", "b: 5")) == "a.b: 1 then, 5 now"

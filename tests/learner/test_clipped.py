@@ -17,7 +17,7 @@ from bm3il.learner.critics import Context, ValueCritic
 from bm3il.learner.segments import Segments
 from bm3il.learner.settings import ClippedSettings, LearnerSettings
 from bm3il.protocol.errors import NumericalError
-from bm3il.protocol.layout import Layout, ParameterSharing
+from bm3il.protocol.layout import JointRows, Layout, ParameterSharing
 from bm3il.protocol.networks.options import FORBIDDEN_LOGIT
 from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
 from bm3il.protocol.trajectories import Trajectories
@@ -69,8 +69,9 @@ def played(built: ClippedActorCritic, episodes: int = 5, seed: int = 1) -> tuple
         chunk.observations[m][:] = random.normal(size=chunk.observations[m].shape)
         chunk.action_masks[m][:] = random.random(chunk.action_masks[m].shape) < 0.7
         chunk.action_masks[m][..., 0] = True
-        alive = random.random((1, episodes, t.count)) < 0.8
-        chunk.active[m][:] = alive & (np.arange(spec.episode_length + 1)[:, None] <= chunk.lengths)[..., None]
+        steps = np.arange(spec.episode_length + 1)[:, None, None]
+        ends = random.integers(0, 2 * spec.episode_length, (episodes, t.count))  # half of them die on the way
+        chunk.active[m][:] = (steps < ends) & (steps <= chunk.lengths[:, None])
     generator = torch.Generator().manual_seed(seed)
     for t in range(spec.episode_length):
         now = shown([o[t] for o in chunk.observations], [a[t] for a in chunk.action_masks])
@@ -79,6 +80,15 @@ def played(built: ClippedActorCritic, episodes: int = 5, seed: int = 1) -> tuple
     segments = Segments.of([chunk], built.layout)
     rewards = [torch.randn(segments.num_steps, block.num_agents, generator=generator) for block in built.layout.blocks]
     return segments, rewards
+
+
+def with_deaths(segments: Segments) -> Segments:
+    """Agents die in the middle of their episodes, each at a step of its own."""
+    random = np.random.default_rng(7)
+    for active in segments.active:
+        ends = torch.from_numpy(random.integers(1, len(active) + 1, active.shape[1:]))
+        active &= torch.arange(len(active))[:, None, None] < ends
+    return segments
 
 
 def gradients(built: ClippedActorCritic, segments: Segments, rewards: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -282,3 +292,94 @@ def test_ratios_begin_at_one_whatever_rounds(kind: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(losses, "clipped_loss", seen_loss)
     built.update(segments, rewards, 0.0)
     assert max(first[: len(built.layout.blocks)]) < 1e-5
+
+
+def test_critics_learn_towards_what_was_earned_and_what_follows_in_units_of_the_horizon() -> None:
+    """By loops. Without a context V needs nobody's actions, also in the last views."""
+    built = build(context="none", settings=dataclasses.replace(SETTINGS, reward_offset=0.25))
+    segments, rewards = played(built)
+    segments = with_deaths(segments)
+    settings, horizon = built.settings, 6.0  # 1 / (1 − γ) is 10, and an episode has 6 steps
+    steps = built._look_back(segments, rewards)
+    per_step = segments.spread(rewards)
+    times, episodes = segments.active[0].shape[:2]
+    for b, block in enumerate(built.layout.blocks):
+        everything = JointRows(
+            segments.observations,
+            [torch.cat([a, a[:1] * 0]) for a in segments.actions],
+            segments.active,
+        ).map(lambda tensor: tensor.flatten(0, 1))
+        with torch.no_grad():
+            value = horizon * block.rows(built.critic(everything)[b]).unflatten(0, (times, episodes))
+        wanted = torch.zeros(times - 1, episodes, block.num_agents)
+        for e in range(episodes):
+            for i in range(block.num_agents):
+                ahead = 0.0
+                for t in reversed(range(int(segments.played[:, e].sum()))):
+                    lives = bool(segments.active[b][t + 1, e, i])
+                    bootstrapped = lives and not bool(segments.terminated[t, e])
+                    delta = float(per_step[b][t, e, i]) - 0.25 - float(value[t, e, i])
+                    delta += settings.discount * float(value[t + 1, e, i]) * bootstrapped
+                    goes_on = lives and t + 1 < int(segments.played[:, e].sum())
+                    ahead = delta + settings.discount * settings.clipped.decay * ahead * goes_on
+                    wanted[t, e, i] = float(value[t, e, i]) + ahead
+        there = segments.of_rows(segments.active)[b]
+        torch.testing.assert_close(steps.target[b][there], segments.of_rows([wanted])[0][there], atol=1e-4, rtol=1e-4)
+    built._backward(steps, learn_policy=False)
+    found = [p.grad.clone() for p in built.critic.parameters() if p.grad is not None]
+    built.critic.zero_grad()
+    loss = torch.zeros(())
+    for b, (block, value) in enumerate(zip(built.layout.blocks, built.critic(steps.rows), strict=True)):
+        error = (block.rows(value) - steps.target[b] / horizon) ** 2
+        grid = block.grid(error * steps.rows.active[b])
+        loss = loss + (grid.sum((1, 2)) / block.grid(steps.rows.active[b]).sum((1, 2)).clamp(min=1)).sum()
+    loss.backward()
+    for mine, parameter in zip(found, built.critic.parameters(), strict=True):
+        torch.testing.assert_close(mine, parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_in_the_last_view_the_others_do_what_their_policies_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = build(context="types")
+    segments, _ = played(built)
+    last = segments.played.sum(0), torch.arange(segments.played.shape[1])
+    drawn = [torch.ones_like(active[last].long()) for active in segments.active]
+    monkeypatch.setattr(built, "_draw", lambda views: drawn)
+    with torch.no_grad():
+        values = built._values(segments)
+        rows = JointRows([o[last] for o in segments.observations], drawn, [a[last] for a in segments.active])
+        for b, (block, value) in enumerate(zip(built.layout.blocks, built.critic(rows), strict=True)):
+            torch.testing.assert_close(values[b][last], 6.0 * block.rows(value))
+
+
+def test_async_policies_stay_near_the_learners_own_and_not_near_the_actors() -> None:
+    built = build(lagging=True)
+    segments, rewards = played(built)
+    lagging = copy.deepcopy(segments)
+    for column in lagging.log_probabilities:
+        column += 3.0
+    with torch.no_grad():
+        own = built._log_probabilities(lagging.rows())
+    for found, expected in zip(built._look_back(lagging, rewards).old_log_probability, own, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_an_update_is_epochs_times_parts_clipped_steps() -> None:
+    for name in ("policy", "critic"):
+        built = build(settings=dataclasses.replace(SETTINGS, **{f"{name}_gradient_norm": 1e-9}))
+        segments, rewards = played(built)
+        built.update(segments, rewards, 0.0)
+        moments = [a for k, a in built._optimisers[name].arrays() if "exp_avg_sq" in k]
+        assert moments, name
+        assert max(float(np.abs(a).max()) for a in moments) < 1e-17, name
+        steps = [int(a) for k, a in built._optimisers[name].arrays() if k.endswith("step")]
+        assert set(steps) == {SETTINGS.clipped.epochs * SETTINGS.clipped.parts}
+
+
+def test_rates_fall_on_the_way() -> None:
+    """At the end of a run whose rates fall to 0 nothing moves."""
+    built = build(settings=dataclasses.replace(SETTINGS, final_learning_rate=0.0))
+    segments, rewards = played(built)
+    before = built.policy.sha256(), copy.deepcopy(built.critic.state_dict())
+    built.update(segments, rewards, 1.0)
+    assert built.policy.sha256() == before[0]
+    assert all(torch.equal(before[1][name], value) for name, value in built.critic.state_dict().items())

@@ -9,7 +9,7 @@ import torch
 
 from bm3il.actors.policy import Policy
 from bm3il.actors.rollout import rollout
-from bm3il.learner.cloning import Cloning, clone
+from bm3il.learner.cloning import BehaviourCloning, Cloning, clone
 from bm3il.learner.settings import CloningSettings
 from bm3il.protocol.demonstrations import Demonstrations
 from bm3il.protocol.errors import NumericalError
@@ -91,3 +91,21 @@ def test_a_clone_that_is_no_number_is_an_error_of_its_own(monkeypatch: pytest.Mo
     with pytest.raises(NumericalError, match=r"cloning_loss is (nan|inf)"):
         clone(policy, demonstrations, settings, 0, telemetry)
     telemetry.close()
+
+
+def test_the_rate_of_cloning_falls_to_a_twentieth() -> None:
+    environment = make_environment("berlin?agents=4&types=2", 2)
+    layout = Layout.of(environment.spec, "type")
+    settings = CloningSettings(updates=1, iterations=3, batch_size=4, weight_decay=0.0, learning_rate=1e-2)
+    telemetry = Telemetry("learner", 0, Sender("run", "learner-0"))
+    moved = []
+    for progress in (0.0, 0.5, 1.0):
+        policy = Policy(layout, (8,), torch.Generator().manual_seed(0))
+        recorded = Demonstrations.from_trajectories(rollout(environment, policy, 5), environment.spec, "")
+        before = [p.detach().clone() for p in policy.parameters()]
+        run = BehaviourCloning(policy, recorded, settings, torch.device("cpu"), 0, telemetry)
+        run.iterate(progress, lambda: None)
+        # Adam's first step is as long as its rate.
+        moved.append(max(float((p - q.detach()).abs().max()) for p, q in zip(before, policy.parameters(), strict=True)))
+    telemetry.close()
+    assert moved == pytest.approx([1e-2, 0.525e-2, 0.05e-2], rel=1e-2)

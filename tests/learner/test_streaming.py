@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -279,3 +280,23 @@ def test_a_new_session_forgets_the_chunks_of_the_last(learner: Learner) -> None:
     learner.publish(0, "another")
     assert learner.note(0, ticket) == "stale"
     assert not learner.experience._queue
+
+
+def test_an_actor_that_is_started_again_plays_other_episodes(learner: Learner) -> None:
+    played = []
+    for _ in range(2):
+        telemetry = Telemetry("actor", 0, Sender("run", "actor-0"), 0, "127.0.0.1")
+        actor = process._Actor(learner.job, ActorSettings(steps_per_iteration=50, hidden=(4,)), 0, telemetry)
+        deadline = time.monotonic() + 10
+        learner.experience._queue.clear()
+        while not learner.experience._queue:
+            assert time.monotonic() < deadline
+            learner.experience._weights.pump(repeat=True)
+            actor.stream()
+            learner.experience._receive(0.01)
+        played.append(learner.experience._queue[0][1].arrays["0.own"].copy())
+        actor._learner.close()
+        actor._weights.close()
+        actor.close()
+        telemetry.close()
+    assert not np.array_equal(*played)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import math
@@ -23,6 +24,7 @@ from bm3il.actors.simulator import Simulator
 from bm3il.learner import training
 from bm3il.learner.algorithms import ALGORITHMS, algorithm
 from bm3il.learner.checkpoint import CheckpointFolder
+from bm3il.learner.clipped import ClippedActorCritic
 from bm3il.learner.cloning import BehaviourCloning
 from bm3il.learner.experience import Evaluated, LocalExperience
 from bm3il.learner.imitation import OffPolicyImitation
@@ -54,6 +56,8 @@ def run(
     config: str = "config",
     stop: threading.Event | None = None,
     environment: str = "rover_tower?pairs=2",
+    babbling: int = 0,
+    episodes: tuple[int, int] = (20, 20),
     **learner: float,
 ) -> dict[str, object]:
     """A small run; returns what is in its result.json."""
@@ -73,7 +77,7 @@ def run(
         agent_identity=True,
         endpoints=Endpoints("", "", "", ""),
     )
-    actor = ActorSettings(steps_per_iteration=STEPS_PER_ITERATION, hidden=(16,))
+    actor = ActorSettings(steps_per_iteration=STEPS_PER_ITERATION, hidden=(16,), babbling=babbling)
     small = LearnerSettings(
         hidden=16,
         heads=2,
@@ -85,7 +89,7 @@ def run(
     )
     reward = RewardSettings(particles=2, hidden=(16,), updates=2, batch_size=32, window_steps=300)
     reward = algorithm(name).reward_settings(reward)
-    evaluation = EvaluationSettings(interval=2, episodes=20, final_episodes=20)
+    evaluation = EvaluationSettings(interval=2, episodes=episodes[0], final_episodes=episodes[1])
     folder.mkdir(exist_ok=True)
     cloning = CloningSettings(updates=3, iterations=ITERATIONS, batch_size=32)
     telemetry = Telemetry("learner", 0, Sender("test", "learner-0"))
@@ -537,3 +541,28 @@ def test_a_simulator_that_fails_at_the_end_takes_nothing_from_a_training(
     result = run(tmp_path / "run")
     assert (result["status"], result["return_mean"]) == ("finished", None)
     assert (tmp_path / "run" / "checkpoints" / f"{ITERATIONS:08d}").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("babbling", "learns"), [(0, [False, True, True, True, True, True]), (2, [False, True, True, True])]
+)
+def test_policies_learn_when_critics_have_learned_first_and_nobody_babbles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, babbling: int, learns: list[bool]
+) -> None:
+    told, update = [], ClippedActorCritic.update
+
+    def noted(
+        built: ClippedActorCritic, segments: object, rewards: object, progress: float, learn_policy: bool
+    ) -> object:
+        told.append(learn_policy)
+        return update(built, segments, rewards, progress, learn_policy)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ClippedActorCritic, "update", noted)
+    run(tmp_path / "run", babbling=babbling, episodes=(2, 2), policy="clipped", window_steps=0)  # type: ignore[arg-type]
+    assert told == learns
+
+
+def test_the_clone_is_evaluated_as_well_as_the_end(tmp_path: Path) -> None:
+    run(tmp_path / "run", episodes=(3, 7), start="cloned", policy="clipped", window_steps=0)  # type: ignore[arg-type]
+    with (tmp_path / "run" / "curve.csv").open() as file:
+        assert [row["episodes"] for row in csv.DictReader(file)] == ["7", "3", "3", "7"]

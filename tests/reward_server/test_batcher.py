@@ -74,3 +74,10 @@ def test_alone_is_never_merged_and_never_waits() -> None:
     assert [names(batcher.take(0.0)) for _ in range(2)] == [["a"], ["b"]]
     assert batcher.take(0.0) == []
     assert names(batcher.clear()) == ["c"]
+
+
+def test_an_empty_queue_takes_a_query_of_any_size() -> None:
+    batcher = make_batcher()
+    assert batcher.add(query("huge", 31)) is None
+    assert batcher.add(query("small", 1)) is not None
+    assert names(batcher.take(0.0)) == ["huge"]

@@ -11,6 +11,7 @@ from torch.nn import functional
 from bm3il.protocol import device
 from bm3il.protocol.errors import InputError, NumericalError, ProtocolError
 from bm3il.protocol.layout import JointRows, Layout, ParameterSharing
+from bm3il.reward_server import particles
 from bm3il.reward_server.model import TrueRewards
 from bm3il.reward_server.particles import RewardModel, state_table
 from tests.plain import seen_by
@@ -231,3 +232,40 @@ def test_a_learned_reward_never_reads_a_true_one() -> None:
     nan = [torch.full(active.shape, torch.nan) for active in rows.active]
     for with_nan, without in zip(model.query(rows, true_rewards=nan)[0], model.query(rows)[0], strict=True):
         assert torch.equal(with_nan, without)
+
+
+def test_the_learning_rate_falls_in_a_line() -> None:
+    settings = dataclasses.replace(SETTINGS, final_learning_rate=0.2, learning_rate=1e-2, updates=1)
+    moved = []
+    for progress in (0.0, 0.5, 1.0):
+        model = make_model(settings=settings)
+        before = model.state()["0.0.parameter"]
+        model.update(progress)
+        # Adam's first step is as long as its rate.
+        moved.append(float(np.abs(model.state()["0.0.parameter"] - before).max()))
+    assert moved == pytest.approx([1e-2, 0.6e-2, 0.2e-2], rel=1e-2)
+
+
+def test_of_a_memory_that_is_not_full_only_what_is_in_it_is_drawn() -> None:
+    layout = Layout.of(SPEC, "type")
+    states = []
+    for window in (10, 40):
+        model = RewardModel(layout, some_rows(layout, 30, 1), dataclasses.replace(SETTINGS, window_steps=window), 0)
+        model.observe(some_rows(layout, 10, 2))
+        model.update(0.0)
+        states.append(model.state()["0.0.parameter"])
+    np.testing.assert_array_equal(*states)
+
+
+def test_a_long_query_is_answered_as_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(particles, "QUERY_ROWS", 12)  # of all slots: a few joint rows at a time
+    model = make_model()
+    rows = some_rows(model.layout, 23, 3)
+    whole, deviations = model.query(rows, deviation=True)
+    assert deviations is not None
+    for row in range(23):
+        one, apart = model.query(rows.select(torch.tensor([row])), deviation=True)
+        assert apart is not None
+        for b in range(2):
+            torch.testing.assert_close(whole[b][row], one[b][0])
+            torch.testing.assert_close(deviations[b][row], apart[b][0])
