@@ -210,3 +210,36 @@ def test_forbidden_actions_are_refused() -> None:
 def test_what_is_not_offered_is_said_in_one_line(name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         make_environment(name, 1)
+
+
+def test_work_begins_and_ends_at_its_minute() -> None:
+    berlin = Berlin(1, types=5, agents=10)
+    scenario = berlin.scenario
+    berlin.reset(0)
+    for edge, before, after in (
+        (scenario.work_start_minute, berlin.home, berlin.work),
+        (scenario.work_end_minute, berlin.work, berlin.home),
+    ):
+        step, rest = divmod(edge - scenario.day_start_minute, scenario.step_minutes)
+        assert rest == 0
+        for number, where in ((int(step) - 1, before), (int(step), after)):
+            rewards = np.concatenate(berlin.show(where[None], number).rewards, axis=1)
+            assert (rewards == np.float32(scenario.right_reward)).all(), (edge, number)
+
+
+def test_incidents_are_over_when_they_are_over() -> None:
+    berlin, plain = Berlin(1, "berlin46-incidents"), Berlin(1)
+    starts = berlin.draw_starts(3)
+    berlin.reset(3, starts)
+    plain.reset(3)
+    begin, end = (starts[f"slow_{name}_minute"][0] for name in ("from", "until"))
+    scenario = berlin.scenario
+    minutes = scenario.day_start_minute + scenario.step_minutes * np.arange(scenario.steps)
+    slowed = set()
+    for step, minute in enumerate(minutes):
+        for world in (berlin, plain):
+            world.show(berlin.home[None], step)
+        slow = berlin._fullness.ravel().take(berlin._cell) != plain._fullness.ravel().take(plain._cell)
+        assert set(np.flatnonzero(slow[0])) == set(np.flatnonzero((begin <= minute) & (minute < end)))
+        slowed |= set(np.flatnonzero(slow[0]))
+    assert len(slowed) == 6

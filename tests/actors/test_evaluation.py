@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 
 from bm3il.actors import evaluation, rollout, simulator
 from bm3il.actors.environments.rover_tower import RoverTower
@@ -247,3 +248,19 @@ def test_an_evaluator_says_how_far_it_is(job: Job) -> None:
     settings = EvaluationSettings(final_episodes=300)
     Evaluator(job, settings, lambda *told: said.append(told)).returns(UniformPolicy(job.spec), 300)
     assert said[-50:] == 25 * [(0, 300)] + 25 * [(250, 300)]
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_evaluations_are_greedy_if_they_are_to_be(job: Job, greedy: bool) -> None:
+    class Noting(UniformPolicy):
+        def __init__(self) -> None:
+            super().__init__(job.spec)
+            self.said: set[bool] = set()
+
+        def act(self, now: TimeStep, generator: torch.Generator, greedy: bool = False) -> list[np.ndarray]:
+            self.said.add(greedy)
+            return super().act(now, generator, greedy)
+
+    noting = Noting()
+    Evaluator(job, EvaluationSettings(greedy=greedy)).returns(noting, 2)
+    assert noting.said == {greedy}

@@ -127,6 +127,13 @@ def test_recording_stops_at_the_number_asked_for() -> None:
         record(RoverTower(4, 2), RoverTowerExpert(), 0, seed=1, origin="")
 
 
+def test_what_is_recorded_in_batches_are_as_many_other_episodes_from_their_starts() -> None:
+    recorded = record(RoverTower(2, 2), RoverTowerExpert(), 5, seed=0, origin="")
+    assert recorded.num_episodes == 5
+    assert len(np.unique(recorded.starts["rover_positions"], axis=0)) == 5
+    assert_replays(recorded, 0)
+
+
 @pytest.mark.parametrize(("agents", "episodes", "mean"), [(8, 415, 111.3), (4, 413, 132.6)])
 def test_authors_experts_are_imported_and_replay(shared: Path, agents: int, episodes: int, mean: float) -> None:
     path = shared / f"data/rover_tower/expert_{agents}_train.npz"

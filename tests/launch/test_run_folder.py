@@ -304,3 +304,17 @@ def test_prometheus_looks_for_a_run_until_it_has_ended_well(tmp_path: Path, stat
             assert link.read_text() == "[]"
             (run / "result.json").write_text(json.dumps({"status": status}))
         assert link.is_symlink() == looked_for
+
+
+def test_a_refused_budget_leaves_the_old_one(config: Config) -> None:
+    folder = run_folder.create(config)
+
+    def refused() -> None:
+        with run_folder.rewritten(folder, config, replace(config, steps=7)):
+            assert run_folder.read_config(folder).steps == 7
+            raise InputError("no")
+
+    with pytest.raises(InputError, match="no"):
+        refused()
+    assert run_folder.read_config(folder) == config
+    assert not list(folder.glob("config-*"))

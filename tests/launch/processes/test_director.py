@@ -212,3 +212,12 @@ def test_a_pause_of_the_director_itself_loses_no_node(
         clock.offset += LOST_NODE_SECONDS / 8
         director.pump()
     assert director.lost_nodes() == [1]
+
+
+def test_a_lost_node_is_told_once(director: Director, tmp_path: Path) -> None:
+    assert director.lost_nodes() == [], "who was never heard is not lost"
+    tell(director, tmp_path, "supervisor-1", Status("supervisor", 1, 0, 1, "", "", {}))
+    assert director.lost_nodes() == []
+    director._heard["supervisor-1"] -= LOST_NODE_SECONDS + 1
+    assert director.lost_nodes() == [1]
+    assert director.lost_nodes() == []

@@ -400,6 +400,24 @@ def test_the_processes_of_a_lost_node_go_on_here(tmp_path: Path, telemetry: Tele
     end(supervisor)
 
 
+def test_adopted_processes_know_that_they_have_moved(tmp_path: Path, telemetry: Telemetry) -> None:
+    config = load_preset("rover_tower_8")
+    processes = (Process("learner", 0, 0), Process("actor", 0, 1), Process("actor", 1, 2))
+    nodes = tuple(Node(name) for name in "abc")
+    plan = Plan("run", str(tmp_path), config.to_yaml(), "", nodes, processes, ipc_addresses(tmp_path, processes))
+    sleep = [sys.executable, "-c", "import sys, time; print(sys.stdin.read()); sys.stdout.flush(); time.sleep(60)"]
+    supervisor = Supervisor(plan, 0, telemetry, lambda _: None, lambda p: sleep)
+    try:
+        supervisor.adopt(1)
+        (adopted,) = [child for child in supervisor._children if child.process.role == "actor"]
+        told = Plan.from_json(adopted._stdin)
+        assert (adopted.process.node, [p.node for p in told.processes]) == (0, [0, 0, 2])
+    finally:
+        stopped = StopRequests()
+        stopped.count = 2
+        supervisor.stop_all(stopped, lambda: None)
+
+
 def test_signals_are_given_back_once_a_run_has_ended() -> None:
     stopped, before = StopRequests(), signal.getsignal(signal.SIGTERM)
     with stopped.heard():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bm3il.launch.processes.supervisor import StopRequests
+from bm3il.launch.studies import pool
 from bm3il.launch.studies.pool import Work, run_all
 from bm3il.protocol.telemetry import DONE_FD
 
@@ -41,3 +43,19 @@ def test_a_run_that_is_refused_does_not_tell_why_it_failed_before(tmp_path: Path
     (tmp_path / "result.json").write_text(json.dumps({"status": "failed", "run_id": "1", "error": "of an old start"}))
     work = Work(lambda folder: [sys.executable, "-c", program, str(folder)])
     assert run_all([tmp_path], 1, StopRequests(), lambda *_: None, work) == {tmp_path: why}
+
+
+def test_who_was_stopped_has_not_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "POLL_SECONDS", 0.05)
+    stopped = StopRequests()
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+    work = Work(lambda folder: [sys.executable, "-c", "import time; time.sleep(60)"], lambda folder: False)
+
+    def watch(running: Any, failed: Any) -> None:
+        if running and not stopped.count:
+            stopped.add()
+
+    assert run_all(folders, 1, stopped, watch, work) == {}
+    assert not (folders[1] / "run.log").exists(), "nothing is begun any more"

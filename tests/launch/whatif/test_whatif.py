@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib.image
@@ -25,7 +27,9 @@ from bm3il.launch.config import Config, load_preset
 from bm3il.launch.learned.evaluate import FRESH_SEED
 from bm3il.launch.run_folder import read_result
 from bm3il.launch.studies import pool
+from bm3il.launch.whatif import whatif
 from bm3il.launch.whatif.figures import Sample, figures_of, hourly, hours_of, loads_of, play, student_t
+from bm3il.launch.whatif.report import _load_change
 from bm3il.launch.whatif.whatif import changed_world, changes, slug
 from bm3il.protocol.demonstrations import Demonstrations, resolve
 from bm3il.protocol.registry import make_environment
@@ -293,3 +297,53 @@ def test_an_interval_of_the_rush_is_of_its_mean() -> None:
     at_8 = hours.tolist().index(8)
     assert found["hours"]["mean"][at_8][0] == 4
     assert found["hours"]["high"][at_8][0] == pytest.approx(4 + 6.313752 * 4, rel=1e-5)
+
+
+def test_everybody_is_played_where_and_as_what_the_report_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(folder: Path) -> Any:
+        return SimpleNamespace(
+            checkpoint=SimpleNamespace(learner={f"{who}/w": f"{who} of {folder}" for who in ("clone", "policy")})
+        )
+
+    monkeypatch.setattr(whatif, "load_trained", trained)
+    monkeypatch.setattr(whatif, "_expert", lambda spec: f"expert of {spec}")
+    monkeypatch.setattr(whatif, "UniformPolicy", lambda spec: f"random of {spec}")
+    question: Any = SimpleNamespace(
+        before="old",
+        after="new",
+        before_spec="OLD",
+        after_spec="NEW",
+        arrays={"w": "run"},
+        policy=lambda arrays, world: f"{arrays['w']} in {world}",
+    )
+    assert list(whatif._everybody(question, [Path("s1"), Path("s2")])) == [
+        ("new", "random", "random of NEW"),
+        ("new", "run", "run in new"),
+        *(
+            entry
+            for s in ("s1", "s2")
+            for entry in (
+                ("old", "clone", f"clone of {s} in old"),
+                ("new", "clone", f"clone of {s} in new"),
+                ("new", "imitator", f"policy of {s} in new"),
+            )
+        ),
+        ("old", "expert", "expert of OLD"),
+        ("new", "expert", "expert of NEW"),
+    ]
+
+
+def test_a_change_of_load_is_after_less_before_and_the_imitator_was_the_clone() -> None:
+    loads = {
+        "after": {name: {"rush": {"mean": [mean, 0.0]}} for name, mean in (("imitator", 5.0), ("expert", 1.0))},
+        "before": {"clone": {"rush": [2.0, 1.0]}, "expert": {"rush": [4.0, 0.0]}},
+    }
+    assert _load_change(loads, "imitator").tolist() == [3.0, -1.0]
+    assert _load_change(loads, "expert").tolist() == [-3.0, 0.0]
+
+
+def test_an_undecided_discriminator_rewards_nothing_in_a_changed_world() -> None:
+    config = changed_world(load_preset("berlin"), CLOSED, seed=3, steps=7)
+    assert config.learner.reward_offset == math.log(2)
+    clipped = config.learner.clipped
+    assert (config.reward.imagined, clipped.clone_weight, clipped.critic_first) == (0.5, 0, 3)
