@@ -23,7 +23,8 @@ from bm3il.protocol.channels import Client, Refused, Request, Server, Unanswered
 from bm3il.protocol.codec import encode, frame_limit
 from bm3il.protocol.errors import InputError
 from bm3il.protocol.keys import Keys
-from bm3il.protocol.messages import Done, GetState, Refusal, Sender, Statistics, Update, Weights
+from bm3il.protocol.ledger import UNKNOWN
+from bm3il.protocol.messages import Done, GetState, Refusal, Sender, Standing, Statistics, Update, Weights
 from bm3il.protocol.sockets import MESSAGES_PER_POLL
 
 DEADLINE_SECONDS = 10.0
@@ -356,6 +357,13 @@ def test_no_answer_ends_in_an_error_that_names_the_request(endpoint: str, client
         client.request(GetState("s"), ARRAY, deadline_seconds=0.3)
 
 
+def test_what_nobody_answered_is_not_asked_after_any_more(client: Client) -> None:
+    ticket = client.submit(GetState("s"))
+    with pytest.raises(Unanswered):
+        client.result(ticket, 0.1)
+    assert client.pending == 0
+
+
 def test_waiting_can_be_aborted(endpoint: str, client: Client) -> None:
     def abort() -> None:
         raise KeyboardInterrupt
@@ -536,6 +544,19 @@ def test_a_request_has_come_no_later_than_it_says(endpoint: str, client: Client)
     server.close()
 
 
+def test_a_request_that_lay_in_the_socket_did_not_come_when_it_was_read(endpoint: str, client: Client) -> None:
+    server = Server(endpoint, Sender("run", "server"), schema, lambda cause: None)
+    client.submit(Done())
+    assert len(server.poll(5.0)) == 1
+    assert server.poll(0.0) == []
+    client.submit(Done())
+    came = time.monotonic()
+    time.sleep(0.3)
+    (request,) = server.poll(0.0)
+    assert request.arrived <= came
+    server.close()
+
+
 def test_a_request_that_was_waited_for_has_just_come(endpoint: str, client: Client) -> None:
     server = Server(endpoint, Sender("run", "server"), schema, lambda cause: None)
     assert not server.poll(0.05)
@@ -551,3 +572,19 @@ def test_a_request_that_was_waited_for_has_just_come(endpoint: str, client: Clie
     late.join()
     assert request.arrived >= sent[0]
     server.close()
+
+
+def test_a_request_that_is_unknown_is_sent_again_once_however_often_that_is_said(endpoint: str) -> None:
+    counted: list[str] = []
+    client = Client(
+        endpoint,
+        Sender("run", "client"),
+        lambda body: {},
+        lambda cause: None,
+        count_bytes=lambda kind, count: counted.append(kind),
+    )
+    ticket = client.submit(GetState("s"))
+    for _ in range(3):  # inquiries after the same attempt, answered late and all at once
+        client._heard(ticket, client._pending[ticket], Standing(UNKNOWN, 1))
+    assert counted == ["sent", "resent"]
+    client.close()

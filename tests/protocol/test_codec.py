@@ -181,3 +181,12 @@ def test_a_frame_may_be_twice_the_largest_honest_one_but_an_honest_one_always_pa
     assert frame_limit({"a": ("float32", (1 << 20, 3)), "b": ("bool", (5,))}) == 2 * 12 << 20
     assert frame_limit({"a": ("bool", (MAX_MESSAGE_BYTES - 1,))}) == MAX_MESSAGE_BYTES
     assert frame_limit({"a": ("bool", (MAX_MESSAGE_BYTES, 3))}) == 3 * MAX_MESSAGE_BYTES
+
+
+@pytest.mark.parametrize("more", [b"", b"\0", bytes(12)], ids=["less", "a byte more", "twice"])
+def test_a_frame_of_another_length_than_was_announced_is_refused(more: bytes) -> None:
+    header, frame = encode(SENDER, 1, Done("x"), {"a": np.arange(3, dtype=np.float32)})
+    raw = [header, bytes(frame) + more if more else bytes(frame)[:-4]]
+    with pytest.raises(ProtocolError, match="needs 12 bytes") as error:
+        read(raw, table={"a": ("float32", (3,))})
+    assert error.value.cause == "frame"

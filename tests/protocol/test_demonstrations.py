@@ -17,8 +17,10 @@ from safetensors.numpy import load_file, save_file
 
 from bm3il.launch.cli import main
 from bm3il.protocol import demonstration_checks, packing
-from bm3il.protocol.demonstrations import Demonstrations, resolve
+from bm3il.protocol.demonstrations import Demonstrations, load_demonstrations, resolve
 from bm3il.protocol.errors import InputError
+from bm3il.protocol.job import Endpoints, Job
+from bm3il.protocol.registry import make_environment
 from bm3il.protocol.specs import EnvironmentSpec, TypeSpec
 from bm3il.protocol.trajectories import Trajectories
 
@@ -138,6 +140,18 @@ def test_return_is_averaged_over_episodes_and_its_error_over_groups(demonstratio
     assert nothing.return_stderr is None
 
 
+def test_returns_of_agents_are_means_over_the_episodes_in_which_all_are_known(
+    demonstrations: Demonstrations,
+) -> None:
+    returns = np.arange(20, dtype=np.float32).reshape(5, 4)
+    returns[1, 2] = np.nan
+    known = replace(demonstrations, returns=returns)
+    assert known.returns_of_agents is not None
+    np.testing.assert_allclose(known.returns_of_agents, returns[[0, 2, 3, 4]].mean(axis=0))
+    nothing = replace(demonstrations, returns=np.full((5, 4), np.nan, np.float32))
+    assert nothing.returns_of_agents is None
+
+
 def test_selection_is_independent_first(demonstrations: Demonstrations) -> None:
     for seed in range(20):
         chosen = demonstrations.select(3, seed)
@@ -172,6 +186,25 @@ def test_split_keeps_groups_together(demonstrations: Demonstrations) -> None:
     assert not set(train.groups) & set(held_out.groups)
     assert train.num_episodes + held_out.num_episodes == 5
     assert demonstrations.split(0.1, seed=1) == (demonstrations, None)
+
+
+def test_a_part_of_groups_is_counted_as_it_is_written() -> None:
+    spec, zeros = EnvironmentSpec("one", (TypeSpec("a", 1, 1, 2),), 1), np.zeros((100, 1))
+    recorded = Demonstrations.of_types(
+        spec,
+        "",
+        [zeros[..., None].astype(np.float32)],
+        [zeros.astype(int)],
+        [np.ones((100, 1, 2), bool)],
+        [np.ones((100, 1), bool)],
+        np.ones(100, np.int64),
+        zeros.astype(np.float32),
+        np.arange(100),
+    )
+    for part, count in ((0.29, 29), (0.57, 57), (0.1, 10)):
+        held_out = recorded.split(part, seed=0)[1]
+        assert held_out is not None
+        assert held_out.num_episodes == count
 
 
 def test_a_changed_world_may_have_another_crowd(demonstrations: Demonstrations) -> None:
@@ -439,3 +472,18 @@ def test_forbidden_actions_are_counted_refused_and_left_out_on_demand(
     active = Demonstrations.load(output).active[0]
     assert (~active[rows[:3], agents[:3]]).all()
     assert active.sum() == demonstrations.active[0].sum() - 3
+
+
+@pytest.mark.parametrize("episodes", [10, 0])
+def test_every_seed_learns_from_the_same_demonstrations(tmp_path: Path, episodes: int) -> None:
+    tower = "rover_tower?pairs=2"
+    job = Job(
+        *("run", tmp_path, tower, make_environment(tower, 1).spec, "rover_tower_4", episodes, "bm3il", "serial"),
+        *(0, 1000, 1, "type", False, Endpoints("", "", "", "")),
+    )
+    chosen = [load_demonstrations(replace(job, seed=seed)) for seed in (1, 2)]
+    one, other = chosen
+    assert one is not None
+    assert other is not None
+    assert one.num_episodes == (episodes or 100)
+    np.testing.assert_array_equal(one.returns, other.returns)

@@ -52,6 +52,18 @@ class Ward:
         return TimeStep(seen, masks, active, [np.zeros((1, n), np.float32) for n in counts], nobody, ended)
 
 
+class Fewer(Ward):
+    """The last of each kind is away: it shows zeros, and may do nothing."""
+
+    def shown(self) -> TimeStep:
+        now = super().shown()
+        for m in (0, 1):
+            now.active[m][:, -1] = False
+            now.observations[m][:, -1] = 0
+            now.action_masks[m][:, -1] = False
+        return now
+
+
 def recorded_in(ward: Ward, episodes: int = 1) -> Demonstrations:
     shown = []
     for seed in range(episodes):
@@ -107,3 +119,12 @@ def test_a_slow_world_is_reset_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ward = Ward(beds=6.0)
     assert len(unlike(recorded_in(Ward()), ward, steps=True)) == 1
     assert (ward.resets, ward.steps) == (2, 0)
+
+
+def test_what_those_show_who_are_away_hides_nothing_and_means_nothing() -> None:
+    (hint,) = unlike(recorded_in(Fewer(beds=6.0)), Fewer(), steps=False)
+    assert "beds 6 (there 1)" in hint
+    assert unlike(recorded_in(Fewer()), Ward(), steps=False) == []
+    (hint,) = unlike(recorded_in(Fewer()), Ward(masked=True), steps=True)
+    assert hint.startswith("masks of 'doctor' were not written down")
+    assert unlike(recorded_in(Ward()), Fewer(), steps=True) == []

@@ -391,3 +391,17 @@ def test_a_mistyped_number_is_found_in_its_line_of_the_file(tmp_path: Path) -> N
     assert path.read_text().splitlines()[4 - 1].endswith("l,,,0,,")
     path.write_text(path.read_text().replace(",l,", ",1,"))
     assert read_table(path, TOWN)[0].num_rows == 1
+
+
+def test_episodes_are_in_the_order_of_their_first_rows(tmp_path: Path) -> None:
+    """And not in that of their names, by which 10 comes before 9."""
+    names = {"monday": "9", "tuesday": "10"}
+    rows = [row | {"episode": names[row["episode"]]} for row in town_rows()]
+    found = read(tmp_path, rows)
+    assert found.episode_lengths.tolist() == [3, 2]
+    assert_same(found, read(tmp_path, town_rows()))
+
+
+def test_steps_may_count_from_any_number(tmp_path: Path) -> None:
+    rows = [row | {"step": row["step"] + 7} for row in town_rows()]
+    assert_same(read(tmp_path, rows), read(tmp_path, town_rows()))
