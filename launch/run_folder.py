@@ -224,15 +224,16 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the run for this launcher. Raises InputError if another one holds it."""
     with (folder / ".lock").open("wb") as file:
         try:
-            _lock(file)
+            lock(file)
         except BlockingIOError as error:
             raise InputError(f"{folder} is being run by another process") from error
         yield
 
 
-def _lock(file: IO[bytes]) -> None:
-    """Raises BlockingIOError if somebody holds it for longer than a look takes (`is_running`)."""
-    for left in reversed(range(LOCK_TRIES)):
+def lock(file: IO[bytes], tries: int = LOCK_TRIES) -> None:
+    """Raises BlockingIOError if somebody holds it for longer than so many tries, by default than a look takes
+    (`is_running`)."""
+    for left in reversed(range(tries)):
         try:
             # The kernel gives it back however its holder ends: a killed run can be resumed, and is shown as killed.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

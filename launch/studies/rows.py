@@ -14,7 +14,6 @@ commit: the row says by which it was made.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,6 +105,8 @@ class Row:
 
 
 DEFAULTS = identity(Config())
+WRITER_TRIES = 1500
+"""Half a minute, in which another study has long written its rows."""
 
 
 class Rows:
@@ -183,7 +184,7 @@ def _locked(path: Path) -> Iterator[None]:
     lock = path.with_name(f".{path.name}.lock")
     with ExitStack() as stack:
         try:
-            fcntl.flock(stack.enter_context(lock.open("wb")), fcntl.LOCK_EX)
+            run_folder.lock(stack.enter_context(lock.open("wb")), WRITER_TRIES)
         except OSError as error:
             raise InputError(f"cannot lock {lock}: {error.strerror}") from error
         yield
