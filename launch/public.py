@@ -23,6 +23,7 @@ from bm3il.launch import run_folder
 from bm3il.launch.config import parse_config
 from bm3il.launch.learned.evaluate import FRESH_SEED
 from bm3il.launch.learned.trained import Trained, load_trained
+from bm3il.launch.result import curve_rows, present_result, read_result
 from bm3il.protocol.demonstrations import Demonstrations
 from bm3il.protocol.environment import Environment
 from bm3il.protocol.errors import InputError
@@ -63,12 +64,12 @@ class Run:
     @property
     def curve(self) -> list[dict[str, float]]:
         """Every evaluation during the training, by the names of `curve.csv`; what is not known is left out."""
-        return [{name: float(value) for name, value in row.items() if value} for row in run_folder.curve(self.folder)]
+        return [{name: float(value) for name, value in row.items() if value} for row in curve_rows(self.folder)]
 
     @property
     def result(self) -> dict[str, Any]:
-        """`result.json`; {} if it has not ended yet."""
-        return run_folder.read_result(self.folder)
+        """`result.json`; {} if it has not ended yet, or goes on: resumed, or to be, for more steps than it had."""
+        return present_result(self.folder, run_folder.read_config(self.folder))
 
     def act(
         self, observations: ByType, action_masks: ByType | None = None, greedy: bool = True, seed: int = 0
@@ -194,7 +195,7 @@ def train(preset: str, **settings: Any) -> Run:
     except InputError as error:
         raise InputError(_in_python(str(error))) from error
     if code:
-        told = _in_python(run_folder.read_result(folder).get("error") or str(folder))
+        told = _in_python(read_result(folder).get("error") or str(folder))
         raise RuntimeError(f"the run ended with code {code}: {told}")
     return load(folder)
 

@@ -20,6 +20,7 @@ from bm3il.launch import run_folder
 from bm3il.launch.config import Config
 from bm3il.launch.events import EventLog
 from bm3il.launch.files import check_files, load_demonstrations, remembered
+from bm3il.launch.locks import locked
 from bm3il.launch.memory import Needs, available_memory, needs
 from bm3il.launch.nodes import ranks
 from bm3il.launch.nodes.backends import check_hosts
@@ -28,6 +29,7 @@ from bm3il.launch.outcome import CRASHED, FINISHED, INTERRUPTED, Outcome, attemp
 from bm3il.launch.processes.director import direct
 from bm3il.launch.processes.supervisor import StopRequests
 from bm3il.launch.progress import Progress
+from bm3il.launch.result import Start, conclude, read_result
 from bm3il.launch.surroundings import lasting_output, private_folder
 from bm3il.launch.topology import LOOPBACK, Node, Plan, ipc_addresses, listeners, make_job, processes_of
 from bm3il.learner.algorithms import algorithm
@@ -103,14 +105,14 @@ def resume(folder: Path, flags: Config | None = None, steps: int | None = None) 
 
 def _is_complete(folder: Path, config: Config) -> bool:
     """Whether nothing is left to do: neither steps of a larger budget, nor the evaluation of the final policy."""
-    result = run_folder.read_result(folder)
+    result = read_result(folder)
     finished = result.get("status") == "finished" and result.get("steps") == config.steps
     return finished and result.get("return_mean") is not None
 
 
 def _say_how_it_ended(folder: Path, config: Config) -> int:
     progress = Progress()
-    progress.summary(folder, run_folder.read_result(folder))
+    progress.summary(folder, read_result(folder))
     longer = f"; `bm3il resume {shlex.quote(str(folder))} --steps N` prolongs it"
     progress.note(f"the run has finished{'' if algorithm(config.algorithm).clones else longer}")
     return FINISHED
@@ -206,9 +208,9 @@ def _check_room(config: Config, needed: Needs) -> None:
 
 def _run(config: Config, spec: EnvironmentSpec, folder: Path, needed: Needs, started: Config | None = None) -> int:
     """started: the configuration that a resumed run has had until now."""
-    progress, stopped, start = Progress(), StopRequests(), run_folder.Start(secrets.token_hex(8), time.time())
+    progress, stopped, start = Progress(), StopRequests(), Start(secrets.token_hex(8), time.time())
     with (
-        run_folder.locked(folder),
+        locked(folder),
         run_folder.rewritten(folder, started or config, config),  # by nobody who does not hold the folder
         run_folder.announced(folder),
         stopped.heard(),
@@ -221,7 +223,7 @@ def _run(config: Config, spec: EnvironmentSpec, folder: Path, needed: Needs, sta
                 f"{config.cloning.iterations} iterations (--cloning.iterations)"
             )
         # Read before the training writes there: the result of a finished run stays if nothing new is played.
-        before = run_folder.read_result(folder)
+        before = read_result(folder)
         try:
             if config.mode == "serial":
                 outcome = _run_serial(config, spec, folder, start.run_id, progress, stopped)
@@ -233,7 +235,7 @@ def _run(config: Config, spec: EnvironmentSpec, folder: Path, needed: Needs, sta
             progress.close()
         if outcome.text:
             print(f"bm3il: {outcome.text}", file=sys.stderr)
-        result = run_folder.conclude(folder, config, outcome, start, before)
+        result = conclude(folder, config, outcome, start, before)
         progress.summary(folder, result)
     return outcome.code
 

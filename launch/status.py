@@ -20,19 +20,11 @@ from rich.text import Text
 
 from bm3il.launch.config import Config
 from bm3il.launch.events import read_events
+from bm3il.launch.locks import is_running
 from bm3il.launch.processes.director import PROCESSES
 from bm3il.launch.progress import Progress, duration
-from bm3il.launch.run_folder import (
-    CONFIG,
-    STUDY,
-    STUDY_FILE,
-    curve,
-    folders_with,
-    is_running,
-    logged,
-    present_result,
-    read_config,
-)
+from bm3il.launch.result import curve_rows, logged, present_result
+from bm3il.launch.run_folder import CONFIG, STUDY, STUDY_FILE, folders_with, read_config
 from bm3il.launch.surroundings import screen
 from bm3il.protocol.errors import InputError
 
@@ -208,7 +200,7 @@ def _started(folder: Path) -> str:
 
 def _evaluation(folder: Path) -> dict[str, float | None]:
     """The last row of the curve."""
-    rows = curve(folder)
+    rows = curve_rows(folder)
     return {str(name): _float(value) for name, value in rows[-1].items()} if rows else {}
 
 

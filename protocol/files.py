@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bm3il.protocol.errors import InputError
+
 
 def write_whole(path: Path, text: str) -> None:
     """Put the text where there may be an older one. Raises OSError, naming the file."""
@@ -21,6 +23,14 @@ def write_whole(path: Path, text: str) -> None:
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file whole or not at all. Raises InputError naming the file and the cause."""
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
 @contextmanager

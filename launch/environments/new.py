@@ -7,8 +7,8 @@ import re
 import sys
 from pathlib import Path
 
-from bm3il.launch.run_folder import write_atomically
 from bm3il.protocol.errors import InputError
+from bm3il.protocol.files import write_atomically
 from bm3il.protocol.registry import known_environments
 
 TEMPLATE = Path(__file__).parent / "template"

@@ -18,9 +18,9 @@ from bm3il.actors.environments.berlin.scenario_file import format_scenario, load
 from bm3il.actors.environments.berlin.source_files import find_sources
 from bm3il.actors.environments.berlin.tntp import read_tntp
 from bm3il.actors.environments.berlin.town import LOCATIONS, read_town
-from bm3il.launch.run_folder import write_atomically
 from bm3il.launch.surroundings import screen
 from bm3il.protocol.errors import InputError
+from bm3il.protocol.files import write_atomically
 
 
 @dataclass(frozen=True)

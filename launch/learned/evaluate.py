@@ -22,10 +22,10 @@ from bm3il.launch.config import Config
 from bm3il.launch.files import load_demonstrations
 from bm3il.launch.learned.trained import Trained, load_trained
 from bm3il.launch.progress import duration
-from bm3il.launch.run_folder import write_atomically
 from bm3il.launch.surroundings import lasting_output, screen
 from bm3il.protocol.environment import Starts
 from bm3il.protocol.errors import InputError
+from bm3il.protocol.files import write_atomically
 from bm3il.protocol.perturbation import unperturbed
 from bm3il.protocol.registry import make_environment, with_absolute_files
 from bm3il.protocol.specs import EnvironmentSpec

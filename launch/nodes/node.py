@@ -10,13 +10,13 @@ import threading
 import time
 from pathlib import Path
 
-from bm3il.launch import run_folder
 from bm3il.launch.nodes import backends, rendezvous
 from bm3il.launch.nodes.join import ticket
 from bm3il.launch.processes.director import direct, follow
 from bm3il.launch.processes.lifeline import bind_to_parent
 from bm3il.launch.processes.supervisor import StopRequests
 from bm3il.launch.progress import Progress
+from bm3il.launch.result import Start, conclude
 from bm3il.launch.surroundings import lasting_output, private_folder, settle
 from bm3il.launch.topology import Plan
 from bm3il.protocol.errors import InputError
@@ -49,11 +49,11 @@ def _run(plan: Plan, node: int, stopped: StopRequests) -> int:
             backends.start_again()
         return 0
     threading.Thread(target=rendezvous.listen_for_stop, args=(stopped,), daemon=True).start()
-    progress, start = Progress(), run_folder.Start(plan.run_id, time.time())
+    progress, start = Progress(), Start(plan.run_id, time.time())
     progress.plan(plan)
     with ticket(plan):
         outcome = direct(plan, progress, stopped)
-    run_folder.conclude(Path(plan.run_folder), plan.config, outcome, start)
+    conclude(Path(plan.run_folder), plan.config, outcome, start)
     rendezvous.report("ended", outcome.code, outcome.text)  # a full disk may not have taken it
     return 0
 

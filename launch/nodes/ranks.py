@@ -21,13 +21,13 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from bm3il.launch import run_folder
 from bm3il.launch.config import Config
 from bm3il.launch.nodes.backends import Backend, backend
 from bm3il.launch.nodes.rendezvous import MEET_SECONDS, REPORT, START_SECONDS, STOP_LINE
 from bm3il.launch.outcome import CRASHED, DEADLINE, INPUT_ERROR, INTERRUPTED, Outcome
 from bm3il.launch.processes import lifeline
 from bm3il.launch.processes.supervisor import StopRequests
+from bm3il.launch.result import concluded
 from bm3il.launch.topology import processes_of
 from bm3il.protocol.keys import Keys
 from bm3il.protocol.specs import EnvironmentSpec
@@ -62,7 +62,7 @@ def run_nodes(config: Config, spec: EnvironmentSpec, folder: Path, run_id: str, 
             ranks.tell(json.dumps(order | {"run_id": run_id, "keys": Keys.create().to_text()}))
             gave_up = ranks.wait()
         # What mpiexec or srun return says little (it may be 0 after a lost rank): the first node's word counts.
-        if result := run_folder.concluded(folder, run_id):
+        if result := concluded(folder, run_id):
             return Outcome(result["exit_code"], result.get("error", ""))
         if said := gave_up or ranks.ended:
             return said
@@ -129,7 +129,7 @@ class _Ranks:
                 self._pass_on_stop()
             if self.met:
                 self._tell_people()
-                if self._kill_at == float("inf") and run_folder.concluded(self._folder, self._run_id):
+                if self._kill_at == float("inf") and concluded(self._folder, self._run_id):
                     self._kill_after(LAST_RANK_SECONDS)
             elif self._end is None:
                 self._look()

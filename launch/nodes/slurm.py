@@ -12,9 +12,9 @@ from bm3il.launch import run, run_folder
 from bm3il.launch.config import Config, parse_config
 from bm3il.launch.nodes.backends import BATCH_JOB
 from bm3il.launch.processes.supervisor import NOTICE
-from bm3il.launch.run_folder import write_atomically
 from bm3il.launch.surroundings import module_command
 from bm3il.protocol.errors import InputError
+from bm3il.protocol.files import write_atomically
 
 NOTICE_SECONDS, INACCURACY_SECONDS = 120, 60
 """How long before its time limit the job is told: Slurm is coarse, and up to a minute early or late."""

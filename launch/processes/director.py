@@ -18,10 +18,10 @@ from bm3il.launch.processes.metrics import RunMetrics
 from bm3il.launch.processes.states import SILENT_SECONDS, State, judge
 from bm3il.launch.processes.supervisor import LEARNER_GRACE_SECONDS, StopRequests, Supervisor, patience
 from bm3il.launch.progress import Progress
-from bm3il.launch.run_folder import write_atomically
 from bm3il.launch.topology import Plan
 from bm3il.protocol.channels import Server
 from bm3il.protocol.errors import InputError
+from bm3il.protocol.files import write_atomically
 from bm3il.protocol.messages import Done, Event, Sender, Status
 from bm3il.protocol.specs import ArrayTable
 from bm3il.protocol.telemetry import END, STOP, Telemetry

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bm3il.launch.reports.charts import number
-from bm3il.launch.run_folder import curve
+from bm3il.launch.result import curve_rows
 
 CLOCK, SECONDS_OF = ("iteration", "env_steps", "wall_seconds"), "seconds_"
 """Of a line of the log, beside the figures; and what the names of the times of its stages begin with."""
@@ -54,7 +54,7 @@ class Happened:
 
 def read_curve(folder: Path) -> Columns:
     """The evaluations of a run, in the order of their iterations."""
-    return _columns([dict(row) for row in curve(folder)], ("iteration", "return_mean"), 0)
+    return _columns([dict(row) for row in curve_rows(folder)], ("iteration", "return_mean"), 0)
 
 
 def read_log(folder: Path) -> Columns:

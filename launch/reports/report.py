@@ -10,8 +10,9 @@ import jinja2
 from bm3il.launch.reports.charts import aligned, clock
 from bm3il.launch.reports.run_page import run_page
 from bm3il.launch.reports.study_page import study_page
-from bm3il.launch.run_folder import CONFIG, STUDY, missing, write_atomically
+from bm3il.launch.run_folder import CONFIG, STUDY, missing
 from bm3il.protocol.errors import InputError
+from bm3il.protocol.files import write_atomically
 from bm3il.protocol.version import version
 
 NAME = "report.html"

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from bm3il.launch.config import Config, load_preset
+from bm3il.launch.locks import is_running
 from bm3il.launch.reports.charts import Chart, Line, Reference, Timeline, chart, decimals, number
 from bm3il.launch.reports.history import Entry, listed, timelines
 from bm3il.launch.reports.log_charts import Group, Stage, groups, stages
 from bm3il.launch.reports.recorded import Columns, read_all_events, read_curve, read_log
 from bm3il.launch.reports.seen import Seen, look_at
-from bm3il.launch.run_folder import is_running, present_result, read_config
+from bm3il.launch.result import present_result
+from bm3il.launch.run_folder import read_config
 from bm3il.launch.status import ROUTINE
 from bm3il.launch.studies.compared import UNREWARDED
 from bm3il.protocol.errors import InputError

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
 from bm3il.launch.progress import duration
-from bm3il.launch.run_folder import curve, last_logged
+from bm3il.launch.result import curve_rows, last_logged
 from bm3il.launch.studies.pool import LOG, finished
 
 PLAIN_LINE_SECONDS = 10.0
@@ -39,7 +39,7 @@ class Position:
         """What can be read of `log.jsonl` and `curve.csv`; a line that is being written is left out."""
         returns: dict[int, float] = {}
         with suppress(ValueError, LookupError, TypeError):  # of a row that is being written
-            for row in curve(folder):
+            for row in curve_rows(folder):
                 returns[int(row["iteration"])] = float(row["return_mean"])
         last = last_logged(folder)
         newest = returns[max(returns)] if returns else None

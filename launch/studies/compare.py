@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bm3il.launch.run_folder import write_atomically
 from bm3il.launch.studies.compared import (
     SCORES,
     UNITS,
@@ -43,6 +42,7 @@ from bm3il.launch.studies.statistics import (
 from bm3il.launch.studies.trial import AS_TRAINED
 from bm3il.launch.surroundings import lasting_output, screen
 from bm3il.protocol.errors import InputError, unknown_name
+from bm3il.protocol.files import write_atomically
 
 LEVELS = (0.5, 0.8, 0.9)
 """Of the normalised return, whose steps are told."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from bm3il.launch import run_folder
+from bm3il.launch.result import curve_rows, present_result, read_result
 from bm3il.launch.studies.file import Settings, text_of
 from bm3il.launch.studies.pool import finished
 from bm3il.launch.studies.rows import CURVE, DEFAULTS, Row, Rows, identity, short
@@ -51,7 +52,7 @@ class Result:
     def of(cls, folder: Path) -> Result:
         """Raises InputError if this is no run."""
         config = run_folder.read_config(folder)
-        result, rows = run_folder.read_result(folder), run_folder.curve(folder)
+        result, rows = read_result(folder), curve_rows(folder)
         curve = {name: np.array([_number(row.get(name)) for row in rows], float) for name in CURVE}
         settings, wall_seconds = _in_words(identity(config)), _number(result.get("wall_seconds"))
         return cls(folder, settings, config.seed, all_evaluations(folder), curve, wall_seconds)
@@ -96,7 +97,7 @@ def read_results(paths: Sequence[Path]) -> tuple[list[Result], list[Path], list[
     Raises InputError for a folder that is neither, and if nothing is finished.
     """
     every = [run for path in paths for run in _runs_of(path)]
-    done = [(folder, row) for folder, row in every if row or finished(folder)]
+    done = [(folder, row) for folder, row in every if row or _stands_finished(folder)]
     if not done:
         raise InputError(f"none of {len(every)} runs is finished (`bm3il list {paths[0]}`)")
     results: dict[Any, Result] = {}
@@ -105,8 +106,13 @@ def read_results(paths: Sequence[Path]) -> tuple[list[Result], list[Path], list[
         result = Result.of_row(row) if row else Result.of(folder)
         if results.setdefault(result.fingerprint, result) is not result:
             twice.append(folder)
-    left_out = [folder for folder, row in every if not (row or finished(folder))]
-    return list(results.values()), list(dict.fromkeys(left_out)), twice
+    left_out = dict.fromkeys(folder for folder, row in every if (folder, row) not in done)
+    return list(results.values()), list(left_out), twice
+
+
+def _stands_finished(folder: Path) -> bool:
+    """Whether it is at its end: one that goes on for more steps has a result that is older than its curve."""
+    return finished(folder) and present_result(folder, run_folder.read_config(folder)).get("status") == "finished"
 
 
 def _runs_of(path: Path) -> list[tuple[Path, Row | None]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bm3il.launch.processes.child import Child
 from bm3il.launch.processes.supervisor import THREAD_VARIABLES, StopRequests
-from bm3il.launch.run_folder import read_result
+from bm3il.launch.result import read_result
 from bm3il.launch.surroundings import module_command
 from bm3il.launch.topology import Process
 

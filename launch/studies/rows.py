@@ -23,11 +23,13 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from bm3il.launch import run_folder
 from bm3il.launch.config import Config, flattened
+from bm3il.launch.locks import lock
+from bm3il.launch.result import curve_rows, read_result
 from bm3il.launch.studies.file import Settings
 from bm3il.launch.studies.trial import AS_TRAINED, all_evaluations, core_seconds
 from bm3il.protocol.errors import InputError
+from bm3il.protocol.files import write_atomically
 
 VERSION = 1
 SIGNIFICANT_DIGITS = 6
@@ -74,7 +76,7 @@ class Row:
     @classmethod
     def of(cls, folder: Path, settings: Settings, config: Config, episodes: int) -> Row:
         """Of the folder of a run that has finished."""
-        result, points = run_folder.read_result(folder), run_folder.curve(folder)
+        result, points = read_result(folder), curve_rows(folder)
         return cls(
             run=folder.name,
             settings=settings,
@@ -158,7 +160,7 @@ class Rows:
             # The order of finishing differs from call to call; in this one, a file under version control changes
             # little.
             self.rows = sorted([*stay, *rows], key=lambda row: (row.run, row.seed))
-            run_folder.write_atomically(path, self.text())
+            write_atomically(path, self.text())
 
     def text(self) -> str:
         """Of the file."""
@@ -181,12 +183,12 @@ def _locked(path: Path) -> Iterator[None]:
 
     Raises InputError if that cannot be locked.
     """
-    lock = path.with_name(f".{path.name}.lock")
+    beside = path.with_name(f".{path.name}.lock")
     with ExitStack() as stack:
         try:
-            run_folder.lock(stack.enter_context(lock.open("wb")), WRITER_TRIES)
+            lock(stack.enter_context(beside.open("wb")), WRITER_TRIES)
         except OSError as error:
-            raise InputError(f"cannot lock {lock}: {error.strerror}") from error
+            raise InputError(f"cannot lock {beside}: {error.strerror}") from error
         yield
 
 

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from bm3il.launch import run_folder
 from bm3il.launch.config import Config
+from bm3il.launch.locks import held
 from bm3il.launch.outcome import CRASHED, FINISHED, INTERRUPTED
 from bm3il.launch.processes.supervisor import StopRequests
 from bm3il.launch.run import differences, iterations
@@ -32,6 +33,7 @@ from bm3il.launch.studies.trial import all_evaluations, evaluations
 from bm3il.launch.surroundings import cores, lasting_output, module_command, screen
 from bm3il.launch.topology import processes_of
 from bm3il.protocol.errors import InputError
+from bm3il.protocol.files import write_atomically
 
 VERSION = 1
 
@@ -57,7 +59,7 @@ def main(file: Path, jobs: int | None, runs_folder: Path, dry_run: bool) -> int:
     jobs = min(len(every), jobs or max(1, cores() // threads))
     work = Work(_command, record.is_done, max(trial.config.threads_of("learner") for trial in every))
     stopped = StopRequests()
-    with run_folder.held(folder), stopped.heard(), lasting_output():
+    with held(folder), stopped.heard(), lasting_output():
         trials = [trial for trial in every if not record.kept(trial)]
         _open(trials, file, folder)
         record.open_results()
@@ -110,7 +112,7 @@ def _open(trials: Sequence[Trial], file: Path, folder: Path) -> None:
                 "or take another name for the study"
             )
     # Only now, when no run has objected: a study that is refused has changed nothing.
-    run_folder.write_atomically(folder / run_folder.STUDY_FILE, file.read_text(encoding="utf-8"))
+    write_atomically(folder / run_folder.STUDY_FILE, file.read_text(encoding="utf-8"))
     for trial in fresh:
         run_folder.create(trial.config)
 
@@ -190,7 +192,7 @@ class Record:
             # For whoever looks for their rows: of what the grid says a run can be called otherwise there.
             told["common"], configs = shared([identity(trial.config) for trial in self.trials])
             told["runs"] = [run | {"config": config} for run, config in zip(told["runs"], configs, strict=True)]
-        run_folder.write_atomically(self.folder / run_folder.STUDY, json.dumps(told, indent=1) + "\n")
+        write_atomically(self.folder / run_folder.STUDY, json.dumps(told, indent=1) + "\n")
         self._written = now
 
     def open_results(self) -> None:

@@ -18,11 +18,13 @@ from bm3il.launch import run
 from bm3il.launch.learned.evaluate import judged
 from bm3il.launch.learned.trained import load_trained
 from bm3il.launch.outcome import FINISHED, INPUT_ERROR
-from bm3il.launch.run_folder import STUDY_FILE, read_result, write_atomically
+from bm3il.launch.result import read_result
+from bm3il.launch.run_folder import STUDY_FILE
 from bm3il.launch.studies.file import Study, in_world
 from bm3il.launch.studies.pool import finished
 from bm3il.launch.surroundings import settle
 from bm3il.protocol.errors import InputError
+from bm3il.protocol.files import write_atomically
 
 WORLDS, SPENT = "worlds.json", "core_seconds"
 """In a run's folder, how good its policy is in the worlds, and what it cost."""

@@ -36,6 +36,7 @@ from bm3il.launch import run_folder
 from bm3il.launch.config import Config
 from bm3il.launch.files import check_files, remembered
 from bm3il.launch.learned.trained import load_trained, policy_of
+from bm3il.launch.locks import held
 from bm3il.launch.outcome import CRASHED, FINISHED, INTERRUPTED
 from bm3il.launch.processes.supervisor import StopRequests
 from bm3il.launch.run import check, differences, iterations
@@ -48,6 +49,7 @@ from bm3il.launch.whatif.report import draw_changes, markdown, print_tables
 from bm3il.learner.algorithms import algorithm
 from bm3il.learner.optimisation import part
 from bm3il.protocol.errors import InputError
+from bm3il.protocol.files import write_atomically
 from bm3il.protocol.perturbation import unperturbed
 from bm3il.protocol.registry import make_environment, with_absolute_files
 from bm3il.protocol.specs import EnvironmentSpec
@@ -196,7 +198,7 @@ def main(run: Path, environment: str, seeds: int, steps: int, jobs: int, episode
         replace(config, seed=seed, run=name, runs_folder=str(question.folder)) for seed, name in enumerate(places, 1)
     ]
     console, stopped = screen(soft_wrap=True), StopRequests()
-    with run_folder.held(question.folder), stopped.heard(), lasting_output():
+    with held(question.folder), stopped.heard(), lasting_output():
         folders = _opened(configs)
         console.print(f"{question.folder}: {seeds} runs of {steps:,} steps in {question.after_spec.name}", markup=False)
         size = dict.fromkeys(folders, iterations(config, question.after_spec))
@@ -254,8 +256,8 @@ def _compare(
     berlin = unperturbed(make_environment(question.after, 1))
     if isinstance(berlin, Berlin):
         report["loads"] = loads_of(berlin, before, after)
-    run_folder.write_atomically(question.folder / "whatif.json", json.dumps(report, indent=1) + "\n")
-    run_folder.write_atomically(question.folder / "whatif.md", markdown(report))
+    write_atomically(question.folder / "whatif.json", json.dumps(report, indent=1) + "\n")
+    write_atomically(question.folder / "whatif.md", markdown(report))
     print_tables(report, console)
     if isinstance(berlin, Berlin):
         draw_changes(berlin, report, question.folder / "whatif.png")

@@ -14,7 +14,8 @@ import torch
 
 import bm3il
 from bm3il.actors.policy import UniformPolicy
-from bm3il.launch.run_folder import write_atomically
+from bm3il.launch.locks import locked
+from bm3il.protocol.files import write_atomically
 
 README = Path(__file__).parents[2] / "README.md"
 TINY: dict[str, Any] = {
@@ -53,6 +54,12 @@ def test_a_run_is_trained_and_found_again(rovers: bm3il.Run) -> None:
     assert again.policy.sha256() == rovers.policy.sha256() == rovers.result["policy_sha256"]
     assert [t.name for t in rovers.spec.types] == ["rover", "tower"]
     assert rovers.curve[-1]["iteration"] == rovers.result["iterations"] == 2
+
+
+def test_a_run_that_goes_on_has_no_result_yet(rovers: bm3il.Run) -> None:
+    with locked(rovers.folder):
+        assert rovers.result == {}
+    assert rovers.result["status"] == "finished"
 
 
 @pytest.mark.parametrize("name", ["rovers", "commuters"])

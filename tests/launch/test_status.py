@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from bm3il.launch import run_folder, status
+from bm3il.launch import result, status
 from bm3il.launch.config import load_preset
 from bm3il.launch.events import EventLog
+from bm3il.launch.locks import locked
 from bm3il.launch.outcome import Outcome
 from bm3il.launch.processes.states import judge
 from bm3il.launch.status import print_list, print_status
@@ -182,7 +183,7 @@ def test_the_result_of_an_earlier_start_tells_nothing_of_the_present_one(
 ) -> None:
     (folder / "result.json").write_text(json.dumps(FAILED | {"resume": "bm3il resume it"}))
     monkeypatch.undo()
-    with run_folder.locked(folder) if held else nullcontext():
+    with locked(folder) if held else nullcontext():
         if not held:
             (folder / "events.jsonl").unlink()
             told = status.describe(folder)
@@ -199,7 +200,7 @@ def test_the_result_of_an_earlier_start_tells_nothing_of_the_present_one(
 def test_a_run_that_shall_play_more_steps_is_not_finished(
     folder: Path, monkeypatch: pytest.MonkeyPatch, steps: int, state: str
 ) -> None:
-    monkeypatch.setattr(run_folder, "is_running", lambda _: False)
+    monkeypatch.setattr(result, "is_running", lambda _: False)
     monkeypatch.setattr(status, "is_running", lambda _: False)
     (folder / "result.json").write_text(json.dumps({"status": "finished", "steps": steps}))
     assert status.describe(folder)["state"] == state
@@ -290,7 +291,7 @@ def test_a_list_has_a_row_of_each_study(tmp_path: Path, capsys: pytest.CaptureFi
     study("torn").joinpath("study.json").write_text('{"runs": [')
     (tmp_path / "left" / "study.yaml").touch()
     busy = study("busy", "finished", "failed", "running")
-    with run_folder.locked(busy):
+    with locked(busy):
         assert print_list(tmp_path, as_json=True) == 0
         rows = {row["run"]: row for row in json.loads(capsys.readouterr().out)}
         assert print_list(tmp_path) == 0

@@ -21,11 +21,11 @@ import bm3il
 from bm3il.launch.cli import main
 from bm3il.launch.config import Config, load_preset
 from bm3il.launch.learned import pictures
+from bm3il.launch.locks import locked
 from bm3il.launch.reports.recorded import read_curve, read_log
 from bm3il.launch.reports.report import render, write_report
 from bm3il.launch.reports.run_page import run_page
 from bm3il.launch.reports.study_page import estimate, study_page
-from bm3il.launch.run_folder import locked
 from bm3il.protocol.errors import InputError
 
 HOSTILE = "<script>alert('&\"')</script>"

@@ -225,6 +225,15 @@ def test_rows_of_different_commits_are_compared_by_all_settings_of_each(tmp_path
     assert [len(group.results) for group in grouping.groups] == [2, 2]
 
 
+def test_a_run_that_shall_play_more_steps_is_not_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`bm3il resume RUN --steps MORE`, killed on its way: the result is that of fewer steps."""
+    done, extended = (run_of(tmp_path / name, 0.5, seed) for seed, name in enumerate(("a", "b")))
+    result = json.loads((extended / "result.json").read_text()) | {"steps": 500}
+    (extended / "result.json").write_text(json.dumps(result))
+    assert [line["runs"] for line in compared(tmp_path / "out", done, extended)] == ["1"]
+    assert "left out, since it is not finished: b" in capsys.readouterr().out
+
+
 def test_a_run_that_is_given_twice_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From its folder and its row, or from a file and its copy; another of the same name is another run."""
     run = run_of(tmp_path / "a", 1 / 3, algorithm="ma-gail")

@@ -19,7 +19,7 @@ import yaml
 
 from bm3il.launch.cli import main
 from bm3il.launch.config import load_preset
-from bm3il.launch.run_folder import read_result
+from bm3il.launch.result import read_result
 from bm3il.launch.studies import pool
 from bm3il.launch.studies.file import Study, in_world
 from bm3il.launch.studies.study import threads_of

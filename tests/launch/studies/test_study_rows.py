@@ -222,13 +222,13 @@ def test_what_others_write_into_a_file_of_results_stays(tmp_path: Path) -> None:
 
 
 def test_two_studies_that_write_at_once_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = study_rows.run_folder.write_atomically
+    whole = study_rows.write_atomically
 
     def slowly(path: Path, text: str) -> None:
         time.sleep(0.2)
         whole(path, text)
 
-    monkeypatch.setattr(study_rows.run_folder, "write_atomically", slowly)
+    monkeypatch.setattr(study_rows, "write_atomically", slowly)
     rows = [row_of(config(seed=seed), run=f"s{seed}") for seed in range(3)]
     with ThreadPoolExecutor() as pool_of_threads:
         list(pool_of_threads.map(lambda row: Rows.read(tmp_path / "rows.json").add([row]), rows))

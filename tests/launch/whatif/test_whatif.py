@@ -25,7 +25,7 @@ from bm3il.actors.experts.commuters import FreeFlow
 from bm3il.launch.cli import main
 from bm3il.launch.config import Config, load_preset
 from bm3il.launch.learned.evaluate import FRESH_SEED
-from bm3il.launch.run_folder import read_result
+from bm3il.launch.result import read_result
 from bm3il.launch.studies import pool
 from bm3il.launch.whatif import whatif
 from bm3il.launch.whatif.figures import Sample, figures_of, hourly, hours_of, loads_of, play, student_t
