@@ -40,10 +40,11 @@ AtWork = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ReturnEstimate:
-    """True return per agent and episode: mean, and standard error over episodes (or over groups of them)."""
+    """True return per agent and episode: mean, and standard error over episodes (or over groups of them); None of one,
+    which says nothing of how others would differ."""
 
     mean: float
-    stderr: float
+    stderr: float | None
     episodes: int
 
     @classmethod
@@ -56,7 +57,9 @@ class ReturnEstimate:
         # Summed by group: episodes of one start vary together, so they count as one draw.
         residuals = np.bincount(index, weights=values - values.mean())
         count = len(residuals)
-        variance = (residuals**2).sum() * count / max(count - 1, 1)
+        if count < 2:
+            return cls(float(values.mean()), None, len(values))
+        variance = (residuals**2).sum() * count / (count - 1)
         return cls(float(values.mean()), float(np.sqrt(variance) / len(values)), len(values))
 
 

@@ -79,7 +79,8 @@ class Run:
         observations: of each type [X_m, O_m] or [B, X_m, O_m].
         action_masks: of each type [X_m, A_m] or [B, X_m, A_m] bool, the actions allowed now; None: all.
         greedy: the likeliest action instead of a draw by `seed`.
-        Raises InputError for arrays of other types or shapes, and for masks of another batch than observations.
+        Raises InputError for arrays of other types or shapes, and for masks of another batch than observations, or of
+        other values than 0 and 1.
         """
         seen, lead = self._seen(observations, action_masks)
         actions, _ = self.policy.choose(seen, torch.Generator().manual_seed(seed), greedy)
@@ -130,6 +131,11 @@ class Run:
             ]
         else:
             allowed, _ = self._checked("action masks", masks, [(t.action_dim,) for t in spec.types], lead)
+            for t, mask in zip(spec.types, allowed, strict=True):
+                if (odd := ~np.isin(mask, (0, 1))).any():
+                    raise InputError(
+                        f"action masks of '{t.name}': expected true and false, or 1 and 0, got {mask[odd][0]}"
+                    )
         found = []
         for form, types in zip(forms(spec), spec.blocks, strict=True):
             seen, may = (np.concatenate([part[m] for m in types], axis=1) for part in (dense, allowed))

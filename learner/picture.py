@@ -41,7 +41,7 @@ def curve_figure(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -
         unit, column = "iterations", "iteration"
     steps = [float(row[column]) for row in rows]
     means = [float(row["return_mean"]) for row in rows]
-    errors = [float(row["return_stderr"]) for row in rows]
+    errors = [float(row["return_stderr"] or 0.0) for row in rows]  # of one episode it is unknown
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     clone, random = result.get("clone_return"), result.get("random_return")

@@ -70,8 +70,8 @@ class RunRecord:
     ) -> None:
         """Add a row to `curve.csv`, in the order of iterations: the fixed columns, of each type `return_mean.TYPE` and
         the like, and the figures; the first row's name the columns."""
-        normalized = "" if normalized_return is None else normalized_return
-        fixed = (iteration, env_steps, round(wall_seconds, 3), estimate.mean, estimate.stderr, normalized)
+        stderr, normalized = ("" if value is None else value for value in (estimate.stderr, normalized_return))
+        fixed = (iteration, env_steps, round(wall_seconds, 3), estimate.mean, stderr, normalized)
         of_types = {f"{key}.{name}": told[key] for name, told in types.items() for key in OF_TYPES}
         told = {name: "" if value is None else value for name, value in of_types.items()}
         row: dict[str, Any] = dict(zip(COLUMNS, (*fixed, estimate.episodes), strict=True)) | told | dict(figures)
@@ -86,9 +86,9 @@ class RunRecord:
             # The first policy may be evaluated after a later one that overtook it.
             ordered = sorted([*rows, row], key=lambda each: int(each["iteration"]))
             write_whole(self._curve, _csv(names, ordered, header=True))
-        means = {"return_mean": estimate.mean, "return_stderr": estimate.stderr}
-        known = {name.replace(".", "/"): value for name, value in of_types.items() if value is not None}
-        self._add_scalars("evaluation", iteration, means | known)
+        means = {"return_mean": estimate.mean, "return_stderr": estimate.stderr, **of_types}
+        known = {name.replace(".", "/"): value for name, value in means.items() if value is not None}
+        self._add_scalars("evaluation", iteration, known)
 
     def go_on_from(self, iteration: int) -> Forgotten:
         """Forget what comes again after `iteration` was restored: its evaluation, and everything of later ones."""

@@ -356,8 +356,8 @@ class Training:
             )
         if self._progress == 1 and evaluated.version == self._facts.iteration:
             self._final = evaluated
-            what = f"final policy: return {estimate.mean:.2f} ± {estimate.stderr:.2f}"
-            self._telemetry.event("evaluated", what)
+            spread = "" if estimate.stderr is None else f" ± {estimate.stderr:.2f}"
+            self._telemetry.event("evaluated", f"final policy: return {estimate.mean:.2f}{spread}")
 
     def _show_evaluation(self, version: int, estimate: ReturnEstimate, types: OfTypes) -> None:
         """On the screen and in the metrics, which tell of the newest."""

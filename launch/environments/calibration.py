@@ -37,6 +37,7 @@ def calibrate(name: str, days: int, seed: int) -> int:
     means = {}
     for label, policy in track(policies.items(), "playing", console=console, transient=True):
         estimate = ReturnEstimate.of(evaluate(name, policy, days, seed))
+        assert estimate.stderr is not None  # of two days or more
         half = INTERVAL_95 * estimate.stderr
         means[label] = estimate.mean
         table.add_row(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from bm3il.actors.environments.berlin.environment import Berlin
 from bm3il.actors.evaluation import ReturnEstimate, Scale, evaluate
@@ -32,6 +33,8 @@ from bm3il.protocol.specs import EnvironmentSpec
 
 FIRST_SECONDS, MOST_SECONDS = 5.0, 60.0
 """After how long is told first, and later at the least, how far an evaluation is."""
+RETURNS = ("return_mean", "return_stderr", "random_return", "expert_return")
+"""As the table shows them. One episode has no standard error, and a strange world no expert."""
 FRESH_SEED = 1_000_003
 """Start states that no training run of a small seed evaluates on."""
 
@@ -203,11 +206,8 @@ def _print(what: str, rows: list[dict[str, Any]]) -> None:
             first = name == "all"
             table.add_row(
                 *(row["starts"], row["actions"], str(row["episodes"])) if first else ("", "", ""),
-                name,
-                f"{told['return_mean']:.1f}",
-                f"{told['return_stderr']:.1f}",
-                f"{told['random_return']:.1f}",
-                "–" if told["expert_return"] is None else f"{told['expert_return']:.1f}",
+                Text(name),  # no markup: a type may be called [bus]
+                *("–" if told[key] is None else f"{told[key]:.1f}" for key in RETURNS),
                 "–" if told["normalized_return"] is None else f"{told['normalized_return']:.3f}",
             )
     screen().print(table)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from bm3il.actors.evaluation import AtWork
 from bm3il.actors.experts.scripted import expert_for
@@ -149,7 +150,7 @@ def _print(spec: EnvironmentSpec, episodes: Mapping[str, Episode]) -> None:
         table.add_column(who, justify="right")
     groups = {"all": slice(None)} | {kind.name: spec.agents(m) for m, kind in enumerate(spec.types)}
     for name, agents in groups.items():
-        table.add_row(name, *(f"{episode.returns[-1, agents].mean():.2f}" for episode in episodes.values()))
+        table.add_row(Text(name), *(f"{episode.returns[-1, agents].mean():.2f}" for episode in episodes.values()))
     console = screen()
     console.print(f"true return per agent in this episode, of {steps} steps:", markup=False, soft_wrap=True)
     console.print(table)

@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bm3il.launch import run_folder
 from bm3il.launch.config import Config
@@ -240,5 +241,5 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     shown = Table("run", *keys, "seed", "status", box=None, padding=(0, 1, 0, 0))
     for row in rows:
         values = (text_of(row["settings"][key]) if key in row["settings"] else "" for key in keys)
-        shown.add_row(row["run"], *values, str(row["seed"]), row["status"])
+        shown.add_row(row["run"], *map(Text, values), str(row["seed"]), row["status"])
     return shown

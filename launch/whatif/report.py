@@ -16,6 +16,7 @@ from matplotlib import patheffects
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bm3il.actors.environments.berlin.environment import Berlin
 from bm3il.actors.environments.berlin.map import draw_map
@@ -81,7 +82,7 @@ def print_tables(report: Figures, console: Console) -> None:
         for number, name in enumerate(sheet.header):
             table.add_column(name, justify="right" if number else "left", no_wrap=not number)
         for row in sheet.rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # no markup: a type may be called [bus]
         console.print(table)
     if len(report["seeds"]) == 1:
         console.print(ONE_SEED)

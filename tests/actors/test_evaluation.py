@@ -40,6 +40,12 @@ def test_copies_of_an_episode_do_not_make_the_estimate_surer() -> None:
     assert repeated.stderr == pytest.approx(alone.stderr)
 
 
+def test_of_one_episode_or_one_start_nobody_knows_the_error() -> None:
+    returns = np.random.default_rng(1).normal(size=(4, 2))
+    assert ReturnEstimate.of(returns[:1]).stderr is None
+    assert ReturnEstimate.of(returns, groups=np.zeros(4)).stderr is None
+
+
 def test_evaluations_repeat_and_their_episodes_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "EPISODES_AT_ONCE", 4)
     environment = "rover_tower?pairs=2"

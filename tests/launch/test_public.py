@@ -133,6 +133,8 @@ def test_batches_that_do_not_fit_each_other_are_refused(rovers: bm3il.Run) -> No
             rovers.act(of(seen, "observation_dim"), of(done, "action_dim", bool))
     assert rovers.reward(of((5,), "observation_dim"), of((5,), dtype=np.int64))["rover"][0].shape == (5, 2)
     assert rovers.act(of((), "observation_dim"), of((), "action_dim", bool))["rover"].shape == (2,)
+    with pytest.raises(bm3il.InputError, match=r"masks of 'tower': expected true and false, .* got 0\.5"):
+        rovers.act(of((), "observation_dim"), of((), "action_dim") | {"tower": np.full((2, 5), 0.5)})
 
 
 def test_an_observation_that_a_world_cannot_show_is_refused(commuters: bm3il.Run) -> None:

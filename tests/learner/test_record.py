@@ -47,6 +47,15 @@ def test_columns_that_come_later_are_added(tmp_path: Path) -> None:
     assert {row["normalized_return.tower"] for row in rows} == {""}
 
 
+def test_of_one_episode_the_error_is_left_empty(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path)
+    record.add_evaluation(0, 0, 0.0, ReturnEstimate(4.0, None, 1), None, {}, {})
+    (row,) = curve(tmp_path)
+    assert (row["return_mean"], row["return_stderr"], row["episodes"]) == ("4.0", "", "1")
+    (axes,) = curve_figure([row], {}).axes
+    assert [label.get_text() for label in axes.texts] == ["learned 4.0"]
+
+
 def test_a_resumed_run_leaves_the_same_record(tmp_path: Path) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     for folder in (whole, resumed):

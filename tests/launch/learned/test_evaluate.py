@@ -44,11 +44,12 @@ def test_a_narrow_terminal_shows_every_letter(terminal: None, capsys: pytest.Cap
         **returns,
         "normalized_return": 0.5,
     }
-    row["types"] = {"car": row, "home0-work7": row}
+    row["types"] = {"[bus]": row | {"return_stderr": None}, "home0-work7": row}
     evaluate._print("a run in a world with a long name", [row])
     shown = capsys.readouterr().out
     assert "…" not in shown
     heading = "starts actions episodes of return ± s.e. random expert normalised"
     assert heading.split() == next(line for line in shown.splitlines() if "starts" in line).split()
     assert "home0-work7" in shown
+    assert next(line for line in shown.splitlines() if "[bus]" in line).split()[:3] == ["[bus]", "-1234.5", "–"]
     assert max(map(len, shown.splitlines())) <= 80

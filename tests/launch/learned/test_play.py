@@ -124,6 +124,12 @@ def test_our_environments_draw_themselves(name: str, monkeypatch: pytest.MonkeyP
     np.testing.assert_allclose(episode.returns[-1], expected[0], rtol=1e-5)
 
 
+def test_a_type_in_brackets_keeps_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    bus = EnvironmentSpec("world", (TypeSpec("[bus]", 2, 1, 2),), 1)
+    play._print(bus, {"policy": Episode({}, np.ones((1, 2)), np.ones((2, 2)))})
+    assert "[bus]" in capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore:.*render method without:UserWarning")
 def test_pettingzoo_draws_in_its_own_way() -> None:
     name = "pettingzoo:mpe2.simple_tag_v3?arguments=max_cycles:4"

@@ -27,9 +27,10 @@ from bm3il.launch.config import Config, load_preset
 from bm3il.launch.learned.evaluate import FRESH_SEED
 from bm3il.launch.result import read_result
 from bm3il.launch.studies import pool
+from bm3il.launch.surroundings import screen
 from bm3il.launch.whatif import whatif
 from bm3il.launch.whatif.figures import Sample, figures_of, hourly, hours_of, loads_of, play, student_t
-from bm3il.launch.whatif.report import _load_change
+from bm3il.launch.whatif.report import _load_change, print_tables
 from bm3il.launch.whatif.whatif import changed_world, changes, slug
 from bm3il.protocol.demonstrations import Demonstrations, resolve
 from bm3il.protocol.registry import make_environment
@@ -265,6 +266,14 @@ def test_a_seed_s_imitator_is_compared_with_its_own_clone() -> None:
     assert report["returns"]["imitator"]["of_seeds"] == [14, 25, 66]
     assert report["returns"]["imitator"]["types"]["rover"]["mean"] == pytest.approx(92 / 3)
     assert figures_of(spec, spec, {}, after)["imitator_minus_clone"]["normalized"] is None  # nobody knows the expert
+
+
+def test_a_type_in_brackets_keeps_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    spec = make_environment(TOWER, 1).spec
+    spec = replace(spec, types=(replace(spec.types[0], name="[bus]"), *spec.types[1:]))
+    plays = dict.fromkeys(("random", "run", "clone", "imitator"), Sample("seeds", np.ones((2, 3)), None))
+    print_tables(figures_of(spec, spec, {}, plays) | {"unit": "return", "level": 0.9, "seeds": [1, 2]}, screen())
+    assert "[bus]" in capsys.readouterr().out
 
 
 def test_plays_are_those_of_evaluate_and_watch_the_roads() -> None:
