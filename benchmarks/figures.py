@@ -41,6 +41,10 @@ STEPS = "env_steps"
 SCORE = "normalized_return"
 PANEL_INCHES, LEAST_WIDTH_INCHES = (5.2, 3.8), 8.0
 LINE_INCHES, AROUND_ROWS_INCHES = 0.26, 0.75  # the title and the axis of a panel of rows
+LEAST_SCALE = 0.05
+"""Of normalised return, across a panel of rows."""
+FAR = 10
+"""Times as far from the median as three quarters of the rows are: such a row is told at the edge of its panel."""
 PAPER_LOOK = {"BM3IL": "bm3il", "MTMFIL": "mtmfil", "MA-DAAC": "ma-daac", "MA-GAIL": "ma-gail"}
 ALGORITHMS = ("bm3il", "mtmfil", "ma-daac", "ma-gail", "bc", "bayesian-ma-daac", "maac (true reward)")
 """Lines that look alike wherever they are drawn."""
@@ -236,13 +240,33 @@ def _rows(axes: Axes, drawn: Drawn, panel: str, looks: dict[str, dict[str, Any]]
     told = {
         -number: robust("", drawn.group(line, panel).scores(drawn.of.world, SCORE)) for number, line in enumerate(lines)
     }
-    errorbar(axes, told, COLOURS[0], vertical=False)
-    if drawn.of.baseline and (first := told.get(-lines.index(drawn.base(panel)))):
+    far = _far({place: figures[""] for place, figures in told.items() if figures})
+    near = {place: figures for place, figures in told.items() if place not in far}
+    errorbar(axes, near, COLOURS[0], vertical=False)
+    if drawn.of.baseline and (first := near.get(-lines.index(drawn.base(panel)))):
         axes.axvspan(first["_low"], first["_high"], color=COLOURS[0], alpha=0.1, linewidth=0)
+    left, right = axes.get_xlim()
+    margin = max(0.0, LEAST_SCALE - (right - left)) / 2  # or intervals of nothing would fill the panel
+    axes.set_xlim(left - margin, right + margin)
+    for place, value in far.items():
+        beyond = (
+            {"x": 0.01, "s": f"← {value:.3f}"} if value < left else {"x": 0.99, "s": f"{value:.3f} →", "ha": "right"}
+        )
+        look = {"va": "center", "fontsize": 8, "color": COLOURS[0]}
+        axes.text(y=place, transform=axes.get_yaxis_transform(), **beyond, **look)
     name_rows(axes, lines, fontsize=8)
     axes.set_ylim(0.5 - len(lines), 0.5)
     axes.locator_params(axis="x", nbins=5)
     axes.set(xlabel=UNITS[SCORE])
+
+
+def _far(values: dict[float, float]) -> dict[float, float]:
+    """Those so far from the others that on one scale with them the others' differences could not be seen."""
+    if not values:
+        return {}
+    aside = {place: abs(value - np.median(list(values.values()))) for place, value in values.items()}
+    most = FAR * max(np.quantile(list(aside.values()), 0.75), LEAST_SCALE / 5)
+    return {place: value for place, value in values.items() if aside[place] > most}
 
 
 def name_rows(axes: Axes, names: Sequence[str], fontsize: float) -> None:

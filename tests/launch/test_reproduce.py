@@ -167,6 +167,13 @@ def test_an_algorithm_looks_the_same_whatever_is_beside_it() -> None:
     assert len({tuple(look.items()) for look in other.values()}) == len(other)
 
 
+def test_a_row_far_from_all_others_is_told_at_the_edge() -> None:
+    """Else the others, of which the figure is, would lie in one line."""
+    near = {-float(n): 0.9 + n / 1000 for n in range(8)} | {-8.0: 0.83}
+    assert figures._far(near | {-9.0: 0.01, -10.0: 2.0}) == {-9.0: 0.01, -10.0: 2.0}
+    assert figures._far({-float(n): n / 8 for n in range(8)}) == figures._far({}) == {}
+
+
 def test_panels_of_rows_lie_below_each_other_and_rows_are_equally_high(tmp_path: Path) -> None:
     first = {"environment": ["rover_tower?pairs=2"], "algorithm": ["bc"]}
     study = study_of(tmp_path, grid=[first, GRID | {"environment": ["rover_tower?pairs=2&slip=0.1"]}])
