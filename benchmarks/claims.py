@@ -174,7 +174,8 @@ def sentence(claim: Claim, told: Sequence[Comparison]) -> str:
     counts = Counter(one.verdict for one in single)
     verdicts = ", ".join(f"{verdict} {counts[verdict]}" for verdict in (SHOWN, OPEN, REVERSE) if counts[verdict])
     ends = "; ".join(f"{one.ours} − {one.theirs} {cell(one.figures, 'difference')}" for one in in_all(told))
-    return f"**{claim.says}**: of {len(single)} comparisons {verdicts}. {ends}"
+    comparisons = "1 comparison" if len(single) == 1 else f"{len(single)} comparisons"
+    return f"**{claim.says}**: of {comparisons} {verdicts}. {ends}"
 
 
 def draw(held: Held, path: Path) -> Path:

@@ -44,7 +44,7 @@ LINE_INCHES, AROUND_ROWS_INCHES = 0.26, 0.75  # the title and the axis of a pane
 LEAST_SCALE = 0.05
 """Of normalised return, across a panel of rows."""
 FAR = 10
-"""Times as far from the median as three quarters of the rows are: such a row is told at the edge of its panel."""
+"""Times as far from the median as half of the rows are: such a row is told at the edge of its panel."""
 PAPER_LOOK = {"BM3IL": "bm3il", "MTMFIL": "mtmfil", "MA-DAAC": "ma-daac", "MA-GAIL": "ma-gail"}
 ALGORITHMS = ("bm3il", "mtmfil", "ma-daac", "ma-gail", "bc", "bayesian-ma-daac", "maac (true reward)")
 """Lines that look alike wherever they are drawn."""
@@ -265,7 +265,7 @@ def _far(values: dict[float, float]) -> dict[float, float]:
     if not values:
         return {}
     aside = {place: abs(value - np.median(list(values.values()))) for place, value in values.items()}
-    most = FAR * max(np.quantile(list(aside.values()), 0.75), LEAST_SCALE / 5)
+    most = FAR * max(np.median(list(aside.values())), LEAST_SCALE / 5)
     return {place: value for place, value in values.items() if aside[place] > most}
 
 

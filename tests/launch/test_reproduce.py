@@ -171,6 +171,7 @@ def test_a_row_far_from_all_others_is_told_at_the_edge() -> None:
     """Else the others, of which the figure is, would lie in one line."""
     near = {-float(n): 0.9 + n / 1000 for n in range(8)} | {-8.0: 0.83}
     assert figures._far(near | {-9.0: 0.01, -10.0: 2.0}) == {-9.0: 0.01, -10.0: 2.0}
+    assert figures._far({0.0: 0.9, -1.0: 0.01, -2.0: 0.89, -3.0: 0.91}) == {-1.0: 0.01}, "also of few"
     assert figures._far({-float(n): n / 8 for n in range(8)}) == figures._far({}) == {}
 
 
